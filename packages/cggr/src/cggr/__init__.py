@@ -1,0 +1,38 @@
+"""Confidence-gated gradient routing: train a transformer on the tokens worth learning from.
+
+This package re-exports the public names of ``cggr_core``. Names of the optional packages are looked up when they are
+first used; where the package is missing, the error names the extra that brings it.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+
+from cggr_core import CGGRLinearLoss, CGGRLoss, CGGRModel, CGGRScorer, Selection, create_truncated_router
+
+__version__: str = version("cggr")
+
+__all__ = [
+    "CGGRLinearLoss",
+    "CGGRLoss",
+    "CGGRModel",
+    "CGGRScorer",
+    "Selection",
+    "__version__",
+    "create_truncated_router",
+]
+
+# name -> (module that has it, extra that installs the module)
+_OPTIONAL: dict[str, tuple[str, str]] = {}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OPTIONAL:
+        raise AttributeError(f"module 'cggr' has no attribute {name!r}")
+    module, extra = _OPTIONAL[name]
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # the package is there; something that it needs is not
+            raise
+        # An ImportError, because `from cggr import name` would replace the message of an AttributeError.
+        raise ImportError(f"cggr.{name} comes from the package {module}: pip install 'cggr[{extra}]'") from error
