@@ -1,0 +1,209 @@
+"""Every job of the workspace, each in an environment of its own: ``python -m nox -s NAME``, ``python -m nox -l``."""
+
+import json
+import os
+import platform
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import nox
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = str(ROOT / "constraints.txt")
+PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate")
+# One torch thread per test process (two processes share the machine), and no look at a model hub.
+QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests"]
+nox.options.error_on_missing_interpreters = True
+
+
+def project(package: str) -> dict[str, Any]:
+    with (ROOT / "packages" / package / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]
+
+
+def module(package: str) -> str:
+    return package.replace("-", "_")
+
+
+def install(session: nox.Session, *requirements: str, packages: tuple[str, ...] = ()) -> None:
+    """Install requirements and packages of this workspace (editable) at the versions of constraints.txt.
+
+    ``nox --no-venv`` leaves the environment as it is: a machine with a GPU keeps the torch that it has.
+    """
+    if session.virtualenv.is_sandboxed is False:
+        return
+    if packages and platform.system() == "Linux" and not shutil.which("nvidia-smi"):
+        session.log(
+            "no CUDA here; for a CPU build of torch, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS: see CONTRIBUTING.md"
+        )
+    # The build backend first: without build isolation pip fetches it once, at the pinned version.
+    if packages:
+        session.install("-c", CONSTRAINTS, "hatchling", "editables")
+    paths = [argument for package in packages for argument in ("-e", extended(package))]
+    # Bytecode is written for the modules that get imported, rather than for all of torch.
+    session.install("--no-compile", "--no-build-isolation", "-c", CONSTRAINTS, *requirements, *paths)
+
+
+def extended(package: str) -> str:
+    """Path of a package, with transformers for the one that has it as an option."""
+    return f"./packages/{package}" + ("[transformers]" if package == "cggr-core" else "")
+
+
+def build_distributions(session: nox.Session, folder: Path) -> None:
+    """Build the source distribution of every package, and the wheel from it."""
+    session.install("-c", CONSTRAINTS, "build", "hatchling")
+    for package in PACKAGES:
+        arguments = ("--no-isolation", "--outdir", str(folder), f"packages/{package}")
+        session.run("python", "-m", "build", *arguments, silent=True)
+
+
+def fresh_environment(session: nox.Session, folder: Path) -> str:
+    """Make an empty environment and return its Python."""
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "venv", str(folder), silent=True)
+    return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small model four ways side by side on this Python's own source, and write the report."""
+    install(session, packages=("cggr-core", "cggr-train", "cggr"))
+    session.run("cggr", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests that need no accelerator."""
+    install(session, *TEST_TOOLS, packages=PACKAGES)
+    session.run("pytest", *(session.posargs or ["-n", "2", "--ignore=tests/kernels"]), env=QUIET)
+
+
+@nox.session
+def interpret(session: nox.Session) -> None:
+    """Run the kernels' tests on the CPU, in Triton's interpreter."""
+    install(session, *TEST_TOOLS[:3], packages=("cggr-core", "cggr-kernels"))
+    session.run("pytest", *(session.posargs or ["-n", "2", "tests/kernels"]), env=QUIET | {"TRITON_INTERPRET": "1"})
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need an accelerator; with ``--no-venv`` on the torch that is installed."""
+    install(session, *TEST_TOOLS, packages=PACKAGES)
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/gpu"]), "-m", "gpu")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format, and that the changelog fragments render."""
+    install(session, "ruff", "towncrier")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+    for package in PACKAGES:
+        draft = ("--draft", "--config", "pyproject.toml", "--dir", f"packages/{package}")
+        session.run(
+            "towncrier", "build", *draft, "--name", package, "--version", project(package)["version"], silent=True
+        )
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, and that every public name is fully typed."""
+    install(session, "pyright[nodejs]", "nox", "griffe", packages=PACKAGES)
+    session.run("pyright", *session.posargs)
+    for package in PACKAGES:
+        session.run("pyright", "--ignoreexternal", "--verifytypes", module(package))
+
+
+@nox.session
+def boundaries(session: nox.Session) -> None:
+    """Hold the packages to their direction of dependency; nothing is imported, so torch is not needed."""
+    install(session, "import-linter", "pytest")
+    sources = os.pathsep.join(str(ROOT / "packages" / package / "src") for package in PACKAGES)
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
+    session.run("pytest", "tests/contract/test_imports.py")
+
+
+@nox.session
+def alone(session: nox.Session) -> None:
+    """Install each wheel with only its own dependencies and import all of it with everything else blocked."""
+    wheels = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(wheels, ignore_errors=True)
+    build_distributions(session, wheels)
+    for package in session.posargs or PACKAGES:
+        environment = Path(session.create_tmp()) / package
+        python = fresh_environment(session, environment)
+        (wheel,) = wheels.glob(f"{module(package)}-*.whl")
+        options = ("--no-compile", "--quiet", "-c", CONSTRAINTS, "--find-links", str(wheels))
+        session.run(python, "-m", "pip", "install", *options, str(wheel), external=True)
+        session.run(python, "-I", "tests/contract/import_alone.py", package, external=True)
+        shutil.rmtree(environment)
+
+
+@nox.session
+def extras(session: nox.Session) -> None:
+    """Resolve the extras of the metapackage from the built wheels, without installing anything."""
+    wheels = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(wheels, ignore_errors=True)
+    build_distributions(session, wheels)
+    python = fresh_environment(session, Path(session.create_tmp()) / "empty")
+    core = {"cggr", "cggr-core"}
+    expected = {
+        "cggr": core,
+        "cggr[cuda,flash]": core | {"cggr-kernels", "cggr-moe", "cggr-flash"},
+        "cggr[train]": core | {"cggr-train"},
+        "cggr[all]": set(PACKAGES),
+    }
+    for requirement, packages in expected.items():
+        report = Path(session.create_tmp()) / "report.json"
+        options = ("--dry-run", "--quiet", "--report", str(report), "-c", CONSTRAINTS, "--find-links", str(wheels))
+        session.run(python, "-m", "pip", "install", *options, requirement, external=True)
+        found = {}
+        for item in json.loads(report.read_text())["install"]:
+            name = item["metadata"]["name"].lower().replace("_", "-")
+            if name in PACKAGES:
+                found[name] = (item["metadata"]["version"], item["download_info"]["url"])
+        if found.keys() != packages:
+            session.error(f"{requirement} resolves to {sorted(found)}, expected {sorted(packages)}")
+        for name, (version, url) in found.items():
+            if version != project(name)["version"] or not url.startswith(wheels.resolve().as_uri()):
+                session.error(f"{requirement} takes {name} {version} from {url}, not from the wheels built here")
+        session.log(f"{requirement}: " + ", ".join(f"{name} {version}" for name, (version, _) in sorted(found.items())))
+
+
+@nox.session
+def api(session: nox.Session) -> None:
+    """Compare the public names and signatures with the committed snapshot; ``-- --update`` rewrites it."""
+    install(session, "griffe")
+    session.run("python", "tests/contract/public_api.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; ``-- serve`` shows it while you write."""
+    install(session, "mkdocs-material", "mkdocstrings[python]")
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]))
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheels and source distributions of all packages into dist/."""
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    build_distributions(session, ROOT / "dist")
+    for path in sorted((ROOT / "dist").iterdir()):
+        session.log(path.name)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks, or the scripts named after ``--``; results go to benchmarks/results/."""
+    install(session, packages=PACKAGES)
+    scripts = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_"))
+    runs = [session.posargs] if session.posargs else [[str(path.relative_to(ROOT))] for path in scripts]
+    for run in runs:
+        session.run("python", *run)

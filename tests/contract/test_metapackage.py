@@ -1,0 +1,33 @@
+"""`from cggr import ...` is `from cggr_core import ...`, and optional names say which extra brings them."""
+
+import cggr
+import cggr_core
+import pytest
+
+PUBLIC = ("CGGRLinearLoss", "CGGRLoss", "CGGRModel", "CGGRScorer", "Selection", "create_truncated_router")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_those_of_core(name):
+    assert getattr(cggr, name) is getattr(cggr_core, name)
+    assert name in cggr.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'cggr' has no attribute 'nonsense'"):
+        cggr.nonsense  # noqa: B018
+
+
+def test_an_optional_name_is_looked_up_when_used(monkeypatch):
+    monkeypatch.setitem(cggr._OPTIONAL, "linspace", ("torch", "moe"))
+    import torch
+
+    assert cggr.linspace is torch.linspace
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(cggr._OPTIONAL, "absent", ("cggr_absent", "moe"))
+    with pytest.raises(
+        ImportError, match=r"cggr\.absent comes from the package cggr_absent: pip install 'cggr\[moe\]'"
+    ):
+        from cggr import absent  # noqa: F401
