@@ -1,0 +1,178 @@
+"""Argument checks shared by the public functions.
+
+Every check raises before anything is computed or changed, and says which argument is wrong, what came, what is
+accepted, and what to do. Checks that have to look at a tensor's values run where that is free: on CPU tensors, outside
+of ``torch.compile``. On other devices the callers count bad values on the device (:func:`count_bad_targets`) and raise
+one step later, so that a step never waits for the device.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_at_least",
+    "check_choice",
+    "check_finite_number",
+    "check_float",
+    "check_ratio",
+    "check_same_device",
+    "check_shape",
+    "check_targets",
+    "count_bad_targets",
+    "values_are_free",
+]
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether reading a value of ``tensor`` costs no synchronisation and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_ratio(name: str, value: float) -> float:
+    """Return ``value`` as a float if it lies in (0, 1].
+
+    Args:
+        name: Argument name for the error.
+        value: A real number.
+
+    Raises:
+        TypeError: If ``value`` is not a real number.
+        ValueError: If it is NaN or outside (0, 1].
+
+    Example:
+        >>> check_ratio("ratio", 0.25)
+        0.25
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r} of type {type(value).__name__}")
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}; 0.25 keeps a quarter of the tokens, 1.0 all of them")
+    return float(value)
+
+
+def check_finite_number(name: str, value: float, *, minimum: float = -math.inf) -> float:
+    """Return ``value`` as a float if it is a finite number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value < minimum:
+        at_least = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        raise ValueError(f"{name} must be a finite number{at_least}, got {value!r}")
+    return float(value)
+
+
+def check_at_least(name: str, value: int, minimum: int) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; the error names the nearest one.
+
+    Args:
+        name: Argument name for the error.
+        value: The name that came.
+        choices: The names that exist.
+
+    Raises:
+        ValueError: If ``value`` is none of them.
+
+    Example:
+        >>> check_choice("scoring", "entropy", ("entropy", "loss"))
+        'entropy'
+    """
+    if value in choices:
+        return value
+    listed = ", ".join(repr(choice) for choice in choices)
+    near = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {listed}, got {value!r}{hint}")
+
+
+def check_float(name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` if it is a tensor of a floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype} with shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> Tensor:
+    """Return ``tensor`` if its shape is ``shape``; ``meaning`` says in the error where that shape comes from."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}")
+    return tensor
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; "
+            f"move it with {name}.to({other_name}.device)"
+        )
+
+
+def count_bad_targets(targets: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
+    """Number of targets that are neither ``ignore_index`` nor in the vocabulary: 0-dim int64, on ``targets``' device."""
+    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    return bad.sum()
+
+
+def check_targets(
+    name: str, targets: Tensor, shape: Sequence[int], vocab_size: int, ignore_index: int, like: Tensor, like_name: str
+) -> Tensor:
+    """Return ``targets`` as int64 if dtype, shape, device and (on CPU) values are right.
+
+    Args:
+        name: Argument name for the errors.
+        targets: Class indices.
+        shape: The shape they must have.
+        vocab_size: Number of classes.
+        ignore_index: The value that stands for "no target".
+        like: Tensor whose device they must share.
+        like_name: Its name.
+
+    Raises:
+        TypeError: If the dtype is not an integer one.
+        ValueError: If the shape, the device or (on CPU, outside of ``torch.compile``) a value is wrong.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{name} must be a tensor of class indices, got {type(targets).__name__}")
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer class indices, got dtype {targets.dtype}; use {name}.long()")
+    check_shape(name, targets, shape, f"one target per row of {like_name}")
+    check_same_device(name, targets, like_name, like)
+    targets = targets.long()
+    if values_are_free(targets):
+        count = int(count_bad_targets(targets, vocab_size, ignore_index))
+        if count:
+            raise ValueError(bad_targets_message(name, count, vocab_size, ignore_index, targets))
+    return targets
+
+
+def bad_targets_message(
+    name: str, count: int, vocab_size: int, ignore_index: int, targets: Tensor | None = None
+) -> str:
+    """The text of the error about targets outside the vocabulary, the first of them named where it is at hand."""
+    first = ""
+    if targets is not None:
+        flat = targets.reshape(-1)
+        bad = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+        first = f" (the first is {int(flat[bad][0])})"
+    return (
+        f"{name} holds {count} value(s) outside the vocabulary{first}: "
+        f"accepted are 0 to {vocab_size - 1} and ignore_index={ignore_index}"
+    )
