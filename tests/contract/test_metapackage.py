@@ -1,8 +1,9 @@
 """`from cggr import ...` is `from cggr_core import ...`, and optional names say which extra brings them."""
 
+import pytest
+
 import cggr
 import cggr_core
-import pytest
 
 PUBLIC = ("CGGRLinearLoss", "CGGRLoss", "CGGRModel", "CGGRScorer", "Selection", "create_truncated_router")
 

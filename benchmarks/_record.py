@@ -1,0 +1,218 @@
+"""What every benchmark shares: how it times, what it notes about the machine, how results are written and drawn."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "cggr-core", "cggr-kernels", "cggr-moe")
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Describe the machine and the versions that a result belongs to.
+
+    Args:
+        device: Device that the benchmark runs on.
+
+    Returns:
+        JSON-ready mapping: date (UTC, ISO 8601), commit (with ``+`` when tracked files differ from it), python, system,
+        versions of the installed packages, device name, its memory in bytes, CPU cores and torch threads.
+    """
+    device = torch.device(device)
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "device": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"device": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def _commit() -> str | None:
+    try:
+        arguments = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **arguments).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **arguments).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """Median and spread of repeated measurements.
+
+    Args:
+        samples: At least one number, all in the same unit.
+
+    Returns:
+        ``median``, ``spread`` (``[first quartile, third quartile]``) and ``samples`` (how many).
+
+    Raises:
+        ValueError: If ``samples`` is empty.
+    """
+    if not samples:
+        raise ValueError("samples is empty; a benchmark needs at least one measurement")
+    if len(samples) == 1:
+        return {"median": samples[0], "spread": [samples[0], samples[0]], "samples": 1}
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": quartiles[1], "spread": [quartiles[0], quartiles[2]], "samples": len(samples)}
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    control: str,
+    repeats: int = 10,
+    warmup: int = 2,
+    device: str | torch.device = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """Time several candidates in one run, in turns, so that a drift of the machine reaches all of them alike.
+
+    Args:
+        candidates: Name → call to time; each call ends when its work is queued, the device is waited for here.
+        control: The candidate that the others are compared with.
+        repeats: Timed rounds.
+        warmup: Rounds before those.
+        device: Device that the calls run on.
+
+    Returns:
+        For each name: :func:`summary` of its seconds, ``unit``, and ``ratio``: the :func:`summary` of control seconds
+        over its seconds in the same round (above 1 is faster than the control).
+
+    Raises:
+        ValueError: If ``control`` is not one of the candidates.
+    """
+    if control not in candidates:
+        raise ValueError(f"control is {control!r}, which is not one of the candidates {sorted(candidates)}")
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(warmup + repeats):
+        for name, call in candidates.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    timed = {name: samples[warmup:] for name, samples in seconds.items()}
+    return {
+        name: summary(samples)
+        | {"unit": "s", "ratio": summary([c / s for c, s in zip(timed[control], samples, strict=True)])}
+        for name, samples in timed.items()
+    }
+
+
+def _wait(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write(
+    name: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    *,
+    settings: Mapping[str, Any],
+    control: str,
+    device: str | torch.device = "cpu",
+    folder: Path = RESULTS,
+) -> Path:
+    """Write one result file; a reader never sees half of it, and an earlier file stays until the new one is whole.
+
+    Args:
+        name: Name of the benchmark and of the file, without ``.json``.
+        rows: Variant → its numbers, each with unit, median and spread (see ``benchmarks/README.md``).
+        settings: Shapes, dtype, seed, keep ratio: all that is needed to run it again.
+        control: The row that the others are compared with.
+        device: Device that the benchmark ran on.
+        folder: Where to write.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: If ``control`` is not one of the rows, or ``settings`` has no ``seed``.
+    """
+    if control not in rows:
+        raise ValueError(f"control is {control!r}, which is not one of the rows {sorted(rows)}")
+    if "seed" not in settings:
+        raise ValueError(f"settings has no 'seed', only {sorted(settings)}; note the seed of the run")
+    result = {
+        "benchmark": name,
+        "environment": environment(device),
+        "settings": dict(settings),
+        "control": control,
+        "rows": {row: dict(values) for row, values in rows.items()},
+    }
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def load(name: str, *, folder: Path = RESULTS) -> dict[str, Any]:
+    """Read the result file of a benchmark."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, label: str | None = None) -> None:
+    """Draw the rows of a result as bars with their spread, the control in grey.
+
+    Args:
+        result: What :func:`load` returns.
+        path: PNG to write.
+        field: Part of each row to draw (``"ratio"``); the row itself when None.
+        label: Text of the axis; the rows' unit when None.
+    """
+    # Not pyplot: a benchmark has no window, and a Figure of its own needs no global state.
+    from matplotlib.figure import Figure
+
+    rows = {name: row[field] if field else row for name, row in result["rows"].items()}
+    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, row) in enumerate(rows.items()):
+        low, high = row["spread"]
+        error = [[max(row["median"] - low, 0.0)], [max(high - row["median"], 0.0)]]
+        colour = "0.6" if name == result["control"] else "#2a6f97"
+        axes.barh(place, row["median"], xerr=error, color=colour, height=0.6, capsize=3)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel(label or next(iter(rows.values())).get("unit", field or ""))
+    axes.set_title(f"{result['benchmark']}: {result['environment']['device']}", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,63 @@
+"""Benchmarks share how they measure and write; the results in the repository keep to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import _record
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+
+
+def test_summary_by_hand():
+    assert _record.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "spread": [2.0, 4.0], "samples": 5}
+    assert _record.summary([7.0]) == {"median": 7.0, "spread": [7.0, 7.0], "samples": 1}
+    with pytest.raises(ValueError, match="samples is empty"):
+        _record.summary([])
+
+
+def test_candidates_take_turns_and_warm_up():
+    calls = []
+    candidates = {"one": lambda: calls.append("one"), "two": lambda: calls.append("two")}
+    rows = _record.measure(candidates, control="one", repeats=3, warmup=1)
+    assert calls == ["one", "two"] * 4
+    assert rows["two"]["samples"] == rows["two"]["ratio"]["samples"] == 3
+    assert rows["one"]["ratio"]["median"] == 1.0
+
+
+def test_written_results_are_whole_and_read_back(tmp_path):
+    rows = {"standard": _record.summary([2.0]) | {"unit": "s"}}
+    path = _record.write("step", rows, settings={"seed": 0}, control="standard", folder=tmp_path)
+    assert [found.name for found in tmp_path.iterdir()] == ["step.json"] == [path.name]
+    result = _record.load("step", folder=tmp_path)
+    assert result["rows"] == rows
+    assert {"date", "commit", "python", "versions", "device", "threads"} <= result["environment"].keys()
+    _record.plot(result, tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_write_leaves_the_earlier_result(tmp_path):
+    settings = {"seed": 0}
+    _record.write("step", {"a": {"median": 1.0}}, settings=settings, control="a", folder=tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        _record.write("step", {"a": {"median": float("nan")}}, settings=settings, control="a", folder=tmp_path)
+    assert [found.name for found in tmp_path.iterdir()] == ["step.json"]
+    assert _record.load("step", folder=tmp_path)["rows"]["a"]["median"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "control", "message"),
+    [({"seed": 0}, "absent", "control is 'absent'"), ({}, "a", "settings has no 'seed'")],
+)
+def test_a_result_needs_its_control_and_seed(tmp_path, settings, control, message):
+    with pytest.raises(ValueError, match=message):
+        _record.write("step", {"a": {"median": 1.0}}, settings=settings, control=control, folder=tmp_path)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_results_keep_to_the_form(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["benchmark"] and result["control"] in result["rows"]
+    assert "seed" in result["settings"]
+    assert {"python", "versions", "device", "commit"} <= result["environment"].keys()
