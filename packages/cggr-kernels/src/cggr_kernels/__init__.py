@@ -1,0 +1,9 @@
+"""Triton kernels for token-selective training: scoring, losses, selection and attention of kept tokens.
+
+The package imports wherever PyTorch does. :data:`BACKEND` maps ``(op, device type)`` to the callables that run there;
+where the kernels cannot run it is empty and :data:`REASON` says why. ``python -m cggr_kernels`` prints both.
+"""
+
+from cggr_kernels.backend import BACKEND, REASON
+
+__all__ = ["BACKEND", "REASON"]

@@ -1,0 +1,84 @@
+"""Checks shared by the ops: they look at shapes, dtypes and devices, never at values on a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cggr_kernels._library import DEVICE_TYPES
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MAX_VOCABULARY = 1 << 20
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all given tensors are on one device that the kernels run on.
+
+    Args:
+        **tensors: Argument names and tensors; ``None`` is skipped.
+
+    Raises:
+        ValueError: If a tensor is elsewhere.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(given.items()))
+    if first.device.type not in DEVICE_TYPES:
+        raise ValueError(
+            f"{first_name} is on {first.device}, but these kernels run on {' and '.join(DEVICE_TYPES)}; "
+            "use the functions of cggr_core, which choose by device"
+        )
+    for name, tensor in given.items():
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first_name} on {first.device}; move them to one device"
+            )
+
+
+def check_float(name: str, tensor: Tensor, dims: int) -> None:
+    """Raise unless ``tensor`` is float32, float16 or bfloat16 with ``dims`` dimensions.
+
+    Args:
+        name: Argument name for the message.
+        tensor: What was given.
+        dims: Dimensions it must have.
+
+    Raises:
+        TypeError: If the dtype is another.
+        ValueError: If the number of dimensions is another.
+    """
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_index(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` is an int64 tensor of ``shape``.
+
+    Args:
+        name: Argument name for the message.
+        tensor: What was given.
+        shape: Shape it must have.
+
+    Raises:
+        TypeError: If the dtype is another.
+        ValueError: If the shape is another.
+    """
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}; convert it with .long()")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_vocabulary(name: str, size: int) -> None:
+    """Raise unless the vocabulary size is between 1 and ``MAX_VOCABULARY``.
+
+    Args:
+        name: Argument that has the vocabulary dimension.
+        size: Its size.
+
+    Raises:
+        ValueError: If it is outside.
+    """
+    if not 1 <= size <= MAX_VOCABULARY:
+        raise ValueError(f"{name} has a vocabulary of {size}; accepted are 1 to {MAX_VOCABULARY} entries")

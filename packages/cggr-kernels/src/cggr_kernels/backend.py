@@ -1,0 +1,50 @@
+"""What this package offers to the registry of cggr-core (entry point ``cggr.backends``)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+OPS: tuple[str, ...] = ("difficulty",)
+"""Names of the ops; each is the function of that name in the module of that name."""
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine's software, or ``None`` if they can.
+
+    It looks at what is installed, not at whether a GPU is present: an op is chosen by the device of its tensors.
+
+    Returns:
+        One sentence without a full stop, or ``None``.
+
+    Example:
+        >>> unavailable() is None or isinstance(unavailable(), str)
+        True
+    """
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install the cuda extra, cggr[cuda]"
+    if torch.version.hip is not None:
+        return f"this PyTorch is built for ROCm ({torch.version.hip}) and the kernels are written for CUDA"
+    from cggr_kernels._library import INTERPRETED
+
+    if torch.version.cuda is None and not INTERPRETED:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    return None
+
+
+def _collect() -> dict[tuple[str, str], Callable]:
+    from cggr_kernels._library import DEVICE_TYPES
+
+    functions = {op: getattr(importlib.import_module(f"cggr_kernels.{op}"), op) for op in OPS}
+    return {(op, device_type): function for op, function in functions.items() for device_type in DEVICE_TYPES}
+
+
+REASON: str | None = unavailable()
+"""Why :data:`BACKEND` is empty, or ``None``."""
+
+BACKEND: Mapping[tuple[str, str], Callable] = {} if REASON else _collect()
+"""``(op, device type)`` to callable; empty where the kernels cannot run."""

@@ -1,0 +1,111 @@
+"""Statistics of next-token distributions given by logits, in one pass over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cggr_kernels._checks import check_device, check_float, check_index, check_vocabulary
+from cggr_kernels._library import INTERPRETED, register
+from cggr_kernels.difficulty_details._difficulty import difficulty_kernel
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def difficulty_reference(logits: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Statistics:
+    """Plain-torch twin of :func:`difficulty`; the truth its tests compare with.
+
+    Args:
+        logits: Shape ``[N, V]``, any float dtype; float64 stays float64.
+        targets: Shape ``[N]``, int64, or ``None``.
+        ignore_index: Target of rows that get 0 everywhere.
+
+    Returns:
+        entropy, confidence, margin, nll and gradnorm, each ``[N]``, float32 (float64 for float64 logits).
+    """
+    log_p_NV = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    p_NV = log_p_NV.exp()
+    entropy_N = -(p_NV * log_p_NV.masked_fill(log_p_NV == -torch.inf, 0)).sum(-1)
+    confidence_N = p_NV.amax(-1)
+    margin_N = confidence_N
+    if logits.shape[-1] > 1:
+        margin_N = confidence_N - p_NV.topk(2).values[:, 1]
+    if targets is None:
+        return entropy_N, confidence_N, margin_N, torch.zeros_like(entropy_N), torch.zeros_like(entropy_N)
+    ignored_N = targets == ignore_index
+    safe_N = targets.masked_fill(ignored_N, 0)
+    nll_N = -log_p_NV.gather(-1, safe_N[:, None])[:, 0]
+    gradnorm_N = (p_NV.square().sum(-1) - 2 * (-nll_N).exp() + 1).clamp_min(0).sqrt()
+    statistics = (entropy_N, confidence_N, margin_N, nll_N, gradnorm_N)
+    return tuple(statistic.masked_fill(ignored_N, 0) for statistic in statistics)  # type: ignore[return-value]
+
+
+def _launch(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Tensor:
+    N, V = logits.shape
+    out_5N = torch.empty(5, N, dtype=torch.float32, device=logits.device)
+    if N == 0:
+        return out_5N
+    width = 16 // logits.element_size()
+    # Four warps keep enough loads in flight on an H200 while a row's tail wastes little of its tile.
+    warps = 4 if V > 4096 else 1
+    difficulty_kernel[(N,)](
+        logits,
+        targets,
+        out_5N,
+        logits.stride(0),
+        N,
+        V,
+        ignore_index,
+        HAS_TARGETS=targets is not None,
+        PEEL=logits.stride(0) % width != 0,
+        WIDTH=width,
+        LANES=128 if INTERPRETED else 32 * warps,
+        num_warps=warps,
+    )
+    return out_5N
+
+
+def _fake(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Tensor:
+    return logits.new_empty(5, logits.shape[0], dtype=torch.float32)
+
+
+_difficulty = register("difficulty(Tensor logits, Tensor? targets, int ignore_index) -> Tensor", _launch, _fake)
+
+
+@torch.no_grad()
+def difficulty(logits: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Statistics:
+    r"""Entropy, confidence, margin, nll and logit-gradient norm of every row, without gradients.
+
+    With ``p = softmax(logits)``: entropy ``-sum p ln p`` (nats), confidence ``max p``, margin ``p_1 - p_2`` of the two
+    largest (0 when they tie; ``p_1`` for a single class), nll ``-ln p_y`` and gradnorm
+    ``||p - onehot(y)||_2 = sqrt(sum p^2 - 2 p_y + 1)``. The softmax is computed online (Milakov and Gimelshein,
+    https://arxiv.org/abs/1805.02867), so that every logit is read once.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``[N, V]``, float32, float16 or bfloat16; rows may be strided,
+            the last dimension is contiguous. NaN in a row makes its entropy NaN.
+        targets: Aligned class indices, shape ``[N]``, int64; without them nll and gradnorm are 0. A target outside
+            ``[0, V)`` that is not ``ignore_index`` makes nll and gradnorm of its row NaN.
+        ignore_index: Rows with this target get 0 in all five and their logits are not read.
+
+    Returns:
+        Five float32 tensors of shape ``[N]``: entropy, confidence, margin, nll, gradnorm.
+
+    Raises:
+        TypeError: If ``logits`` is of another dtype, or ``targets`` is not int64.
+        ValueError: If shapes, strides or devices do not fit, or the vocabulary is empty or above 1,048,576.
+
+    Example:
+        >>> entropy, confidence, margin, nll, gradnorm = difficulty(torch.zeros(1, 4, device="cuda"))
+        >>> entropy
+        tensor([1.3863], device='cuda:0')
+    """
+    check_float("logits", logits, 2)
+    check_vocabulary("logits", logits.shape[1])
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
+    if targets is not None:
+        check_index("targets", targets, (logits.shape[0],))
+        targets = targets.contiguous()
+    check_device(logits=logits, targets=targets)
+    return _difficulty(logits, targets, ignore_index).unbind(0)
