@@ -1,0 +1,501 @@
+"""CGGRModel: a Hugging Face model whose training step spends its backward pass on the kept tokens."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.checks import check_at_least, check_choice, check_same_device, check_shape
+from cggr_core.loss import loss_coefficients
+from cggr_core.monitor import Monitor
+from cggr_core.readout import HeadReadout
+from cggr_core.router import TruncatedRouter, router_statistics
+from cggr_core.schedule import Schedule
+from cggr_core.scoring import SCORINGS, TokenStatistics, fields_for, score
+from cggr_core.selection import SELECTIONS, Selection, select
+from cggr_core.targets import Targets, align_labels
+
+if TYPE_CHECKING:
+    from cggr_core.routing import Engine, TokenInputs
+
+GRADIENT_MODES = ("exact", "kv", "detached", "sequence")
+ENGINES = ("interleaved", "two_pass")
+MODEL_SELECTIONS = (*SELECTIONS, "supervised")
+# Selections that look at no score.
+_SCORELESS = ("random", "supervised")
+
+
+class CGGRModel(nn.Module):
+    """Train a Hugging Face model on the tokens worth learning from.
+
+    In training, ``model(input_ids, labels=labels)`` scores every token, keeps some, and returns a loss whose backward
+    pass is spent on those. Without labels, in ``eval()``, and for ``generate``, ``save_pretrained`` and ``state_dict``
+    it is the wrapped model.
+
+    ==============  ==================================================================  ==========================
+    gradient        a kept token's gradient reaches                                     cost of a step (forwards F)
+    ==============  ==================================================================  ==========================
+    ``"exact"``     everything; the selection only picks loss terms                     about 3F less the head's share
+    ``"kv"``        kept tokens at every layer, all tokens' key/value projections       F(1 + 2r) or F(1 + 3r)
+    ``"detached"``  kept tokens at every layer; other keys and values are constants     F(1 + 2r) or F(1 + 3r)
+    ``"sequence"``  whole kept sequences; the rest is not in the step                   scoring + 3rF
+    ==============  ==================================================================  ==========================
+
+    ``kv`` and ``detached`` have two engines with the same numbers. *Interleaved* (1 + 2r) runs no token twice; it
+    needs the selection before the layers: a router, ``selection="random"`` or ``"supervised"``, or a selection that
+    is passed in. *Two passes* (1 + 3r) score at full depth, with the model's own head.
+
+    With dropout, every computation of a token draws its own mask; in two passes kept tokens are computed twice.
+
+    Args:
+        model: A Hugging Face causal or masked language model, or a PEFT wrapper of one.
+        router: What scores the tokens before the layers: :func:`create_truncated_router`, or any module that maps the
+            model's inputs to logits. ``None`` scores at full depth.
+        gradient: What the backward pass reaches, see the table.
+        min_tokens_ratio: Keep ratio r in (0, 1], after the warm-up.
+        selection: ``"stratified"``, ``"sampled"``, ``"random"``, ``"topk"``, ``"sequence_aware"``, or ``"supervised"``,
+            which keeps exactly the countable tokens (its capacity costs one value from the device per step).
+        scoring: ``"gradnorm"``, ``"combined"``, ``"loss"``, ``"entropy"``, ``"margin"`` or ``"excess"``.
+        num_strata: Score buckets of ``"stratified"``.
+        min_tokens_per_sequence: Least kept tokens of a row for ``"sequence_aware"``.
+        block_size: Select blocks of that many neighbouring tokens.
+        unbiased: Weight kept tokens by 1 / inclusion probability, so that the loss estimates the full loss.
+        warmup_steps: Steps over which the ratio falls linearly from 1 to ``min_tokens_ratio``; call :meth:`step`.
+        dynamic_threshold: Let the batch's confidence move the ratio, see :class:`Schedule`.
+        threshold_sensitivity: How much.
+        engine: ``"interleaved"`` or ``"two_pass"``; ``None`` takes the cheaper one that the scores allow.
+        seed: Of the random selections; the same seed and batch give the same selection on every device.
+        ignore_index: Label that is never scored, selected or counted.
+
+    Raises:
+        TypeError: If ``model`` is not a Hugging Face model.
+        ValueError: If a name, a ratio or a combination is not valid.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4)
+        >>> model = CGGRModel(LlamaForCausalLM(config), min_tokens_ratio=0.25).train()
+        >>> input_ids = torch.randint(0, 64, (2, 16))
+        >>> loss = model(input_ids, labels=input_ids)
+        >>> loss.backward()
+        >>> model.metrics["kept_tokens"]
+        tensor(8)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        router: Callable[..., Any] | None = None,
+        *,
+        gradient: str = "kv",
+        min_tokens_ratio: float = 0.25,
+        selection: str = "stratified",
+        scoring: str = "gradnorm",
+        num_strata: int = 4,
+        min_tokens_per_sequence: int = 1,
+        block_size: int = 1,
+        unbiased: bool = True,
+        warmup_steps: int = 0,
+        dynamic_threshold: bool = False,
+        threshold_sensitivity: float = 0.5,
+        engine: str | None = None,
+        seed: int = 0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        from cggr_core.routing import Engine, unwrapped
+
+        self.gradient = check_choice("gradient", gradient, GRADIENT_MODES)
+        self.selection = check_choice("selection", selection, MODEL_SELECTIONS)
+        self.scoring = check_choice("scoring", scoring, SCORINGS)
+        self.num_strata = check_at_least("num_strata", num_strata, 1)
+        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
+        self.block_size = check_at_least("block_size", block_size, 1)
+        self.unbiased = unbiased
+        self.seed = seed
+        self.ignore_index = ignore_index
+        if engine is not None:
+            check_choice("engine", engine, ENGINES)
+        if gradient == "sequence" and selection == "supervised":
+            raise ValueError("selection='supervised' keeps tokens, and gradient='sequence' keeps whole sequences")
+        if dynamic_threshold and selection in _SCORELESS:
+            raise ValueError(
+                f"dynamic_threshold needs the confidence of scored tokens, and selection={selection!r} scores none"
+            )
+        if engine == "interleaved" and router is None and selection not in _SCORELESS:
+            raise ValueError(
+                "engine='interleaved' needs the selection before the layers: give a router "
+                "(create_truncated_router(model)), selection='random' or 'supervised', or leave engine=None"
+            )
+        self.engine = engine
+        self.schedule = Schedule(
+            min_tokens_ratio=min_tokens_ratio,
+            warmup_steps=warmup_steps,
+            dynamic_threshold=dynamic_threshold,
+            threshold_sensitivity=threshold_sensitivity,
+        )
+        self.model = model
+        self._passes = Engine(model)
+        if isinstance(router, TruncatedRouter) and unwrapped(router.model) is unwrapped(model):
+            # Shared parameters are registered once; and its passes are run by this model's own engine.
+            self._own_depth: int | None = router.num_layers
+            self.__dict__["router"] = router
+        else:
+            self._own_depth = None
+            self.router = router
+        self._monitor = Monitor()
+        self._metrics: dict[str, Any] = {}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        reference_nll: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+        selection: Selection | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The loss of the kept tokens in training with labels; otherwise the wrapped model's own output.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            labels: int64 ``[B, S]`` as for the wrapped model (causal models shift them); ``ignore_index`` is never
+                scored, selected or counted.
+            token_weight: ``[B, S]``, multiplies the loss of the token predicted at each position.
+            reference_nll: ``[B, S]``, a reference model's nll at each position, for ``scoring="excess"``.
+            num_items: Countable tokens of the whole optimiser step, under gradient accumulation or on several ranks;
+                by default this batch's.
+            selection: Kept tokens chosen by the caller, one row for each row of the batch.
+            **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
+                arguments of the wrapped model. Without an attention mask, positions that start anew are packed
+                documents, and nothing is attended to across them.
+
+        Returns:
+            A float32 scalar, connected to the graph even where nothing is countable; or the model's output.
+
+        Raises:
+            ValueError: If shapes or devices do not fit, the mode is not possible for this model, or (on other devices
+                than the CPU: one step later) labels are outside the vocabulary or logits are NaN.
+            TypeError: If labels are not int64.
+        """
+        arguments = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
+        if labels is None or not self.training:
+            given = {} if labels is None else {"labels": labels}
+            return self.model(**arguments, **given)
+        self._raise_what_was_found()
+        batch = self._passes.inputs(**arguments)
+        self._check(labels, batch, token_weight, reference_nll, selection)
+        self._passes.prepare(batch, routing=self.gradient in ("kv", "detached"))
+        targets = align_labels(
+            labels,
+            shifted=self._passes.architecture.shifted,
+            vocab_size=self._passes.vocab_size,
+            ignore_index=self.ignore_index,
+        )
+        step = _Step(self, batch, arguments, targets, token_weight, reference_nll, num_items, selection)
+        loss = getattr(step, self.gradient)()
+        self._metrics = step.metrics(loss)
+        self.schedule.note_forward()
+        self._watch(targets, step.statistics)
+        return loss
+
+    def step(self) -> None:
+        """Advance the curriculum by one optimiser step."""
+        self.schedule.step()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the last training forward did; tensors stay on their device until they are read.
+
+        ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``, ``gradient``, ``engine``; where tokens were
+        scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
+        ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
+        ``auxiliary_loss`` for mixtures of experts that report one.
+        """
+        return dict(self._metrics)
+
+    def routing_state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, besides the model, to make the same selections."""
+        return self.schedule.state_dict()
+
+    def load_routing_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`routing_state_dict`."""
+        self.schedule.load_state_dict(state)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The wrapped model's."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the wrapped model."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def _check(
+        self,
+        labels: Tensor,
+        batch: "TokenInputs",
+        token_weight: Tensor | None,
+        reference_nll: Tensor | None,
+        selection: Selection | None,
+    ) -> None:
+        tokens = batch.position_ids
+        for name, tensor in {"labels": labels, "token_weight": token_weight, "reference_nll": reference_nll}.items():
+            if tensor is not None:
+                check_shape(name, tensor, batch.shape, "one value for each input token")
+                check_same_device(name, tensor, "the input", tokens)
+        if (self.scoring == "excess") != (reference_nll is not None) and self.selection not in _SCORELESS:
+            raise ValueError(
+                "scoring='excess' needs reference_nll"
+                if reference_nll is None
+                else f"reference_nll is read by scoring='excess' only, and scoring is {self.scoring!r}"
+            )
+        if selection is not None:
+            if self.gradient == "sequence":
+                raise ValueError("a selection of tokens was passed, and gradient='sequence' keeps whole sequences")
+            if selection.index.shape[0] != batch.shape[0] or tuple(selection.shape) != batch.shape:
+                raise ValueError(
+                    f"selection was made for {list(selection.shape)} tokens in {selection.index.shape[0]} row(s), and "
+                    f"the batch has {list(batch.shape)}; select with scope='row'"
+                )
+            check_same_device("selection.index", selection.index, "the input", tokens)
+
+    def _watch(self, targets: Targets, statistics: TokenStatistics | None) -> None:
+        """Note counts of what must not be, and the confidence, to be read without waiting."""
+        nan = targets.invalid.new_zeros(())
+        confidence = torch.full((), torch.nan, device=targets.invalid.device)
+        if statistics is not None:
+            found = next(value for value in statistics[:-1] if value is not None)
+            nan = (found.isnan() & targets.countable).sum()
+            if self.schedule.dynamic_threshold:
+                confidence = self._metrics["confidence"]
+        self._monitor.post(torch.stack([targets.invalid.float(), nan.float(), confidence]))
+
+    def _raise_what_was_found(self) -> None:
+        found = self._monitor.read()
+        if found is None:
+            return
+        invalid, nan, confidence = found
+        if invalid:
+            raise ValueError(
+                f"labels of the last step had {int(invalid)} value(s) outside [0, {self._passes.vocab_size}) that are "
+                f"not ignore_index={self.ignore_index}; they were not counted"
+            )
+        if nan:
+            raise ValueError(
+                f"the logits of the last step were NaN at {int(nan)} tokens; look for an overflow or a bad learning "
+                "rate before that step"
+            )
+        if confidence == confidence:
+            self.schedule.observe(confidence)
+
+
+class _Step:
+    """One training forward: what every gradient mode does with the same batch."""
+
+    def __init__(
+        self,
+        config: CGGRModel,
+        batch: "TokenInputs",
+        arguments: dict[str, Any],
+        targets: Targets,
+        token_weight: Tensor | None,
+        reference_nll: Tensor | None,
+        num_items: Tensor | float | None,
+        selection: Selection | None,
+    ) -> None:
+        self.config = config
+        self.passes: Engine = config._passes
+        self.batch = batch
+        self.arguments = arguments
+        self.targets = targets
+        self.token_weight = token_weight
+        self.reference_nll = reference_nll
+        self.num_items = num_items
+        self.selection = selection
+        self.statistics: TokenStatistics | None = None
+        self.score: Tensor | None = None
+        self.engine = "plain"
+        self.at_full_depth = False
+        self.auxiliary_loss: Tensor | None = None
+        self.readout = HeadReadout(self.passes.architecture.head, ignore_index=config.ignore_index)
+        self.needs_scores = selection is None and config.selection not in _SCORELESS
+
+    def exact(self) -> Tensor:
+        """Ordinary forward; the loss and the head's backward are those of the kept tokens."""
+        values = self.passes.plain(self.arguments)
+        if self.needs_scores:
+            if self.config.router is None:
+                self._score_from(values.detach(), full_depth=True)
+            else:
+                self._score_by_router()
+        self._select()
+        index = self.selection.index
+        kept = values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+        return self._loss(kept)
+
+    def kv(self) -> Tensor:
+        """Gradients of kept tokens, and of all tokens' key and value projections."""
+        return self._routed(keep_graph=True)
+
+    def detached(self) -> Tensor:
+        """Gradients of kept tokens; other tokens' keys and values are constants."""
+        return self._routed(keep_graph=False)
+
+    def sequence(self) -> Tensor:
+        """Ordinary forward and backward of the kept rows."""
+        config = self.config
+        if self.needs_scores:
+            if config.router is None:
+                with torch.no_grad():
+                    self._score_from(self.passes.plain(self.arguments), full_depth=True)
+            else:
+                self._score_by_router()
+        countable = self.targets.countable
+        counts = countable.sum(1)
+        row_score = counts.float() if self.score is None else (self.score * countable).sum(1) / counts.clamp(min=1)
+        rows = self._selected(row_score[None], (counts > 0)[None], capacity=None, block_size=1)
+        index, weight = rows.index[0], rows.weight[0]
+        length = self.batch.shape[1]
+        kept = {
+            name: value.index_select(0, index) if _is_batched(value, self.batch.shape[0]) else value
+            for name, value in self.arguments.items()
+        }
+        values = self.passes.plain(kept)
+        tokens = self.targets.tokens.index_select(0, index)
+        coefficients = weight[:, None] * (tokens != config.ignore_index) / self._denominator()
+        if self.token_weight is not None:
+            coefficients = coefficients * self.token_weight.index_select(0, index)
+        mask = torch.zeros_like(countable).index_put_((index,), rows.valid[0][:, None].expand(-1, length)) & countable
+        self.mask = mask
+        return self.readout.weighted_loss(values, tokens, coefficients)
+
+    def _routed(self, *, keep_graph: bool) -> Tensor:
+        from cggr_core.routing import NO_CONTEXT
+
+        config, passes = self.config, self.passes
+        context, depth = NO_CONTEXT, passes.depth
+        engine = config.engine or ("two_pass" if self.needs_scores and config.router is None else "interleaved")
+        if self.needs_scores:
+            own = config._own_depth
+            if config.router is None or (own is not None and engine == "interleaved"):
+                context, values = passes.context(
+                    self.batch, depth=depth if config.router is None else own, keep_graph=keep_graph, head=True
+                )
+                self._score_from(values, full_depth=config.router is None)
+            else:
+                self._score_by_router()
+        if engine == "two_pass" and context is NO_CONTEXT:
+            context, _ = passes.context(self.batch, depth=depth, keep_graph=keep_graph, head=False)
+        self._select()
+        self.engine = engine
+        values, auxiliary = passes.gradient(self.batch, self.selection, context, keep_graph=keep_graph)
+        self.auxiliary_loss = auxiliary
+        loss = self._loss(values)
+        return loss if auxiliary is None else loss + auxiliary
+
+    def _fields(self, *, full_depth: bool) -> frozenset[str]:
+        fields = fields_for(self.config.scoring, True)
+        if self.config.schedule.dynamic_threshold:
+            fields |= {"confidence"}
+        return fields | {"nll"} if full_depth else fields
+
+    def _score_from(self, values: Tensor, *, full_depth: bool) -> None:
+        statistics = self.readout.statistics(values, self.targets.tokens, fields=self._fields(full_depth=full_depth))
+        self.at_full_depth = full_depth
+        self._take(statistics)
+
+    def _score_by_router(self) -> None:
+        self._take(
+            router_statistics(
+                self.config.router,
+                self.arguments,
+                self.targets.tokens,
+                fields=self._fields(full_depth=False),
+                ignore_index=self.config.ignore_index,
+            )
+        )
+
+    def _take(self, statistics: TokenStatistics) -> None:
+        self.statistics = statistics
+        self.score = score(statistics, scoring=self.config.scoring, reference_nll=self.reference_nll)
+
+    def _select(self) -> None:
+        if self.selection is not None:
+            return
+        countable = self.targets.countable
+        if self.config.selection == "supervised":
+            self.selection = Selection.from_mask(countable)
+            return
+        score = torch.zeros(countable.shape, device=countable.device) if self.score is None else self.score
+        capacity = self.config.schedule.capacity(self.batch.shape[1])
+        if self.config.selection == "sequence_aware":
+            capacity = min(max(capacity, self.config.min_tokens_per_sequence), self.batch.shape[1])
+        self.selection = self._selected(score, countable, capacity=capacity, block_size=self.config.block_size)
+
+    def _selected(self, score: Tensor, countable: Tensor, *, capacity: int | None, block_size: int) -> Selection:
+        config = self.config
+        return select(
+            score,
+            countable,
+            ratio=config.schedule.ratio,
+            selection=config.selection,
+            scope="row",
+            capacity=capacity,
+            num_strata=config.num_strata,
+            min_tokens_per_sequence=config.min_tokens_per_sequence,
+            block_size=block_size,
+            unbiased=config.unbiased,
+            seed=config.seed,
+            draw=config.schedule.next_draw(),
+        )
+
+    def _loss(self, values: Tensor) -> Tensor:
+        selection = self.selection
+        self.mask = selection.mask
+        coefficients = loss_coefficients(
+            selection, self.targets.countable, token_weight=self.token_weight, num_items=self.num_items
+        )
+        return self.readout.weighted_loss(values, self.targets.tokens.gather(1, selection.index), coefficients)
+
+    def _denominator(self) -> Tensor | float:
+        return self.targets.countable.sum().clamp(min=1) if self.num_items is None else self.num_items
+
+    def metrics(self, loss: Tensor) -> dict[str, Any]:
+        """See :attr:`CGGRModel.metrics`."""
+        countable, kept = self.targets.countable, self.mask & self.targets.countable
+        count, kept_count = countable.sum(), kept.sum()
+        metrics: dict[str, Any] = {
+            "loss": loss.detach(),
+            "keep_ratio": kept_count / count.clamp(min=1),
+            "kept_tokens": kept_count,
+            "countable_tokens": count,
+            "gradient": self.config.gradient,
+            "engine": self.engine,
+        }
+        if self.auxiliary_loss is not None:
+            metrics["auxiliary_loss"] = self.auxiliary_loss.detach()
+        if self.score is not None and self.statistics is not None:
+            dropped = countable & ~kept
+            metrics["score_kept"] = (self.score * kept).sum() / kept_count.clamp(min=1)
+            metrics["score_dropped"] = (self.score * dropped).sum() / dropped.sum().clamp(min=1)
+            if self.statistics.confidence is not None:
+                metrics["confidence"] = (self.statistics.confidence * countable).sum() / count.clamp(min=1)
+            if self.at_full_depth and self.statistics.nll is not None:
+                metrics["full_loss"] = (self.statistics.nll * countable).sum() / count.clamp(min=1)
+        return metrics
+
+
+def _is_batched(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows

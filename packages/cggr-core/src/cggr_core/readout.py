@@ -1,0 +1,92 @@
+"""Reading a language-model head: statistics of all tokens, losses of the kept ones."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.linear_loss import linear_cross_entropy
+from cggr_core.scoring import TokenStatistics, linear_token_statistics, token_statistics
+
+if TYPE_CHECKING:
+    from cggr_core.routing.architectures import Head
+
+
+class HeadReadout:
+    """Statistics and losses through one head, without a logits tensor where the head is one matrix.
+
+    Args:
+        head: The head.
+        ignore_index: Target that is not counted.
+    """
+
+    def __init__(self, head: "Head", *, ignore_index: int) -> None:
+        self._head = head
+        self._ignore_index = ignore_index
+
+    @property
+    def fused(self) -> bool:
+        """Whether hidden states suffice; otherwise the model's own logits are read."""
+        return self._head.fused
+
+    @torch.no_grad()
+    def statistics(self, values: Tensor, targets: Tensor, *, fields: Collection[str]) -> TokenStatistics:
+        """Statistics of every token.
+
+        Args:
+            values: The head's input ``[B, S, H]`` if ``fused``, else logits ``[B, S, V]``.
+            targets: int64 ``[B, S]``.
+            fields: Statistics that are needed.
+
+        Returns:
+            float32 ``[B, S]`` each.
+        """
+        if not self.fused:
+            return token_statistics(values, targets, ignore_index=self._ignore_index, fields=fields)
+        module = self._linear
+        return linear_token_statistics(
+            values,
+            module.weight,
+            targets,
+            bias=module.bias,
+            softcap=self._head.softcap,
+            scale=self._head.scale,
+            ignore_index=self._ignore_index,
+            fields=fields,
+        )
+
+    def weighted_loss(self, values: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
+        """``sum(coefficients * nll)`` with gradients.
+
+        Args:
+            values: The head's input ``[..., H]`` if ``fused``, else logits ``[..., V]``.
+            targets: int64 ``[...]``.
+            coefficients: float32 ``[...]``; 0 for tokens that do not count.
+
+        Returns:
+            float32 scalar.
+        """
+        targets = torch.where(coefficients != 0, targets, self._ignore_index).flatten()
+        if not self.fused:
+            nll = nn.functional.cross_entropy(
+                values.flatten(0, -2).float(), targets, ignore_index=self._ignore_index, reduction="none"
+            )
+            return (nll * coefficients.flatten()).sum()
+        module = self._linear
+        return linear_cross_entropy(
+            values.flatten(0, -2),
+            module.weight,
+            targets,
+            row_weight=coefficients.flatten(),
+            bias=module.bias,
+            softcap=self._head.softcap,
+            scale=self._head.scale,
+            ignore_index=self._ignore_index,
+        )
+
+    @property
+    def _linear(self) -> nn.Linear:
+        module = self._head.module
+        assert isinstance(module, nn.Linear)  # what "fused" means
+        return module

@@ -1,0 +1,146 @@
+"""Routers: whatever produces scores before the gradient pass."""
+
+import warnings
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.readout import HeadReadout
+from cggr_core.scoring import TokenStatistics, token_statistics
+
+if TYPE_CHECKING:
+    from cggr_core.routing import Engine
+
+
+class TruncatedRouter(nn.Module):
+    """The first layers of a model with its own norm and head; made by :func:`create_truncated_router`.
+
+    It shares every parameter with the model. In a :class:`~cggr_core.CGGRModel` around the same model, what it
+    computed is not computed again: the gradient pass goes on from its keys, values and hidden states.
+
+    Attributes:
+        model: The whole model.
+        num_layers: Layers that are run.
+    """
+
+    def __init__(self, model: nn.Module, num_layers: int) -> None:
+        super().__init__()
+        self.model = model
+        self.num_layers = num_layers
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> "Engine":
+        """The passes over :attr:`model`."""
+        if self._engine is None:
+            from cggr_core.routing import Engine
+
+            self._engine = Engine(self.model)
+        return self._engine
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Logits after the first layers, with the model's norm, head, softcap and scale.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            **inputs: ``attention_mask``, ``position_ids`` and other arguments of the model's forward.
+
+        Returns:
+            Logits ``[B, S, V]``.
+        """
+        arguments = {"input_ids": input_ids, **inputs}
+        self.engine.prepare(self.engine.inputs(**arguments), routing=False)
+        return self.engine.logits(arguments, depth=self.num_layers)
+
+    @torch.no_grad()
+    def statistics(
+        self, inputs: dict[str, Any], targets: Tensor | None, *, fields: Collection[str], ignore_index: int = -100
+    ) -> TokenStatistics:
+        """Token statistics without a logits tensor.
+
+        Args:
+            inputs: Arguments of the model's forward.
+            targets: Aligned targets, int64 ``[B, S]``, or ``None``.
+            fields: Statistics that are needed.
+            ignore_index: Target that is not scored.
+
+        Returns:
+            float32 ``[B, S]`` each.
+        """
+        self.engine.prepare(self.engine.inputs(**inputs), routing=False)
+        readout = HeadReadout(self.engine.architecture.head, ignore_index=ignore_index)
+        return readout.statistics(self.engine.plain(inputs, depth=self.num_layers), targets, fields=fields)
+
+
+def create_truncated_router(model: nn.Module, num_layers: int = 4) -> TruncatedRouter:
+    """A router that is the model itself, stopped after its first layers.
+
+    Args:
+        model: A Hugging Face language model (or a PEFT wrapper of one); nothing of it is copied.
+        num_layers: Layers to run, at least 1. A model with no more layers than that, or whose layers are not found,
+            is run in full, with a warning.
+
+    Returns:
+        The router.
+
+    Raises:
+        TypeError: If ``model`` is not a Hugging Face model, or ``num_layers`` not an integer.
+        ValueError: If ``num_layers`` is less than 1.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+        >>> router = create_truncated_router(LlamaForCausalLM(config), num_layers=1)
+        >>> router.num_layers
+        1
+    """
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+        raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    router = TruncatedRouter(model, num_layers)
+    depth = router.engine.depth
+    if num_layers >= depth:
+        warnings.warn(
+            f"create_truncated_router(num_layers={num_layers}) passes through the full model: "
+            + (f"it has {depth} layers" if depth else f"the layers of {type(model).__name__} were not found")
+            + "; scoring then costs a full forward",
+            stacklevel=2,
+        )
+        router.num_layers = depth
+    return router
+
+
+@torch.no_grad()
+def router_statistics(
+    router: Any, inputs: dict[str, Any], targets: Tensor | None, *, fields: Collection[str], ignore_index: int = -100
+) -> TokenStatistics:
+    """Token statistics by any router.
+
+    Args:
+        router: A :class:`TruncatedRouter`, or a callable ``router(**inputs)`` that returns logits ``[B, S, V]`` or an
+            object with ``.logits``.
+        inputs: Arguments of the model's forward.
+        targets: Aligned targets, int64 ``[B, S]``, or ``None``.
+        fields: Statistics that are needed.
+        ignore_index: Target that is not scored.
+
+    Returns:
+        float32 ``[B, S]`` each.
+
+    Raises:
+        TypeError: If the router returned neither.
+    """
+    if isinstance(router, TruncatedRouter):
+        return router.statistics(inputs, targets, fields=fields, ignore_index=ignore_index)
+    output = router(**inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"router must return logits [B, S, V] or an object with .logits, got {type(output).__name__} from "
+            f"{type(router).__name__}"
+        )
+    return token_statistics(logits, targets, ignore_index=ignore_index, fields=fields)

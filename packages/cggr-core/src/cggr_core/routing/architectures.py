@@ -1,0 +1,159 @@
+"""What the engines need to know of a Hugging Face model: its layers, its head, and where its positions come from."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Layer types that keep a state of their own instead of keys and values.
+_STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head as one matrix: ``logits = softcap * tanh(scale * (h @ W.T + b) / softcap)``.
+
+    Attributes:
+        module: The output embedding; its input is what the statistics and losses read.
+        scale: Factor on the logits, or ``None``.
+        softcap: Bound on the logits, or ``None``.
+        fused: Whether that formula is all that the head does; otherwise the model's own logits are used.
+    """
+
+    module: nn.Module
+    scale: float | None
+    softcap: float | None
+    fused: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The parts of a model that routing touches.
+
+    Attributes:
+        layers: Decoder or encoder layers, in order; empty where they were not found.
+        head: The language-model head.
+        shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
+        obstacle: Why keys and values cannot be routed, or ``None`` where they can.
+        forward_parameters: Names that the model's forward accepts.
+    """
+
+    layers: nn.ModuleList
+    head: Head
+    shifted: bool
+    obstacle: str | None
+    forward_parameters: frozenset[str]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT wrapper, or ``model`` itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def describe(model: nn.Module) -> Architecture:
+    """Find the layers and the head of a Hugging Face language model.
+
+    Args:
+        model: A causal or masked language model, possibly wrapped by PEFT.
+
+    Returns:
+        Its description; nothing of the model is copied or changed.
+
+    Raises:
+        TypeError: If ``model`` is not a Hugging Face model.
+        ValueError: If it has no output embedding.
+    """
+    base = unwrapped(model)
+    config = getattr(base, "config", None)
+    if config is None or not hasattr(config, "get_text_config") or not hasattr(base, "get_output_embeddings"):
+        raise TypeError(
+            f"model must be a Hugging Face transformers language model (PreTrainedModel or a PEFT wrapper of one), "
+            f"got {type(model).__name__}"
+        )
+    text_config = config.get_text_config()
+    layers, owner = _find_layers(base, text_config.num_hidden_layers)
+    return Architecture(
+        layers=layers,
+        head=_find_head(base, text_config),
+        shifted=getattr(base, "loss_type", None) != "ForMaskedLM",
+        obstacle=_obstacle(base, text_config, owner)
+        if layers
+        else f"the layers of {type(base).__name__} were not found",
+        forward_parameters=frozenset(inspect.signature(base.forward).parameters),
+    )
+
+
+def _find_layers(base: nn.Module, count: int) -> tuple[nn.ModuleList, nn.Module]:
+    # Vision towers can have as many layers as the text model, so the text decoder is searched first.
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    for root in (decoder, base):
+        if not isinstance(root, nn.Module):
+            continue
+        found = [
+            (name.count("."), name, module)
+            for name, module in root.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        ]
+        if found:
+            _, name, layers = min(found, key=lambda item: item[:2])
+            owner = root.get_submodule(name.rpartition(".")[0])
+            return layers, owner
+    return nn.ModuleList(), base
+
+
+def _find_head(base: nn.Module, config: Any) -> Head:
+    module = base.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
+    scale = None
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
+        scale = float(config.logit_scale)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # A subclass with another forward (quantised, LoRA) is not the plain matrix, even where it equals it today.
+    fused = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return Head(module, scale, None if softcap is None else float(softcap), fused)
+
+
+def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:
+    name = type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder model"
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    stateful = sorted({kind for kind in layer_types if any(word in kind for word in _STATEFUL)})
+    if stateful:
+        return f"{name} has layers without keys and values ({', '.join(stateful)})"
+    if "past_key_values" not in inspect.signature(owner.forward).parameters:
+        return f"{name} keeps no key/value cache"
+    return None
+
+
+def default_position_ids(model: nn.Module, input_ids: Tensor | None, like: Tensor, padding: Tensor | None) -> Tensor:
+    """The position ids that the model would make up itself, made explicit so that kept tokens can carry theirs.
+
+    Args:
+        model: The model.
+        input_ids: ``[B, S]`` int64, or ``None`` when embeddings are given.
+        like: ``[B, S, ...]``, gives shape and device.
+        padding: ``[B, S]``, the attention mask (0 = padding), or ``None``.
+
+    Returns:
+        int64 ``[B, S]``.
+    """
+    base = unwrapped(model)
+    batch, length = like.shape[:2]
+    positions = torch.arange(length, device=like.device).expand(batch, length)
+    if base.config.model_type == "opt" and padding is not None:
+        seen = padding.long()
+        return seen.cumsum(1) * seen - 1
+    for module in base.modules():
+        # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            if input_ids is None:
+                return positions + module.padding_idx + 1
+            return module.create_position_ids_from_input_ids(input_ids, module.padding_idx)
+    return positions

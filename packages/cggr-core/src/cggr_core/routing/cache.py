@@ -1,0 +1,160 @@
+"""Caches through which the passes see and replace every layer's keys and values.
+
+A Hugging Face attention layer hands its keys and values (after rotary embedding) to ``cache.update`` and attends to
+what comes back. That one call is the seam: a recording cache notes them, a routed cache returns full-length keys
+and values in which the kept rows are fresh.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class PassCache(Cache):
+    """A cache for one pass over ``queries`` of ``length`` positions; ``update`` is what subclasses differ in."""
+
+    is_compileable = False
+
+    def __init__(self, *, queries: int, length: int) -> None:
+        super().__init__(layers=[])
+        self._queries = queries
+        self._length = length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        # Models derive the number of keys as this plus the number of queries (ALiBi, default masks).
+        return self._length - self._queries
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        return self._length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class RecordingCache(PassCache):
+    """Notes keys and values of every layer of a pass over all positions.
+
+    Args:
+        length: Positions ``S``.
+        keep_graph: Keep the graph of keys and values (gradient mode ``kv``); gradients are off after each ``update``
+            either way, so that nothing else of the layer is kept.
+    """
+
+    def __init__(self, *, length: int, keep_graph: bool) -> None:
+        super().__init__(queries=length, length=length)
+        self.recorded: dict[int, KeyValue] = {}
+        self._keep_graph = keep_graph
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
+        constant = key_states.detach(), value_states.detach()
+        self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
+        torch.set_grad_enabled(False)
+        return constant
+
+
+class OtherTokensCache(PassCache):
+    """Keys and values of the other tokens, merged for their own attention with the kept tokens' (as constants)."""
+
+    def __init__(self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool) -> None:
+        super().__init__(queries=index.shape[1], length=length)
+        self._index = index
+        self._kept_index = kept_index
+        self._keep_graph = keep_graph
+        self.recorded: dict[int, KeyValue] = {}
+        self.kept: KeyValue | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
+        constant = key_states.detach(), value_states.detach()
+        self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
+        torch.set_grad_enabled(False)
+        if self.kept is None:
+            raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
+        return tuple(
+            merge_rows(other, self._index, kept, self._kept_index, self.get_mask_sizes(0, 0)[0])
+            for other, kept in zip(constant, self.kept, strict=True)
+        )
+
+
+class RoutedCache(PassCache):
+    """Full-length keys and values for the gradient pass.
+
+    Args:
+        index: Kept positions, ``[B, K]``.
+        valid: ``[B, K]``; where false, the slot is filled with another token.
+        length: Positions ``S``.
+        recorded: Full-length keys and values of the layers that a context pass has run through.
+        other_index: Positions of the other tokens, ``[B, S - K]``; ``None`` if every layer was recorded.
+        run_others: ``(layer, kept key and value) -> other tokens' key and value`` for layers that were not.
+        keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
+    """
+
+    def __init__(
+        self,
+        *,
+        index: Tensor,
+        valid: Tensor,
+        length: int,
+        recorded: dict[int, KeyValue],
+        other_index: Tensor | None,
+        run_others: Callable[[int, KeyValue], KeyValue] | None,
+        keep_graph: bool,
+    ) -> None:
+        super().__init__(queries=index.shape[1], length=length)
+        self._index = index
+        self._valid = valid[:, None, :, None]
+        self._recorded = recorded
+        self._other_index = other_index
+        self._run_others = run_others
+        self._keep_graph = keep_graph
+        self.updated: set[int] = set()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
+        # Called again with the same keys and values when a checkpointed layer is recomputed: nothing here may depend
+        # on how often that happens, and _run_others answers from memory.
+        self.updated.add(layer_idx)
+        fresh = key_states, value_states
+        if layer_idx in self._recorded:
+            recorded = self._recorded[layer_idx]
+            return tuple(self._into_recorded(full, kept) for full, kept in zip(recorded, fresh, strict=True))
+        if not self._keep_graph:
+            # A filler slot is another token: to the kept ones its keys and values are constants.
+            fresh = tuple(torch.where(self._valid, kept, kept.detach()) for kept in fresh)
+        if self._other_index is None or self._run_others is None:
+            return fresh  # every position is in the pass, in order
+        others = self._run_others(layer_idx, (key_states.detach(), value_states.detach()))
+        return tuple(
+            merge_rows(other, self._other_index, kept, self._index, self._length)
+            for other, kept in zip(others, fresh, strict=True)
+        )
+
+    def _into_recorded(self, full: Tensor, kept: Tensor) -> Tensor:
+        rows = _expanded(self._index, kept)
+        # Filler slots write back what was recorded, so they change nothing and take no gradient.
+        return full.scatter(2, rows, torch.where(self._valid, kept, full.gather(2, rows)))
+
+
+def merge_rows(first: Tensor, first_index: Tensor, second: Tensor, second_index: Tensor, length: int) -> Tensor:
+    """Put two disjoint sets of rows that cover all positions in order.
+
+    Args:
+        first: ``[B, H, M, D]``.
+        first_index: ``[B, M]`` positions of its rows.
+        second: ``[B, H, K, D]``, with ``M + K = length``.
+        second_index: ``[B, K]``.
+        length: Number of positions.
+
+    Returns:
+        ``[B, H, length, D]``, differentiable in both.
+    """
+    merged = second.new_empty(*second.shape[:2], length, second.shape[3])
+    merged.scatter_(2, _expanded(first_index, first), first)
+    return merged.scatter_(2, _expanded(second_index, second), second)
+
+
+def _expanded(index: Tensor, like: Tensor) -> Tensor:
+    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])

@@ -1,0 +1,135 @@
+"""The context pass: all tokens through the first layers, leaving keys, values and what the head saw."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.cache import KeyValue, RecordingCache
+from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.masks import routed_masks
+from cggr_core.routing.patching import replaced_forwards, without_autocast_cache, without_checkpointing
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a context pass leaves behind.
+
+    Attributes:
+        recorded: Full-length keys and values of the layers below ``depth``.
+        hidden: Input of layer ``depth`` at every position ``[B, S, H]``; ``None`` at full depth.
+        depth: Layers that were run.
+        logits: ``[B, S, V]`` where the model's own head was run, else ``None``.
+    """
+
+    recorded: dict[int, KeyValue]
+    hidden: Tensor | None
+    depth: int
+    logits: Tensor | None = None
+
+
+NO_CONTEXT = Context({}, None, 0)
+
+
+HeadReader = Callable[[Tensor], None]
+LayerOutput = Callable[[Tensor], Any]
+
+
+@torch.no_grad()
+def context_pass(
+    model: nn.Module,
+    architecture: Architecture,
+    inputs: TokenInputs,
+    *,
+    depth: int,
+    keep_graph: bool,
+    read_head: HeadReader | None,
+    layer_output: LayerOutput,
+) -> Context:
+    """Run all tokens through the first ``depth`` layers without keeping activations.
+
+    The layers above are passed through unchanged, so that the model itself applies its final norm and whatever else
+    stands before its head.
+
+    Args:
+        model: The model.
+        architecture: Its description.
+        inputs: The batch.
+        depth: Layers to run, up to all.
+        keep_graph: Keep the graph from each layer's (detached) input to its keys and values, for mode ``kv``.
+        read_head: Called with the head's input ``[B, S, H]`` in place of the head; ``None`` runs the model's own head.
+        layer_output: Wraps a hidden state the way the model's layers return it.
+
+    Returns:
+        Keys and values, and the hidden state to go on from.
+
+    Raises:
+        RuntimeError: If a layer did not hand its keys and values over.
+    """
+    cache = RecordingCache(length=inputs.shape[1], keep_graph=keep_graph)
+    resume: list[Tensor] = []
+
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = with_layer_input(args, kwargs, layer_input(args, kwargs).detach())
+        # The cache's update switches gradients off again: only keys and values keep their graph.
+        with torch.set_grad_enabled(keep_graph):
+            return forward(*args, **kwargs)
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        hidden = layer_input(args, kwargs)
+        if not resume:
+            resume.append(hidden)
+        return layer_output(hidden)
+
+    replacements: dict[nn.Module, Callable[..., Any]] = {}
+    if read_head is not None:
+        replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
+    for number, layer in enumerate(architecture.layers):
+        replacements[layer] = partial(run, layer.forward) if number < depth else skip
+    with (
+        without_checkpointing(model),
+        without_autocast_cache(),
+        _context_masks(inputs),
+        replaced_forwards(replacements),
+    ):
+        output = model(**inputs.arguments(), past_key_values=cache, use_cache=True)
+    missing = sorted(set(range(depth)) - cache.recorded.keys())
+    if missing:
+        raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
+    logits = output.logits if read_head is None else None
+    return Context(cache.recorded, resume[0] if resume else None, depth, logits)
+
+
+def _context_masks(inputs: TokenInputs) -> AbstractContextManager[None]:
+    # transformers looks for packed documents only where no cache is passed, so they are put into the mask here;
+    # without padding and packing its own shortcuts (plain causal attention) stay in force.
+    if inputs.segment is None and inputs.padding is None:
+        return nullcontext()
+    return routed_masks(inputs.visibility())
+
+
+def read_in_place_of_head(read_head: HeadReader, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A head's forward that only shows its input; what the model makes of the result is not used."""
+    read_head(hidden)
+    return hidden.detach()
+
+
+def ignore_head(hidden: Tensor) -> None:
+    """A head reader for passes that need nothing of the head."""
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a decoder layer's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_layer_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with another hidden state."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -1,0 +1,196 @@
+"""One model, and the passes that can be run on it."""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from cggr_core.routing.architectures import Architecture, describe
+from cggr_core.routing.context_pass import NO_CONTEXT, Context, context_pass, ignore_head, read_in_place_of_head
+from cggr_core.routing.gradient_pass import gradient_pass
+from cggr_core.routing.inputs import TokenInputs, token_inputs
+from cggr_core.routing.patching import replaced_forwards
+from cggr_core.routing.probe import Probe, probe
+from cggr_core.routing.truncation import truncated
+from cggr_core.selection import Selection
+
+__all__ = ["NO_CONTEXT", "Engine"]
+
+
+class Engine:
+    """Plain, context and gradient passes over a Hugging Face model.
+
+    Every pass gives the *head values*: the input of the language-model head where the head is one matrix, else the
+    model's logits.
+
+    Args:
+        model: A Hugging Face language model, possibly wrapped by PEFT.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._described = describe(model)
+        self._probe: Probe | None = None
+        self._probed_routing = False
+
+    @property
+    def architecture(self) -> Architecture:
+        """The description, corrected by what the first batch showed."""
+        return self._described if self._probe is None else self._probe.architecture
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self._described.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        weight = getattr(self._described.head.module, "weight", None)
+        if weight is not None and weight.dim() == 2:
+            return weight.shape[0]
+        return self.model.config.get_text_config().vocab_size
+
+    def inputs(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **options: Any,
+    ) -> TokenInputs:
+        """A checked batch; see :func:`cggr_core.routing.inputs.token_inputs`."""
+        return token_inputs(
+            self.model,
+            self._described,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            options=options,
+        )
+
+    def prepare(self, inputs: TokenInputs, *, routing: bool) -> None:
+        """Look at the model on a few tokens of its first batch.
+
+        Args:
+            inputs: The batch.
+            routing: Whether keys and values will be routed.
+
+        Raises:
+            ValueError: If they will, and this model cannot.
+        """
+        if self._probe is None or (routing and not self._probed_routing):
+            self._probe = probe(self.model, self._described, inputs, routing=routing)
+            self._probed_routing = routing
+            head = self._probe.architecture.head
+            if self._described.head.fused and not head.fused:
+                warnings.warn(
+                    f"the head of {type(self.model).__name__} is not one matrix with a scale and a softcap; its own "
+                    "logits are used, [tokens, vocabulary] at a time",
+                    stacklevel=3,
+                )
+        if routing and self.architecture.obstacle is not None:
+            raise ValueError(
+                f"gradient='kv' and 'detached' route keys and values, and {self.architecture.obstacle}; use "
+                "gradient='exact' or gradient='sequence'"
+            )
+
+    def plain(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
+        """An ordinary forward, with or without gradients as the caller has set them.
+
+        Args:
+            arguments: Of the model's forward, as its caller gave them.
+            depth: Layers to run before the final norm; all by default.
+
+        Returns:
+            Head values ``[B, S, ...]``.
+        """
+        if not self.architecture.head.fused:
+            return self.logits(arguments, depth=depth)
+        seen: list[Tensor] = []
+        with (
+            self._truncated(depth),
+            replaced_forwards({self.architecture.head.module: partial(read_in_place_of_head, seen.append)}),
+        ):
+            self.model(**arguments, use_cache=False)
+        return seen[0]
+
+    def logits(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
+        """The logits ``[B, S, V]`` of an ordinary forward through ``depth`` layers (all by default)."""
+        with self._truncated(depth):
+            return self.model(**arguments, use_cache=False).logits
+
+    def _truncated(self, depth: int | None) -> AbstractContextManager[None]:
+        if depth is None or depth >= self.depth:
+            return nullcontext()
+        assert self._probe is not None, "prepare() comes first"
+        return truncated(self.architecture, depth, self._probe.layer_output)
+
+    def context(
+        self, inputs: TokenInputs, *, depth: int, keep_graph: bool, head: bool
+    ) -> tuple[Context, Tensor | None]:
+        """All tokens through ``depth`` layers without keeping activations.
+
+        Args:
+            inputs: The batch.
+            depth: Number of layers.
+            keep_graph: Keep the graph of keys and values.
+            head: Whether the head values are wanted.
+
+        Returns:
+            Keys and values, and the head values ``[B, S, ...]`` if wanted.
+        """
+        assert self._probe is not None, "prepare() comes first"
+        seen: list[Tensor] = []
+        own_head = head and not self.architecture.head.fused
+        context = context_pass(
+            self.model,
+            self.architecture,
+            inputs,
+            depth=depth,
+            keep_graph=keep_graph,
+            read_head=None if own_head else (seen.append if head else ignore_head),
+            layer_output=self._probe.layer_output,
+        )
+        return context, context.logits if own_head else (seen[0] if head else None)
+
+    def gradient(
+        self, inputs: TokenInputs, selection: Selection, context: Context, *, keep_graph: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Kept tokens through all layers with gradients.
+
+        Args:
+            inputs: The whole batch.
+            selection: The kept tokens.
+            context: Of any depth; :data:`NO_CONTEXT` to interleave every layer.
+            keep_graph: Mode ``kv`` rather than ``detached``.
+
+        Returns:
+            Head values ``[B, K, ...]``, and the model's auxiliary loss over the kept tokens if it has one.
+        """
+        assert self._probe is not None, "prepare() comes first"
+        seen: list[Tensor] = []
+        fused = self.architecture.head.fused
+        output = gradient_pass(
+            self.model,
+            self.architecture,
+            inputs,
+            selection,
+            context,
+            keep_graph=keep_graph,
+            read_head=seen.append if fused else None,
+            layer_output=self._probe.layer_output,
+        )
+        return seen[0] if fused else output.logits, self._auxiliary_loss(output)
+
+    def _auxiliary_loss(self, output: Any) -> Tensor | None:
+        loss = getattr(output, "aux_loss", None)
+        if not isinstance(loss, Tensor):
+            return None
+        return loss * self.model.config.get_text_config().router_aux_loss_coef

@@ -1,0 +1,199 @@
+"""The gradient pass: the kept tokens through the stock model with autograd.
+
+Where a context pass has run a layer, its keys and values serve the other positions (two passes). Where it has not,
+the layer's own call on the kept tokens pauses inside ``cache.update``, runs the same layer on the other tokens,
+merges both sets of keys and values, and goes on (interleaved): no token is computed twice. One pass can do both,
+recorded layers first, which is what a truncated router leaves.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.cache import KeyValue, OtherTokensCache, RoutedCache
+from cggr_core.routing.context_pass import (
+    Context,
+    HeadReader,
+    LayerOutput,
+    ignore_head,
+    layer_input,
+    read_in_place_of_head,
+    with_layer_input,
+)
+from cggr_core.routing.inputs import TokenInputs, other_positions
+from cggr_core.routing.masks import routed_masks
+from cggr_core.routing.patching import (
+    attention_implementation,
+    replaced_forwards,
+    uses_checkpointing,
+    without_autocast_cache,
+    without_checkpointing,
+)
+from cggr_core.selection import Selection
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def gradient_pass(
+    model: nn.Module,
+    architecture: Architecture,
+    inputs: TokenInputs,
+    selection: Selection,
+    context: Context,
+    *,
+    keep_graph: bool,
+    read_head: HeadReader | None,
+    layer_output: LayerOutput,
+) -> Any:
+    """Run the kept tokens through all layers with gradients.
+
+    Args:
+        model: The model.
+        architecture: Its description.
+        inputs: The whole batch.
+        selection: The kept tokens, one row of the selection for each row of the batch.
+        context: What a context pass of any depth left; depth 0 stands for none.
+        keep_graph: Mode ``kv``: keys and values of other tokens carry gradients to their projections.
+        read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
+            ``None`` runs the model's own head.
+        layer_output: Wraps a hidden state the way the model's layers return it.
+
+    Returns:
+        What the model returned; its logits are the kept tokens' where the head was run.
+
+    Raises:
+        RuntimeError: If a layer did not use the cache.
+    """
+    index, length = selection.index, inputs.shape[1]
+    interleaved = context.depth < len(architecture.layers)
+    others = None
+    if interleaved and index.shape[1] < length:
+        others = _OtherTokens(model, architecture, inputs, index, context, keep_graph, layer_output)
+    cache = RoutedCache(
+        index=index,
+        valid=selection.valid,
+        length=length,
+        recorded=context.recorded,
+        other_index=None if others is None else others.index,
+        run_others=None if others is None else others.run,
+        keep_graph=keep_graph,
+    )
+    replacements: dict[nn.Module, Callable[..., Any]] = {}
+    checkpointed = uses_checkpointing(model)
+    for number, layer in enumerate(architecture.layers):
+        forward = layer.forward
+        if checkpointed:
+            # Inside the layer's hooks, as transformers does it.
+            forward = partial(checkpoint, partial(_run_plainly, layer, forward), use_reentrant=False)
+        if keep_graph and number >= context.depth:
+            forward = partial(_run_with_fillers, forward, selection.valid[:, :, None])
+        if checkpointed or keep_graph:
+            replacements[layer] = forward
+    if read_head is not None:
+        replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
+    with ExitStack() as stack:
+        for change in (
+            without_checkpointing(model),
+            without_autocast_cache(),
+            attention_implementation(model, masked_attention),
+            routed_masks(inputs.visibility(index)),
+            replaced_forwards(replacements),
+        ):
+            stack.enter_context(change)
+        output = model(**inputs.arguments(index), past_key_values=cache, use_cache=True)
+    missing = sorted(set(range(len(architecture.layers))) - cache.updated)
+    if missing:
+        raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
+    return output
+
+
+def masked_attention(name: str) -> str:
+    """The implementation to use where queries need an explicit mask: flash attention cannot take one."""
+    return "sdpa" if name is not None and "flash" in name else name
+
+
+def _run_plainly(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Recomputed during backward, when the changes around the pass have been undone.
+    with without_checkpointing(layer), attention_implementation(layer, masked_attention):
+        return forward(*args, **kwargs)
+
+
+def _run_with_fillers(forward: Callable[..., Any], valid: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # A slot that holds another token counts as one: gradients reach its keys and values, not what came before.
+    hidden = layer_input(args, kwargs)
+    args, kwargs = with_layer_input(args, kwargs, torch.where(valid, hidden, hidden.detach()))
+    return forward(*args, **kwargs)
+
+
+class _OtherTokens:
+    """The other tokens, one layer at a time, whenever the gradient pass asks for a layer's keys and values."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        inputs: TokenInputs,
+        index: Tensor,
+        context: Context,
+        keep_graph: bool,
+        layer_output: LayerOutput,
+    ) -> None:
+        self.index = other_positions(index, inputs.shape[1])
+        self._keep_graph = keep_graph
+        self._forwards = [layer.forward for layer in architecture.layers]
+        self._cache = OtherTokensCache(
+            index=self.index, kept_index=index, length=inputs.shape[1], keep_graph=keep_graph
+        )
+        self._calls, hidden = self._layer_calls(model, architecture, inputs, layer_output)
+        if context.hidden is not None:
+            rows = self.index[:, :, None].expand(-1, -1, context.hidden.shape[2])
+            hidden = context.hidden.gather(1, rows)
+        self._hidden = hidden
+
+    @torch.no_grad()
+    def _layer_calls(
+        self, model: nn.Module, architecture: Architecture, inputs: TokenInputs, layer_output: LayerOutput
+    ) -> tuple[list[LayerCall], Tensor]:
+        # Each layer's arguments (masks, rotary embeddings, biases) are taken from a call of the model in which the
+        # layers hand their input on: they differ between layers of different kinds.
+        calls: list[LayerCall] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            return layer_output(layer_input(args, kwargs))
+
+        replacements: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(architecture.layers, note)
+        replacements[architecture.head.module] = partial(read_in_place_of_head, ignore_head)
+        with (
+            without_checkpointing(model),
+            without_autocast_cache(),
+            attention_implementation(model, masked_attention),
+            routed_masks(inputs.visibility(self.index)),
+            replaced_forwards(replacements),
+        ):
+            model(**inputs.arguments(self.index), past_key_values=self._cache, use_cache=True)
+        return calls, layer_input(*calls[0])
+
+    def run(self, layer: int, kept: KeyValue) -> KeyValue:
+        """Keys and values of the other tokens at ``layer``; computed at the first call."""
+        if layer not in self._cache.recorded:
+            self._cache.kept = kept
+            args, kwargs = with_layer_input(*self._calls[layer], self._hidden.detach())
+            # The layer's forward, not the layer: this runs inside its call, hooks and gathered parameters included.
+            # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
+            with torch.set_grad_enabled(self._keep_graph), _unhooked_saved_tensors():
+                output = self._forwards[layer](*args, **kwargs)
+            self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            self._cache.kept = None
+            self._calls[layer] = ((), {})  # frees the masks of layers that are done
+        return self._cache.recorded[layer]
+
+
+def _unhooked_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

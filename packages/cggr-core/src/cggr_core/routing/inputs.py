@@ -1,0 +1,142 @@
+"""One batch of model inputs, and the part of it that a pass over some positions needs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.routing.architectures import Architecture, default_position_ids, unwrapped
+from cggr_core.routing.masks import Visibility, packed_segments
+
+_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Inputs of a forward over ``[B, S]`` tokens.
+
+    Attributes:
+        per_token: Tensors ``[B, S, ...]`` that are gathered with the tokens.
+        position_ids: int64 ``[B, S]``, explicit even where the caller left them to the model.
+        padding: The attention mask ``[B, S]``, or ``None``.
+        segment: Packed document of every token ``[B, S]``, or ``None``.
+        passes_positions: Whether the model's forward takes ``position_ids``.
+        passes_padding: Whether the model itself is given the attention mask besides the mask builders.
+        options: Everything else, passed on as it is.
+    """
+
+    per_token: dict[str, Tensor]
+    position_ids: Tensor
+    padding: Tensor | None
+    segment: Tensor | None
+    passes_positions: bool
+    passes_padding: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, S)``."""
+        batch, length = self.position_ids.shape
+        return batch, length
+
+    def arguments(self, index: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments of a forward over the positions ``index`` ``[B, Q]``, or over all of them."""
+        arguments = {name: _rows(tensor, index) for name, tensor in self.per_token.items()}
+        if self.passes_positions:
+            arguments["position_ids"] = _rows(self.position_ids, index)
+        if self.padding is not None and self.passes_padding:
+            arguments["attention_mask"] = self.padding
+        return {**arguments, **self.options}
+
+    def visibility(self, index: Tensor | None = None) -> Visibility:
+        """What the queries at ``index`` may attend to."""
+        return Visibility(index, self.shape[1], self.padding, self.segment, self.position_ids)
+
+
+def token_inputs(
+    model: nn.Module,
+    architecture: Architecture,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None = None,
+    options: dict[str, Any] | None = None,
+) -> TokenInputs:
+    """Check a batch and make everything in it explicit.
+
+    Args:
+        model: The model that the inputs are for.
+        architecture: Its description.
+        input_ids: int64 ``[B, S]``, or ``None`` with ``inputs_embeds``.
+        inputs_embeds: ``[B, S, H]``, or ``None`` with ``input_ids``.
+        attention_mask: ``[B, S]``, 1 = token, 0 = padding, or ``None``.
+        position_ids: int64 ``[B, S]`` or ``[1, S]``, or ``None``. Without an attention mask, positions that start
+            anew mark packed documents, as in transformers.
+        token_type_ids: int64 ``[B, S]``, or ``None``.
+        options: Other arguments of the model's forward.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        ValueError: If a shape does not fit.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+    per_token = {name: given[name] for name in _PER_TOKEN if given[name] is not None}
+    like = per_token["input_ids" if input_ids is not None else "inputs_embeds"]
+    shape = tuple(like.shape[:2])
+    for name, tensor in [*per_token.items(), ("attention_mask", attention_mask)]:
+        if tensor is not None and tuple(tensor.shape[:2]) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)} like the input tokens, got {list(tensor.shape)}")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be [B, S] (1 = token, 0 = padding), got shape {list(attention_mask.shape)}; masks of "
+            "another form cannot be asked about other queries"
+        )
+    segment = None
+    if position_ids is None:
+        position_ids = default_position_ids(model, input_ids, like, attention_mask)
+    else:
+        if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise ValueError(f"position_ids must have shape {list(shape)}, got {list(position_ids.shape)}")
+        position_ids = position_ids.expand(shape)
+        if attention_mask is None:
+            segment = packed_segments(position_ids)
+    # With it, Mixtral's kind of balancing loss would expect router logits of all S tokens in every pass.
+    balancing = bool(getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False))
+    return TokenInputs(
+        per_token=per_token,
+        position_ids=position_ids,
+        padding=attention_mask,
+        segment=segment,
+        passes_positions="position_ids" in architecture.forward_parameters,
+        passes_padding=not balancing,
+        options=options or {},
+    )
+
+
+def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
+    if index is None:
+        return tensor
+    if tensor.dim() == 2:
+        return tensor.gather(1, index)
+    return tensor.gather(1, index[:, :, None].expand(-1, -1, tensor.shape[2]))
+
+
+def other_positions(index: Tensor, length: int) -> Tensor:
+    """The positions of every row that ``index`` leaves out, ascending.
+
+    Args:
+        index: Distinct positions ``[B, K]``.
+        length: Number of positions ``S``.
+
+    Returns:
+        int64 ``[B, S - K]``.
+    """
+    taken = torch.zeros(index.shape[0], length, dtype=torch.int8, device=index.device).scatter_(1, index, 1)
+    return taken.argsort(dim=1, stable=True)[:, : length - index.shape[1]]

@@ -1,0 +1,80 @@
+"""Changes to a model that last for one pass and are undone whatever happens."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another ``forward`` for the length of the block.
+
+    The instance attribute is set, not the class: ``module(...)`` still runs its hooks (those of FSDP2, for one)
+    around the replacement.
+    """
+    before = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Switch Hugging Face's own gradient checkpointing off: it drops the cache, through which routing works."""
+    switched = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True
+
+
+def uses_checkpointing(model: nn.Module) -> bool:
+    """Whether ``gradient_checkpointing_enable`` was called on the model and it is training."""
+    return model.training and any(module.__dict__.get("gradient_checkpointing") is True for module in model.modules())
+
+
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Cast weights afresh at every use under autocast.
+
+    A weight cast where gradients are off is cached without its graph, and would be reused, silently without a
+    gradient, where they are on.
+    """
+    before = torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(False)
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, choose: Callable[[str], str]) -> Iterator[None]:
+    """Run every (sub)config of the model on another attention implementation for the length of the block."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    before = {
+        key: config._attn_implementation for key, config in configs.items() if hasattr(config, "_attn_implementation")
+    }
+    try:
+        for key, name in before.items():
+            # The internal attribute: the public setter walks over sub-configs and may refuse.
+            configs[key]._attn_implementation_internal = choose(name)
+        yield
+    finally:
+        for key, name in before.items():
+            configs[key]._attn_implementation_internal = name

@@ -1,0 +1,162 @@
+"""A look at the model on a few tokens before it is trusted: what its layers return, and whether routing is exact."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, ignore_head
+from cggr_core.routing.gradient_pass import gradient_pass
+from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.patching import without_checkpointing
+from cggr_core.selection import Selection
+
+_ROWS, _TOKENS = 2, 8
+# Relative error of the median token: reordered sums (TF32 among them) stay below, a wrong mask or position far above.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen.
+
+    Attributes:
+        architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held.
+        layer_output: Wraps a hidden state the way the model's layers return it.
+    """
+
+    architecture: Architecture
+    layer_output: LayerOutput
+
+
+@torch.no_grad()
+def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool) -> Probe:
+    """Run the model on at most 2 x 8 tokens of a batch, in evaluation mode, plainly and routed.
+
+    Args:
+        model: The model; its training flags are restored.
+        architecture: Its description.
+        inputs: The batch to take tokens from.
+        routing: Also compare the routed passes with the plain forward.
+
+    Returns:
+        The corrected description. Values are read on the host: this happens once, before the first step.
+    """
+    few = _few_tokens(inputs)
+    with _evaluation(model):
+        layer_output, head_input, logits = _plain_forward(model, architecture, few)
+        head = architecture.head
+        if head.fused:
+            # A bias in the head's own module (GPT-J) is part of the matrix product.
+            fused_logits = head.module(head_input) * (head.scale or 1.0)
+            if head.softcap is not None:
+                fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
+            head = replace(head, fused=_close(fused_logits, logits))
+        obstacle = architecture.obstacle
+        if routing and obstacle is None:
+            obstacle = _routing_obstacle(model, architecture, few, head_input, layer_output)
+    return Probe(replace(architecture, head=head, obstacle=obstacle), layer_output)
+
+
+def _few_tokens(inputs: TokenInputs) -> TokenInputs:
+    return replace(
+        inputs,
+        per_token={name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()},
+        position_ids=inputs.position_ids[:_ROWS, :_TOKENS],
+        padding=None,
+        segment=None if inputs.segment is None else inputs.segment[:_ROWS, :_TOKENS],
+    )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _plain_forward(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs
+) -> tuple[LayerOutput, Tensor, Tensor]:
+    outputs: list[Any] = []
+    head_inputs: list[Tensor] = []
+    hooks = [
+        *(
+            layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+            for layer in architecture.layers[:1]
+        ),
+        architecture.head.module.register_forward_pre_hook(lambda module, args: head_inputs.append(args[0])),
+    ]
+    try:
+        with without_checkpointing(model):
+            logits = model(**inputs.arguments(), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layer_returned = outputs[0] if outputs else None
+
+    def layer_output(hidden: Tensor) -> Any:
+        if isinstance(layer_returned, tuple):
+            return (hidden, *([None] * (len(layer_returned) - 1)))
+        return hidden
+
+    return layer_output, head_inputs[0], logits
+
+
+def _routing_obstacle(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, expected: Tensor, layer_output: LayerOutput
+) -> str | None:
+    batch, length = inputs.shape
+    keep = max(length // 2, 1)
+    index = torch.arange(length - 1, -1, -2, device=expected.device)[:keep].flip(0).expand(batch, keep).contiguous()
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=expected.device).scatter_(1, index, True)
+    selection = Selection.from_mask(mask, capacity=keep)
+    name = type(model).__name__
+    try:
+        for depth in sorted({0, len(architecture.layers)}):
+            context = NO_CONTEXT
+            if depth:
+                context = context_pass(
+                    model,
+                    architecture,
+                    inputs,
+                    depth=depth,
+                    keep_graph=False,
+                    read_head=ignore_head,
+                    layer_output=layer_output,
+                )
+            seen: list[Tensor] = []
+            gradient_pass(
+                model,
+                architecture,
+                inputs,
+                selection,
+                context,
+                keep_graph=False,
+                read_head=seen.append,
+                layer_output=layer_output,
+            )
+            rows = expected.gather(1, index[:, :, None].expand(-1, -1, expected.shape[2]))
+            if not _close(seen[0], rows):
+                return f"{name} gives kept tokens other values than a plain forward does"
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        return f"{name} does not run on kept tokens with a cache ({type(error).__name__}: {error})"
+    return None
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE)
+    if torch.is_autocast_enabled(expected.device.type):
+        tolerance = _HALF_TOLERANCE
+    value, expected = value.flatten(0, -2).float(), expected.flatten(0, -2).float()
+    error = (value - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    return bool(error.median() <= tolerance)
