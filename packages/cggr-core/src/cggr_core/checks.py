@@ -52,7 +52,9 @@ def check_ratio(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number in (0, 1], got {value!r} of type {type(value).__name__}")
     if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}; 0.25 keeps a quarter of the tokens, 1.0 all of them")
+        raise ValueError(
+            f"{name} must be in (0, 1], got {value!r}; 0.25 keeps a quarter of the tokens, 1.0 all of them"
+        )
     return float(value)
 
 
@@ -126,7 +128,7 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def count_bad_targets(targets: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
-    """Number of targets that are neither ``ignore_index`` nor in the vocabulary: 0-dim int64, on ``targets``' device."""
+    """Number of targets that are neither ``ignore_index`` nor in the vocabulary: 0-dim int64, on their device."""
     bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
     return bad.sum()
 

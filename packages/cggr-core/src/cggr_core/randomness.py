@@ -43,7 +43,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(
-    shape: Sequence[int], *, seed: int, draw: int | Tensor = 0, device: torch.device | str | None = None
+    shape: Sequence[int],
+    *,
+    seed: int,
+    draw: int | Tensor = 0,
+    device: torch.device | str | None = None,
+    offset: int = 0,
 ) -> Tensor:
     """Uniform numbers in the open interval (0, 1).
 
@@ -52,6 +57,7 @@ def uniform(
         seed: Any Python int; its low 64 bits count.
         draw: Which draw of the seed: an int, or a 0-dim int64 tensor on ``device`` (never read by the host).
         device: Where the numbers are made.
+        offset: Position of the first number, so that one draw can be handed out in parts.
 
     Returns:
         float64 of ``shape``: multiples of 2**-52 plus 2**-53, so neither 0 nor 1 occurs.
@@ -65,6 +71,6 @@ def uniform(
     else:
         counter = torch.full((), draw, dtype=torch.int64, device=device)
     key = _mix(_mix(counter * _GOLDEN + _signed(seed * _SEED_STEP)) + _GOLDEN)
-    position = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
+    position = torch.arange(offset, offset + math.prod(shape), dtype=torch.int64, device=device)
     bits = _shift_right(_mix(position * _GOLDEN + key), 12)
     return ((bits.to(torch.float64) + 0.5) * 2.0**-52).reshape(tuple(shape))

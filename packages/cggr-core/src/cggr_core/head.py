@@ -1,0 +1,75 @@
+"""A language model's head: its checks, the dtype its product runs in, and its logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cggr_core.checks import check_float, check_same_device, check_shape
+
+__all__ = ["accumulation_dtype", "check_head", "head_logits", "head_operands"]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 input (gradient checks), float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of ``hidden @ weight.T + bias`` in the dtype the product runs in.
+
+    Under autocast that is the autocast dtype (float64 is left alone, as autocast does); otherwise the operands must
+    agree already.
+
+    Raises:
+        TypeError: If the dtypes differ and autocast is off.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them, or call under "
+            f"torch.autocast({device_type!r}, ...)"
+        )
+    return hidden, weight, None if bias is None else bias.to(weight.dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float | None) -> None:
+    """Raise unless ``hidden`` [..., H], ``weight`` [V, H] and ``bias`` [V] belong together."""
+    check_float("hidden", hidden)
+    check_float("weight", weight)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [V, H] with the H of hidden [..., H], got weight {tuple(weight.shape)} and hidden "
+            f"{tuple(hidden.shape)}"
+        )
+    check_same_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        check_shape("bias", check_float("bias", bias), (weight.shape[0],), "one per row of weight")
+        check_same_device("bias", bias, "hidden", hidden)
+    for name, value in (("softcap", softcap), ("scale", scale)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number above 0, or None, got {value!r}")
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, in place in ``out`` where it is given."""
+    x = torch.mm(hidden, weight.t(), out=out)
+    if bias is not None:
+        x.add_(bias)
+    if scale is not None and scale != 1.0:
+        x.mul_(scale)
+    if softcap is not None:
+        x.div_(softcap).tanh_().mul_(softcap)
+    return x

@@ -1,0 +1,352 @@
+"""Cross-entropy of a head on chosen rows, without a logits tensor of all of them.
+
+The reference of the op ``linear_cross_entropy`` is :func:`chunked_linear_cross_entropy`. With ``reduction="sum"`` the
+gradients are made in the forward pass while a chunk's logits are at hand: three matrix products per row instead of
+four, and nothing but the gradients is kept for the backward pass.
+:func:`linear_cross_entropy_by_autograd` is the plain form that the tests compare with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cggr_core.backends import register_reference, resolve
+from cggr_core.checks import check_choice, check_float, check_same_device, check_shape, check_targets, values_are_free
+from cggr_core.head import accumulation_dtype, check_head, head_logits, head_operands
+
+__all__ = ["chunked_linear_cross_entropy", "linear_cross_entropy", "linear_cross_entropy_by_autograd"]
+
+REDUCTIONS = ("sum", "none")
+# Logits of a chunk, in elements. On CPU: large enough for a fast product, small enough for the last-level cache.
+_CHUNK = 2**25
+_CPU_CHUNK = 2**21
+
+
+def _row_terms(
+    targets: Tensor, row_index: Tensor | None, row_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Target of each row, and its weight: 0 where the target is ignored."""
+    N = targets.shape[0]
+    if row_index is not None:
+        targets = targets[row_index]
+        if row_weight is not None and row_weight.shape[0] == N and row_index.shape[0] != N:
+            row_weight = row_weight[row_index]
+    live = targets != ignore_index
+    weight = live.to(dtype) if row_weight is None else row_weight.detach().to(dtype).masked_fill(~live, 0.0)
+    return targets, weight
+
+
+def linear_cross_entropy_by_autograd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_index: Tensor | None,
+    row_weight: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The op ``linear_cross_entropy`` in five lines of autograd, all logits at once."""
+    hidden, weight, bias = head_operands(hidden, weight, bias)
+    targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(hidden.dtype))
+    rows = hidden if row_index is None else hidden[row_index]
+    logits = torch.nn.functional.linear(rows, weight, bias).to(coefficient.dtype)
+    logits = logits if scale is None else logits * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    # Rows without weight are ignored, not multiplied by 0: their loss may be infinite.
+    targets = targets.masked_fill(coefficient == 0.0, -1)
+    loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none") * coefficient
+    return loss.sum() if reduction == "sum" else loss
+
+
+def _chunks(rows: int, hidden: Tensor, vocab_size: int) -> list[slice]:
+    small = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, min(rows, (_CPU_CHUNK if small else _CHUNK) // vocab_size))
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+class _Head:
+    """One chunk at a time of a head: its rows' losses, and the gradients of their weighted sum."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_index: Tensor | None,
+        softcap: float | None,
+        scale: float | None,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.targets = targets.clamp(0, weight.shape[0] - 1)
+        self.row_index, self.softcap, self.scale = row_index, softcap, scale
+        self.dtype = accumulation_dtype(hidden.dtype)
+
+    def rows(self, chunk: slice, dead: Tensor) -> Tensor:
+        """Hidden rows of a chunk, zeros where dead: whatever is in those rows, their gradients must come out as 0."""
+        rows = self.hidden[chunk] if self.row_index is None else self.hidden[self.row_index[chunk]]
+        return rows.masked_fill(dead[:, None], 0.0)
+
+    def losses(self, rows: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Loss [n], exp of the shifted logits [n, V], its sums [n], and the slope of the softcap [n, V]."""
+        x = head_logits(rows, self.weight, self.bias, None, self.scale).to(self.dtype)
+        slope = None
+        if self.softcap is not None:
+            x = x.div_(self.softcap).tanh_()
+            slope = 1.0 - x.square()
+            x = x.mul_(self.softcap)
+        x = x.sub_(x.amax(1, keepdim=True))
+        shifted_y = x.gather(1, self.targets[chunk, None])[:, 0]
+        e = x.exp_()
+        sums = e.sum(1)
+        return (sums.log() - shifted_y).clamp_(min=0.0), e, sums, slope
+
+    def logit_gradients(
+        self, e: Tensor, sums: Tensor, slope: Tensor | None, coefficient: Tensor, chunk: slice
+    ) -> Tensor:
+        """Gradient [n, V] of the weighted losses with respect to the head's output before scale and softcap."""
+        if self.scale is not None:
+            coefficient = coefficient * self.scale
+        grad = e.mul_((coefficient / sums)[:, None])
+        grad.scatter_add_(1, self.targets[chunk, None], -coefficient[:, None])
+        if slope is not None:
+            grad.mul_(slope)
+        return grad
+
+
+class _Gradients:
+    """Gradients of the three operands, accumulated over chunks; only those that are asked for exist."""
+
+    def __init__(self, head: _Head, rows: int, needs: tuple[bool, bool, bool]) -> None:
+        like, weight = head.hidden, head.weight
+        self.hidden = like.new_empty(rows, like.shape[1]) if needs[0] else None
+        self.weight = torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=head.dtype) if needs[2] and head.bias is not None else None
+
+    def add(self, grad: Tensor, rows: Tensor, weight: Tensor, chunk: slice) -> None:
+        if self.bias is not None:
+            self.bias.add_(grad.sum(0))
+        grad = grad.to(rows.dtype)
+        if self.hidden is not None:
+            self.hidden[chunk] = torch.mm(grad, weight)
+        if self.weight is not None:
+            if self.weight.dtype == grad.dtype:
+                self.weight.addmm_(grad.t(), rows)
+            else:
+                self.weight.add_(torch.mm(grad.t(), rows))
+
+
+def _scatter_rows(grad: Tensor, row_index: Tensor | None, rows: int) -> Tensor:
+    if row_index is None:
+        return grad
+    return grad.new_zeros(rows, grad.shape[1]).index_add_(0, row_index, grad)
+
+
+class _SumLoss(torch.autograd.Function):
+    """Weighted sum of the losses; its gradients are made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        coefficient: Tensor,
+        row_index: Tensor | None,
+        softcap: float | None,
+        scale: float | None,
+    ) -> Tensor:
+        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale)
+        needs = ctx.needs_input_grad[:3]
+        M = targets.shape[0]
+        total = coefficient.new_zeros(())
+        gradients = _Gradients(head, M, needs)
+        dead = coefficient == 0.0
+        for chunk in _chunks(M, hidden, weight.shape[0]):
+            rows = head.rows(chunk, dead[chunk])
+            loss, e, sums, slope = head.losses(rows, chunk)
+            total += (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0).sum()
+            if any(needs):
+                grad = head.logit_gradients(e, sums, slope, coefficient[chunk], chunk)
+                gradients.add(grad, rows, weight, chunk)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, row_index)
+        ctx.rows, ctx.dtype = hidden.shape[0], weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, row_index = ctx.saved_tensors
+        if hidden is not None:
+            hidden = _scatter_rows((hidden * upstream).to(ctx.dtype), row_index, ctx.rows)
+        # Not in place: the graph may be walked twice.
+        weight = None if weight is None else (weight * upstream).to(ctx.dtype)
+        bias = None if bias is None else (bias * upstream).to(ctx.dtype)
+        return hidden, weight, bias, None, None, None, None, None
+
+
+class _RowLoss(torch.autograd.Function):
+    """Weighted loss of each row; the backward makes the logits again, chunk by chunk, for any upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        coefficient: Tensor,
+        row_index: Tensor | None,
+        softcap: float | None,
+        scale: float | None,
+    ) -> Tensor:
+        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale)
+        M = targets.shape[0]
+        dead = coefficient == 0.0
+        out = torch.zeros_like(coefficient)
+        for chunk in _chunks(M, hidden, weight.shape[0]):
+            loss = head.losses(head.rows(chunk, dead[chunk]), chunk)[0]
+            out[chunk] = (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0)
+        ctx.save_for_backward(hidden, weight, bias, targets, coefficient, row_index)
+        ctx.softcap, ctx.scale = softcap, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, coefficient, row_index = ctx.saved_tensors
+        head = _Head(hidden, weight, bias, targets, row_index, ctx.softcap, ctx.scale)
+        M = targets.shape[0]
+        dead = coefficient == 0.0
+        coefficient = (coefficient * upstream).masked_fill(dead, 0.0)
+        gradients = _Gradients(head, M, ctx.needs_input_grad[:3])
+        for chunk in _chunks(M, hidden, weight.shape[0]):
+            rows = head.rows(chunk, dead[chunk])
+            _, e, sums, slope = head.losses(rows, chunk)
+            grad = head.logit_gradients(e, sums, slope, coefficient[chunk], chunk)
+            gradients.add(grad, rows, weight, chunk)
+        grad_hidden, grad_weight, grad_bias = gradients.hidden, gradients.weight, gradients.bias
+        if grad_hidden is not None:
+            grad_hidden = _scatter_rows(grad_hidden, row_index, hidden.shape[0])
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def chunked_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_index: Tensor | None,
+    row_weight: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """Plain-torch op ``linear_cross_entropy``, arguments as in :func:`linear_cross_entropy`, unchecked."""
+    hidden, weight, bias = head_operands(hidden, weight, bias)
+    targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(hidden.dtype))
+    if reduction == "none":
+        return _no_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale)
+    if values_are_free(coefficient):
+        # Counting the rows costs nothing here, so rows without weight cost nothing either.
+        live = coefficient.nonzero()[:, 0]
+        if live.shape[0] < coefficient.shape[0]:
+            row_index = live if row_index is None else row_index[live]
+            targets, coefficient = targets[live], coefficient[live]
+    return _no_autocast(_SumLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale)
+
+
+def _no_autocast(function: type[torch.autograd.Function], hidden: Tensor, *arguments: Any) -> Tensor:
+    # The operands are cast; autocast must not cast the accumulators inside as well.
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return function.apply(hidden, *arguments)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return function.apply(hidden, *arguments)
+
+
+register_reference("linear_cross_entropy", chunked_linear_cross_entropy)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    row_index: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+) -> Tensor:
+    """Weighted cross-entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    The logits exist for a chunk of rows at a time. Gradients reach ``hidden``, ``weight`` and ``bias``, whichever
+    require them. Under autocast the products run in its dtype; losses and the gradient of ``weight`` are accumulated
+    in float32.
+
+    Args:
+        hidden: Final hidden states, shape [N, H].
+        weight: The head's matrix, shape [V, H].
+        targets: Class indices, shape [N]; ``ignore_index`` for rows that count for nothing.
+        row_index: Rows to use, shape [M] int64; None for all.
+        row_weight: Factor on each used row's loss, shape [M], or [N] (then taken at ``row_index``). A constant: no
+            gradient reaches it. Rows of weight 0 give no loss and no gradient whatever they hold.
+        bias: The head's bias, shape [V].
+        softcap: Bound of the logits; None for none.
+        scale: Factor on the logits before the softcap; None for 1.
+        ignore_index: Target value of rows that count for nothing.
+        reduction: "sum" for a scalar, "none" for the weighted loss of each used row. "none" makes the logits once more
+            in the backward pass; "sum" does not.
+
+    Returns:
+        float32 (float64 for float64 operands): 0-dim, or [M].
+
+    Raises:
+        TypeError: If a dtype is wrong, or those of ``hidden`` and ``weight`` differ outside of autocast.
+        ValueError: If shapes or devices disagree, ``row_weight`` requires a gradient, or (on CPU) a target is outside
+            the vocabulary or a row index outside ``hidden``. On other devices targets are clamped.
+
+    Example:
+        >>> hidden = torch.zeros(3, 8, requires_grad=True)
+        >>> loss = linear_cross_entropy(hidden, torch.zeros(4, 8), torch.tensor([1, -100, 2]))
+        >>> round(loss.item(), 4)
+        2.7726
+    """
+    check_head(hidden, weight, bias, softcap, scale)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [N, H], got shape {tuple(hidden.shape)}; flatten it with hidden.flatten(0, -2)")
+    N = hidden.shape[0]
+    targets = check_targets("targets", targets, (N,), weight.shape[0], ignore_index, hidden, "hidden")
+    M = N
+    if row_index is not None:
+        if row_index.dtype != torch.int64 or row_index.dim() != 1:
+            raise TypeError(
+                f"row_index must be int64 of shape [M], got {row_index.dtype} of shape {tuple(row_index.shape)}"
+            )
+        check_same_device("row_index", row_index, "hidden", hidden)
+        M = row_index.shape[0]
+        if M and values_are_free(row_index) and not (0 <= int(row_index.min()) and int(row_index.max()) < N):
+            raise ValueError(f"row_index must be in [0, {N}), got {int(row_index.min())} to {int(row_index.max())}")
+    if row_weight is not None:
+        check_float("row_weight", row_weight)
+        if row_weight.dim() != 1 or row_weight.shape[0] not in (M, N):
+            check_shape("row_weight", row_weight, (M,), "one per used row")
+        check_same_device("row_weight", row_weight, "hidden", hidden)
+        if row_weight.requires_grad:
+            raise ValueError("row_weight requires a gradient, but it is used as a constant; pass row_weight.detach()")
+    op = resolve("linear_cross_entropy", hidden.device.type, hidden.dtype)
+    return op(hidden, weight, targets, row_index, row_weight, bias, softcap, scale, ignore_index, reduction)

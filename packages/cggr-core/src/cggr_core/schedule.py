@@ -1,0 +1,157 @@
+"""How many tokens to keep at which step, and the counter of random draws."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from cggr_core.checks import check_at_least, check_finite_number, check_ratio
+from cggr_core.selection import slots_for
+
+__all__ = ["Schedule"]
+
+_BUCKETS = 32
+_FORWARDS_BEFORE_WARNING = 100
+
+
+class Schedule:
+    """Keep ratio of each step.
+
+    **Curriculum.** After t of ``warmup_steps`` steps c = 1 - (1 - ``min_tokens_ratio``) · min(1, t / ``warmup_steps``):
+    from all tokens down to ``min_tokens_ratio``, linearly; without a warmup c is ``min_tokens_ratio`` from the start.
+
+    **Dynamic ratio.** With ``dynamic_threshold`` and the mean top-1 probability p of the batch before,
+    ratio = c · exp(``threshold_sensitivity`` · (0.5 - p)), kept within [c / 2, min(1, 2c)]: an unsure model gets more
+    tokens, a confident one fewer; a sensitivity of 0 switches it off.
+
+    Args:
+        min_tokens_ratio: Keep ratio at rest, in (0, 1].
+        warmup_steps: Steps from 1.0 to ``min_tokens_ratio``; 0 for none.
+        dynamic_threshold: Whether the confidence moves the ratio.
+        threshold_sensitivity: How much it does, at least 0.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If one is outside its range.
+
+    Example:
+        >>> schedule = Schedule(min_tokens_ratio=0.5, warmup_steps=2)
+        >>> schedule.step()
+        >>> schedule.ratio
+        0.75
+    """
+
+    def __init__(
+        self,
+        *,
+        min_tokens_ratio: float = 0.25,
+        warmup_steps: int = 0,
+        dynamic_threshold: bool = False,
+        threshold_sensitivity: float = 0.5,
+    ) -> None:
+        self.min_tokens_ratio = check_ratio("min_tokens_ratio", min_tokens_ratio)
+        self.warmup_steps = check_at_least("warmup_steps", warmup_steps, 0)
+        self.dynamic_threshold = bool(dynamic_threshold)
+        self.threshold_sensitivity = check_finite_number("threshold_sensitivity", threshold_sensitivity, minimum=0.0)
+        self._steps = 0
+        self._draws = 0
+        self._confidence: float | None = None
+        self._forwards_without_step = 0
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return (
+            f"Schedule(min_tokens_ratio={self.min_tokens_ratio}, warmup_steps={self.warmup_steps}, "
+            f"dynamic_threshold={self.dynamic_threshold}, threshold_sensitivity={self.threshold_sensitivity}; "
+            f"step {self._steps}, ratio {self.ratio:.4g})"
+        )
+
+    @property
+    def steps(self) -> int:
+        """Calls of :meth:`step` so far."""
+        return self._steps
+
+    @property
+    def moving(self) -> bool:
+        """Whether the ratio can still change from step to step."""
+        dynamic = self.dynamic_threshold and self.threshold_sensitivity > 0.0
+        return dynamic or self._steps < self.warmup_steps
+
+    @property
+    def curriculum_ratio(self) -> float:
+        """The ratio before the confidence moves it."""
+        if self._steps >= self.warmup_steps:
+            return self.min_tokens_ratio
+        return 1.0 - (1.0 - self.min_tokens_ratio) * self._steps / self.warmup_steps
+
+    @property
+    def ratio(self) -> float:
+        """Keep ratio of the next forward."""
+        base = self.curriculum_ratio
+        if not self.dynamic_threshold or self._confidence is None:
+            return base
+        moved = base * math.exp(self.threshold_sensitivity * (0.5 - self._confidence))
+        return min(max(moved, base / 2), min(1.0, 2 * base))
+
+    def capacity(self, length: int) -> int:
+        """Slots for ``length`` tokens at the present ratio.
+
+        While the ratio moves, the slots are a multiple of 1/32 of the length (rounded up), so that shapes repeat and
+        compiled code is not compiled anew at every step.
+
+        Example:
+            >>> Schedule(min_tokens_ratio=0.3).capacity(10)
+            3
+        """
+        ratio = self.ratio
+        if self.moving:
+            ratio = min(1.0, math.ceil(ratio * _BUCKETS - 1e-9) / _BUCKETS)
+        return slots_for(ratio, length)
+
+    def observe(self, confidence: float | None) -> None:
+        """Take the mean top-1 probability of a batch; None (nothing measured yet) and NaN (no token) leave the ratio."""
+        if confidence is not None and not math.isnan(confidence):
+            self._confidence = min(1.0, max(0.0, float(confidence)))
+
+    def next_draw(self) -> int:
+        """The number of this forward's random draw; counts up, one per micro-batch."""
+        draw = self._draws
+        self._draws = draw + 1
+        return draw
+
+    def note_forward(self) -> None:
+        """Count a training forward; warn once if a warmup was asked for and nobody calls :meth:`step`."""
+        if self.warmup_steps == 0 or self._steps > 0 or self._warned:
+            return
+        self._forwards_without_step += 1
+        if self._forwards_without_step >= _FORWARDS_BEFORE_WARNING:
+            self._warned = True
+            warnings.warn(
+                f"warmup_steps={self.warmup_steps}, but step() was not called in {_FORWARDS_BEFORE_WARNING} training "
+                f"forwards: the keep ratio is still {self.ratio:g}. Call step() after each optimizer step, or use "
+                f"warmup_steps=0 to start at min_tokens_ratio",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def step(self) -> None:
+        """Move on by one optimizer step."""
+        self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to keep the same tokens: plain numbers."""
+        return {"steps": self._steps, "draws": self._draws, "confidence": self._confidence}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If a key is missing or unknown; nothing is changed then.
+        """
+        expected = {"steps", "draws", "confidence"}
+        if set(state) != expected:
+            raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
+        steps = check_at_least("state['steps']", state["steps"], 0)
+        draws = check_at_least("state['draws']", state["draws"], 0)
+        self._steps, self._draws, self._confidence = steps, draws, state["confidence"]

@@ -1,0 +1,329 @@
+"""Which tokens are kept: the Selection that every later stage reads, and the strategies that make one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cggr_core.backends import resolve
+from cggr_core.checks import (
+    check_at_least,
+    check_choice,
+    check_finite_number,
+    check_float,
+    check_ratio,
+    check_same_device,
+    check_shape,
+    values_are_free,
+)
+from cggr_core.sampling import PROBABILITY_STRATEGIES, SELECTIONS, compact, descending_rank, kept_counts
+
+__all__ = ["SCOPES", "SELECTIONS", "Selection", "select", "slots_for"]
+
+SCOPES = ("row", "batch")
+_CAPACITY_STEP = 64
+
+
+def slots_for(ratio: float, length: int) -> int:
+    """Slots that hold ``ratio`` of ``length`` tokens: the ceiling, at least 1 where there is a token.
+
+    Example:
+        >>> slots_for(0.25, 10)
+        3
+    """
+    # 0.07 * 100 is 7.000000000000001: the small step back keeps the ceiling at 7.
+    return max(min(1, length), min(length, math.ceil(ratio * length - 1e-9)))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kept tokens of a batch, in a shape that does not depend on the data.
+
+    Attributes:
+        index: [B, K] int64. K distinct positions in each row, ascending. Slots that are not kept hold positions that
+            are not kept, so that a scatter over all slots never writes twice.
+        valid: [B, K] bool: which slots are kept tokens.
+        weight: [B, K] float32, 0 where not valid: ``sum(weight * nll) / countable`` estimates the mean nll.
+        ratio: 0-dim float32: kept over countable tokens.
+        shape: Shape [B0, S0] of the score. With scope "batch" B is 1 and ``index`` points into the flattened batch.
+    """
+
+    index: Tensor
+    valid: Tensor
+    weight: Tensor
+    ratio: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B0, S0] bool: True at the kept tokens."""
+        B, _ = self.index.shape
+        S = self.shape[0] * self.shape[1] // max(1, B)
+        flat = torch.zeros(B, S, dtype=torch.bool, device=self.index.device)
+        return flat.scatter_(1, self.index, self.valid).reshape(self.shape)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Rows of ``tensor`` at the slots.
+
+        Args:
+            tensor: [B0, S0, ...].
+
+        Returns:
+            [B, K, ...], also for slots that are not valid.
+
+        Raises:
+            ValueError: If the leading shape is not that of the score.
+        """
+        check_shape("tensor", tensor[(...,) + (0,) * max(0, tensor.dim() - 2)], self.shape, "that of the score")
+        B, K = self.index.shape
+        rest = tensor.shape[2:]
+        rows = tensor.reshape(B, -1, *rest) if B else tensor
+        index = self.index.reshape(B, K, *(1 for _ in rest)).expand(B, K, *rest)
+        return rows.gather(1, index)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        *,
+        weight: Tensor | None = None,
+        countable: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> Selection:
+        """The selection of the True entries of a mask.
+
+        Args:
+            mask: [B, S] bool.
+            weight: [B, S] weight of each token; None for countable over kept, which makes the weighted loss the plain
+                mean over the kept tokens.
+            countable: [B, S] bool, the tokens that have a target; None for all of them.
+            capacity: Slots K of each row. None reads the largest row count from the device (a synchronisation) and
+                rounds it up to a multiple of 64, or to S. Too small a capacity drops the last tokens of a row.
+
+        Raises:
+            TypeError: If ``mask`` or ``countable`` is not bool.
+            ValueError: If shapes or devices disagree.
+
+        Example:
+            >>> mask = torch.tensor([[True, False, True, False]])
+            >>> Selection.from_mask(mask, capacity=2).index
+            tensor([[0, 2]])
+        """
+        _check_mask("mask", mask)
+        countable = torch.ones_like(mask) if countable is None else countable
+        _check_mask("countable", countable, mask, "mask")
+        B, S = mask.shape
+        if capacity is None:
+            largest = int(mask.sum(1).max()) if mask.numel() else 0
+            capacity = -(-largest // _CAPACITY_STEP) * _CAPACITY_STEP
+        capacity = min(S, check_at_least("capacity", capacity, 0))
+        keep = mask & (mask.cumsum(1) <= capacity)
+        index, valid = compact(keep, capacity)
+        kept, n = keep.sum(), countable.sum()
+        if weight is None:
+            slot_weight = (n / kept.clamp(min=1)).expand(B, capacity)
+        else:
+            check_shape("weight", check_float("weight", weight), mask.shape, "that of mask")
+            check_same_device("weight", weight, "mask", mask)
+            slot_weight = weight.gather(1, index)
+        slot_weight = slot_weight.to(torch.float32).masked_fill(~valid, 0.0)
+        return cls(index, valid, slot_weight, (kept / n.clamp(min=1)).to(torch.float32), (B, S))
+
+
+def _check_mask(name: str, mask: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {came}; use {name}.bool()")
+    if like is not None:
+        check_shape(name, mask, like.shape, f"that of {like_name}")
+        check_same_device(name, mask, like_name, like)
+    elif mask.dim() != 2:
+        raise ValueError(f"{name} must be [B, S], got shape {tuple(mask.shape)}")
+
+
+def _finite(score: Tensor, countable: Tensor) -> Tensor:
+    """``score`` in float32 without infinities; NaN is an error on CPU and counts as the lowest score elsewhere."""
+    if values_are_free(score):
+        bad = int((score.isnan() & countable).sum())
+        if bad:
+            raise ValueError(f"score is NaN at {bad} of {int(countable.sum())} countable tokens")
+    lowest = torch.finfo(torch.float32).min
+    return torch.nan_to_num(score.detach().to(torch.float32), nan=lowest)
+
+
+def _blocks(score: Tensor, countable: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean score over the countable tokens of each block of ``size`` positions, and whether it has any: [B, NB]."""
+    B, S = score.shape
+    padding = -S % size
+    score = torch.nn.functional.pad(score.masked_fill(~countable, 0.0), (0, padding)).reshape(B, -1, size)
+    count = torch.nn.functional.pad(countable, (0, padding)).reshape(B, -1, size).sum(2)
+    # Divided before the sum: large scores must not overflow.
+    return (score / count.clamp(min=1)[:, :, None]).sum(2), count > 0
+
+
+def _sequence_aware_batch(
+    score: Tensor, countable: Tensor, ratio: float, capacity: int, min_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Top-k over the whole batch in which each row keeps at least ``min_tokens``: ``index``, ``valid`` [1, K]."""
+    guaranteed = ((descending_rank(score, countable) < min_tokens) & countable).reshape(1, -1)
+    countable = countable.reshape(1, -1)
+    rank = descending_rank(score.reshape(1, -1), countable)
+    rank = torch.where(guaranteed, rank - score.numel(), rank)
+    k = torch.maximum(kept_counts(countable, ratio, capacity), guaranteed.sum(1)).clamp(max=capacity)
+    keep = (descending_rank(-rank.to(torch.float64), countable) < k[:, None]) & countable
+    return compact(keep, capacity)
+
+
+def select(
+    score: Tensor,
+    countable: Tensor,
+    *,
+    ratio: float,
+    selection: str = "stratified",
+    scope: str = "row",
+    capacity: int | None = None,
+    num_strata: int = 4,
+    min_tokens_per_sequence: int = 1,
+    block_size: int = 1,
+    unbiased: bool = True,
+    seed: int = 0,
+    draw: int | Tensor = 0,
+    defensive_mix: float = 0.05,
+) -> Selection:
+    """Choose the tokens to keep.
+
+    A row (scope "row"), or the whole batch (scope "batch"), keeps ``round(ratio * n)`` of its n countable tokens, at
+    least one if there is one, in K slots that depend on Python numbers alone: the host reads nothing, and shapes
+    repeat.
+
+    ============== ================================================================================================
+    selection      which tokens
+    ============== ================================================================================================
+    stratified     ``num_strata`` equal buckets by score; Neyman allocation (share of a bucket ∝ its size times the
+                   root mean square of its scores, no probability above 1); drawn at random within. The default.
+    sampled        probability ∝ score, capped at 1; systematic sampling, so that the count is exact
+    random         every token alike: the control that a score has to beat
+    topk           the highest scores. It trains on a biased sample of the data: keeping the hardest quarter by loss
+                   gave a far worse held-out loss than keeping a random quarter. Use it for study.
+    sequence_aware topk over the scope with at least ``min_tokens_per_sequence`` of every row; as biased as topk
+    ============== ================================================================================================
+
+    The first three know the probability of every token and weight it by the inverse (Horvitz & Thompson 1952), so that
+    ``sum(weight * nll) / n`` is an unbiased estimate of the mean nll over all n countable tokens, and so is its
+    gradient.
+
+    Args:
+        score: [B, S] floating, higher = more worth learning from. Negative scores count as 0 where probabilities are
+            made of them.
+        countable: [B, S] bool: the tokens that have a target. No other token is ever kept.
+        ratio: Keep ratio in (0, 1].
+        selection: One of :data:`SELECTIONS`.
+        scope: "row" keeps the ratio in each row; "batch" over the flattened batch.
+        capacity: Slots K of each row, or of the batch. None for ``ratio`` of the length, rounded up. A capacity below
+            what the ratio asks for limits it.
+        num_strata: Buckets of ``stratified``.
+        min_tokens_per_sequence: For ``sequence_aware``; raises the count (and K, if not given) where the ratio asks
+            for less.
+        block_size: Choose blocks of this many neighbouring positions instead of tokens, by their mean score; counts
+            and the ratio are then in blocks, and K is rounded up to whole blocks.
+        unbiased: Weight by the inverse probability. False gives the plain mean over the kept tokens, as ``topk`` does.
+        seed: Seed of the random strategies.
+        draw: Draw of that seed: an int, or a 0-dim int64 tensor on the device. The same seed and draw choose the same
+            tokens on every device and rank.
+        defensive_mix: Share of uniform sampling mixed into ``sampled`` and ``stratified``, in [0, 1]. It bounds the
+            weights by about 1 / (defensive_mix * ratio) (Hesterberg 1995).
+
+    Returns:
+        :class:`Selection`.
+
+    Raises:
+        TypeError: If a dtype or the type of an argument is wrong.
+        ValueError: If a name, shape, device or number is not accepted, or (on CPU) a countable score is NaN.
+
+    Example:
+        >>> score = torch.tensor([[0.1, 3.0, 0.2, 2.0]])
+        >>> select(score, torch.ones(1, 4, dtype=torch.bool), ratio=0.5, selection="topk").index
+        tensor([[1, 3]])
+    """
+    ratio = check_ratio("ratio", ratio)
+    check_choice("selection", selection, SELECTIONS)
+    check_choice("scope", scope, SCOPES)
+    for name, value in (
+        ("num_strata", num_strata),
+        ("min_tokens_per_sequence", min_tokens_per_sequence),
+        ("block_size", block_size),
+    ):
+        check_at_least(name, value, 1)
+    if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
+        raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
+    check_float("score", score)
+    if score.dim() != 2:
+        raise ValueError(f"score must be [B, S], got shape {tuple(score.shape)}")
+    _check_mask("countable", countable, score, "score")
+    if capacity is not None:
+        check_at_least("capacity", capacity, 1)
+
+    B0, S0 = score.shape
+    token_score, token_countable = _finite(score, countable), countable
+    if block_size > 1:
+        token_score, token_countable = _blocks(token_score, countable, block_size)
+    min_units = -(-min_tokens_per_sequence // block_size)
+    rows, length = token_score.shape
+    if scope == "batch":
+        rows, length = 1, rows * length
+    units = _capacity(ratio, length, capacity, block_size)
+    if capacity is None and selection == "sequence_aware":
+        wanted = min_units if scope == "row" else B0 * min_units
+        units = min(length, max(units, wanted))
+
+    if scope == "batch" and selection == "sequence_aware":
+        index, valid = _sequence_aware_batch(token_score, token_countable, ratio, units, min_units)
+        weight = valid.to(torch.float32)
+    else:
+        op = resolve("select", score.device.type)
+        index, valid, weight = op(
+            token_score.reshape(rows, length),
+            token_countable.reshape(rows, length),
+            ratio,
+            selection,
+            units,
+            num_strata,
+            min_units,
+            unbiased,
+            seed,
+            draw,
+            defensive_mix,
+        )
+    if block_size > 1:
+        index, valid, weight = _expand_blocks(index, valid, weight, countable, rows, block_size)
+    n, kept = countable.sum(), valid.sum()
+    if not (unbiased and selection in PROBABILITY_STRATEGIES):
+        weight = (n / kept.clamp(min=1)).to(torch.float32) * valid
+    return Selection(index, valid, weight, (kept / n.clamp(min=1)).to(torch.float32), (B0, S0))
+
+
+def _capacity(ratio: float, length: int, capacity: int | None, block_size: int) -> int:
+    """Slots in units of the selection (tokens or blocks)."""
+    if capacity is None:
+        return slots_for(ratio, length)
+    return min(length, -(-capacity // block_size))
+
+
+def _expand_blocks(
+    index: Tensor, valid: Tensor, weight: Tensor, countable: Tensor, rows: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From kept blocks to kept tokens: every countable token of a kept block, with the weight of its block."""
+    B0, S0 = countable.shape
+    blocks = -(-S0 // block_size)
+    dense = torch.zeros(rows, B0 * blocks // max(1, rows), dtype=torch.float32, device=index.device)
+    kept = dense.to(torch.bool).scatter(1, index, valid).reshape(B0, blocks)
+    dense = dense.scatter(1, index, weight).reshape(B0, blocks)
+    keep = kept.repeat_interleave(block_size, dim=1)[:, :S0] & countable
+    token_weight = dense.repeat_interleave(block_size, dim=1)[:, :S0]
+    length = B0 * S0 // max(1, rows)
+    new_index, new_valid = compact(keep.reshape(rows, length), min(length, index.shape[1] * block_size))
+    new_weight = token_weight.reshape(rows, length).gather(1, new_index).masked_fill(~new_valid, 0.0)
+    return new_index, new_valid, new_weight
