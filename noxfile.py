@@ -188,8 +188,8 @@ def api(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/; ``-- serve`` shows it while you write."""
-    install(session, "mkdocs-material", "mkdocstrings[python]")
-    session.run("mkdocs", *(session.posargs or ["build", "--strict"]))
+    install(session, "mkdocs-material", "mkdocstrings[python]", "ruff")
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
