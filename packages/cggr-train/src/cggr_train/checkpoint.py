@@ -1,0 +1,144 @@
+"""Checkpoints that are either whole or absent.
+
+A checkpoint is written under a temporary name, flushed to the disk and then renamed to ``step-00000120``; what is
+not renamed does not count and is removed by the next one. Older ones are deleted only after that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cggr_train.errors import InputError, SaveError
+from cggr_train.loop import Progress
+from cggr_train.state_file import load_state, save_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = "unfinished-"
+
+
+class TrainingState(NamedTuple):
+    """What a checkpoint holds besides the model."""
+
+    progress: Progress
+    optimizer: dict[str, Any]
+    learner: dict[str, Any]
+    random: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TrainingState,
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write one checkpoint and remove the oldest.
+
+    The result can be given to ``from_pretrained`` as it is.
+
+    Args:
+        folder: Where checkpoints live; made if missing.
+        model: Saved with ``save_pretrained`` (safetensors, no wrapper keys).
+        tokenizer: Saved beside it.
+        state: Optimizer, learner and random state go into ``training_state.safetensors`` and ``.json``.
+        keep: Newest checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SaveError: If anything cannot be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    from safetensors import SafetensorError
+
+    final = folder / f"step-{state.progress.step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        progress = vars(state.progress)
+        save_state(temporary, "training_state", {**state._asdict(), "progress": progress})
+        for path in temporary.iterdir():
+            _flush(path)
+        if final.exists():
+            final.rename(folder / f"{_TEMPORARY}replaced-{final.name}-{os.getpid()}")
+        temporary.rename(final)
+        _remove_unfinished(folder)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = latest_checkpoint(folder) if folder.is_dir() else None
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise SaveError(f"the checkpoint {final} could not be saved: {error}; {kept}") from error
+    for old in list_checkpoints(folder)[: -max(keep, 1)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_training_state(checkpoint: Path) -> TrainingState:
+    """The state that :func:`save_checkpoint` wrote, tensors on the CPU.
+
+    Raises:
+        InputError: If the checkpoint is incomplete or damaged.
+    """
+    state = load_state(checkpoint, "training_state")
+    try:
+        return TrainingState(**{**state, "progress": Progress(**state["progress"])})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"the checkpoint {checkpoint} was written by another version ({error})") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, None if there is none."""
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of torch's generators, for dropout and the like."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what :func:`random_state` took."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

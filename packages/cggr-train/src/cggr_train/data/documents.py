@@ -1,0 +1,128 @@
+"""Documents from text, JSON Lines and Parquet files, one string each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cggr_train.errors import InputError
+
+JSON_LINES = frozenset({".jsonl", ".ndjson"})
+PARQUET = frozenset({".parquet", ".pq"})
+
+
+class Documents:
+    r"""The documents of some files, read anew by every iteration.
+
+    ``.jsonl``/``.ndjson`` files hold one JSON object per line and ``.parquet``/``.pq`` files one row per
+    document; the text is their ``field``. Every other file is one document of UTF-8 text.
+
+    Args:
+        paths: The files, read in this order.
+        field: Key or column that holds the text; several joined by a comma are concatenated with a newline
+            (``"question,answer"``).
+        skip_bad: Count lines that cannot be used in ``skipped`` instead of raising.
+
+    Attributes:
+        skipped: Lines left out by the latest complete iteration; always 0 without ``skip_bad``.
+
+    Raises:
+        InputError: On construction if a file is missing; while iterating if one is unreadable, is not UTF-8,
+            or holds a line or column that cannot be used (with file and line number).
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "a.jsonl")
+        >>> _ = path.write_text('{"text": "one"}\n{"text": "two"}\n')
+        >>> list(Documents([path]))
+        ['one', 'two']
+    """
+
+    def __init__(self, paths: Sequence[str | Path], *, field: str = "text", skip_bad: bool = False) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.fields = [part.strip() for part in field.split(",") if part.strip()]
+        self.skip_bad = skip_bad
+        self.skipped = 0
+        if not self.paths:
+            raise InputError("no data files were given; give at least one text, .jsonl or .parquet file")
+        if not self.fields:
+            raise InputError(f"--field is {field!r}: give the key or column that holds the text")
+        for path in self.paths:
+            if not path.is_file():
+                kind = "is a directory; give the files in it" if path.is_dir() else "does not exist"
+                raise InputError(f"the data file {path} {kind}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield every document that is not empty, in file order."""
+        self.skipped = 0
+        for path in self.paths:
+            suffix = path.suffix.lower()
+            reader = (
+                self._json_lines if suffix in JSON_LINES else self._parquet if suffix in PARQUET else self._whole_file
+            )
+            try:
+                yield from (text for text in reader(path) if text)
+            except OSError as error:
+                raise InputError(f"the data file {path} cannot be read: {error.strerror or error}") from error
+
+    def _whole_file(self, path: Path) -> Iterator[str]:
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            self._bad(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})", error)
+
+    def _json_lines(self, path: Path) -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    self._bad(f"{path}, line {number}: not JSON ({error})", error)
+                    continue
+                text = self._join(record, f"{path}, line {number}")
+                if text is not None:
+                    yield text
+
+    def _parquet(self, path: Path) -> Iterator[str]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"the data file {path} is not a Parquet file ({error})") from error
+        with file:
+            names = file.schema_arrow.names
+            missing = [name for name in self.fields if name not in names]
+            if missing:
+                raise InputError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(names)} (see --field)")
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=self.fields):
+                for record in batch.to_pylist():
+                    row += 1
+                    text = self._join(record, f"{path}, row {row}")
+                    if text is not None:
+                        yield text
+
+    def _join(self, record: object, where: str) -> str | None:
+        if not isinstance(record, dict):
+            self._bad(f"{where}: expected an object with {self.fields}, got {type(record).__name__}")
+            return None
+        parts = []
+        for name in self.fields:
+            value = record.get(name)
+            if not isinstance(value, str):
+                found = ", ".join(map(str, record)) or "nothing"
+                given = f"{type(value).__name__}" if name in record else f"no such key (it has {found}; see --field)"
+                self._bad(f"{where}: {name!r} should be text, got {given}")
+                return None
+            parts.append(value)
+        return "\n".join(parts)
+
+    def _bad(self, message: str, cause: Exception | None = None) -> None:
+        if not self.skip_bad:
+            raise InputError(f"{message}; --skip-bad leaves such lines out and counts them") from cause
+        self.skipped += 1

@@ -1,0 +1,43 @@
+"""Held-out loss: the plain model on every token, whatever the training method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: torch.nn.Module, batches: Sequence[Tensor], *, device: torch.device, bfloat16: bool = False
+) -> float:
+    """Mean negative log-likelihood per predicted token, in nats.
+
+    Args:
+        model: A Hugging Face causal language model; evaluated in ``eval()`` mode, its mode is put back.
+        batches: Token ids, int64 ``[B, S]`` each; every sequence predicts its last ``S - 1`` tokens.
+        device: Where the model is.
+        bfloat16: Evaluate under bfloat16 autocast.
+
+    Raises:
+        ValueError: If there is no token to predict.
+    """
+    training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    try:
+        for batch in batches:
+            input_ids = batch.to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+                logits = model(input_ids=input_ids, use_cache=False).logits
+            targets = input_ids[:, 1:].reshape(-1)
+            losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+            total += losses.double()
+            count += targets.numel()
+    finally:
+        model.train(training)
+    if count == 0:
+        raise ValueError("batches holds no token to predict; give at least one sequence of two tokens")
+    return total.item() / count

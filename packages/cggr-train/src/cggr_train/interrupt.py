@@ -1,0 +1,65 @@
+"""Stop cleanly on the first Ctrl-C, at once on the second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that the training loop reads between two steps.
+
+    The second one finds the operating system's own behaviour restored and ends the process there and then,
+    even inside a long tensor operation. Checkpoints are renamed into place when complete, so nothing that was
+    saved is lost. Outside the main thread, where Python allows no handlers, signals are left as they are.
+
+    Example:
+        >>> with StopRequest() as stop:
+        ...     stop.requested
+        False
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process stopped by this signal: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + (self.received or 0)
+
+    def __enter__(self) -> StopRequest:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for known in SIGNALS:
+            signal.signal(known, signal.SIG_DFL)
+        # os.write, since a handler may run in the middle of a print; the cursor, since a second signal gives the
+        # progress display no chance to bring it back
+        cursor = SHOW_CURSOR if sys.stderr.isatty() else b""
+        os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n" + cursor)

@@ -1,0 +1,191 @@
+"""The training loop: steps until a budget of steps or of seconds is spent, or until it is asked to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cggr_train.data import Batches
+from cggr_train.errors import InputError
+from cggr_train.learner import Learner
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Tokens seen, kept or not.
+        seconds: Time spent training; evaluations and checkpoints are not counted.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When training ends: after so many steps, or so many seconds, whichever comes first.
+
+    Raises:
+        InputError: If neither is given, or one is not positive.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise InputError("training needs an end: give --steps, --seconds or both")
+        for name, value in (("--steps", self.steps), ("--seconds", self.seconds)):
+            if value is not None and value <= 0:
+                raise InputError(f"{name} must be positive, got {value}")
+
+    def spent(self, progress: Progress) -> float:
+        """Share of the budget that is used up; 1 or more means the end."""
+        shares = [0.0]
+        if self.steps is not None:
+            shares.append(progress.step / self.steps)
+        if self.seconds is not None:
+            shares.append(progress.seconds / self.seconds)
+        return max(shares)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warmup, then half a cosine down to ``final`` times the peak, over the share of the budget spent.
+
+    With a budget of steps the rate is a function of the step alone and a resumed run repeats it exactly; with
+    a budget of seconds it follows the clock, so that methods of different speed all finish their decay.
+    """
+
+    peak: float
+    warmup: float = 0.05
+    final: float = 0.1
+
+    def at(self, spent: float) -> float:
+        """Rate when ``spent`` (in [0, 1]) of the budget is used up."""
+        if spent < self.warmup:
+            return self.peak * max(spent / self.warmup, 0.02)
+        decay = min(1.0, (spent - self.warmup) / (1 - self.warmup))
+        return self.peak * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * decay)))
+
+
+class Clock:
+    """Wall-clock time of training, which evaluations and checkpoints do not count into."""
+
+    def __init__(self, device: torch.device, *, elapsed: float = 0.0) -> None:
+        self.device = device
+        self._elapsed = elapsed
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._elapsed + time.perf_counter() - self._started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock inside the block, after the work queued on an accelerator is done."""
+        self._synchronize()
+        self._elapsed = self.seconds
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._started = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The optimisation side of a run.
+
+    Attributes:
+        budget: When to end.
+        learning_rate: Peak, warmup and final share.
+        accumulate: Batches per optimizer step.
+        clip: Largest norm of the gradient; None leaves it as it is.
+        bfloat16: Run the forward under bfloat16 autocast.
+    """
+
+    budget: Budget
+    learning_rate: LearningRate
+    accumulate: int = 1
+    clip: float | None = 1.0
+    bfloat16: bool = False
+
+
+def build_optimizer(model: torch.nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone (not on norms and biases)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def train_steps(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    settings: LoopSettings,
+    progress: Progress,
+    clock: Clock,
+    *,
+    on_step: Callable[[Tensor, float], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train until the budget is spent or ``stop()`` says so, between two steps.
+
+    Args:
+        learner: The method; its model must be on the clock's device.
+        optimizer: Over the learner's parameters.
+        batches: The data; step ``n`` takes batches ``n·accumulate`` and on.
+        settings: Budget, learning rate, accumulation.
+        progress: Updated in place, so that a checkpoint taken in ``on_step`` knows where it stands.
+        clock: Counts the training time into ``progress.seconds``.
+        on_step: Called after every step with the detached loss (a tensor on the device, summed over the
+            accumulated batches) and the learning rate. Work that is no training belongs under ``clock.paused()``.
+        stop: Asked before every step.
+    """
+    learner.model.train()
+    per_batch = batches.batch_size * (batches.length - 1)
+    num_items = None if settings.accumulate == 1 else per_batch * settings.accumulate
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    while not stop():
+        spent = settings.budget.spent(progress)
+        if spent >= 1:
+            break
+        rate = settings.learning_rate.at(spent)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total: Tensor | None = None
+        for micro in range(settings.accumulate):
+            input_ids = batches.get(progress.step * settings.accumulate + micro).to(clock.device, non_blocking=True)
+            with torch.autocast(clock.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+                loss = learner.loss(input_ids, num_items=num_items)
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        learner.step()
+        progress.step += 1
+        progress.tokens += batches.batch_size * batches.length * settings.accumulate
+        progress.seconds = clock.seconds
+        assert total is not None
+        on_step(total, rate)

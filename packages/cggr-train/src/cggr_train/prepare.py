@@ -1,0 +1,90 @@
+"""The first half of a run: tokenizer, model and token store from what the settings name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from cggr_train.data import Documents, TokenStore, build_token_store
+from cggr_train.errors import InputError
+from cggr_train.learner import METHODS
+from cggr_train.presets import build_config, build_model, load_model
+from cggr_train.settings import TrainSettings
+from cggr_train.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prepare(
+    settings: TrainSettings, folder: Path, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenStore]:
+    """Read, check and write everything that training needs, cheap checks first.
+
+    Args:
+        settings: What to do.
+        folder: The run's folder; made if missing.
+        console: Where the stages are announced.
+
+    Raises:
+        InputError: If anything given cannot be used.
+    """
+    if settings.method not in METHODS:
+        raise InputError(f"--method is {settings.method!r}: give one of {', '.join(METHODS)}")
+    documents = Documents(settings.data, field=settings.field, skip_bad=settings.skip_bad)
+    heldout = None
+    if settings.heldout:
+        heldout = Documents(settings.heldout, field=settings.field, skip_bad=settings.skip_bad)
+    if settings.config is not None:
+        build_config(settings.config, vocab_size=settings.vocab_size, length=settings.length)
+    tokenizer = _tokenizer(settings, documents, console)
+    model = _model(settings, tokenizer)
+    tokenizer_name = f"the tokenizer in {settings.tokenizer or settings.model or folder}"
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, name=tokenizer_name)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    settings.save(folder / "settings.json")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    console.print("tokenizing …", highlight=False)
+    tokens = build_token_store(
+        documents, tokenizer, folder / "tokens",
+        length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
+    )  # fmt: skip
+    skipped = f", [yellow]{tokens.skipped:,} bad lines left out[/]" if tokens.skipped else ""
+    console.print(
+        f"{tokens.documents:,} documents, {len(tokens.train):,} tokens to train on, "
+        f"{len(tokens.heldout):,} held out{skipped}",
+        highlight=False,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{type(model).__name__} with {parameters / 1e6:,.1f}M parameters", highlight=False)
+    return model, tokenizer, tokens
+
+
+def _tokenizer(settings: TrainSettings, documents: Documents, console: Console) -> PreTrainedTokenizerBase:
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    if settings.model is not None:
+        try:
+            return load_tokenizer(settings.model)
+        except InputError as error:
+            raise InputError(f"{error}; give its tokenizer with --tokenizer") from error
+    console.print(f"training a byte-level BPE of {settings.vocab_size:,} tokens …", highlight=False)
+    return train_tokenizer(documents, vocab_size=settings.vocab_size)
+
+
+def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if settings.model is None:
+        assert settings.config is not None
+        config = build_config(settings.config, vocab_size=len(tokenizer), length=settings.length)
+        return build_model(config, seed=settings.seed)
+    model = load_model(settings.model)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and settings.length > longest:
+        raise InputError(f"--length is {settings.length:,}, the model in {settings.model} has {longest:,} positions")
+    return model

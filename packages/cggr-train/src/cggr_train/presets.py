@@ -1,0 +1,113 @@
+"""Model sizes that ``cggr train --config`` builds from scratch: Llama-type configurations."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cggr_train.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Preset(NamedTuple):
+    """Sizes of a Llama-type decoder; everything else is Llama's default."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+
+
+PRESETS: dict[str, Preset] = {
+    "nano": Preset(64, 176, 2, 2, 2),
+    "micro": Preset(128, 352, 4, 4, 4),
+    "tiny": Preset(256, 704, 6, 4, 4),
+    "small": Preset(384, 1024, 8, 6, 6),
+    "base": Preset(576, 1536, 30, 9, 3),
+    "large": Preset(2048, 8192, 16, 32, 8),
+}
+"""``base`` has the shape of SmolLM-135M and ``large`` that of Llama-3.2-1B; the smaller ones are for CPUs."""
+
+
+def build_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig:
+    """Model configuration from a preset's name or from a ``config.json``.
+
+    Args:
+        name: A key of :data:`PRESETS`, or the path of a Hugging Face ``config.json``.
+        vocab_size: Rows of the embedding; overrides what a ``config.json`` says.
+        length: Longest sequence in tokens; raises ``max_position_embeddings`` where it is smaller.
+
+    Raises:
+        InputError: If ``name`` is neither a preset nor a readable configuration.
+
+    Example:
+        >>> build_config("nano", vocab_size=512, length=64).num_hidden_layers
+        2
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    preset = PRESETS.get(name)
+    if preset is not None:
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=preset.hidden_size,
+            intermediate_size=preset.intermediate_size,
+            num_hidden_layers=preset.num_layers,
+            num_attention_heads=preset.num_heads,
+            num_key_value_heads=preset.num_key_value_heads,
+            max_position_embeddings=max(length, 2048),
+            tie_word_embeddings=True,
+        )
+    if not Path(name).exists():
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"--config is {name!r}: give one of {', '.join(PRESETS)} or the path of a config.json{hint}")
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {name}: not a model configuration ({_first_line(error)})") from error
+    config.vocab_size = vocab_size
+    if getattr(config, "max_position_embeddings", length) < length:
+        config.max_position_embeddings = length
+    return config
+
+
+def build_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
+    """A causal language model with random float32 weights, the same for the same ``seed``.
+
+    Raises:
+        InputError: If ``config`` is not one of a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise InputError(f"{type(config).__name__} has no causal language model ({_first_line(error)})") from error
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """A causal language model from a directory written by ``save_pretrained``, in float32.
+
+    Raises:
+        InputError: If the directory is missing or holds no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not Path(path).is_dir():
+        raise InputError(f"the model directory {path} does not exist; to train from scratch give --config instead")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,121 @@
+"""Learning curves as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#1f2933", "#9aa5b1"
+COLOURS = {"standard": "#52606d", "half_batch": "#0072b2", "random": "#e69f00", "cggr": "#009e73"}
+"""One colour per method, from the Okabe-Ito palette: told apart by colour-blind readers too."""
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+def draw_learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the log of one run: training and held-out loss above, keep ratio below.
+
+    Args:
+        records: The run's log, see :func:`cggr_train.log.read_log`.
+        path: PNG file to write; replaced as a whole.
+    """
+    train = [record for record in records if record.get("event") == "train" and record.get("loss") is not None]
+    heldout = [record for record in records if record.get("event") == "heldout"]
+    steps = [record["step"] for record in train]
+    losses = [record["loss"] for record in train]
+    with _figure(7.5, 5.5) as figure:
+        loss_axes, keep_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
+        loss_axes.plot(steps, losses, color=COLOURS["cggr"], alpha=0.35, linewidth=1, label="training, as logged")
+        loss_axes.plot(steps, _smooth(losses), color=COLOURS["cggr"], linewidth=2, label="training, smoothed")
+        loss_axes.plot(
+            [record["step"] for record in heldout], [record["heldout_loss"] for record in heldout],
+            color=INK, marker="o", markersize=4, linewidth=1.2, label="held out, all tokens",
+        )  # fmt: skip
+        loss_axes.set_title("Loss, nats per token")
+        loss_axes.legend()
+        keep_axes.plot(steps, [100 * record.get("keep_ratio", 1.0) for record in train], color=COLOURS["half_batch"])
+        keep_axes.set_ylim(0, 105)
+        keep_axes.set_title("Kept tokens, % of countable")
+        keep_axes.set_xlabel("step")
+        _write(figure, path)
+
+
+def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels: Mapping[str, str], path: Path) -> None:
+    """Held-out loss of several methods against training time and against tokens seen.
+
+    Args:
+        curves: Method name to its evaluations, each with ``seconds``, ``tokens`` and ``heldout_loss``.
+        labels: Method name to its name in the legend.
+        path: PNG file to write; replaced as a whole.
+    """
+    with _figure(10, 4.4) as figure:
+        by_time, by_tokens = figure.subplots(1, 2, sharey=True)
+        for name, points in curves.items():
+            loss = [point["heldout_loss"] for point in points]
+            style: dict[str, Any] = {
+                "color": COLOURS.get(name, INK),
+                "linewidth": 2.4 if name == "cggr" else 1.6,
+                "marker": "o",
+                "markersize": 3.5,
+                "label": labels[name],
+            }
+            by_time.plot([point["seconds"] for point in points], loss, **style)
+            by_tokens.plot([point["tokens"] / 1000 for point in points], loss, **style)
+        by_time.set_title("Held-out loss (nats per token) over time")
+        by_time.set_xlabel("seconds of training")
+        by_tokens.set_title("The same runs over the text they saw")
+        by_tokens.set_xlabel("thousand tokens")
+        by_time.legend()
+        # the untrained model, first of each curve, would squeeze the rest
+        later = [point["heldout_loss"] for points in curves.values() for point in points[1:]]
+        if later:
+            room = 0.06 * (max(later) - min(later)) + 0.01
+            by_time.set_ylim(min(later) - room, max(later) + room)
+        _write(figure, path)
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    # without pyplot: no global state, and no display is ever looked for
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the curve, without the bias of its start."""
+    weight = max(0.0, 1 - 20 / max(len(values), 1))
+    smoothed, total, mass = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append(total / mass)
+    return smoothed
