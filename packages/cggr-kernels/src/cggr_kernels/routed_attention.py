@@ -1,0 +1,391 @@
+"""Attention of kept queries to full-length keys, with gradients to all keys or to the kept ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from cggr_kernels._checks import check_device, check_float, check_index
+from cggr_kernels._library import autotuned, register
+from cggr_kernels.routed_attention_details._backward import (
+    routed_attention_key_gradient_kernel,
+    routed_attention_query_gradient_kernel,
+)
+from cggr_kernels.routed_attention_details._forward import routed_attention_forward_kernel
+
+LOG2E = 1.4426950408889634
+MAX_HEAD_DIM = 256
+KEY_GRADIENTS = ("all", "kept")
+
+
+def routed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Plain-torch twin of :func:`routed_attention`; the truth its tests compare with.
+
+    Args:
+        q: Shape ``[B, K, H, D]``.
+        k: Shape ``[B, S, Hkv, D]``.
+        v: Shape ``[B, S, Hkv, D]``.
+        q_position: Shape ``[B, K]``, int64.
+        segment: Shape ``[B, S]``, int64, or ``None``.
+        window: Keys a query sees at most, or ``None``.
+        softcap: Cap of the scores, or ``None``.
+        scale: Factor of the scores, by default ``D ** -0.5``.
+
+    Returns:
+        Shape ``[B, K, H, D]``; queries that see no key give 0.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    kind = torch.promote_types(q.dtype, torch.float32)
+    k_BSHD, v_BSHD = (x.to(kind).repeat_interleave(group, 2) for x in (k, v))
+    scores_BHKS = torch.einsum("bkhd,bshd->bhks", q.to(kind), k_BSHD) * scale
+    if softcap is not None:
+        scores_BHKS = softcap * torch.tanh(scores_BHKS / softcap)
+    key_S = torch.arange(k.shape[1], device=q.device)
+    seen_BKS = key_S <= q_position[..., None]
+    if window is not None:
+        seen_BKS = seen_BKS & (q_position[..., None] - key_S < window)
+    if segment is not None:
+        own_BK1 = segment.gather(1, q_position)[..., None]
+        seen_BKS = seen_BKS & (own_BK1 == segment[:, None]) & (own_BK1 >= 0)
+    hidden_BHKS = ~seen_BKS[:, None]
+    p_BHKS = scores_BHKS.masked_fill(hidden_BHKS, -torch.inf).softmax(-1).masked_fill(hidden_BHKS, 0)
+    return torch.einsum("bhks,bshd->bkhd", p_BHKS, v_BSHD).to(q.dtype)
+
+
+def _configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes
+    ]
+
+
+# First the one that fits everywhere. ``bucket`` is the length rounded up to a power of two.
+_KEY = ["bucket", "G", "D", "HAS_SEGMENT", "HAS_WINDOW"]
+_forward_kernel = autotuned(
+    _configs((64, 32, 4, 1), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)),
+    _KEY,
+)(routed_attention_forward_kernel)
+_query_gradient_kernel = autotuned(
+    _configs((64, 32, 4, 1), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 1), (128, 32, 4, 2), (64, 64, 4, 2)),
+    _KEY,
+)(routed_attention_query_gradient_kernel)
+_key_gradient_kernel = autotuned(
+    _configs((32, 64, 4, 1), (64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 1), (64, 64, 4, 2)),
+    [*_KEY, "KEPT_ONLY"],
+)(routed_attention_key_gradient_kernel)
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, segment: Tensor | None, window: int | None, softcap: float | None, scale: float
+) -> tuple[list[Any], dict[str, Any]]:
+    """Strides, sizes and factors, and the compile-time flags, that all three kernels share."""
+    _, K, H, D = q.shape
+    S, HKV = k.shape[1:3]
+    numbers = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K, S, HKV]
+    flags = {
+        "unit": (scale if softcap is None else softcap) * LOG2E,
+        "inner": 1.0 if softcap is None else scale / softcap,
+        "window": 0 if window is None else window,
+        "bucket": triton.next_power_of_2(S),
+        "G": H // HKV,
+        "D": D,
+        "HAS_SEGMENT": segment is not None,
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+    }
+    return numbers, flags
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, K, H, D = q.shape
+    HKV = k.shape[2]
+    out_BKHD = torch.empty(B, K, H, D, dtype=q.dtype, device=q.device)
+    lse_BHR = torch.empty(B, HKV, K * H // HKV, dtype=torch.float32, device=q.device)
+    if q.numel():
+        numbers, flags = _arguments(q, k, v, segment, window, softcap, scale)
+        _forward_kernel[lambda meta: (triton.cdiv(K * H // HKV, meta["BLOCK_M"]), B * HKV)](
+            q, k, v, q_position, q_position if segment is None else segment, out_BKHD, lse_BHR, *numbers, **flags
+        )
+    return out_BKHD, lse_BHR
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, K, H, _ = q.shape
+    HKV = k.shape[2]
+    return q.new_empty(q.shape), q.new_empty(B, HKV, K * H // HKV, dtype=torch.float32)
+
+
+def _launch_query_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, K, H, D = q.shape
+    HKV = k.shape[2]
+    dq_BKHD = torch.empty(B, K, H, D, dtype=q.dtype, device=q.device)
+    delta_BHR = torch.empty_like(lse)
+    if q.numel():
+        numbers, flags = _arguments(q, k, v, segment, window, softcap, scale)
+        _query_gradient_kernel[lambda meta: (triton.cdiv(K * H // HKV, meta["BLOCK_M"]), B * HKV)](
+            q,
+            k,
+            v,
+            q_position,
+            q_position if segment is None else segment,
+            out,
+            d_out,
+            lse,
+            dq_BKHD,
+            delta_BHR,
+            *numbers,
+            scale=scale,
+            **flags,
+        )
+    return dq_BKHD, delta_BHR
+
+
+def _fake_query_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), torch.empty_like(lse)
+
+
+def _launch_key_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    kept_only: bool,
+) -> tuple[Tensor, Tensor]:
+    B, S, HKV, D = k.shape
+    K = q.shape[1]
+    # Rows that the kernel does not write: other tokens, or all of them where there is no query.
+    create = torch.zeros if kept_only or not q.numel() else torch.empty
+    dk_BSHD = create(B, S, HKV, D, dtype=k.dtype, device=k.device)
+    dv_BSHD = create(B, S, HKV, D, dtype=v.dtype, device=v.device)
+    if q.numel():
+        numbers, flags = _arguments(q, k, v, segment, window, softcap, scale)
+        _key_gradient_kernel[lambda meta: (triton.cdiv(K if kept_only else S, meta["BLOCK_N"]), B * HKV)](
+            q,
+            k,
+            v,
+            q_position,
+            q_position if segment is None else segment,
+            d_out,
+            lse,
+            delta,
+            dk_BSHD,
+            dv_BSHD,
+            *numbers,
+            scale=scale,
+            KEPT_ONLY=kept_only,
+            **flags,
+        )
+    return dk_BSHD, dv_BSHD
+
+
+def _fake_key_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    kept_only: bool,
+) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_position, Tensor? segment"
+_NUMBERS = "int? window, float? softcap, float scale"
+_forward = register(
+    f"routed_attention({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+)
+_query_gradient = register(
+    f"routed_attention_query_gradient({_INPUTS}, Tensor out, Tensor d_out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor)",
+    _launch_query_gradient,
+    _fake_query_gradient,
+)
+_key_gradient = register(
+    f"routed_attention_key_gradient({_INPUTS}, Tensor d_out, Tensor lse, Tensor delta, {_NUMBERS}, bool kept_only)"
+    " -> (Tensor, Tensor)",
+    _launch_key_gradient,
+    _fake_key_gradient,
+)
+
+
+class _RoutedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_position: Tensor,
+        segment: Tensor | None,
+        window: int | None,
+        softcap: float | None,
+        scale: float,
+        kept_only: bool,
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, q_position, segment, window, softcap, scale)
+        ctx.save_for_backward(q, k, v, q_position, segment, out, lse)
+        ctx.numbers = (window, softcap, scale)
+        ctx.kept_only = kept_only
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, q_position, segment, out, lse = ctx.saved_tensors
+        d_out = d_out.contiguous()
+        dq, delta = _query_gradient(q, k, v, q_position, segment, out, d_out, lse, *ctx.numbers)
+        dk = dv = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dk, dv = _key_gradient(q, k, v, q_position, segment, d_out, lse, delta, *ctx.numbers, ctx.kept_only)
+        return dq, dk, dv, None, None, None, None, None, None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, q_position: Tensor, segment: Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float(name, tensor, 4)
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and q is {q.dtype}; cast them to one dtype")
+    B, K, H, D = q.shape
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"k and v must be [B, S, Hkv, D] with B and D of q [B, K, H, D], got {shapes}")
+    if k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"q has {H} heads, which must be a multiple of the {k.shape[2]} heads of k")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"q has head dimension {D}; accepted are 1 to {MAX_HEAD_DIM}")
+    check_index("q_position", q_position, (B, K))
+    if segment is not None:
+        check_index("segment", segment, (B, k.shape[1]))
+    check_device(q=q, k=k, v=v, q_position=q_position, segment=segment)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    key_gradient: str = "all",
+) -> Tensor:
+    r"""Attention of kept queries to full-length keys; differentiable in ``q``, ``k`` and ``v``.
+
+    A query at position ``t`` sees key ``s`` if ``s <= t``; with ``window``, if also ``t - s < window``; with
+    ``segment``, if also both are in the same segment, and that is not negative. Blocks of keys that no query of a block
+    sees are not read, and grouped heads share the keys they load. The softmax is the tiled online one of FlashAttention
+    (Dao, https://arxiv.org/abs/2307.08691); the backward pass recomputes it and uses no atomics, so that results repeat
+    bit for bit.
+
+    Args:
+        q: Kept queries, shape ``[B, K, H, D]``, float32, float16 or bfloat16, ``D`` at most 256; any strides.
+        k: Keys of all tokens, shape ``[B, S, Hkv, D]``, ``H`` a multiple of ``Hkv``, dtype of ``q``.
+        v: Values of all tokens, shape and dtype of ``k``.
+        q_position: Position of each query among the keys, shape ``[B, K]``, int64, in ``[0, S)``. Ascending rows skip
+            the most work; any order is correct.
+        segment: Segment of every key (documents packed into a row), shape ``[B, S]``, int64, negative for padding.
+        window: Number of keys a query sees at most, itself included; ``None`` for all.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; ``None`` for none.
+        scale: Factor of the scores, positive; by default ``D ** -0.5``.
+        key_gradient: ``"all"``: gradients of all keys and values. ``"kept"``: of those at ``q_position`` alone, zero
+            elsewhere, which costs less (queries are then distinct positions).
+
+    Returns:
+        Shape ``[B, K, H, D]``, dtype of ``q``, contiguous. Queries that see no key give 0.
+
+    Raises:
+        TypeError: If a dtype is not accepted or the dtypes differ.
+        ValueError: If shapes, devices or numbers do not fit.
+
+    Example:
+        >>> q = torch.randn(1, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
+        >>> kv = torch.randn(1, 8, 2, 64, device="cuda", dtype=torch.bfloat16)
+        >>> routed_attention(q, kv, kv, torch.tensor([[3, 7]], device="cuda")).shape
+        torch.Size([1, 2, 4, 64])
+    """
+    _check(q, k, v, q_position, segment)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
+    if key_gradient not in KEY_GRADIENTS:
+        raise ValueError(f"key_gradient must be one of {KEY_GRADIENTS}, got {key_gradient!r}")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    segment = None if segment is None else segment.contiguous()
+    return _RoutedAttention.apply(
+        q, k, v, q_position.contiguous(), segment, window, softcap, scale, key_gradient == "kept"
+    )
