@@ -153,7 +153,6 @@ def extras(session: nox.Session) -> None:
     wheels = Path(session.create_tmp()) / "dist"
     shutil.rmtree(wheels, ignore_errors=True)
     build_distributions(session, wheels)
-    python = fresh_environment(session, Path(session.create_tmp()) / "empty")
     core = {"cggr", "cggr-core"}
     expected = {
         "cggr": core,
@@ -163,8 +162,8 @@ def extras(session: nox.Session) -> None:
     }
     for requirement, packages in expected.items():
         report = Path(session.create_tmp()) / "report.json"
-        options = ("--dry-run", "--quiet", "--report", str(report), "-c", CONSTRAINTS, "--find-links", str(wheels))
-        session.run(python, "-m", "pip", "install", *options, requirement, external=True)
+        options = ("--dry-run", "--ignore-installed", "--quiet", "--report", str(report), "--find-links", str(wheels))
+        session.run("python", "-m", "pip", "install", *options, "-c", CONSTRAINTS, requirement)
         found = {}
         for item in json.loads(report.read_text())["install"]:
             name = item["metadata"]["name"].lower().replace("_", "-")

@@ -1,0 +1,91 @@
+"""The documents keep their word: examples run, links lead somewhere, commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("packages/*/README.md")]
+)
+EXAMPLES = [
+    "README.md",
+    "docs/index.md",
+    "docs/getting-started.md",
+    "docs/guides/own-loop.md",
+    "docs/guides/fine-tuning.md",
+]
+
+
+def identity(path: Path | str) -> str:
+    return str(path.relative_to(ROOT)) if isinstance(path, Path) else path
+
+
+def small_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("document", EXAMPLES)
+def test_examples_run_in_order(document, monkeypatch):
+    """The Python blocks of a page run one after the other, on a tiny model in place of the reader's own."""
+    from transformers import AutoModelForCausalLM
+
+    from cggr import CGGRLoss, CGGRModel
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: small_model())
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert blocks
+    input_ids = torch.randint(0, 64, (2, 16))
+    labels = input_ids.clone()
+    labels[:, :4] = -100
+    model = small_model()
+    names = {
+        "torch": torch,
+        "CGGRModel": CGGRModel,
+        "model": model,
+        "input_ids": input_ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(input_ids),
+        "criterion": CGGRLoss(min_tokens_ratio=0.25),
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "groups_of_batches": [[{"input_ids": input_ids, "labels": labels}] * 2],
+        "logits": torch.randn(2, 15, 64, requires_grad=True),
+        "targets": labels[:, 1:],
+        "token_weight": torch.rand(2, 15),
+    }
+    for block in blocks:
+        exec(compile(block, document, "exec"), names)
+    trained = names["model"]
+    if ".backward()" in "".join(blocks):
+        gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
+        assert document == "docs/guides/own-loop.md" or gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=identity)
+def test_relative_links_lead_to_files(document):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [target for target in targets if target and not (document.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_every_session_that_a_document_names_exists(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:nox|--no-venv) -s (\w+)", text)) - {"NAME"}
+    defined = set(
+        re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert named and named <= defined
