@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cggr_core.checks import check_float, check_same_device, check_shape
 
-__all__ = ["accumulation_dtype", "check_head", "head_logits", "head_operands"]
+__all__ = ["accumulation_dtype", "check_head", "has_flat_rows", "head_logits", "head_operands", "product_dtype"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,8 +17,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands of ``hidden @ weight.T + bias`` in the dtype the product runs in.
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype that ``hidden @ weight.T`` runs in.
 
     Under autocast that is the autocast dtype (float64 is left alone, as autocast does); otherwise the operands must
     agree already.
@@ -28,14 +28,19 @@ def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them, or call under "
             f"torch.autocast({device_type!r}, ...)"
         )
-    return hidden, weight, None if bias is None else bias.to(weight.dtype)
+    return hidden.dtype
+
+
+def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of ``hidden @ weight.T + bias`` in :func:`product_dtype`."""
+    dtype = product_dtype(hidden, weight)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float | None) -> None:
@@ -73,3 +78,9 @@ def head_logits(
     if softcap is not None:
         x.div_(softcap).tanh_().mul_(softcap)
     return x
+
+
+def has_flat_rows(tensor: Tensor) -> bool:
+    """Whether ``tensor`` [..., V] can be viewed as [N, V]; a batch that was sliced along its sequence cannot."""
+    strides, shape = tensor.stride(), tensor.shape
+    return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(tensor.dim() - 2))

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cggr_core.backends import register_reference, resolve
 from cggr_core.checks import check_choice, check_float, check_same_device, check_shape, check_targets, values_are_free
-from cggr_core.head import accumulation_dtype, check_head, head_logits, head_operands
+from cggr_core.head import accumulation_dtype, check_head, head_logits, head_operands, product_dtype
 
 __all__ = ["chunked_linear_cross_entropy", "linear_cross_entropy", "linear_cross_entropy_by_autograd"]
 
@@ -83,11 +83,14 @@ class _Head:
         row_index: Tensor | None,
         softcap: float | None,
         scale: float | None,
+        product_dtype: torch.dtype,
     ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        # Cast here and not in the graph: the gradient of a float32 weight stays float32 under autocast.
+        self.hidden, self.weight = hidden.to(product_dtype), weight.to(product_dtype)
+        self.bias = None if bias is None else bias.to(product_dtype)
         self.targets = targets.clamp(0, weight.shape[0] - 1)
         self.row_index, self.softcap, self.scale = row_index, softcap, scale
-        self.dtype = accumulation_dtype(hidden.dtype)
+        self.dtype = accumulation_dtype(product_dtype)
 
     def rows(self, chunk: slice, dead: Tensor) -> Tensor:
         """Hidden rows of a chunk, zeros where dead: whatever is in those rows, their gradients must come out as 0."""
@@ -163,8 +166,9 @@ class _SumLoss(torch.autograd.Function):
         row_index: Tensor | None,
         softcap: float | None,
         scale: float | None,
+        product_dtype: torch.dtype,
     ) -> Tensor:
-        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale)
+        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale, product_dtype)
         needs = ctx.needs_input_grad[:3]
         M = targets.shape[0]
         total = coefficient.new_zeros(())
@@ -176,9 +180,9 @@ class _SumLoss(torch.autograd.Function):
             total += (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0).sum()
             if any(needs):
                 grad = head.logit_gradients(e, sums, slope, coefficient[chunk], chunk)
-                gradients.add(grad, rows, weight, chunk)
+                gradients.add(grad, rows, head.weight, chunk)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, row_index)
-        ctx.rows, ctx.dtype = hidden.shape[0], weight.dtype
+        ctx.rows, ctx.dtypes = hidden.shape[0], (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
@@ -186,11 +190,11 @@ class _SumLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, row_index = ctx.saved_tensors
         if hidden is not None:
-            hidden = _scatter_rows((hidden * upstream).to(ctx.dtype), row_index, ctx.rows)
+            hidden = _scatter_rows((hidden * upstream).to(ctx.dtypes[0]), row_index, ctx.rows)
         # Not in place: the graph may be walked twice.
-        weight = None if weight is None else (weight * upstream).to(ctx.dtype)
-        bias = None if bias is None else (bias * upstream).to(ctx.dtype)
-        return hidden, weight, bias, None, None, None, None, None
+        weight = None if weight is None else (weight * upstream).to(ctx.dtypes[1])
+        bias = None if bias is None else (bias * upstream).to(ctx.dtypes[2])
+        return hidden, weight, bias, None, None, None, None, None, None
 
 
 class _RowLoss(torch.autograd.Function):
@@ -207,8 +211,9 @@ class _RowLoss(torch.autograd.Function):
         row_index: Tensor | None,
         softcap: float | None,
         scale: float | None,
+        product_dtype: torch.dtype,
     ) -> Tensor:
-        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale)
+        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale, product_dtype)
         M = targets.shape[0]
         dead = coefficient == 0.0
         out = torch.zeros_like(coefficient)
@@ -216,14 +221,14 @@ class _RowLoss(torch.autograd.Function):
             loss = head.losses(head.rows(chunk, dead[chunk]), chunk)[0]
             out[chunk] = (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0)
         ctx.save_for_backward(hidden, weight, bias, targets, coefficient, row_index)
-        ctx.softcap, ctx.scale = softcap, scale
+        ctx.softcap, ctx.scale, ctx.product_dtype = softcap, scale, product_dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, coefficient, row_index = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, targets, row_index, ctx.softcap, ctx.scale)
+        head = _Head(hidden, weight, bias, targets, row_index, ctx.softcap, ctx.scale, ctx.product_dtype)
         M = targets.shape[0]
         dead = coefficient == 0.0
         coefficient = (coefficient * upstream).masked_fill(dead, 0.0)
@@ -232,13 +237,13 @@ class _RowLoss(torch.autograd.Function):
             rows = head.rows(chunk, dead[chunk])
             _, e, sums, slope = head.losses(rows, chunk)
             grad = head.logit_gradients(e, sums, slope, coefficient[chunk], chunk)
-            gradients.add(grad, rows, weight, chunk)
+            gradients.add(grad, rows, head.weight, chunk)
         grad_hidden, grad_weight, grad_bias = gradients.hidden, gradients.weight, gradients.bias
         if grad_hidden is not None:
-            grad_hidden = _scatter_rows(grad_hidden, row_index, hidden.shape[0])
+            grad_hidden = _scatter_rows(grad_hidden.to(hidden.dtype), row_index, hidden.shape[0])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def chunked_linear_cross_entropy(
@@ -254,21 +259,21 @@ def chunked_linear_cross_entropy(
     reduction: str,
 ) -> Tensor:
     """Plain-torch op ``linear_cross_entropy``, arguments as in :func:`linear_cross_entropy`, unchecked."""
-    hidden, weight, bias = head_operands(hidden, weight, bias)
-    targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(hidden.dtype))
+    dtype = product_dtype(hidden, weight)
+    targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(dtype))
     if reduction == "none":
-        return _no_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale)
+        return _no_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
     if values_are_free(coefficient):
         # Counting the rows costs nothing here, so rows without weight cost nothing either.
         live = coefficient.nonzero()[:, 0]
         if live.shape[0] < coefficient.shape[0]:
             row_index = live if row_index is None else row_index[live]
             targets, coefficient = targets[live], coefficient[live]
-    return _no_autocast(_SumLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale)
+    return _no_autocast(_SumLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
 
 
 def _no_autocast(function: type[torch.autograd.Function], hidden: Tensor, *arguments: Any) -> Tensor:
-    # The operands are cast; autocast must not cast the accumulators inside as well.
+    # The operands are cast inside; autocast must not cast the accumulators as well.
     if not torch.is_autocast_enabled(hidden.device.type):
         return function.apply(hidden, *arguments)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -328,7 +333,9 @@ def linear_cross_entropy(
     check_head(hidden, weight, bias, softcap, scale)
     check_choice("reduction", reduction, REDUCTIONS)
     if hidden.dim() != 2:
-        raise ValueError(f"hidden must be [N, H], got shape {tuple(hidden.shape)}; flatten it with hidden.flatten(0, -2)")
+        raise ValueError(
+            f"hidden must be [N, H], got shape {tuple(hidden.shape)}; flatten it with hidden.flatten(0, -2)"
+        )
     N = hidden.shape[0]
     targets = check_targets("targets", targets, (N,), weight.shape[0], ignore_index, hidden, "hidden")
     M = N
@@ -339,8 +346,10 @@ def linear_cross_entropy(
             )
         check_same_device("row_index", row_index, "hidden", hidden)
         M = row_index.shape[0]
-        if M and values_are_free(row_index) and not (0 <= int(row_index.min()) and int(row_index.max()) < N):
-            raise ValueError(f"row_index must be in [0, {N}), got {int(row_index.min())} to {int(row_index.max())}")
+        if M and values_are_free(row_index):
+            lowest, highest = int(row_index.min()), int(row_index.max())
+            if lowest < 0 or highest >= N:
+                raise ValueError(f"row_index must be in [0, {N}), got values from {lowest} to {highest}")
     if row_weight is not None:
         check_float("row_weight", row_weight)
         if row_weight.dim() != 1 or row_weight.shape[0] not in (M, N):

@@ -110,7 +110,7 @@ class Schedule:
         return slots_for(ratio, length)
 
     def observe(self, confidence: float | None) -> None:
-        """Take the mean top-1 probability of a batch; None (nothing measured yet) and NaN (no token) leave the ratio."""
+        """Take the mean top-1 probability of a batch; None (not measured) and NaN (no token) leave the ratio."""
         if confidence is not None and not math.isnan(confidence):
             self._confidence = min(1.0, max(0.0, float(confidence)))
 

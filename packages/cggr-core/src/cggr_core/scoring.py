@@ -18,7 +18,7 @@ from cggr_core.difficulty import (
     linear_difficulty_reference,
     wanted_fields,
 )
-from cggr_core.head import check_head, head_operands
+from cggr_core.head import check_head, has_flat_rows, head_operands
 
 __all__ = [
     "FIELDS",
@@ -104,8 +104,7 @@ def _row_views(tensor: Tensor) -> Iterator[Tensor]:
         return
     if 0 in tensor.shape[:-1]:
         return
-    strides = tensor.stride()
-    if all(strides[i] == strides[i + 1] * tensor.shape[i + 1] for i in range(tensor.dim() - 2)):
+    if has_flat_rows(tensor):
         yield tensor.view(-1, tensor.shape[-1])
         return
     for part in tensor.unbind(0):

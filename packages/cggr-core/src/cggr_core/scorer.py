@@ -1,0 +1,226 @@
+"""CGGRScorer: difficulty and mask of every token, for architectures that do their own routing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.checks import (
+    bad_targets_message,
+    check_at_least,
+    check_choice,
+    check_same_device,
+    check_shape,
+    count_bad_targets,
+    values_are_free,
+)
+from cggr_core.monitor import Monitor
+from cggr_core.router import TruncatedRouter, router_statistics
+from cggr_core.schedule import Schedule
+from cggr_core.scoring import SCORINGS, fields_for, score
+from cggr_core.selection import SCOPES, SELECTIONS, select
+
+__all__ = ["CGGRScorer"]
+
+
+class CGGRScorer(nn.Module):
+    """Score every token with a router and mark the ones to keep.
+
+    Shapes are static and the host reads nothing. The score at position t is about predicting the token at t + 1, so
+    with labels the last position is not countable (with a masked language model's router, position t is about t).
+
+    Args:
+        router: :func:`~cggr_core.create_truncated_router`, or a callable ``router(input_ids, ...)`` that returns
+            logits [B, S, V] or an object with ``.logits``.
+        scoring: See :func:`~cggr_core.score`; without labels "combined", "entropy" or "margin".
+        selection: See :func:`~cggr_core.select`.
+        scope: "row" keeps the ratio in each row, "batch" over the batch.
+        min_tokens_ratio: Keep ratio in (0, 1], after the warmup.
+        warmup_steps: Steps over which the ratio falls from 1 to ``min_tokens_ratio``; call :meth:`step`.
+        dynamic_threshold: Let the confidence of the batch before move the ratio, see :class:`~cggr_core.Schedule`.
+        threshold_sensitivity: How much it does.
+        num_strata: Score buckets of "stratified".
+        min_tokens_per_sequence: Least kept tokens of a row for "sequence_aware".
+        block_size: Choose blocks of this many neighbouring tokens.
+        unbiased: Weight kept tokens by one over their probability of being kept.
+        seed: Of the random choices.
+        ignore_index: Label that is never scored, kept or counted.
+        shifted: Whether the label of position t is at t + 1. None asks a truncated router's architecture, and takes
+            other routers for causal ones.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If a name or a number is not accepted.
+
+    Example:
+        >>> table = torch.nn.Embedding(16, 16)
+        >>> scorer = CGGRScorer(table, min_tokens_ratio=0.5)
+        >>> difficulty, mask, info = scorer(torch.randint(0, 16, (2, 8)))
+        >>> mask.sum(1)
+        tensor([4, 4])
+    """
+
+    def __init__(
+        self,
+        router: Any,
+        *,
+        scoring: str = "combined",
+        selection: str = "stratified",
+        scope: str = "row",
+        min_tokens_ratio: float = 0.25,
+        warmup_steps: int = 0,
+        dynamic_threshold: bool = False,
+        threshold_sensitivity: float = 0.5,
+        num_strata: int = 4,
+        min_tokens_per_sequence: int = 1,
+        block_size: int = 1,
+        unbiased: bool = True,
+        seed: int = 0,
+        ignore_index: int = -100,
+        shifted: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(router):
+            raise TypeError(f"router must be callable, got {type(router).__name__}")
+        self.router = router
+        self.scoring = check_choice("scoring", scoring, SCORINGS)
+        self.selection = check_choice("selection", selection, SELECTIONS)
+        self.scope = check_choice("scope", scope, SCOPES)
+        self.num_strata = check_at_least("num_strata", num_strata, 1)
+        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 1)
+        self.block_size = check_at_least("block_size", block_size, 1)
+        self.unbiased = bool(unbiased)
+        self.seed = seed
+        self.ignore_index = ignore_index
+        self.schedule = Schedule(
+            min_tokens_ratio=min_tokens_ratio,
+            warmup_steps=warmup_steps,
+            dynamic_threshold=dynamic_threshold,
+            threshold_sensitivity=threshold_sensitivity,
+        )
+        self._shifted = shifted
+        self._vocab_size = 0
+        self._monitor = Monitor()
+
+    def step(self) -> None:
+        """Move the schedule on; call it after each optimizer step."""
+        self.schedule.step()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        reference_nll: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Difficulty of every token, and the tokens to keep.
+
+        Args:
+            input_ids: int64 [B, S].
+            labels: int64 [B, S] as Hugging Face has them (not shifted), or None: then every token of the attention
+                mask is countable.
+            attention_mask: [B, S], 0 for padding; given to the router.
+            position_ids: [B, S]; given to the router.
+            reference_nll: [B, S], a reference model's nll at each position in nats, for "excess".
+
+        Returns:
+            ``difficulty`` float32 [B, S], higher is harder, 0 where not countable; ``mask`` bool [B, S]; and ``info``
+            with the ``selection`` (:class:`~cggr_core.Selection`, which holds the weights), the ``statistics``
+            (:class:`~cggr_core.TokenStatistics`), ``countable`` [B, S] bool, and the 0-dim ``keep_ratio``.
+
+        Raises:
+            TypeError: If the router returns no logits.
+            ValueError: If a shape or device does not fit, or a label is outside the vocabulary (on other devices than
+                the CPU: raised by a later call).
+        """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}")
+        shape = input_ids.shape
+        per_token = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids}
+        for name, tensor in per_token.items():
+            if tensor is not None:
+                check_shape(name, tensor, shape, "that of input_ids")
+                check_same_device(name, tensor, "input_ids", input_ids)
+        fields = fields_for(self.scoring, labels is not None) | {"confidence"}
+        self._begin()
+        targets = None if labels is None else self._aligned(labels)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        if not isinstance(self.router, TruncatedRouter):
+            # Its first argument may have any name.
+            given, router = {key: given[key] for key in given if key != "input_ids"}, self.router
+            statistics = router_statistics(
+                lambda **rest: router(input_ids, **rest),
+                given,
+                targets,
+                fields=fields,
+                ignore_index=self.ignore_index,
+            )
+        else:
+            statistics = router_statistics(self.router, given, targets, fields=fields, ignore_index=self.ignore_index)
+        if targets is None:
+            countable = torch.ones_like(input_ids, dtype=torch.bool)
+            countable = countable if attention_mask is None else attention_mask.bool()
+        else:
+            countable = (targets >= 0) & (targets < statistics.vocab_size) & (targets != self.ignore_index)
+        difficulty = score(statistics, scoring=self.scoring, reference_nll=reference_nll)
+        difficulty = difficulty.masked_fill(~countable, 0.0)
+        rows, length = shape if self.scope == "row" else (1, shape[0] * shape[1])
+        capacity = None
+        if rows * length and self.selection != "sequence_aware":
+            capacity = self.schedule.capacity(length)
+        chosen = select(
+            difficulty,
+            countable,
+            ratio=self.schedule.ratio,
+            selection=self.selection,
+            scope=self.scope,
+            capacity=capacity,
+            num_strata=self.num_strata,
+            min_tokens_per_sequence=self.min_tokens_per_sequence,
+            block_size=self.block_size,
+            unbiased=self.unbiased,
+            seed=self.seed,
+            draw=self.schedule.next_draw(),
+        )
+        if self.training:
+            self.schedule.note_forward()
+        assert statistics.confidence is not None
+        confidence = statistics.confidence.masked_fill(~countable, 0.0).sum() / countable.sum()
+        bad = countable.new_zeros((), dtype=torch.int64)
+        if targets is not None:
+            bad = count_bad_targets(targets, statistics.vocab_size, self.ignore_index)
+        nan = (statistics.confidence.isnan() & countable).sum()
+        if self.schedule.dynamic_threshold or not values_are_free(countable):
+            self._monitor.post(torch.stack([bad.float(), nan.float(), confidence.float()]))
+        self._vocab_size = statistics.vocab_size
+        info = {"selection": chosen, "statistics": statistics, "countable": countable, "keep_ratio": chosen.ratio}
+        return difficulty, chosen.mask, info
+
+    def _begin(self) -> None:
+        found = self._monitor.read(wait=self.schedule.dynamic_threshold)
+        if found is None:
+            return
+        bad, nan, confidence = found
+        if bad:
+            message = bad_targets_message("labels", int(bad), self._vocab_size, self.ignore_index)
+            raise ValueError(f"in an earlier call, {message}")
+        if nan:
+            raise ValueError(f"in an earlier call, the router's logits were NaN at {int(nan)} countable position(s)")
+        self.schedule.observe(confidence)
+
+    def _aligned(self, labels: Tensor) -> Tensor:
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise TypeError(f"labels must hold integer class indices, got dtype {labels.dtype}; use labels.long()")
+        shifted = self._shifted
+        if shifted is None:
+            shifted = not isinstance(self.router, TruncatedRouter) or self.router.engine.architecture.shifted
+        if not shifted:
+            return labels
+        nothing = labels.new_full((labels.shape[0], 1), self.ignore_index)
+        return torch.cat([labels[:, 1:], nothing], dim=1)

@@ -1,0 +1,288 @@
+"""What the two losses share: settings, the order of a step, metrics and state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.checks import (
+    bad_targets_message,
+    check_at_least,
+    check_choice,
+    check_float,
+    check_same_device,
+    check_shape,
+    count_bad_targets,
+    values_are_free,
+)
+from cggr_core.monitor import Monitor
+from cggr_core.schedule import Schedule
+from cggr_core.scoring import SCORINGS, TokenStatistics, fields_for, score
+from cggr_core.selection import SELECTIONS, Selection, select
+
+__all__ = ["TokenLoss", "all_coefficients", "check_per_token", "loss_coefficients", "with_row"]
+
+
+def loss_coefficients(
+    selection: Selection,
+    countable: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """Factor of each slot's nll in the loss: ``weight * token_weight / (num_items or the countable tokens)``.
+
+    Args:
+        selection: The kept tokens.
+        countable: [B, S] bool, the tokens that have a target.
+        token_weight: [B, S] factor of the caller on each token's loss; None for 1.
+        num_items: What the sum is divided by; None for the number of countable tokens of this batch. Under gradient
+            accumulation: the countable tokens of all micro-batches.
+
+    Returns:
+        float32 [B, K], or [1, K] for a selection over the whole batch; 0 in slots that are not kept.
+
+    Raises:
+        ValueError: If a shape does not fit, or ``num_items`` is a number that is not above 0.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False, False]])
+        >>> selection = Selection.from_mask(mask, capacity=2)
+        >>> loss_coefficients(selection, torch.ones_like(mask))
+        tensor([[0.5000, 0.5000]])
+    """
+    check_shape("countable", countable, selection.shape, "that of the selection's score")
+    if num_items is None:
+        num_items = countable.sum().clamp(min=1)
+    elif not isinstance(num_items, Tensor) and not (math.isfinite(num_items) and num_items > 0):
+        raise ValueError(f"num_items must be above 0, got {num_items!r}")
+    coefficients = selection.weight
+    if token_weight is not None:
+        check_float("token_weight", token_weight)
+        check_shape("token_weight", token_weight, selection.shape, "one per token")
+        check_same_device("token_weight", token_weight, "countable", countable)
+        # Masked, not multiplied: a weight of a token that is not kept may be anything.
+        coefficients = coefficients * selection.gather(token_weight).masked_fill(~selection.valid, 0.0)
+    return (coefficients / num_items).to(torch.float32)
+
+
+class TokenLoss(nn.Module):
+    """What both losses share: settings, the order of a step, metrics and state."""
+
+    def __init__(
+        self,
+        *,
+        scoring: str = "gradnorm",
+        selection: str = "stratified",
+        num_strata: int = 4,
+        min_tokens_per_sequence: int = 1,
+        dynamic_threshold: bool = False,
+        threshold_sensitivity: float = 0.5,
+        min_tokens_ratio: float = 0.25,
+        warmup_steps: int = 0,
+        block_size: int = 1,
+        unbiased: bool = True,
+        seed: int = 0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        self.scoring = check_choice("scoring", scoring, SCORINGS)
+        self.selection = check_choice("selection", selection, SELECTIONS)
+        self.num_strata = check_at_least("num_strata", num_strata, 1)
+        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 1)
+        self.block_size = check_at_least("block_size", block_size, 1)
+        self.unbiased = bool(unbiased)
+        self.seed = check_at_least("seed", seed, 0)
+        self.ignore_index = ignore_index
+        self.schedule = Schedule(
+            min_tokens_ratio=min_tokens_ratio,
+            warmup_steps=warmup_steps,
+            dynamic_threshold=dynamic_threshold,
+            threshold_sensitivity=threshold_sensitivity,
+        )
+        self._monitor = Monitor()
+        self._bad_targets = 0
+        self._bad_logits = 0
+        self._vocab_size = 0
+        self._last: tuple[Tensor, Tensor, Selection, Tensor | None, TokenStatistics | None] | None = None
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"scoring={self.scoring!r}, selection={self.selection!r}, schedule={self.schedule!r}"
+
+    def step(self) -> None:
+        """Move the schedule on; call it after each optimizer step."""
+        self.schedule.step()
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last training forward did, as 0-dim tensors on its device; empty before the first.
+
+        ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``; where tokens were scored, ``score_kept`` and
+        ``score_dropped`` (means), ``full_loss`` (mean nll of all countable tokens, nats) and ``confidence`` (their
+        mean top-1 probability).
+        """
+        if self._last is None:
+            return {}
+        loss, countable, selection, scores, statistics = self._last
+        n = countable.sum()
+        found = {
+            "loss": loss,
+            "keep_ratio": selection.ratio,
+            "kept_tokens": selection.valid.sum(),
+            "countable_tokens": n,
+        }
+        if scores is not None:
+            kept = selection.mask
+            found["score_kept"] = _mean(scores, kept)
+            found["score_dropped"] = _mean(scores, countable & ~kept)
+        if statistics is not None and statistics.nll is not None:
+            found["full_loss"] = _mean(statistics.nll, countable)
+        if statistics is not None and statistics.confidence is not None:
+            found["confidence"] = _mean(statistics.confidence, countable)
+        return found
+
+    def get_extra_state(self) -> Tensor:
+        """Steps, draws and confidence of the schedule as a float64 tensor, so that any checkpoint format holds it."""
+        self._absorb(wait=True)
+        state = self.schedule.state_dict()
+        confidence = math.nan if state["confidence"] is None else state["confidence"]
+        return torch.tensor([state["steps"], state["draws"], confidence], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore :meth:`get_extra_state`; the next selections are those of the run that made it."""
+        steps, draws, confidence = state.tolist()
+        self.schedule.load_state_dict(
+            {
+                "steps": int(steps),
+                "draws": int(draws),
+                "confidence": None if math.isnan(confidence) else confidence,
+            }
+        )
+
+    def _absorb(self, *, wait: bool) -> None:
+        """Take what the device has reported: counts of bad values, and the confidence of the batch before."""
+        found = self._monitor.read(wait=wait)
+        if found is not None:
+            self._bad_targets += int(found[0])
+            self._bad_logits += int(found[1])
+            self.schedule.observe(found[2])
+
+    def _begin(self) -> None:
+        """Raise what an earlier step reported, before anything of this one is done."""
+        if torch.compiler.is_compiling():
+            return
+        # Waiting makes the ratio, and with it the selection, a function of the data and not of timing.
+        self._absorb(wait=self.schedule.dynamic_threshold)
+        targets, logits = self._bad_targets, self._bad_logits
+        self._bad_targets = self._bad_logits = 0
+        if targets:
+            message = bad_targets_message("targets", targets, self._vocab_size, self.ignore_index)
+            raise ValueError(f"in an earlier step, {message}")
+        if logits:
+            raise ValueError(f"in an earlier step, logits were NaN at {logits} countable position(s)")
+
+    def _fields(self) -> frozenset[str]:
+        """The statistics to compute; nll and confidence come almost free once any is computed."""
+        if self.selection == "random":
+            return frozenset({"confidence"}) if self.schedule.dynamic_threshold else frozenset()
+        return fields_for(self.scoring) | {"nll", "confidence"}
+
+    def _targets(self, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """Targets with ignore_index in place of what is outside the vocabulary, and the count of those."""
+        bad = count_bad_targets(targets, vocab_size, self.ignore_index)
+        inside = (targets >= 0) & (targets < vocab_size)
+        self._vocab_size = vocab_size
+        return targets.masked_fill(~inside, self.ignore_index), bad
+
+    def _score(
+        self, statistics: TokenStatistics | None, countable: Tensor, reference_nll: Tensor | None
+    ) -> Tensor | None:
+        if self.selection == "random":
+            return None
+        assert statistics is not None  # every other selection asks for fields
+        scores = score(statistics, scoring=self.scoring, reference_nll=reference_nll)
+        return scores.masked_fill(~countable, 0.0)
+
+    def _select(self, scores: Tensor | None, countable: Tensor, draw: int | Tensor | None) -> Selection:
+        if scores is None:
+            scores = torch.zeros(countable.shape, device=countable.device)
+        return select(
+            scores,
+            countable,
+            ratio=self.schedule.ratio,
+            selection=self.selection,
+            scope="batch",
+            capacity=self._capacity(countable),
+            num_strata=self.num_strata,
+            min_tokens_per_sequence=self.min_tokens_per_sequence,
+            block_size=self.block_size,
+            unbiased=self.unbiased,
+            seed=self.seed,
+            draw=self.schedule.next_draw() if draw is None else draw,
+        )
+
+    def _capacity(self, countable: Tensor) -> int | None:
+        if not countable.numel():
+            return None
+        capacity = self.schedule.capacity(countable.numel())
+        if self.selection == "sequence_aware":
+            capacity = max(capacity, min(countable.numel(), countable.shape[0] * self.min_tokens_per_sequence))
+        return capacity
+
+    def _finish(
+        self,
+        loss: Tensor,
+        countable: Tensor,
+        selection: Selection,
+        scores: Tensor | None,
+        statistics: TokenStatistics | None,
+        bad_targets: Tensor,
+    ) -> Tensor:
+        self._last = (loss.detach(), countable, selection, scores, statistics)
+        if values_are_free(loss):
+            if bool(loss.isnan()):
+                raise ValueError("the loss is NaN: logits are NaN, or infinite, at a kept position")
+            if self.schedule.dynamic_threshold and statistics is not None:
+                self._monitor.post(torch.stack([loss.new_zeros(()), loss.new_zeros(()), self._confidence(statistics)]))
+        elif not torch.compiler.is_compiling():
+            bad_logits = loss.detach().isnan()
+            if statistics is not None:
+                present = next(column for column in statistics[:-1] if column is not None)
+                bad_logits = (present.isnan() & countable).sum()
+            confidence = loss.new_full((), math.nan) if statistics is None else self._confidence(statistics)
+            self._monitor.post(torch.stack([bad_targets.float(), bad_logits.float(), confidence.float()]))
+        self.schedule.note_forward()
+        return loss
+
+    def _confidence(self, statistics: TokenStatistics) -> Tensor:
+        """Mean top-1 probability of the countable tokens (the others hold 0); NaN where there is none."""
+        assert statistics.confidence is not None
+        return statistics.confidence.sum() / (statistics.confidence > 0).sum()
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def check_per_token(targets: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless each of ``tensors`` that is there has the shape and device of ``targets``."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_float(name, tensor)
+            check_shape(name, tensor, targets.shape, "that of targets")
+            check_same_device(name, tensor, "targets", targets)
+
+
+def with_row(tensor: Tensor | None) -> Tensor | None:
+    """[N] as [1, N]."""
+    return None if tensor is None else tensor[None]
+
+
+def all_coefficients(countable: Tensor, token_weight: Tensor | None, num_items: Tensor | float | None) -> Tensor:
+    """Coefficients [1, N] of the plain mean over all countable tokens."""
+    everything = Selection.from_mask(countable, capacity=countable.shape[1])
+    coefficients = loss_coefficients(everything, countable, token_weight=token_weight, num_items=num_items)
+    return coefficients.reshape(1, -1)
