@@ -52,7 +52,7 @@ def test_state_comes_back(tmp_path):
 
 
 def test_state_of_other_things_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="a set at state.a"):
+    with pytest.raises(TypeError, match=r"a set at state\.a"):
         save_state(tmp_path, "state", {"a": {1}})
     with pytest.raises(TypeError, match="key of type tuple"):
         save_state(tmp_path, "state", {(1, 2): 1})

@@ -35,7 +35,7 @@ def test_bad_input(tmp_path, tokenizer):
         load_tokenizer(str(tmp_path / "no"))
     with pytest.raises(InputError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(InputError, match="mine does not match the model: its ids go up to 299, .* has 299 rows"):
+    with pytest.raises(InputError, match=r"mine does not match the model: its ids go up to 299, .* has 299 rows"):
         check_vocabulary(tokenizer, 299, name="mine")
     check_vocabulary(tokenizer, 300, name="mine")
 

@@ -42,7 +42,7 @@ def test_given_heldout_documents(tmp_path, tokenizer, texts):
 def test_too_little_text(tmp_path, tokenizer):
     with pytest.raises(InputError, match="the data files hold no text"):
         build_token_store([], tokenizer, tmp_path, length=16)
-    with pytest.raises(InputError, match="the train text has .* fewer than one sequence of 64"):
+    with pytest.raises(InputError, match=r"the train text has .* fewer than one sequence of 64"):
         build_token_store(["def f(): return 1"], tokenizer, tmp_path, length=64)
 
 

@@ -132,7 +132,10 @@ class RoutedLearner:
 
     def loss(self, input_ids: Tensor, *, num_items: int | None = None) -> Tensor:
         """See :class:`Learner`."""
-        return self.routed(input_ids, labels=input_ids, num_items=num_items)
+        try:
+            return self.routed(input_ids, labels=input_ids, num_items=num_items)
+        except ValueError as error:  # a mode that this architecture cannot have, or logits that are NaN
+            raise InputError(str(error)) from error
 
     def step(self) -> None:
         """Move the schedule of the keep ratio."""

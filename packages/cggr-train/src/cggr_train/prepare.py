@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -42,7 +42,8 @@ def prepare(
     tokenizer = _tokenizer(settings, documents, console)
     model = _model(settings, tokenizer)
     tokenizer_name = f"the tokenizer in {settings.tokenizer or settings.model or folder}"
-    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, name=tokenizer_name)
+    embedding: Any = model.get_input_embeddings()
+    check_vocabulary(tokenizer, embedding.weight.shape[0], name=tokenizer_name)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

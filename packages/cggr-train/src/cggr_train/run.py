@@ -126,7 +126,8 @@ class _Run:
         tokens: TokenStore,
     ) -> None:
         self.settings, self.folder, self.console, self.device = settings, folder, console, device
-        self.model, self.tokenizer = model.to(device), tokenizer
+        self.model, self.tokenizer = model, tokenizer
+        torch.nn.Module.to(model, device)
         self.learner = build_learner(self.model, settings.method, settings.routing, seed=settings.seed)
         self.optimizer = build_optimizer(self.model, weight_decay=settings.weight_decay)
         size = {"length": settings.length, "batch_size": settings.batch_size}
@@ -205,7 +206,7 @@ class _Run:
             tokens_per_second=round(rate, 1),
             memory_bytes=memory,
             peak_memory_bytes=peak_memory(self.device),
-            **{name: value for name, value in metrics.items() if isinstance(value, int | float | str)},
+            **{name: value for name, value in metrics.items() if name != "loss"},
         )
         if not math.isfinite(loss):
             raise DivergedError(

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from cggr_train.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS = ("train", "heldout")
+SPLITS: tuple[str, ...] = ("train", "heldout")
 
 
 class TokenStore(NamedTuple):
@@ -110,11 +110,12 @@ def build_token_store(
 
 def _encode(sides: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
     iterator = iter(sides)
+    end: Any = tokenizer.eos_token_id
     while chunk := tuple(itertools.islice(iterator, 256)):
         texts = [text for text, _ in chunk]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for (_, split), ids in zip(chunk, encoded, strict=True):
-            yield split, [*ids, tokenizer.eos_token_id]
+        encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for (_, split), ids in zip(chunk, encoded["input_ids"], strict=True):
+            yield split, [*ids, end]
 
 
 def _write(file: BinaryIO, ids: list[int], dtype: np.dtype) -> None:

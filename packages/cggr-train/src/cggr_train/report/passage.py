@@ -15,6 +15,8 @@ from cggr_train.presets import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FIGURES = ("nll", "entropy", "confidence", "margin", "gradnorm")
+
 
 @dataclass(frozen=True)
 class PassageToken:
@@ -125,23 +127,22 @@ def score_passage(
     shades = (scores - lowest) / max(highest - lowest, 1e-9)
     guesses = logits.argmax(-1).tolist()
 
+    columns = {name: getattr(statistics, name).tolist() for name in FIGURES}
     pieces = _pieces(text, offsets)
     tokens = [PassageToken(pieces[0], 0)]
     for t in range(len(ids) - 1):
-        tokens.append(PassageToken(
-            text=pieces[t + 1],
-            position=t + 1,
-            score=scores[t].item(),
-            shade=shades[t].item(),
-            kept=bool(kept[t]),
-            weight=weights[t].item(),
-            nll=statistics.nll[t].item(),
-            entropy=statistics.entropy[t].item(),
-            confidence=statistics.confidence[t].item(),
-            margin=statistics.margin[t].item(),
-            gradnorm=statistics.gradnorm[t].item(),
-            guess=tokenizer.decode([guesses[t]]),
-        ))  # fmt: skip
+        tokens.append(
+            PassageToken(
+                text=pieces[t + 1],
+                position=t + 1,
+                score=scores[t].item(),
+                shade=shades[t].item(),
+                kept=bool(kept[t]),
+                weight=weights[t].item(),
+                guess=str(tokenizer.decode([guesses[t]])),
+                **{name: values[t] for name, values in columns.items()},
+            )
+        )
     return Passage(tokens, routing.scoring, routing.selection, chosen.ratio.item(), lowest, highest)
 
 
