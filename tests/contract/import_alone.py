@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 
 # What the packages of this workspace may be tempted to import; torch is everybody's.
 BLOCKABLE = {"cggr", "cggr_core", "cggr_kernels", "cggr_flash", "cggr_moe", "cggr_train", "transformers", "triton"}
@@ -57,7 +57,7 @@ def main(distribution: str) -> None:
     for name in opened:
         importlib.import_module(name)
     without = f" without {', '.join(sorted(blocked))}" + "".join(f"; {door} names its extra" for door in sorted(shut))
-    print(f"{distribution} {package.__version__}: {1 + len(opened)} modules import{without}")
+    print(f"{distribution} {version(name)}: {1 + len(opened)} modules import{without}")
 
 
 if __name__ == "__main__":

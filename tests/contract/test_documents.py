@@ -66,11 +66,6 @@ def test_examples_run_in_order(document, monkeypatch):
     }
     for block in blocks:
         exec(compile(block, document, "exec"), names)
-    trained = names["model"]
-    if ".backward()" in "".join(blocks):
-        gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
-        assert document == "docs/guides/own-loop.md" or gradients
-        assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=identity)
