@@ -45,8 +45,8 @@ def closed(package: str, extra: str) -> bool:
 
 def main(distribution: str) -> None:
     blocked = BLOCKABLE - required(distribution)
-    for name in blocked:
-        sys.modules[name] = None  # type: ignore[assignment]
+    for blocked_module in blocked:
+        sys.modules[blocked_module] = None  # type: ignore[assignment]
     name, _, extra = distribution.partition("[")
     package = importlib.import_module(name.replace("-", "_"))
     modules = [found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
@@ -54,8 +54,8 @@ def main(distribution: str) -> None:
     if extra and shut:
         raise SystemExit(f"{distribution}: {sorted(shut)} still ask for an extra")
     opened = [name for name in modules if not any(name == door or name.startswith(f"{door}.") for door in shut)]
-    for name in opened:
-        importlib.import_module(name)
+    for opened_module in opened:
+        importlib.import_module(opened_module)
     without = f" without {', '.join(sorted(blocked))}" + "".join(f"; {door} names its extra" for door in sorted(shut))
     print(f"{distribution} {version(name)}: {1 + len(opened)} modules import{without}")
 
