@@ -15,11 +15,12 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter converts one-element arrays to scalars, which numpy deprecates."""
-    ignore = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+    """Triton's interpreter makes scalars of one-element arrays; torch.compile makes instances of autograd functions."""
+    messages = ("Conversion of an array with ndim", r"<class 'torch\.autograd\.function\.Function'> should not be")
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(ignore)
+            for message in messages:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning"))
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def difficulty_reference(logits: Tensor, targets: Tensor | None = None, ignore_i
     ignored_N = targets == ignore_index
     safe_N = targets.masked_fill(ignored_N, 0)
     nll_N = -log_p_NV.gather(-1, safe_N[:, None])[:, 0]
-    gradnorm_N = (p_NV.square().sum(-1) - 2 * (-nll_N).exp() + 1).clamp_min(0).sqrt()
+    others_NV = p_NV.scatter(-1, safe_N[:, None], 0)
+    gradnorm_N = (others_NV.square().sum(-1) + others_NV.sum(-1).square()).sqrt()
     statistics = (entropy_N, confidence_N, margin_N, nll_N, gradnorm_N)
     return tuple(statistic.masked_fill(ignored_N, 0) for statistic in statistics)  # type: ignore[return-value]
 
@@ -78,14 +79,14 @@ def difficulty(logits: Tensor, targets: Tensor | None = None, ignore_index: int 
 
     With ``p = softmax(logits)``: entropy ``-sum p ln p`` (nats), confidence ``max p``, margin ``p_1 - p_2`` of the two
     largest (0 when they tie; ``p_1`` for a single class), nll ``-ln p_y`` and gradnorm
-    ``||p - onehot(y)||_2 = sqrt(sum p^2 - 2 p_y + 1)``. The softmax is computed online (Milakov and Gimelshein,
-    https://arxiv.org/abs/1805.02867), so that every logit is read once.
+    ``||p - onehot(y)||_2 = sqrt(sum p^2 - 2 p_y + 1)``, summed without ``p_y`` so that it keeps its digits. The softmax
+    is computed online (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867): every logit is read once.
 
     Args:
         logits: Unnormalised log-probabilities, shape ``[N, V]``, float32, float16 or bfloat16; rows may be strided,
-            the last dimension is contiguous. NaN in a row makes its entropy NaN.
+            the last dimension is contiguous. NaN in a row shows in its statistics.
         targets: Aligned class indices, shape ``[N]``, int64; without them nll and gradnorm are 0. A target outside
-            ``[0, V)`` that is not ``ignore_index`` makes nll and gradnorm of its row NaN.
+            ``[0, V)`` that is not ``ignore_index`` makes its row NaN.
         ignore_index: Rows with this target get 0 in all five and their logits are not read.
 
     Returns:

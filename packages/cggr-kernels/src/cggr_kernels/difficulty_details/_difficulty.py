@@ -47,8 +47,13 @@ def _absorb(x0, x1, x2, x3, reference, z, s, c, first, second):
 
 
 @triton.jit
-def _load(ptr, offset, end):
-    return tl.load(ptr + offset, mask=offset < end, other=-float("inf")).to(tl.float32)
+def _load(ptr, column, end):
+    return tl.load(ptr + column, mask=column < end, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _without(x, column, target):
+    return tl.where(column == target, -float("inf"), x)
 
 
 @triton.jit
@@ -65,7 +70,11 @@ def difficulty_kernel(
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One program per row; online softmax, so the row is read once. ``out`` is [5, N]."""
+    """One program per row; online softmax, so the row is read once. ``out`` is [5, N].
+
+    The target stays out of the sums until the end: sum p^2 - 2 p_y + 1 loses every digit as p_y nears 1, but it is
+    sum_others p^2 + (sum_others p)^2.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = ignore_index
     if HAS_TARGETS:
@@ -87,6 +96,8 @@ def difficulty_kernel(
         start = tl.minimum(aligned - begin, V).to(tl.int32)
         row_ptr = logits_ptr + aligned
     size = V - start
+    # From here on columns count from ``start``.
+    place = (target - start).to(tl.int32)
 
     none = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
     first = none
@@ -97,6 +108,8 @@ def difficulty_kernel(
     c = tl.zeros([LANES], tl.float32)
     if PEEL:
         head = _load(logits_ptr + row * row_stride, within, start)
+        if HAS_TARGETS:
+            head = _without(head, within, place + start)
         reference, z, s, c, first, second = _absorb(head, none, none, none, reference, z, s, c, first, second)
     full = size // (4 * TILE) * (4 * TILE)
     for offset in range(0, full, 4 * TILE):
@@ -104,12 +117,25 @@ def difficulty_kernel(
         x1 = tl.load(row_ptr + offset + TILE + within).to(tl.float32)
         x2 = tl.load(row_ptr + offset + 2 * TILE + within).to(tl.float32)
         x3 = tl.load(row_ptr + offset + 3 * TILE + within).to(tl.float32)
+        if HAS_TARGETS:
+            here = place - offset
+            if (here >= 0) & (here < 4 * TILE):
+                x0 = _without(x0, within, here)
+                x1 = _without(x1, within, here - TILE)
+                x2 = _without(x2, within, here - 2 * TILE)
+                x3 = _without(x3, within, here - 3 * TILE)
         reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, reference, z, s, c, first, second)
     if full < size:
         x0 = _load(row_ptr, full + within, size)
         x1 = _load(row_ptr, full + TILE + within, size)
         x2 = _load(row_ptr, full + 2 * TILE + within, size)
         x3 = _load(row_ptr, full + 3 * TILE + within, size)
+        if HAS_TARGETS:
+            here = place - full
+            x0 = _without(x0, within, here)
+            x1 = _without(x1, within, here - TILE)
+            x2 = _without(x2, within, here - 2 * TILE)
+            x3 = _without(x3, within, here - 3 * TILE)
         reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, reference, z, s, c, first, second)
 
     lane_first = tl.max(first, 1)
@@ -121,25 +147,32 @@ def difficulty_kernel(
     winner = tl.argmax(lane_first, 0)
     runner_up = tl.max(tl.where(lane == winner, lane_second, lane_first), 0)
 
-    joint = tl.max(reference, 0)
-    shift = reference - joint
+    x_y = -float("inf")
+    if HAS_TARGETS:
+        in_range = (target >= 0) & (target < V)
+        x_y = tl.load(logits_ptr + row * row_stride + target, mask=in_range, other=float("nan")).to(tl.float32)
+        top, runner_up = _top2(top, runner_up, x_y)
+    joint = tl.maximum(tl.max(reference, 0), x_y * LOG2E)
+    shift = tl.maximum(reference - joint, LOWEST)
     alpha = tl.exp2(shift)
     s = tl.sum(alpha * (s + z * shift), 0)
     z = tl.sum(alpha * z, 0)
     c = tl.sum(alpha * alpha * c, 0)
-    log2_z = tl.log2(z)
-    confidence = tl.exp2(top * LOG2E - joint) / z
     nll = 0.0
     gradnorm = 0.0
     if HAS_TARGETS:
-        in_range = (target >= 0) & (target < V)
-        x = tl.load(logits_ptr + row * row_stride + target, mask=in_range, other=float("nan")).to(tl.float32)
-        d = x * LOG2E - joint
-        nll = LN2 * (log2_z - d)
-        # sqrt of a NaN stays NaN; max would drop it
-        squared = c / (z * z) - 2.0 * (tl.exp2(d) / z) + 1.0
-        gradnorm = tl.sqrt(tl.where(squared < 0.0, 0.0, squared))
-    tl.store(out_ptr + row, LN2 * (log2_z - s / z))
+        others = z
+        d_y = tl.maximum(x_y * LOG2E - joint, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        e_y = tl.exp2(d_y)
+        z += e_y
+        s += e_y * d_y
+        # Not d_y: an impossible target has a loss of infinity, not of a large number.
+        nll = LN2 * (tl.log2(z) - (x_y * LOG2E - joint))
+        nll = tl.where(nll < 0.0, 0.0, nll)
+        gradnorm = tl.sqrt(c + others * others) / z
+    entropy = LN2 * (tl.log2(z) - s / z)
+    confidence = tl.exp2(top * LOG2E - joint) / z
+    tl.store(out_ptr + row, tl.where(entropy < 0.0, 0.0, entropy))
     tl.store(out_ptr + N + row, confidence)
     tl.store(out_ptr + 2 * N + row, confidence - tl.exp2(runner_up * LOG2E - joint) / z)
     tl.store(out_ptr + 3 * N + row, nll)

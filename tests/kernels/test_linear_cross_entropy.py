@@ -1,0 +1,165 @@
+import pytest
+import torch
+
+import cggr_kernels.linear_cross_entropy as module
+from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch, device):
+    """Several chunks of classes at the sizes the interpreter can bear, the last one not full."""
+    monkeypatch.setattr(module, "MIN_COLUMNS", 48)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+
+
+def problem(N, H, V, dtype, device, *, bias=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(size, H, generator=generator).to(device, dtype) for size in (N, V))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[::3] = -100
+    head_bias = torch.randn(V, generator=generator).to(device, dtype) if bias else None
+    return hidden, weight * 0.5, targets.to(device), head_bias
+
+
+def run(function, hidden, weight, targets, row_index, row_weight, bias, *rest, upstream=None):
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    loss = function(
+        leaves[0], leaves[1], targets, row_index, row_weight, leaves[2] if bias is not None else None, *rest
+    )
+    return loss.detach(), *torch.autograd.grad(loss, leaves, upstream)
+
+
+def check_against_truth(hidden, weight, targets, row_index, row_weight, bias, *rest, upstream=None):
+    """Loss and gradients no further from float64 than torch in the same dtype, by relative norm."""
+    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[hidden.dtype]
+    operands = (hidden, weight, targets, row_index, row_weight, bias)
+    values = run(linear_cross_entropy, *operands, *rest, upstream=upstream)
+    rivals = run(linear_cross_entropy_reference, *operands, *rest, upstream=upstream)
+    doubles = [x.double() if x is not None and x.is_floating_point() else x for x in operands]
+    upstream = None if upstream is None else upstream.double()
+    truths = run(linear_cross_entropy_reference, *doubles, *rest, upstream=upstream)
+    for place, (value, rival, truth) in enumerate(zip(values, rivals, truths, strict=True)):
+        assert value.dtype == (torch.float32 if place == 0 else hidden.dtype)
+        error, rival_error = (value.double() - truth).norm(), (rival.double() - truth).norm()
+        assert error <= rival_error + tolerance * truth.norm(), (place, error / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 2), (7, 16, 257), (20, 33, 96), (2, 5, 47)])
+def test_loss_and_gradients(N, H, V, dtype, device):
+    hidden, weight, targets, bias = problem(N, H, V, dtype, device, bias=True)
+    targets[0] = 1
+    check_against_truth(hidden, weight, targets, None, None, None)
+    check_against_truth(hidden, weight, targets, None, None, bias)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_rows_weights_softcap_and_scale(softcap, scale, reduction, device):
+    hidden, weight, targets, bias = problem(20, 16, 130, torch.float32, device, bias=True)
+    row_index = torch.tensor([1, 2, 3, 7, 8, 19, 0], device=device)
+    row_weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1e-3, 3.0, 1.0], device=device)
+    upstream = None if reduction == "sum" else torch.randn(7, device=device)
+    rest = (softcap, scale, -100, reduction)
+    check_against_truth(hidden, weight, targets, row_index, row_weight, bias, *rest, upstream=upstream)
+    everywhere = torch.rand(20, device=device)
+    check_against_truth(hidden, weight, targets, row_index, everywhere, None, *rest, upstream=upstream)
+
+
+def test_rows_without_weight_may_hold_anything(device):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    hidden[0], hidden[4] = float("nan"), float("inf")
+    targets[4], targets[1] = 5, 7
+    row_weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0], device=device)
+    loss, d_hidden, d_weight = run(linear_cross_entropy, hidden, weight, targets, None, row_weight, None)
+    for value in (loss, d_hidden, d_weight):
+        assert torch.isfinite(value).all()
+    assert (d_hidden[[0, 3, 4]] == 0).all()
+
+
+def test_nothing_to_learn_gives_a_connected_zero(device):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    for target, row_index in ((torch.full_like(targets, -100), None), (targets, none)):
+        loss, d_hidden, d_weight = run(linear_cross_entropy, hidden, weight, target, row_index, None, None)
+        assert loss == 0
+        assert d_hidden.shape == hidden.shape
+        assert (d_hidden == 0).all()
+        assert (d_weight == 0).all()
+
+
+def test_only_the_gradients_that_are_wanted(device):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    expected = run(linear_cross_entropy, hidden, weight, targets, None, None, None)
+    for place, name in ((1, "hidden"), (2, "weight")):
+        operands = {"hidden": hidden.detach().clone(), "weight": weight.detach().clone()}
+        leaf = operands[name].requires_grad_()
+        loss = linear_cross_entropy(operands["hidden"], operands["weight"], targets)
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected[place])
+    assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+
+
+def test_impossible_targets_and_rows_give_nan(device):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    assert linear_cross_entropy(hidden, weight, targets.clamp_min(0) + 100).isnan()
+    losses = linear_cross_entropy(
+        hidden, weight, targets.clamp_min(0), torch.tensor([0, 6, -1], device=device), reduction="none"
+    )
+    assert losses.isnan().tolist() == [False, True, True]
+
+
+def test_autocast_computes_in_its_dtype(device):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    leaf = weight.requires_grad_()
+    dtype = torch.bfloat16
+    with torch.autocast(device, dtype=dtype):
+        loss = linear_cross_entropy(hidden, leaf, targets)
+    assert loss.dtype == torch.float32
+    assert loss == linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets)
+    assert torch.autograd.grad(loss, leaf)[0].dtype == torch.float32
+
+
+def test_bad_input_is_named(device):
+    hidden, weight, targets, bias = problem(6, 8, 100, torch.float32, device, bias=True)
+    with pytest.raises(ValueError, match=r"weight must be \[V, 8\]"):
+        linear_cross_entropy(hidden, weight[:, 1:], targets)
+    with pytest.raises(TypeError, match=r"weight is torch\.float16"):
+        linear_cross_entropy(hidden, weight.half(), targets)
+    with pytest.raises(ValueError, match="targets must have shape"):
+        linear_cross_entropy(hidden, weight, targets[1:])
+    with pytest.raises(TypeError, match="row_index must be int64"):
+        linear_cross_entropy(hidden, weight, targets, targets.int())
+    with pytest.raises(ValueError, match="row_weight must have shape"):
+        linear_cross_entropy(hidden, weight, targets, None, torch.ones(5, device=device))
+    with pytest.raises(ValueError, match="row_weight requires a gradient"):
+        linear_cross_entropy(hidden, weight, targets, None, torch.ones(6, device=device, requires_grad=True))
+    with pytest.raises(ValueError, match="bias must have shape"):
+        linear_cross_entropy(hidden, weight, targets, None, None, bias[1:])
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        linear_cross_entropy(hidden, weight, targets, reduction="mean")
+    with pytest.raises(ValueError, match="softcap must be a positive"):
+        linear_cross_entropy(hidden, weight, targets, softcap=0.0)
+    with pytest.raises(ValueError, match="targets is on meta"):
+        linear_cross_entropy(hidden, weight, targets.to("meta"))
+
+
+def test_op_registration(device):
+    hidden, weight, targets, bias = problem(6, 8, 100, torch.float32, device, bias=True)
+    ops = torch.ops.cggr_kernels
+    targets = targets.clamp_min(0)
+    torch.library.opcheck(ops.linear_cross_entropy.default, (hidden, weight, targets, bias, 3.0, None))
+    _, lse = ops.linear_cross_entropy(hidden, weight, targets, None, None, 2.0)
+    arguments = (hidden, weight, targets, None, lse, torch.rand(6, device=device), None, 2.0)
+    torch.library.opcheck(ops.linear_cross_entropy_gradient.default, (*arguments, [True, True, False]))
+
+
+def test_compiles_as_one_graph(device, compiler):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    row_index = torch.tensor([1, 2, 4], device=device)
+    compiled = torch.compile(lambda h, *rest: linear_cross_entropy(h * 1.0, *rest), fullgraph=True, backend=compiler)
+    values = run(compiled, hidden, weight, targets, row_index, None, None)
+    for value, expected in zip(
+        values, run(linear_cross_entropy, hidden, weight, targets, row_index, None, None), strict=True
+    ):
+        torch.testing.assert_close(value, expected)
