@@ -2,72 +2,193 @@
 
 import pytest
 import torch
-from reference_routing import gradients, reference_loss, relative_error
-from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 from torch import Tensor
 
-from cggr_core import CGGRModel, Selection, create_truncated_router
+from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
 from cggr_core.targets import align_labels
+from reference_routing import gradients, reference_loss, relative_error
+from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
 TOLERANCE = 1e-5
-BATCH, LENGTH = 2, 13
-ENGINES = ("interleaved", "two_pass", "router")
+BATCH, LENGTH, KEEP = 2, 13, 5
+ENGINES = ("interleaved", "two_pass")
 
 
 def batch(seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def random_selection(countable: Tensor, keep: int, seed: int = 0) -> Selection:
-    """``keep`` countable tokens of every row (fewer where there are fewer), with uneven weights."""
+def aligned(model, labels: Tensor):
+    return align_labels(labels, shifted=CGGRModel(model)._passes.architecture.shifted, vocab_size=VOCAB)
+
+
+def random_selection(countable: Tensor, seed: int = 0) -> Selection:
+    """At most ``KEEP`` countable tokens of every row, with uneven weights; the first row has fewer than the second."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(countable.shape, generator=generator).masked_fill(~countable, -1.0)
-    mask = torch.zeros_like(countable).scatter_(1, noise.topk(keep, dim=1).indices, True) & countable
+    mask = torch.zeros_like(countable).scatter_(1, noise.topk(KEEP, dim=1).indices, True) & countable
+    mask[0] &= mask[0].cumsum(0) <= KEEP - 2
     weight = torch.rand(countable.shape, generator=generator) + 0.5
-    return Selection.from_mask(mask, weight=weight, countable=countable, capacity=keep)
-
-
-def cggr(model, gradient: str, engine: str, **settings) -> CGGRModel:
-    if engine == "router":
-        # A selection that is passed in needs no scores, so the router's recorded layers are asked for by random scores.
-        return CGGRModel(model, create_truncated_router(model, 1), gradient=gradient, **settings)
-    return CGGRModel(model, gradient=gradient, engine=engine, selection="random", **settings)
+    return Selection.from_mask(mask, weight=weight, countable=countable, capacity=KEEP)
 
 
 def routed(model, labels, selection, *, gradient, engine, **inputs):
     wrapped = CGGRModel(model, gradient=gradient, engine=engine, selection="random")
     loss = wrapped(labels=labels, selection=selection, **inputs)
     loss.backward()
-    return wrapped, loss.detach(), gradients(model)
+    assert wrapped.metrics["engine"] == engine
+    return loss.detach(), gradients(model)
 
 
-def expected(model, labels, selection, *, gradient, **inputs):
-    wrapped = CGGRModel(model, gradient="exact", selection="random")
-    architecture = wrapped._passes.architecture
-    targets = align_labels(labels, shifted=architecture.shifted, vocab_size=VOCAB)
-    coefficients = torch.zeros(labels.shape).scatter_(1, selection.index, selection.weight * selection.valid)
-    coefficients = coefficients / targets.countable.sum()
-    loss, logits = reference_loss(
-        model, architecture.layers, selection.mask, coefficients, targets.tokens, gradient=gradient, **inputs
+def reference(model, labels, selection, *, gradient, **inputs):
+    targets = aligned(model, labels)
+    coefficients = torch.zeros(labels.shape).scatter_(
+        1, selection.index, loss_coefficients(selection, targets.countable)
     )
+    layers = CGGRModel(model)._passes.architecture.layers
+    loss, _ = reference_loss(model, layers, selection.mask, coefficients, targets.tokens, gradient=gradient, **inputs)
     loss.backward()
     return loss.detach(), gradients(model)
 
 
-def countable_tokens(model, labels: Tensor) -> Tensor:
-    architecture = CGGRModel(model, gradient="exact")._passes.architecture
-    return align_labels(labels, shifted=architecture.shifted, vocab_size=VOCAB).countable
+def assert_equal(found, wanted):
+    (loss, grads), (wanted_loss, wanted_grads) = found, wanted
+    torch.testing.assert_close(loss, wanted_loss, rtol=TOLERANCE, atol=0)
+    assert relative_error(grads, wanted_grads) <= TOLERANCE
 
 
-@pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
 @pytest.mark.parametrize("name", ROUTABLE)
-def test_equals_the_autograd_reference(name, gradient, engine):
+def test_equals_the_autograd_reference(name, gradient):
     model, input_ids = ROUTABLE[name](), batch()
     labels = input_ids.clone()
-    labels[0, :5] = -100
-    selection = random_selection(countable_tokens(model, labels), keep=5)
-    _, loss, found = routed(model, labels, selection, gradient=gradient, engine=engine, input_ids=input_ids)
-    reference, wanted = expected(model, labels, selection, gradient=gradient, input_ids=input_ids)
-    torch.testing.assert_close(loss, reference, rtol=TOLERANCE, atol=0)
-    assert relative_error(found, wanted) <= TOLERANCE
+    labels[0, :4] = -100
+    selection = random_selection(aligned(model, labels).countable)
+    wanted = reference(model, labels, selection, gradient=gradient, input_ids=input_ids)
+    for engine in ENGINES:
+        assert_equal(routed(model, labels, selection, gradient=gradient, engine=engine, input_ids=input_ids), wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ROUTABLE)
+def test_padded_rows(name, side):
+    model, input_ids = ROUTABLE[name](), batch()
+    attention_mask = torch.ones_like(input_ids)
+    padding = slice(0, 4) if side == "left" else slice(LENGTH - 4, LENGTH)
+    attention_mask[1, padding] = 0
+    input_ids[1, padding] = 0
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    selection = random_selection(aligned(model, labels).countable)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    wanted = reference(model, labels, selection, gradient="kv", **inputs)
+    for engine in ENGINES:
+        assert_equal(routed(model, labels, selection, gradient="kv", engine=engine, **inputs), wanted)
+
+
+PACKED = torch.tensor([[*range(6), *range(7)], [*range(3), *range(8), *range(2)]])
+# transformers builds the masks of these without a look at the positions.
+ATTEND_ACROSS = ("falcon-rotary", "falcon-alibi", "bloom", "opt", "gpt-oss") + (
+    "bert-decoder",
+    "bert-masked",
+    "roberta-decoder",
+    "roberta-masked",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTABLE if name not in ATTEND_ACROSS])
+def test_packed_rows(name):
+    model, input_ids = ROUTABLE[name](), batch()
+    labels = input_ids.masked_fill(PACKED == 0, -100)
+    selection = random_selection(aligned(model, labels).countable)
+    inputs = {"input_ids": input_ids, "position_ids": PACKED}
+    wanted = reference(model, labels, selection, gradient="kv", **inputs)
+    for engine in ENGINES:
+        assert_equal(routed(model, labels, selection, gradient="kv", engine=engine, **inputs), wanted)
+
+
+@pytest.mark.parametrize("name", ATTEND_ACROSS)
+def test_packed_rows_where_transformers_attends_across_them(name):
+    model, input_ids = ROUTABLE[name](), batch()
+    with pytest.raises(ValueError, match="attends across such packed documents"):
+        CGGRModel(model)(input_ids, labels=input_ids, position_ids=PACKED)
+
+
+def ordinary(model, input_ids, labels):
+    loss = model(input_ids=input_ids, labels=labels).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def partly_labelled() -> tuple[Tensor, Tensor]:
+    input_ids = batch()
+    labels = input_ids.clone()
+    labels[0, :4] = -100
+    return input_ids, labels
+
+
+@pytest.mark.parametrize("name", ROUTABLE)
+def test_everything_kept_is_ordinary_training(name):
+    """Both engines, with every token in the gradient pass, those without a label too."""
+    model, (input_ids, labels) = ROUTABLE[name](), partly_labelled()
+    countable = aligned(model, labels).countable
+    everything = Selection.from_mask(
+        torch.ones_like(countable), weight=countable.float(), countable=countable, capacity=LENGTH
+    )
+    wanted = ordinary(model, input_ids, labels)
+    for gradient in ("kv", "detached"):
+        for engine in ENGINES:
+            found = routed(model, labels, everything, gradient=gradient, engine=engine, input_ids=input_ids)
+            assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ROUTABLE)
+def test_a_ratio_of_one_is_ordinary_training(name):
+    model, (input_ids, labels) = ROUTABLE[name](), partly_labelled()
+    wanted = ordinary(model, input_ids, labels)
+    for gradient in ("exact", "kv", "detached", "sequence"):
+        wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
+        loss = wrapped(input_ids, labels=labels)
+        loss.backward()
+        assert_equal((loss.detach(), gradients(model)), wanted)
+
+
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+@pytest.mark.parametrize("name", ROUTABLE)
+def test_going_on_from_a_truncated_router(name, gradient):
+    """Scores come from the first layers, whose keys, values and hidden states the gradient pass takes over."""
+    model, input_ids = ROUTABLE[name](), batch()
+    settings = {"gradient": gradient, "min_tokens_ratio": 0.4, "selection": "sampled", "seed": 3}
+    router = create_truncated_router(model, 1)
+    wrapped = CGGRModel(model, router, **settings)
+    loss = wrapped(input_ids, labels=input_ids)
+    loss.backward()
+    found = loss.detach(), gradients(model)
+    assert wrapped.metrics["engine"] == "interleaved"
+
+    # The same scores from the router as a model of its own, and the same selection passed in.
+    apart = CGGRModel(model, router, engine="two_pass", **settings)
+    loss = apart(input_ids, labels=input_ids)
+    loss.backward()
+    assert apart.metrics["engine"] == "two_pass"
+    torch.testing.assert_close(apart.metrics["score_kept"], wrapped.metrics["score_kept"])
+    assert_equal(found, (loss.detach(), gradients(model)))
+
+
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+@pytest.mark.parametrize("name", UNROUTABLE)
+def test_architectures_without_keys_and_values_name_what_works(name, gradient):
+    model = UNROUTABLE[name]()
+    with pytest.raises(ValueError, match="use gradient='exact' or gradient='sequence'"):
+        CGGRModel(model, gradient=gradient)(batch(), labels=batch()).backward()
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sequence"])
+@pytest.mark.parametrize("name", UNROUTABLE)
+def test_exact_and_sequence_work_without_keys_and_values(name, gradient):
+    model, input_ids = UNROUTABLE[name](), batch()
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    plain.backward()
+    wanted = plain.detach(), gradients(model)
+    loss = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)(input_ids, labels=input_ids)
+    loss.backward()
+    assert_equal((loss.detach(), gradients(model)), wanted)

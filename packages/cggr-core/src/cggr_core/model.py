@@ -46,6 +46,8 @@ class CGGRModel(nn.Module):
     needs the selection before the layers: a router, ``selection="random"`` or ``"supervised"``, or a selection that
     is passed in. *Two passes* (1 + 3r) score at full depth, with the model's own head.
 
+    At a ratio of 1 every token is kept, those without a label too: the step is ordinary training in every mode.
+
     With dropout, every computation of a token draws its own mask; in two passes kept tokens are computed twice.
 
     Args:
@@ -214,7 +216,8 @@ class CGGRModel(nn.Module):
         ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``, ``gradient``, ``engine``; where tokens were
         scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
         ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
-        ``auxiliary_loss`` for mixtures of experts that report one.
+        ``auxiliary_loss``, the expert routers' balancing loss over the tokens of the backward pass, which ``loss``
+        includes, where the model's config asks for it (``output_router_logits``).
         """
         return dict(self._metrics)
 
@@ -334,7 +337,7 @@ class _Step:
 
     def exact(self) -> Tensor:
         """Ordinary forward; the loss and the head's backward are those of the kept tokens."""
-        values = self.passes.plain(self.arguments)
+        values, self.auxiliary_loss = self.passes.plain(self.arguments)
         if self.needs_scores:
             if self.config.router is None:
                 self._score_from(values.detach(), full_depth=True)
@@ -359,7 +362,8 @@ class _Step:
         if self.needs_scores:
             if config.router is None:
                 with torch.no_grad():
-                    self._score_from(self.passes.plain(self.arguments), full_depth=True)
+                    values, _ = self.passes.plain(self.arguments)
+                self._score_from(values, full_depth=True)
             else:
                 self._score_by_router()
         countable = self.targets.countable
@@ -372,19 +376,21 @@ class _Step:
             name: value.index_select(0, index) if _is_batched(value, self.batch.shape[0]) else value
             for name, value in self.arguments.items()
         }
-        values = self.passes.plain(kept)
+        values, self.auxiliary_loss = self.passes.plain(kept)
         tokens = self.targets.tokens.index_select(0, index)
         coefficients = weight[:, None] * (tokens != config.ignore_index) / self._denominator()
         if self.token_weight is not None:
             coefficients = coefficients * self.token_weight.index_select(0, index)
         mask = torch.zeros_like(countable).index_put_((index,), rows.valid[0][:, None].expand(-1, length)) & countable
         self.mask = mask
-        return self.readout.weighted_loss(values, tokens, coefficients)
+        return self._with_auxiliary(self.readout.weighted_loss(values, tokens, coefficients))
 
     def _routed(self, *, keep_graph: bool) -> Tensor:
         from cggr_core.routing import NO_CONTEXT
 
         config, passes = self.config, self.passes
+        if config.schedule.ratio == 1.0 and self.selection is None and config.selection != "supervised":
+            return self.exact()
         context, depth = NO_CONTEXT, passes.depth
         engine = config.engine or ("two_pass" if self.needs_scores and config.router is None else "interleaved")
         if self.needs_scores:
@@ -400,10 +406,8 @@ class _Step:
             context, _ = passes.context(self.batch, depth=depth, keep_graph=keep_graph, head=False)
         self._select()
         self.engine = engine
-        values, auxiliary = passes.gradient(self.batch, self.selection, context, keep_graph=keep_graph)
-        self.auxiliary_loss = auxiliary
-        loss = self._loss(values)
-        return loss if auxiliary is None else loss + auxiliary
+        values, self.auxiliary_loss = passes.gradient(self.batch, self.selection, context, keep_graph=keep_graph)
+        return self._loss(values)
 
     def _fields(self, *, full_depth: bool) -> frozenset[str]:
         fields = fields_for(self.config.scoring, True)
@@ -436,7 +440,7 @@ class _Step:
             return
         countable = self.targets.countable
         if self.config.selection == "supervised":
-            self.selection = Selection.from_mask(countable)
+            self.selection = Selection.from_mask(countable, countable=countable)
             return
         score = torch.zeros(countable.shape, device=countable.device) if self.score is None else self.score
         capacity = self.config.schedule.capacity(self.batch.shape[1])
@@ -467,7 +471,11 @@ class _Step:
         coefficients = loss_coefficients(
             selection, self.targets.countable, token_weight=self.token_weight, num_items=self.num_items
         )
-        return self.readout.weighted_loss(values, self.targets.tokens.gather(1, selection.index), coefficients)
+        targets = self.targets.tokens.gather(1, selection.index)
+        return self._with_auxiliary(self.readout.weighted_loss(values, targets, coefficients))
+
+    def _with_auxiliary(self, loss: Tensor) -> Tensor:
+        return loss if self.auxiliary_loss is None else loss + self.auxiliary_loss
 
     def _denominator(self) -> Tensor | float:
         return self.targets.countable.sum().clamp(min=1) if self.num_items is None else self.num_items

@@ -72,7 +72,8 @@ class TruncatedRouter(nn.Module):
         """
         self.engine.prepare(self.engine.inputs(**inputs), routing=False)
         readout = HeadReadout(self.engine.architecture.head, ignore_index=ignore_index)
-        return readout.statistics(self.engine.plain(inputs, depth=self.num_layers), targets, fields=fields)
+        values, _ = self.engine.plain(inputs, depth=self.num_layers)
+        return readout.statistics(values, targets, fields=fields)
 
 
 def create_truncated_router(model: nn.Module, num_layers: int = 4) -> TruncatedRouter:

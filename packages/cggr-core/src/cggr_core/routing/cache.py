@@ -26,13 +26,16 @@ class PassCache(Cache):
         self._length = length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions before the queries, as models count them."""
         # Models derive the number of keys as this plus the number of queries (ALiBi, default masks).
         return self._length - self._queries
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Number of keys, and their offset."""
         return self._length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Queries are placed by the mask builders."""
         return 0
 
 
@@ -51,6 +54,7 @@ class RecordingCache(PassCache):
         self._keep_graph = keep_graph
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
+        """Note a layer's keys and values, and attend to them as constants."""
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
@@ -69,13 +73,14 @@ class OtherTokensCache(PassCache):
         self.kept: KeyValue | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
+        """Note the other tokens' keys and values, and let them attend to all positions."""
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
         if self.kept is None:
             raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
         return tuple(
-            merge_rows(other, self._index, kept, self._kept_index, self.get_mask_sizes(0, 0)[0])
+            merge_rows(other, self._index, kept, self._kept_index, self._length)
             for other, kept in zip(constant, self.kept, strict=True)
         )
 
@@ -114,6 +119,7 @@ class RoutedCache(PassCache):
         self.updated: set[int] = set()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
+        """Keys and values of all positions, the kept rows fresh."""
         # Called again with the same keys and values when a checkpointed layer is recomputed: nothing here may depend
         # on how often that happens, and _run_others answers from memory.
         self.updated.add(layer_idx)

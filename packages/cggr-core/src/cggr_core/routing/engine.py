@@ -33,7 +33,7 @@ class Engine:
         self.model = model
         self._described = describe(model)
         self._probe: Probe | None = None
-        self._probed_routing = False
+        self._probed: set[str] = set()
 
     @property
     def architecture(self) -> Architecture:
@@ -85,9 +85,11 @@ class Engine:
         Raises:
             ValueError: If they will, and this model cannot.
         """
-        if self._probe is None or (routing and not self._probed_routing):
+        packed = routing and inputs.segment is not None
+        wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
+        if self._probe is None or not wanted <= self._probed:
             self._probe = probe(self.model, self._described, inputs, routing=routing)
-            self._probed_routing = routing
+            self._probed |= wanted
             head = self._probe.architecture.head
             if self._described.head.fused and not head.fused:
                 warnings.warn(
@@ -100,8 +102,10 @@ class Engine:
                 f"gradient='kv' and 'detached' route keys and values, and {self.architecture.obstacle}; use "
                 "gradient='exact' or gradient='sequence'"
             )
+        if packed and self._probe.packing_obstacle is not None:
+            raise ValueError(self._probe.packing_obstacle)
 
-    def plain(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
+    def plain(self, arguments: dict[str, Any], *, depth: int | None = None) -> tuple[Tensor, Tensor | None]:
         """An ordinary forward, with or without gradients as the caller has set them.
 
         Args:
@@ -109,17 +113,19 @@ class Engine:
             depth: Layers to run before the final norm; all by default.
 
         Returns:
-            Head values ``[B, S, ...]``.
+            Head values ``[B, S, ...]``, and the model's auxiliary loss if it has one.
         """
         if not self.architecture.head.fused:
-            return self.logits(arguments, depth=depth)
+            with self._truncated(depth):
+                output = self.model(**arguments, use_cache=False)
+            return output.logits, self._auxiliary_loss(output)
         seen: list[Tensor] = []
         with (
             self._truncated(depth),
             replaced_forwards({self.architecture.head.module: partial(read_in_place_of_head, seen.append)}),
         ):
-            self.model(**arguments, use_cache=False)
-        return seen[0]
+            output = self.model(**arguments, use_cache=False)
+        return seen[0], self._auxiliary_loss(output)
 
     def logits(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
         """The logits ``[B, S, V]`` of an ordinary forward through ``depth`` layers (all by default)."""

@@ -6,6 +6,7 @@ merges both sets of keys and values, and goes on (interleaved): no token is comp
 recorded layers first, which is what a truncated router leaves.
 """
 
+import contextvars
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -85,9 +86,9 @@ def gradient_pass(
         keep_graph=keep_graph,
     )
     replacements: dict[nn.Module, Callable[..., Any]] = {}
-    checkpointed = uses_checkpointing(model)
     for number, layer in enumerate(architecture.layers):
         forward = layer.forward
+        checkpointed = uses_checkpointing(layer)
         if checkpointed:
             # Inside the layer's hooks, as transformers does it.
             forward = partial(checkpoint, partial(_run_plainly, layer, forward), use_reentrant=False)
@@ -177,7 +178,7 @@ class _OtherTokens:
             routed_masks(inputs.visibility(self.index)),
             replaced_forwards(replacements),
         ):
-            model(**inputs.arguments(self.index), past_key_values=self._cache, use_cache=True)
+            model(**inputs.arguments(self.index), **inputs.quiet, past_key_values=self._cache, use_cache=True)
         return calls, layer_input(*calls[0])
 
     def run(self, layer: int, kept: KeyValue) -> KeyValue:
@@ -187,8 +188,10 @@ class _OtherTokens:
             args, kwargs = with_layer_input(*self._calls[layer], self._hidden.detach())
             # The layer's forward, not the layer: this runs inside its call, hooks and gathered parameters included.
             # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
+            # And in a context of its own, so that transformers does not collect its outputs (an expert router's, say)
+            # as those of the outer call.
             with torch.set_grad_enabled(self._keep_graph), _unhooked_saved_tensors():
-                output = self._forwards[layer](*args, **kwargs)
+                output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
             self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._cache.kept = None
             self._calls[layer] = ((), {})  # frees the masks of layers that are done

@@ -23,6 +23,7 @@ class TokenInputs:
         segment: Packed document of every token ``[B, S]``, or ``None``.
         passes_positions: Whether the model's forward takes ``position_ids``.
         passes_padding: Whether the model itself is given the attention mask besides the mask builders.
+        quiet: Arguments that switch off what only the gradient pass is to report (expert routers' logits).
         options: Everything else, passed on as it is.
     """
 
@@ -32,6 +33,7 @@ class TokenInputs:
     segment: Tensor | None
     passes_positions: bool
     passes_padding: bool
+    quiet: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,6 +118,7 @@ def token_inputs(
         segment=segment,
         passes_positions="position_ids" in architecture.forward_parameters,
         passes_padding=not balancing,
+        quiet={"output_router_logits": False} if balancing else {},
         options=options or {},
     )
 

@@ -41,9 +41,9 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
-def uses_checkpointing(model: nn.Module) -> bool:
-    """Whether ``gradient_checkpointing_enable`` was called on the model and it is training."""
-    return model.training and any(module.__dict__.get("gradient_checkpointing") is True for module in model.modules())
+def uses_checkpointing(layer: nn.Module) -> bool:
+    """Whether transformers was asked to recompute this layer in the backward pass."""
+    return layer.training and layer.__dict__.get("gradient_checkpointing") is True
 
 
 @contextmanager

@@ -1,0 +1,220 @@
+"""Time, memory and FLOPs of a training step: standard, compiled, and every gradient mode and engine.
+
+``python benchmarks/step_time.py cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device). A step
+is forward, loss and backward; the optimiser's share is the same for all and left out. Random token ids, random weights.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import _record
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cggr_core import CGGRModel, create_truncated_router
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one benchmark."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batch: int
+    length: int
+    dtype: torch.dtype
+    device: str
+    tied: bool = True
+
+    def model(self) -> LlamaForCausalLM:
+        """A Llama of these sizes with random weights."""
+        torch.manual_seed(SEED)
+        config = LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.length,
+            tie_word_embeddings=self.tied,
+        )
+        with torch.device(self.device):
+            return LlamaForCausalLM(config).to(self.dtype).train()
+
+    def tokens(self) -> Tensor:
+        """Random token ids ``[B, S]``."""
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randint(0, self.vocab, (self.batch, self.length), generator=generator).to(self.device)
+
+
+SHAPES = {
+    "cpu": Shape(8, 384, 1024, 6, 2, 8192, 8, 512, torch.float32, "cpu"),
+    "1b": Shape(16, 2048, 8192, 32, 8, 128256, 8, 2048, torch.bfloat16, "cuda"),
+    "135m": Shape(30, 576, 1536, 9, 3, 49152, 8, 2048, torch.bfloat16, "cuda"),
+}
+# Variant -> (settings of CGGRModel, whether a truncated router scores). The first three are what the bars are about.
+VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "two passes, full-depth scores, kv": ({"gradient": "kv"}, False),
+    "interleaved, truncated router, kv": ({"gradient": "kv"}, True),
+    "interleaved, random, kv": ({"gradient": "kv", "selection": "random"}, False),
+    "two passes, random, kv": ({"gradient": "kv", "selection": "random", "engine": "two_pass"}, False),
+    "two passes, full-depth scores, detached": ({"gradient": "detached"}, False),
+    "interleaved, truncated router, detached": ({"gradient": "detached"}, True),
+    "interleaved, random, detached": ({"gradient": "detached", "selection": "random"}, False),
+    "exact": ({"gradient": "exact"}, False),
+    "sequence, truncated router": ({"gradient": "sequence"}, True),
+}
+
+
+def standard_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """The step that people run today."""
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def cggr_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
+    """The step of one variant over the same model."""
+    settings, routed = VARIANTS[variant]
+    depth = max(1, model.config.num_hidden_layers // 8)
+    router = create_truncated_router(model, depth) if routed else None
+    wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings).train()
+
+    def step() -> None:
+        wrapped(tokens, labels=tokens).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
+    """The step of a row of the table."""
+    if variant == "standard":
+        return standard_step(model, tokens)
+    if variant == "standard, compiled":
+        return standard_step(torch.compile(model), tokens)
+    return cggr_step(model, tokens, variant, ratio)
+
+
+def peak_bytes(shape: Shape, variant: str, ratio: float) -> int:
+    """Peak memory of three steps above what the model and its inputs hold."""
+    model, tokens = shape.model(), shape.tokens()
+    step = make_step(model, tokens, variant, ratio)
+    if shape.device == "cuda":
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    # A small forward first, so that libraries and their buffers are loaded and not counted.
+    model(input_ids=tokens[:1, :8], labels=tokens[:1, :8]).loss.backward()
+    model.zero_grad(set_to_none=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
+    """:func:`peak_bytes` where no other variant has touched the allocator."""
+    command = [sys.executable, __file__, name, "--ratio", str(ratio), "--peak-of", variant]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(output.split()[-1])
+
+
+def flops(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> dict[str, int]:
+    """Floating-point operations of one forward and one backward, as torch counts them (attention uncut by causality)."""
+    if variant == "standard":
+
+        def forward() -> Tensor:
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    else:
+        settings, routed = VARIANTS[variant]
+        router = create_truncated_router(model, max(1, model.config.num_hidden_layers // 8)) if routed else None
+        wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings).train()
+        wrapped(tokens, labels=tokens)  # the first step looks at the model
+
+        def forward() -> Tensor:
+            return wrapped(tokens, labels=tokens)
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = forward()
+    forward_flops = counter.get_total_flops()
+    with counter:
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return {"forward": forward_flops, "backward": counter.get_total_flops()}
+
+
+def main() -> None:
+    """Run one shape and write its JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    if options.peak_of:
+        print(peak_bytes(shape, options.peak_of, options.ratio))
+        return
+
+    variants = ["standard", *(["standard, compiled"] if shape.device == "cuda" else []), *VARIANTS]
+    model, tokens = shape.model(), shape.tokens()
+    counts = {name: flops(model, tokens, name, options.ratio) for name in variants if name != "standard, compiled"}
+    steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
+    rows = _record.measure(steps, control="standard", repeats=options.rounds, warmup=3, device=shape.device)
+    del model, steps
+    if shape.device == "cuda":
+        torch.cuda.empty_cache()
+    for name in variants:
+        rows[name]["peak_extra_bytes"] = peak_in_fresh_process(options.shape, name, options.ratio)
+        rows[name]["flops"] = counts.get(name)
+    settings = {key: str(value) for key, value in vars(shape).items()} | {"ratio": options.ratio, "seed": SEED}
+    name = options.name or f"step_time_{options.shape}"
+    path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)
+    _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds per step")
+    report(json.loads(path.read_text()))
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the table."""
+    control = result["rows"]["standard"]
+    print(f"{'':42} {'ms':>8} {'faster':>7} {'peak GB':>8} {'share':>6} {'fwd':>6} {'bwd':>6}")
+    for name, row in result["rows"].items():
+        line = (
+            f"{name:42} {row['median'] * 1e3:8.1f} {row['ratio']['median']:6.2f}x {row['peak_extra_bytes'] / 1e9:8.2f}"
+        )
+        line += f" {row['peak_extra_bytes'] / control['peak_extra_bytes']:6.2f}"
+        if row["flops"]:
+            forward, backward = (row["flops"][part] / control["flops"][part] for part in ("forward", "backward"))
+            line += f" {forward:6.3f} {backward:6.3f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
