@@ -9,6 +9,7 @@ from cggr_kernels._checks import check_device, check_float, check_index, check_v
 from cggr_kernels._library import INTERPRETED, register
 from cggr_kernels.difficulty_details._difficulty import difficulty_kernel
 
+LOG2E = 1.4426950408889634
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -41,28 +42,53 @@ def difficulty_reference(logits: Tensor, targets: Tensor | None = None, ignore_i
     return tuple(statistic.masked_fill(ignored_N, 0) for statistic in statistics)  # type: ignore[return-value]
 
 
-def _launch(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Tensor:
-    N, V = logits.shape
-    out_5N = torch.empty(5, N, dtype=torch.float32, device=logits.device)
-    if N == 0:
-        return out_5N
+def launch_difficulty(
+    logits: Tensor,
+    targets: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    scale: float | None,
+    out_5N: Tensor,
+) -> None:
+    """Run the kernel on rows of the head's output ``[n, V]``.
+
+    Args:
+        logits: Shape ``[n, V]``, contiguous in the last dimension.
+        targets: Shape ``[n]``, or ``None``.
+        ignore_index: Target of rows that get 0.
+        softcap: The statistics are those of ``softcap * tanh(scale * logits / softcap)``; ``None`` for none.
+        scale: Factor on the logits; ``None`` for 1.
+        out_5N: Where the five statistics go, shape ``[5, n]``, contiguous in the last dimension.
+    """
+    n, V = logits.shape
+    if n == 0:
+        return
+    scale = 1.0 if scale is None else scale
     width = 16 // logits.element_size()
     # Four warps keep enough loads in flight on an H200 while a row's tail wastes little of its tile.
     warps = 4 if V > 4096 else 1
-    difficulty_kernel[(N,)](
+    difficulty_kernel[(n,)](
         logits,
         targets,
         out_5N,
         logits.stride(0),
-        N,
+        out_5N.stride(0),
         V,
         ignore_index,
+        (scale if softcap is None else softcap) * LOG2E,
+        1.0 if softcap is None else scale / softcap,
+        HAS_SOFTCAP=softcap is not None,
         HAS_TARGETS=targets is not None,
         PEEL=logits.stride(0) % width != 0,
         WIDTH=width,
         LANES=128 if INTERPRETED else 32 * warps,
         num_warps=warps,
     )
+
+
+def _launch(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Tensor:
+    out_5N = torch.empty(5, logits.shape[0], dtype=torch.float32, device=logits.device)
+    launch_difficulty(logits, targets, ignore_index, None, None, out_5N)
     return out_5N
 
 

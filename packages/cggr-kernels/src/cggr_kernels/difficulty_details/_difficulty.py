@@ -1,7 +1,6 @@
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Finite stand-in for -inf in exponents: 2^LOWEST is 0 and 0 * LOWEST is 0, where 0 * -inf would be NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
@@ -13,29 +12,29 @@ def _top2(first, second, x):
 
 
 @triton.jit
-def _exponent(x, reference):
+def _exponent(x, unit, reference):
     # NaN must survive the clamp, so that a bad logit shows in the statistics.
-    return tl.maximum(x * LOG2E - reference[:, None], LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x * unit - reference[:, None], LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _absorb(x0, x1, x2, x3, reference, z, s, c, first, second):
+def _absorb(x0, x1, x2, x3, unit, reference, z, s, c, first, second):
     """Four tiles [LANES, WIDTH] into the running sums of each lane; base-2 exponents relative to ``reference``.
 
-    z = sum 2^d, s = sum 2^d * d, c = sum 4^d with d = x * log2(e) - reference. A lane's row of the tile lies in one
+    z = sum 2^d, s = sum 2^d * d, c = sum 4^d with d = x * unit - reference. A lane's row of the tile lies in one
     thread, so these reductions touch no other thread.
     """
     first, second = _top2(first, second, x0)
     first, second = _top2(first, second, x1)
     first, second = _top2(first, second, x2)
     first, second = _top2(first, second, x3)
-    new_reference = tl.maximum(tl.max(first, 1) * LOG2E, LOWEST)
+    new_reference = tl.maximum(tl.max(first, 1) * unit, LOWEST)
     shift = reference - new_reference
     alpha = tl.exp2(shift)
-    d0 = _exponent(x0, new_reference)
-    d1 = _exponent(x1, new_reference)
-    d2 = _exponent(x2, new_reference)
-    d3 = _exponent(x3, new_reference)
+    d0 = _exponent(x0, unit, new_reference)
+    d1 = _exponent(x1, unit, new_reference)
+    d2 = _exponent(x2, unit, new_reference)
+    d3 = _exponent(x3, unit, new_reference)
     e0 = tl.exp2(d0)
     e1 = tl.exp2(d1)
     e2 = tl.exp2(d2)
@@ -47,8 +46,20 @@ def _absorb(x0, x1, x2, x3, reference, z, s, c, first, second):
 
 
 @triton.jit
-def _load(ptr, column, end):
-    return tl.load(ptr + column, mask=column < end, other=-float("inf")).to(tl.float32)
+def _squash(x, inner, HAS_SOFTCAP: tl.constexpr):
+    """tanh(x * inner) with a softcap, else ``x``: the logits without their outer factor, which is in ``unit``."""
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        x = 2.0 * tl.sigmoid(2.0 * inner * x) - 1.0
+    return x
+
+
+@triton.jit
+def _load(ptr, column, end, inner, HAS_SOFTCAP: tl.constexpr):
+    x = _squash(tl.load(ptr + column, mask=column < end, other=-float("inf")), inner, HAS_SOFTCAP)
+    if HAS_SOFTCAP:
+        x = tl.where(column < end, x, -float("inf"))
+    return x
 
 
 @triton.jit
@@ -65,6 +76,9 @@ def difficulty_kernel(
     N,
     V,
     ignore_index,
+    unit,
+    inner,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     PEEL: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -107,16 +121,16 @@ def difficulty_kernel(
     s = tl.zeros([LANES], tl.float32)
     c = tl.zeros([LANES], tl.float32)
     if PEEL:
-        head = _load(logits_ptr + row * row_stride, within, start)
+        head = _load(logits_ptr + row * row_stride, within, start, inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             head = _without(head, within, place + start)
-        reference, z, s, c, first, second = _absorb(head, none, none, none, reference, z, s, c, first, second)
+        reference, z, s, c, first, second = _absorb(head, none, none, none, unit, reference, z, s, c, first, second)
     full = size // (4 * TILE) * (4 * TILE)
     for offset in range(0, full, 4 * TILE):
-        x0 = tl.load(row_ptr + offset + within).to(tl.float32)
-        x1 = tl.load(row_ptr + offset + TILE + within).to(tl.float32)
-        x2 = tl.load(row_ptr + offset + 2 * TILE + within).to(tl.float32)
-        x3 = tl.load(row_ptr + offset + 3 * TILE + within).to(tl.float32)
+        x0 = _squash(tl.load(row_ptr + offset + within), inner, HAS_SOFTCAP)
+        x1 = _squash(tl.load(row_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
+        x2 = _squash(tl.load(row_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
+        x3 = _squash(tl.load(row_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             here = place - offset
             if (here >= 0) & (here < 4 * TILE):
@@ -124,19 +138,19 @@ def difficulty_kernel(
                 x1 = _without(x1, within, here - TILE)
                 x2 = _without(x2, within, here - 2 * TILE)
                 x3 = _without(x3, within, here - 3 * TILE)
-        reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, reference, z, s, c, first, second)
+        reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, unit, reference, z, s, c, first, second)
     if full < size:
-        x0 = _load(row_ptr, full + within, size)
-        x1 = _load(row_ptr, full + TILE + within, size)
-        x2 = _load(row_ptr, full + 2 * TILE + within, size)
-        x3 = _load(row_ptr, full + 3 * TILE + within, size)
+        x0 = _load(row_ptr, full + within, size, inner, HAS_SOFTCAP)
+        x1 = _load(row_ptr, full + TILE + within, size, inner, HAS_SOFTCAP)
+        x2 = _load(row_ptr, full + 2 * TILE + within, size, inner, HAS_SOFTCAP)
+        x3 = _load(row_ptr, full + 3 * TILE + within, size, inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             here = place - full
             x0 = _without(x0, within, here)
             x1 = _without(x1, within, here - TILE)
             x2 = _without(x2, within, here - 2 * TILE)
             x3 = _without(x3, within, here - 3 * TILE)
-        reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, reference, z, s, c, first, second)
+        reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, unit, reference, z, s, c, first, second)
 
     lane_first = tl.max(first, 1)
     is_first = first == lane_first[:, None]
@@ -150,9 +164,10 @@ def difficulty_kernel(
     x_y = -float("inf")
     if HAS_TARGETS:
         in_range = (target >= 0) & (target < V)
-        x_y = tl.load(logits_ptr + row * row_stride + target, mask=in_range, other=float("nan")).to(tl.float32)
+        x_y = tl.load(logits_ptr + row * row_stride + target, mask=in_range, other=float("nan"))
+        x_y = _squash(x_y, inner, HAS_SOFTCAP)
         top, runner_up = _top2(top, runner_up, x_y)
-    joint = tl.maximum(tl.max(reference, 0), x_y * LOG2E)
+    joint = tl.maximum(tl.max(reference, 0), x_y * unit)
     shift = tl.maximum(reference - joint, LOWEST)
     alpha = tl.exp2(shift)
     s = tl.sum(alpha * (s + z * shift), 0)
@@ -162,18 +177,18 @@ def difficulty_kernel(
     gradnorm = 0.0
     if HAS_TARGETS:
         others = z
-        d_y = tl.maximum(x_y * LOG2E - joint, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        d_y = tl.maximum(x_y * unit - joint, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         e_y = tl.exp2(d_y)
         z += e_y
         s += e_y * d_y
         # Not d_y: an impossible target has a loss of infinity, not of a large number.
-        nll = LN2 * (tl.log2(z) - (x_y * LOG2E - joint))
+        nll = LN2 * (tl.log2(z) - (x_y * unit - joint))
         nll = tl.where(nll < 0.0, 0.0, nll)
         gradnorm = tl.sqrt(c + others * others) / z
     entropy = LN2 * (tl.log2(z) - s / z)
-    confidence = tl.exp2(top * LOG2E - joint) / z
+    confidence = tl.exp2(top * unit - joint) / z
     tl.store(out_ptr + row, tl.where(entropy < 0.0, 0.0, entropy))
     tl.store(out_ptr + N + row, confidence)
-    tl.store(out_ptr + 2 * N + row, confidence - tl.exp2(runner_up * LOG2E - joint) / z)
+    tl.store(out_ptr + 2 * N + row, confidence - tl.exp2(runner_up * unit - joint) / z)
     tl.store(out_ptr + 3 * N + row, nll)
     tl.store(out_ptr + 4 * N + row, gradnorm)
