@@ -283,6 +283,6 @@ def with_row(tensor: Tensor | None) -> Tensor | None:
 
 def all_coefficients(countable: Tensor, token_weight: Tensor | None, num_items: Tensor | float | None) -> Tensor:
     """Coefficients [1, N] of the plain mean over all countable tokens."""
-    everything = Selection.from_mask(countable, capacity=countable.shape[1])
+    everything = Selection.from_mask(countable, countable=countable, capacity=countable.shape[1])
     coefficients = loss_coefficients(everything, countable, token_weight=token_weight, num_items=num_items)
     return coefficients.reshape(1, -1)
