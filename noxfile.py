@@ -63,10 +63,10 @@ def build_distributions(session: nox.Session, folder: Path) -> None:
         session.run("python", "-m", "build", *arguments, silent=True)
 
 
-def fresh_environment(session: nox.Session, folder: Path) -> str:
-    """Make an empty environment and return its Python."""
+def empty_environment(session: nox.Session, folder: Path) -> str:
+    """Make an environment with nothing in it, not even pip, and return its Python."""
     shutil.rmtree(folder, ignore_errors=True)
-    session.run("python", "-m", "venv", str(folder), silent=True)
+    session.run("python", "-m", "venv", "--without-pip", str(folder), silent=True)
     return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
@@ -145,12 +145,12 @@ def alone(session: nox.Session) -> None:
     build_distributions(session, wheels)
     for package in session.posargs or PACKAGES:
         environment = Path(session.create_tmp()) / package
-        python = fresh_environment(session, environment)
+        python = empty_environment(session, environment)
         (wheel,) = wheels.glob(f"{module(package)}-*.whl")
         options = ("--no-compile", "--quiet", "-c", CONSTRAINTS, "--find-links", str(wheels))
         # core once more with its option: routing, which is shut without transformers, then has to import as well.
         for extra in ("", "[transformers]") if package == "cggr-core" else ("",):
-            session.run(python, "-m", "pip", "install", *options, f"{wheel}{extra}", external=True)
+            session.run("python", "-m", "pip", "--python", python, "install", *options, f"{wheel}{extra}")
             session.run(python, "-I", "tests/contract/import_alone.py", f"{package}{extra}", external=True)
         shutil.rmtree(environment)
 

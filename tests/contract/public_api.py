@@ -21,12 +21,15 @@ def signature(function: griffe.Function) -> str:
 
 
 def describe(name: str, member: griffe.Object | griffe.Alias) -> Iterator[str]:
-    """Lines for one public member; for a class, its bases and its own public members too."""
+    """Lines for one public member; for a class, its bases and its public members too, inherited ones included."""
     if isinstance(member, griffe.Alias):
+        if member.target_path.partition(".")[0] != name.partition(".")[0]:
+            yield f"{name} = {member.target_path}"  # another package's own lines say the rest
+            return
         try:
             member = member.final_target
         except griffe.AliasResolutionError:
-            yield f"{name} -> {member.target_path}"
+            yield f"{name} = {member.target_path}"
             return
     if isinstance(member, griffe.Function):
         labels = "".join(f"@{label} " for label in sorted(member.labels & {"classmethod", "staticmethod"}))
@@ -34,7 +37,7 @@ def describe(name: str, member: griffe.Object | griffe.Alias) -> Iterator[str]:
     elif isinstance(member, griffe.Class):
         bases = ", ".join(str(base) for base in member.bases)
         yield f"class {name}({bases})"
-        for inner, value in sorted(member.members.items()):
+        for inner, value in sorted((member.inherited_members | member.members).items()):
             if inner in ("__init__", "__call__") or not inner.startswith("_"):
                 yield from describe(f"{name}.{inner}", value)
     elif isinstance(member, griffe.Attribute):
