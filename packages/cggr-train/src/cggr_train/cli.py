@@ -183,6 +183,7 @@ def demo(
     """
     with _plain_errors():
         from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
 
         from cggr_train.demo import DemoSettings, run_demo
         from cggr_train.learner import Routing
@@ -198,6 +199,7 @@ def demo(
             seed=seed,
             max_characters=characters,
         )
+        disable_progress_bar()
         run_demo(settings, out, Console())
 
 
@@ -229,7 +231,7 @@ def _plain_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        typer.echo("stopped before the first step; nothing was saved", err=True)
+        typer.echo("stopped; nothing was saved", err=True)
         raise typer.Exit(130) from error
 
 

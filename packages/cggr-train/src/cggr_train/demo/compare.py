@@ -1,23 +1,20 @@
-"""The demo from beginning to end: text, tokenizer, four runs one after another, table, picture, page."""
+"""The demo from beginning to end: text, tokenizer, four runs in turns, table, picture, page."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cggr_train.data import TokenStore, build_token_store
+from cggr_train.data import build_token_store
 from cggr_train.demo.corpus import standard_library
+from cggr_train.demo.turns import run_in_turns
 from cggr_train.demo.verdict import results_table, verdict
 from cggr_train.demo.worker import RunSpec
-from cggr_train.display import bar, numbers
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
 from cggr_train.tokenizer import train_tokenizer
@@ -28,7 +25,9 @@ LABELS = {
     "random": "random tokens",
     "cggr": "CGGR",
 }
-"""The compared methods, in the order in which they run; names for people."""
+"""The compared methods, in the order of their turns; names for people."""
+HELDOUT_EVERY = 16
+TURNS = 10
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,17 @@ def run_demo(settings: DemoSettings, folder: Path, console: Console) -> list[dic
 
     folder.mkdir(parents=True, exist_ok=True)
     console.print("reading the standard library's source and training a tokenizer …", highlight=False)
-    texts = standard_library(max_characters=settings.max_characters)
-    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size)
-    tokens = build_token_store(texts, tokenizer, folder / "tokens", length=settings.length, heldout_fraction=0.05)
+    files = standard_library(max_characters=settings.max_characters)
+    heldout, train = files[::HELDOUT_EVERY], [text for n, text in enumerate(files) if n % HELDOUT_EVERY]
+    tokenizer = train_tokenizer(train, vocab_size=settings.vocab_size)
+    tokens = build_token_store(train, tokenizer, folder / "tokens", length=settings.length, heldout_documents=heldout)
     console.print(
-        f"{len(texts):,} files, {len(tokens.train):,} tokens to train on, {len(tokens.heldout):,} held out "
-        f"(other files); {settings.seconds:g} s for each method",
+        f"{len(tokens.train):,} tokens of {len(train):,} files to train on, {len(tokens.heldout):,} of "
+        f"{len(heldout):,} other files held out; {settings.seconds:g} s for each method, in turns",
         highlight=False,
     )
-    specs = _specs(settings, folder, vocab_size=len(tokenizer))
-    results = _run_all(specs, folder, console)
+    specs = [_spec(name, settings, folder, vocab_size=len(tokenizer)) for name in LABELS]
+    results = run_in_turns(specs, LABELS, folder, console)
 
     curves = {result["name"]: result["curve"] for result in results}
     draw_comparison(curves, LABELS, folder / "comparison.png")
@@ -105,7 +105,7 @@ def run_demo(settings: DemoSettings, folder: Path, console: Console) -> list[dic
         json.dumps({"settings": dataclasses.asdict(settings), "results": results}, indent=1) + "\n", encoding="utf-8"
     )
     lines = verdict(results, LABELS)
-    text = choose_passage(_heldout_texts(tokens, tokenizer))
+    text = choose_passage(heldout)
     passage = score_passage(folder / "model", tokenizer, text, settings.routing, length=settings.length,
                             seed=settings.seed)  # fmt: skip
     write_page(folder / "demo.html", results=results, labels=LABELS, verdict=lines, passage=passage,
@@ -117,82 +117,22 @@ def run_demo(settings: DemoSettings, folder: Path, console: Console) -> list[dic
     return results
 
 
-def _specs(settings: DemoSettings, folder: Path, *, vocab_size: int) -> list[RunSpec]:
-    def spec(name: str) -> RunSpec:
-        return RunSpec(
-            name=name,
-            method="standard" if name == "half_batch" else name,
-            batch_size=settings.batch_size // 2 if name == "half_batch" else settings.batch_size,
-            routing=settings.routing,
-            tokens=str(folder / "tokens"),
-            out=str(folder),
-            preset=settings.preset,
-            vocab_size=vocab_size,
-            length=settings.length,
-            seconds=settings.seconds,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-            save_model=name == "cggr",
-        )
-
-    return [spec(name) for name in LABELS]
-
-
-def _run_all(specs: list[RunSpec], folder: Path, console: Console) -> list[dict[str, Any]]:
-    results = []
-    with bar(console) as progress:
-        tasks = {spec.name: progress.add_task(LABELS[spec.name], total=1.0, start=False, numbers="") for spec in specs}
-        for spec in specs:
-            task, before = tasks[spec.name], {"tokens": 0, "seconds": 0.0}
-            progress.start_task(task)
-
-            def show(record: dict[str, Any], task: Any = task, before: dict[str, Any] = before) -> None:
-                rate = (record["tokens"] - before["tokens"]) / max(record["seconds"] - before["seconds"], 1e-9)
-                before.update(tokens=record["tokens"], seconds=record["seconds"])
-                text = numbers(step=record["step"], loss=record["loss"], keep_ratio=record["keep_ratio"],
-                               tokens_per_second=rate, memory=record["memory"])  # fmt: skip
-                progress.update(task, completed=min(1.0, record["spent"]), numbers=text)
-
-            results.append(_run_one(spec, folder, show))
-    return results
-
-
-def _run_one(spec: RunSpec, folder: Path, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    path = folder / f"{spec.name}.json"
-    result_path = path.with_suffix(".result.json")
-    result_path.unlink(missing_ok=True)
-    path.write_text(spec.to_json(), encoding="utf-8")
-    errors = folder / f"{spec.name}.errors.txt"
-    with errors.open("w", encoding="utf-8") as error_file:
-        command = [sys.executable, "-m", "cggr_train.demo.worker", str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error_file, text=True)
-        assert process.stdout is not None
-        try:
-            with process.stdout:
-                for line in process.stdout:
-                    if line.startswith("{"):
-                        show(json.loads(line))
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    if code != 0 or not result_path.exists():
-        last = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"the run {spec.name!r} failed (exit code {code}): {' '.join(last)}; see {errors}")
-    result = json.loads(result_path.read_text(encoding="utf-8"))
-    for leftover in (path, result_path, errors):
-        leftover.unlink()
-    return result
-
-
-def _heldout_texts(tokens: TokenStore, tokenizer: Any) -> list[str]:
-    ids = tokens.heldout.tolist()
-    texts, start = [], 0
-    for position, token in enumerate(ids):
-        if token == tokenizer.eos_token_id:
-            texts.append(tokenizer.decode(ids[start:position]))
-            start = position + 1
-    if start < len(ids):
-        texts.append(tokenizer.decode(ids[start:]))
-    return texts
+def _spec(name: str, settings: DemoSettings, folder: Path, *, vocab_size: int) -> RunSpec:
+    half = name == "half_batch"
+    return RunSpec(
+        name=name,
+        method="standard" if half else name,
+        batch_size=settings.batch_size // 2 if half else settings.batch_size,
+        routing=settings.routing,
+        tokens=str(folder / "tokens"),
+        out=str(folder),
+        preset=settings.preset,
+        vocab_size=vocab_size,
+        length=settings.length,
+        seconds=settings.seconds,
+        turn_seconds=settings.seconds / TURNS,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        evaluations=TURNS,
+        save_model=name == "cggr",
+    )

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from cggr_train.errors import InputError
 
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"})
-"""Installed packages are not everybody's, and not every installation has the tests."""
+LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
+)
+"""Installed packages are not everybody's, not every installation has the tests, and tables are no text."""
 
 
 def standard_library(*, max_characters: int, root: Path | None = None) -> list[str]:

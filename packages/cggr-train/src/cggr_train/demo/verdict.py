@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from cggr_train.display import format_bytes
@@ -13,16 +14,19 @@ NOISE = 0.03
 """Nats by which two runs of the demo may differ through their seed and the machine's mood alone."""
 
 
-COLUMNS = ("held-out loss", "steps", "tokens seen", "kept", "time per step", "peak memory", "added by training")
+COLUMNS = ("held-out loss", "steps", "tokens seen", "tokens kept", "time per step", "peak memory", "training adds")
 CONTROLS = ("standard", "half_batch", "random")
 
 
 def results_table(results: Sequence[Mapping[str, Any]], labels: Mapping[str, str], *, seconds: float) -> Table:
     """The comparison for a terminal; the best of a column is bold."""
-    table = Table(title=f"the same {seconds:g} seconds of training each", title_justify="left")
-    table.add_column("method")
+    table = Table(
+        title=f"the same {seconds:g} seconds of training each", title_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("method", no_wrap=True)
     for heading in COLUMNS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
     best = min(result["heldout_loss"] for result in results)
     for result in results:
         loss = f"{result['heldout_loss']:.3f}"
@@ -38,8 +42,8 @@ def row_cells(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Every column but the name and the loss, as text."""
     return (
         f"{result['steps']:,}",
-        f"{result['tokens']:,}",
-        f"{result['kept_tokens']:,}",
+        _thousands(result["tokens"]),
+        _thousands(result["kept_tokens"]),
         f"{1000 * result['step_seconds']:,.0f} ms",
         format_bytes(result["peak_bytes"]),
         format_bytes(max(0, result["peak_bytes"] - result["start_bytes"])),
@@ -90,6 +94,10 @@ def _conclusions(behind: Mapping[str, float]) -> list[str]:
     elif behind["random"] >= -NOISE:
         lines.append("Random tokens do as well as scored ones: the score does not pay for itself here.")
     return lines or ["CGGR makes the best use of the time here."]
+
+
+def _thousands(count: int) -> str:
+    return f"{count / 1e6:.2f}M" if count >= 1_000_000 else f"{count / 1e3:.0f}k" if count >= 10_000 else f"{count:,}"
 
 
 def _difference(difference: float) -> str:

@@ -1,7 +1,8 @@
 """One run of the demo, alone in its process so that its peak memory is its own.
 
-``python -m cggr_train.demo.worker spec.json`` trains as the file says, prints one JSON object per line while it
-does, and writes the result beside the specification.
+``python -m cggr_train.demo.worker spec.json`` trains as the file says and writes the result beside it. It takes
+turns: after its start and after every few seconds of training it prints ``{"event": "turn"}`` and waits for a line
+on its standard input, so that the compared runs share the machine's good and bad moments alike.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ class RunSpec:
         vocab_size: Rows of the embedding.
         length: Tokens per sequence.
         seconds: Training time.
+        turn_seconds: Training time between two turns.
         learning_rate: Peak.
         seed: Of weights, order and selections.
         evaluations: Points on the curve besides the start.
@@ -61,6 +64,7 @@ class RunSpec:
     vocab_size: int
     length: int
     seconds: float
+    turn_seconds: float
     learning_rate: float
     seed: int
     evaluations: int = 8
@@ -78,8 +82,12 @@ class RunSpec:
         return cls(**{**values, "routing": Routing(**values["routing"])})
 
 
-def run(spec: RunSpec) -> dict[str, Any]:
+def run(spec: RunSpec, wait_for_turn: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train as ``spec`` says.
+
+    Args:
+        spec: What to do.
+        wait_for_turn: Called before the first step and after every turn; returns when it is this run's turn.
 
     Returns:
         Figures of the run: ``heldout_loss`` (nats per token), ``steps``, ``tokens``, ``kept_tokens`` (an estimate
@@ -102,21 +110,29 @@ def run(spec: RunSpec) -> dict[str, Any]:
     progress, step_ends, keep_ratios = Progress(), [0.0], list[float]()
     curve = [{"seconds": 0.0, "tokens": 0, "heldout_loss": heldout_loss(model, short, device=device)}]
     start_bytes = memory_in_use(device)
+    wait_for_turn()
+    turn_started = 0.0
     clock = Clock(device)
 
     def on_step(loss: Tensor, rate: float) -> None:
+        nonlocal turn_started
         step_ends.append(progress.seconds)
         keep_ratios.append(float(learner.metrics.get("keep_ratio", 1.0)))
         value = loss.item()
         if value != value:
             raise DivergedError(f"{spec.name}: the loss is {value} at step {progress.step}")
         spent = settings.budget.spent(progress)
+        rate = spec.batch_size * spec.length / (step_ends[-1] - step_ends[-2])
         _tell(event="step", spent=spent, step=progress.step, loss=value, keep_ratio=keep_ratios[-1],
-              tokens=progress.tokens, seconds=progress.seconds, memory=memory_in_use(device))  # fmt: skip
+              tokens_per_second=rate, memory=memory_in_use(device))  # fmt: skip
         if spent < 1 and spent >= len(curve) / spec.evaluations:
             with clock.paused():
                 loss_now = heldout_loss(model, short, device=device)
             curve.append({"seconds": progress.seconds, "tokens": progress.tokens, "heldout_loss": loss_now})
+        if spent < 1 and progress.seconds - turn_started >= spec.turn_seconds:
+            with clock.paused():
+                wait_for_turn()
+            turn_started = progress.seconds
 
     train_steps(learner, optimizer, batches, settings, progress, clock, on_step=on_step)
     peak_bytes = peak_memory(device)
@@ -149,7 +165,14 @@ def main(path: str) -> None:
 
     disable_progress_bar()
     spec = RunSpec.from_json(Path(path).read_text(encoding="utf-8"))
-    Path(path).with_suffix(".result.json").write_text(json.dumps(run(spec), indent=1), encoding="utf-8")
+    result = run(spec, wait_for_turn=_wait_for_turn)
+    Path(path).with_suffix(".result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _wait_for_turn() -> None:
+    _tell(event="turn")
+    if not sys.stdin.readline():
+        sys.exit(1)  # whoever gave the turns is gone
 
 
 def _tell(**record: Any) -> None:

@@ -1,0 +1,81 @@
+import pytest
+from typer.testing import CliRunner
+
+from cggr_train import __version__
+from cggr_train.cli import app
+
+runner = CliRunner()
+SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "2", "--method", "standard"]
+
+
+def cggr(*arguments):
+    return runner.invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+def test_help_and_version():
+    assert f"cggr-train {__version__}" in cggr("--version").output
+    for arguments in (["--help"], ["train", "--help"], ["demo", "--help"]):
+        result = cggr(*arguments)
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+
+
+def test_train_then_resume(tmp_path, data_files):
+    out = tmp_path / "run"
+    result = cggr("train", *data_files, *SMALL, "--steps", 2, "--out", out)
+    assert result.exit_code == 0
+    assert "done: 2 steps, held-out loss" in result.output
+    result = cggr("train", "--resume", out, "--steps", 3)
+    assert result.exit_code == 0
+    assert "resuming" in result.output
+    assert "done: 3 steps" in result.output
+
+
+def test_a_stopped_run_ends_with_130_and_says_how_to_go_on(tmp_path, data_files, monkeypatch):
+    from cggr_train import run as module
+
+    original = module.start_run
+    monkeypatch.setattr(module, "start_run", lambda *arguments: original(*arguments)._replace(exit_code=130))
+    result = cggr("train", *data_files, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "continue with: cggr train --resume" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "1"], "no data files were given"),
+        (["none.txt", "--steps", "1"], "the data file none.txt does not exist"),
+        (["none.txt"], "give --steps, --seconds or both"),
+        (["none.txt", "--steps", "1", "--config", "nanoo"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = cggr("train", *SMALL, *arguments)
+    assert result.exit_code == 2
+    assert "error: " in result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "name"), [(["--ratio", "0.5"], "--ratio"), (["a.txt"], "data files")])
+def test_settings_cannot_go_with_resume(tmp_path, option, name):
+    result = cggr("train", *option, "--resume", tmp_path)
+    assert result.exit_code == 2
+    assert f"{name} cannot go with --resume" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_other_ends(tmp_path, data_files, monkeypatch, error, code):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("cggr_train.run.start_run", fail)
+    result = cggr("train", *data_files, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
