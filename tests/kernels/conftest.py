@@ -33,3 +33,12 @@ def device() -> str:
 def compiler(device: str) -> str:
     """Backend of ``torch.compile``: code generation for the CPU is not what these tests are about."""
     return "inductor" if device == "cuda" else "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def first_configuration_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: no tuning here, where every test has shapes of its own; ``tests/gpu`` runs all configurations."""
+    import cggr_kernels.routed_attention as attention
+
+    for kernel in (attention._forward_kernel, attention._query_gradient_kernel, attention._key_gradient_kernel):
+        monkeypatch.setattr(kernel, "configs", kernel.configs[:1])

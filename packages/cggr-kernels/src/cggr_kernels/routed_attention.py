@@ -75,15 +75,15 @@ def _configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
 # First the one that fits everywhere. ``bucket`` is the length rounded up to a power of two.
 _KEY = ["bucket", "G", "D", "HAS_SEGMENT", "HAS_WINDOW"]
 _forward_kernel = autotuned(
-    _configs((64, 32, 4, 1), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)),
+    _configs((64, 32, 4, 1), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)),
     _KEY,
 )(routed_attention_forward_kernel)
 _query_gradient_kernel = autotuned(
-    _configs((64, 32, 4, 1), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 1), (128, 32, 4, 2), (64, 64, 4, 2)),
+    _configs((64, 32, 4, 1), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
     _KEY,
 )(routed_attention_query_gradient_kernel)
 _key_gradient_kernel = autotuned(
-    _configs((32, 64, 4, 1), (64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 1), (64, 64, 4, 2)),
+    _configs((32, 64, 4, 1), (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 3)),
     [*_KEY, "KEPT_ONLY"],
 )(routed_attention_key_gradient_kernel)
 

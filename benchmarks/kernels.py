@@ -1,0 +1,426 @@
+"""Time every kernel on a GPU beside what one would use without it, on random data larger than the cache.
+
+For each op: the control (an ordinary implementation), this project's kernel, and the peers that are installed. Times
+are medians of CUDA events around single calls, taken in turns. ``bar`` rows hold what is to be reached and whether it was.
+``--compile-only`` runs every candidate of the ops once, so that compilers fill their caches before the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _record
+
+Call = Callable[[], object]
+SEED = 0
+
+
+def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each call by CUDA events, in turns; a candidate that fails is left out and its reason printed."""
+    working = {}
+    for name, call in candidates.items():
+        try:
+            for _ in range(warmup):
+                call()
+            torch.cuda.synchronize()
+            working[name] = call
+        except Exception as error:
+            print(f"   {name}: cannot run here: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in working}
+    for _ in range(repeats):
+        for name, call in working.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3)
+    return seconds
+
+
+def peak_bytes(call: Call) -> int:
+    """Memory that a call holds at most, beyond what was there before it."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Table:
+    """Rows of the result, and the bars."""
+
+    def __init__(self, repeats: int) -> None:
+        self.repeats = repeats
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def measure(self, op: str, candidates: dict[str, Call], control: str, **extra: Any) -> dict[str, float]:
+        """Time the candidates of one op and shape; ``extra`` maps row fields to functions of (name, median)."""
+        print(op, flush=True)
+        timed = time_in_turns(candidates, self.repeats)
+        medians = {}
+        for name, samples in timed.items():
+            row = _record.summary(samples) | {"unit": "s"}
+            row["ratio"] = _record.summary([c / s for c, s in zip(timed[control], samples, strict=True)])
+            row |= {field: function(name, row["median"]) for field, function in extra.items()}
+            self.rows[f"{op}: {name}"] = row
+            medians[name] = row["median"]
+            shown = {k: f"{v:.4g}" for k, v in row.items() if isinstance(v, float) and k != "median"}
+            print(f"   {name:34s} {row['median'] * 1e3:9.3f} ms  x{row['ratio']['median']:.2f}  {shown}", flush=True)
+        return medians
+
+    def bar(self, op: str, what: str, value: float, wanted: float, at_most: bool = False) -> None:
+        """Note a bar: ``value`` reaches ``wanted`` from below, or stays below it."""
+        met = value <= wanted if at_most else value >= wanted
+        self.rows[f"bar: {op}: {what}"] = _record.summary([value]) | {
+            "unit": "1",
+            "ratio": _record.summary([value / wanted]),
+            "wanted": wanted,
+            "at_most": at_most,
+            "met": met,
+        }
+        print(
+            f"   BAR {what}: {value:.3f} {'<=' if at_most else '>='} {wanted}: {'met' if met else 'NOT MET'}",
+            flush=True,
+        )
+
+
+def statistics_in_torch(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The five statistics in plain torch without a sort: what ``torch.compile`` fuses best."""
+    x = logits.float()
+    largest = x.amax(-1, keepdim=True)
+    d = x - largest
+    e = d.exp()
+    z = e.sum(-1)
+    ties = (x == largest).sum(-1) > 1
+    second = torch.where(ties, largest[:, 0], torch.where(x == largest, -math.inf, x).amax(-1))
+    nll = z.log() - d.gather(-1, targets[:, None])[:, 0]
+    gradnorm = ((e * e).sum(-1) / (z * z) - 2 * (-nll).exp() + 1).clamp_min(0).sqrt()
+    return z.log() - (e * d).sum(-1) / z, 1 / z, (1 - (second - largest[:, 0]).exp()) / z, nll, gradnorm
+
+
+@triton.jit
+def _read_kernel(ptr, out_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * STEPS * BLOCK
+    total = tl.zeros([BLOCK], tl.int32)
+    for step in range(STEPS):
+        total |= tl.load(ptr + base + step * BLOCK + tl.arange(0, BLOCK))
+    # Never true, but the compiler cannot know.
+    if tl.max(total, 0) == -123456789:
+        tl.store(out_ptr, 1)
+
+
+def read_bandwidth(x: torch.Tensor) -> float:
+    """Bytes per second of a kernel that only reads ``x``, the best of a few shapes of it."""
+    words = x.view(torch.int32).flatten()
+    out = torch.zeros(1, dtype=torch.int32, device=x.device)
+    best = 0.0
+    for block, warps, steps in ((2048, 4, 16), (4096, 8, 16), (4096, 8, 8), (2048, 4, 64)):
+        programs = words.numel() // (steps * block)
+
+        def call(block: int = block, warps: int = warps, steps: int = steps, programs: int = programs) -> None:
+            _read_kernel[(programs,)](words, out, STEPS=steps, BLOCK=block, num_warps=warps)
+
+        seconds = _record.summary(time_in_turns({"read": call}, 20)["read"])["median"]
+        best = max(best, programs * steps * block * 4 / seconds)
+    return best
+
+
+def bench_difficulty(table: Table, arguments: argparse.Namespace) -> None:
+    """Statistics of 16,384 rows of 128,256 logits, and of a vocabulary that leaves rows unaligned."""
+    from cggr_core.difficulty import difficulty_reference
+    from cggr_kernels.difficulty import difficulty
+
+    for N, V in ((16384, 128256), (16384, 50257)):
+        logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
+        targets = torch.randint(0, V, (N,), device="cuda")
+        op = f"difficulty {N}x{V} bf16"
+        candidates: dict[str, Call] = {
+            "eager": lambda: difficulty_reference(logits, targets, -100),  # noqa: B023
+            "cggr": lambda: difficulty(logits, targets),  # noqa: B023
+        }
+        if arguments.compiled:
+            compiled = torch.compile(statistics_in_torch, dynamic=False)
+            candidates["torch.compile"] = lambda: compiled(logits, targets)  # noqa: B023
+        size = logits.numel() * 2
+        medians = table.measure(op, candidates, "eager", bytes_per_second=lambda _, s: size / s)  # noqa: B023
+        if V == 128256:
+            peak = read_bandwidth(logits)
+            print(f"   read bandwidth {peak / 1e12:.3f} TB/s")
+            table.bar(op, "share of read bandwidth", size / medians["cggr"] / peak, 0.9)
+            table.bar(op, "times eager", medians["eager"] / medians["cggr"], 5)
+            if "torch.compile" in medians:
+                table.bar(op, "times torch.compile", medians["torch.compile"] / medians["cggr"], 1.2)
+
+
+def head_problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, head weight and targets of the shape that the bars name."""
+    N, H, V = 16384, 2048, 128256
+    hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16)
+    weight = (torch.randn(V, H, device="cuda") * 0.02).bfloat16()
+    return hidden, weight, torch.randint(0, V, (N,), device="cuda")
+
+
+def bench_linear_difficulty(table: Table, arguments: argparse.Namespace) -> None:
+    """Statistics from hidden states, beside the matrix product alone."""
+    from cggr_core.difficulty import linear_difficulty_reference
+    from cggr_kernels.linear_difficulty import linear_difficulty
+
+    hidden, weight, targets = head_problem()
+    op = "linear_difficulty 16384x2048x128256 bf16"
+    candidates: dict[str, Call] = {
+        "matmul alone": lambda: torch.mm(hidden, weight.t()),
+        "eager": lambda: linear_difficulty_reference(hidden, weight, targets, None, None, None, -100),
+        "cggr": lambda: linear_difficulty(hidden, weight, targets),
+    }
+    flop = 2 * hidden.numel() * weight.shape[0]
+    medians = table.measure(
+        op,
+        candidates,
+        "matmul alone",
+        flop_per_second=lambda _, s: flop / s,
+        peak_bytes=lambda name, _: peak_bytes(candidates[name]),
+    )
+    table.bar(op, "times the matmul", medians["cggr"] / medians["matmul alone"], 1.25, at_most=True)
+
+
+def bench_linear_cross_entropy(table: Table, arguments: argparse.Namespace) -> None:
+    """Loss of a quarter of the rows and its gradients."""
+    from cggr_core.linear_loss import chunked_linear_cross_entropy
+    from cggr_kernels.linear_cross_entropy import linear_cross_entropy
+
+    hidden, weight, targets = head_problem()
+    kept = torch.randperm(hidden.shape[0], device="cuda")[: hidden.shape[0] // 4].sort().values
+    masked = torch.full_like(targets, -100)
+    masked[kept] = targets[kept]
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def both(loss: Callable[[], torch.Tensor]) -> Call:
+        return lambda: torch.autograd.grad(loss(), leaves)
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = torch.nn.functional.linear(hidden[kept], weight)
+        return torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum")
+
+    candidates: dict[str, Call] = {
+        "eager": both(lambda: plain(hidden, weight)),
+        "cggr": both(lambda: linear_cross_entropy(hidden, weight, targets, kept)),
+        "cggr-core chunked": both(
+            lambda: chunked_linear_cross_entropy(hidden, weight, targets, kept, None, None, None, None, -100, "sum")
+        ),
+    }
+    if arguments.compiled:
+        compiled = torch.compile(plain, dynamic=False)
+        candidates["torch.compile"] = both(lambda: compiled(hidden, weight))
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        builtin = torch.nn.functional.linear_cross_entropy
+        candidates["F.linear_cross_entropy"] = both(
+            lambda: builtin(hidden[kept], weight, targets[kept], reduction="sum")
+        )
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        candidates["Liger, rest -100"] = both(lambda: _first(Liger.apply(hidden, weight, masked)))
+        candidates["Liger, compacted"] = both(lambda: _first(Liger.apply(hidden[kept], weight, targets[kept])))
+    except ImportError as error:
+        print("   no liger-kernel:", error)
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cce
+
+        candidates["CCE, filtered"] = both(lambda: cce(hidden, weight, masked, reduction="sum"))
+        candidates["CCE, exact"] = both(lambda: cce(hidden, weight, masked, reduction="sum", filter_eps=None))
+    except ImportError as error:
+        print("   no cut-cross-entropy:", error)
+    op = "linear_cross_entropy 16384x2048x128256 bf16, 25% kept, forward + backward"
+    medians = table.measure(op, candidates, "eager", peak_bytes=lambda name, _: peak_bytes(candidates[name]))
+    rows = {name: table.rows[f"{op}: {name}"] for name in medians}
+    if "Liger, rest -100" in medians:
+        table.bar(op, "times Liger with the rest -100", medians["Liger, rest -100"] / medians["cggr"], 3)
+    for name in ("CCE, filtered", "CCE, exact"):
+        if name in medians:
+            table.bar(op, f"times {name}", medians[name] / medians["cggr"], 1.1)
+    for name in ("Liger, rest -100", "CCE, filtered"):
+        if name in medians:
+            share = rows["cggr"]["peak_bytes"] / rows[name]["peak_bytes"]
+            table.bar(op, f"memory over {name}", share, 1.0, at_most=True)
+
+
+def _first(value: Any) -> torch.Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def bench_attention(table: Table, arguments: argparse.Namespace) -> None:
+    """Attention of a quarter of the positions, beside flex_attention with the same mask and flash on the whole."""
+    from cggr_kernels.routed_attention import routed_attention
+
+    for B, S, D in ((8, 2048, 128), (2, 8192, 128), (8, 2048, 64), (2, 8192, 64)):
+        bench_attention_shape(table, arguments, routed_attention, B, S, D)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def bench_attention_shape(
+    table: Table, arguments: argparse.Namespace, routed_attention: Callable[..., torch.Tensor], B: int, S: int, D: int
+) -> None:
+    """One shape, 32 query heads on 8 key heads."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    H, HKV, K = 32, 8, S // 4
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    q, k, v, full_q = leaf(B, K, H, D), leaf(B, S, HKV, D), leaf(B, S, HKV, D), leaf(B, S, H, D)
+    d_out, full_d_out = (torch.randn_like(x) for x in (q, full_q))
+    position = torch.rand(B, S, device="cuda").argsort(1)[:, :K].sort(1).values
+    visible = torch.arange(S, device="cuda") <= position[:, :, None]
+
+    def both(out: Callable[[], torch.Tensor], query: torch.Tensor, gradient: torch.Tensor) -> Call:
+        return lambda: torch.autograd.grad(out(), (query, k, v), gradient)
+
+    def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [x.transpose(1, 2) for x in tensors]
+
+    def flash() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(*heads_first(full_q, k, v), is_causal=True, enable_gqa=True).transpose(
+                1, 2
+            )
+
+    def with_mask() -> torch.Tensor:
+        inputs = heads_first(q, *(x.repeat_interleave(H // HKV, 2) for x in (k, v)))
+        return scaled_dot_product_attention(*inputs, attn_mask=visible[:, None]).transpose(1, 2)
+
+    candidates: dict[str, Call] = {
+        "SDPA with a mask": both(with_mask, q, d_out),
+        "cggr": both(lambda: routed_attention(q, k, v, position), q, d_out),
+        "cggr, forward": lambda: routed_attention(q.detach(), k.detach(), v.detach(), position),
+        "cggr, gradient of kept keys": both(lambda: routed_attention(q, k, v, position, key_gradient="kept"), q, d_out),
+        "SDPA-flash, all queries": both(flash, full_q, full_d_out),
+        "SDPA-flash, all queries, forward": flash,
+    }
+    if arguments.compiled:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def mask(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return position[b, query] >= key
+
+        block_mask = create_block_mask(mask, B, None, K, S, device="cuda")
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def flex() -> torch.Tensor:
+            return compiled(*heads_first(q, k, v), block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+
+        candidates["flex_attention, compiled"] = both(flex, q, d_out)
+    products = 2 * D * H * int((position + 1).sum())
+    all_products = 2 * D * H * B * S * (S + 1) // 2
+
+    def rate(name: str, seconds: float) -> float:
+        used = all_products if name.startswith("SDPA-flash") else products
+        return (2 if "forward" in name else 7) * used / seconds
+
+    op = f"routed_attention B{B} S{S} 32/8 heads of {D}, 25% kept, forward + backward"
+    table.measure(op, candidates, "SDPA with a mask", flop_per_second=rate)
+    rows = {name: table.rows.get(f"{op}: {name}") for name in candidates}
+    ours = rows["cggr"]
+    assert ours is not None
+    if flex_row := rows.get("flex_attention, compiled"):
+        table.bar(op, "times flex_attention", flex_row["median"] / ours["median"], 1.5)
+    if flash_row := rows.get("SDPA-flash, all queries"):
+        share = ours["flop_per_second"] / flash_row["flop_per_second"]
+        table.bar(op, "share of the FLOP rate of SDPA-flash", share, 0.6)
+
+
+def show_tuning() -> None:
+    """What the tuner measured for the attention kernels."""
+    import cggr_kernels.routed_attention as attention
+
+    for kernel in (attention._forward_kernel, attention._query_gradient_kernel, attention._key_gradient_kernel):
+        print(kernel.base_fn.__name__)
+        for key, best in kernel.cache.items():
+            print("  ", key[:3], "->", best)
+        for config, timing in (kernel.configs_timings or {}).items():
+            print("     ", config, [round(t * 1e3) for t in timing] if isinstance(timing, list) else timing)
+
+
+BENCHES: dict[str, Callable[[Table, argparse.Namespace], None]] = {
+    "difficulty": bench_difficulty,
+    "linear_difficulty": bench_linear_difficulty,
+    "linear_cross_entropy": bench_linear_cross_entropy,
+    "routed_attention": bench_attention,
+}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """One panel per op and shape: time of each candidate, this project's in blue."""
+    from matplotlib.figure import Figure
+
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in result["rows"].items():
+        if not name.startswith("bar: "):
+            op, candidate = name.split(": ", 1)
+            groups.setdefault(op, {})[candidate] = row
+    heights = [0.6 + 0.3 * len(group) for group in groups.values()]
+    figure = Figure(figsize=(8.5, sum(heights) + 0.6), layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (op, group) in zip(panels, groups.items(), strict=True):
+        for place, (name, row) in enumerate(group.items()):
+            milliseconds = row["median"] * 1e3
+            axes.barh(place, milliseconds, color="#2a6f97" if name.startswith("cggr") else "0.65", height=0.65)
+            axes.text(milliseconds, place, f" {milliseconds:.3g}", va="center", fontsize=7)
+        axes.set_yticks(range(len(group)), list(group), fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_title(op, fontsize=8, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("milliseconds (median)", fontsize=8)
+    figure.suptitle(f"cggr-kernels on {result['environment']['device']}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run the chosen ops, print a table, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ops", nargs="+", choices=sorted(BENCHES), default=list(BENCHES))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave out torch.compile")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches, write nothing")
+    parser.add_argument("--tuning", action="store_true", help="print what the tuner measured")
+    parser.add_argument("--folder", type=Path, default=_record.RESULTS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
+    torch.manual_seed(SEED)
+    table = Table(1 if arguments.compile_only else arguments.repeats)
+    for op in arguments.ops:
+        BENCHES[op](table, arguments)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if arguments.tuning:
+        show_tuning()
+    if arguments.compile_only:
+        return
+    settings = {"seed": SEED, "keep_ratio": 0.25, "dtype": "bfloat16", "repeats": arguments.repeats}
+    control = next(name for name in table.rows if name.endswith((": eager", ": matmul alone", ": SDPA with a mask")))
+    _record.write("kernels", table.rows, settings=settings, control=control, device="cuda", folder=arguments.folder)
+    draw(_record.load("kernels", folder=arguments.folder), arguments.folder / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Native kernel tests: a CUDA device, no interpreter; everything here is marked ``gpu``."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+if not NATIVE:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.gpu)

@@ -1,0 +1,45 @@
+"""One call of every kernel at odd sizes, for ``compute-sanitizer python tests/gpu/sanitize.py``.
+
+Allocations are not cached, so that a read or write past a tensor is seen.
+"""
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+import cggr_kernels.routed_attention as attention
+from cggr_kernels.difficulty import difficulty
+from cggr_kernels.linear_cross_entropy import linear_cross_entropy
+from cggr_kernels.linear_difficulty import linear_difficulty
+
+
+def main() -> None:
+    """Run them."""
+    torch.manual_seed(0)
+    device = "cuda"
+    for kernel in (attention._forward_kernel, attention._query_gradient_kernel, attention._key_gradient_kernel):
+        kernel.configs = kernel.configs[1:2]
+    for rows, V in ((1, 1), (3, 257), (2, 5003), (2, 8192)):
+        logits = torch.randn(rows, V, device=device, dtype=torch.bfloat16)
+        difficulty(logits, torch.randint(0, V, (rows,), device=device))
+    hidden = torch.randn(5, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4999, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.tensor([1, -100, 4998, 4999, 0], device=device)
+    linear_difficulty(hidden, weight, targets)
+    linear_cross_entropy(hidden, weight, targets, torch.tensor([0, 2, 3, 7], device=device)).backward()
+    q, k, v = (
+        torch.randn(1, n, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for n, h in ((37, 6), (203, 2), (203, 2))
+    )
+    position = torch.randperm(203, device=device)[None, :37].sort(1).values
+    segment = torch.arange(203, device=device)[None] // 50
+    for options in ({}, {"segment": segment, "window": 30}, {"key_gradient": "kept"}):
+        attention.routed_attention(q, k, v, position, **options).sum().backward()
+    torch.cuda.synchronize()
+    print("sanitize: done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What the interpreter cannot show: bfloat16 products, all configurations, no host reads, graphs, memory."""
+
+import pytest
+import torch
+
+import cggr_kernels.routed_attention as attention
+from cggr_kernels.difficulty import difficulty, difficulty_reference
+from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from cggr_kernels.linear_difficulty import linear_difficulty, linear_difficulty_reference
+from cggr_kernels.routed_attention import routed_attention, routed_attention_reference
+
+KERNELS = (attention._forward_kernel, attention._query_gradient_kernel, attention._key_gradient_kernel)
+
+
+def attention_problem(B, K, S, H, HKV, D, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    q, k, v, d_out = (
+        torch.randn(B, length, heads, D, device="cuda", dtype=dtype)
+        for length, heads in ((K, H), (S, HKV), (S, HKV), (K, H))
+    )
+    position = torch.rand(B, S, device="cuda").argsort(1)[:, :K].sort(1).values
+    segment = (torch.rand(B, S, device="cuda") < 0.01).cumsum(1)
+    return q, k, v, position, segment, d_out
+
+
+def gradients(function, q, k, v, d_out, *rest, **named):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves, *rest, **named)
+    return out.detach(), *torch.autograd.grad(out, leaves, d_out)
+
+
+def check_attention(q, k, v, position, segment, d_out, *numbers):
+    values = gradients(routed_attention, q, k, v, d_out, position, segment, *numbers)
+    rivals = gradients(routed_attention_reference, q, k, v, d_out, position, segment, *numbers)
+    doubles = (x.double() for x in (q, k, v, d_out))
+    truths = gradients(routed_attention_reference, *doubles, position, segment, *numbers)
+    for value, rival, truth in zip(values, rivals, truths, strict=True):
+        error, rival_error = (value.double() - truth).norm(), (rival.double() - truth).norm()
+        assert error <= rival_error + 5e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("place", range(8))
+@pytest.mark.parametrize("segments", [False, True])
+def test_every_configuration_of_attention(place, segments, monkeypatch):
+    if place >= max(len(kernel.configs) for kernel in KERNELS):
+        pytest.skip("no such configuration")
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "configs", [kernel.configs[min(place, len(kernel.configs) - 1)]])
+    q, k, v, position, segment, d_out = attention_problem(2, 150, 517, 8, 2, 128)
+    check_attention(q, k, v, position, segment if segments else None, d_out, 100 if segments else None)
+
+
+@pytest.mark.parametrize("D", [64, 96, 256])
+def test_head_dimensions(D):
+    check_attention(*attention_problem(1, 70, 300, 4, 2, D), None, 20.0)
+
+
+def test_attention_repeats_bit_for_bit():
+    q, k, v, position, segment, d_out = attention_problem(2, 256, 1024, 8, 2, 64)
+    first, second = (gradients(routed_attention, q, k, v, d_out, position, segment) for _ in range(2))
+    for value, same in zip(first, second, strict=True):
+        assert torch.equal(value, same)
+
+
+@pytest.mark.parametrize("V", [50257, 128256, 262144])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_difficulty_of_real_vocabularies(V, dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(65, V, device="cuda") * 3).to(dtype)
+    targets = torch.randint(0, V, (65,), device="cuda")
+    targets[::5] = -100
+    truth = difficulty_reference(logits.double(), targets)
+    rival = difficulty_reference(logits, targets)
+    for value, other, expected in zip(difficulty(logits, targets), rival, truth, strict=True):
+        error, rival_error = (value.double() - expected).abs(), (other.double() - expected).abs()
+        assert (error <= rival_error + 2e-5 * (1 + expected.abs())).all()
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    logits = torch.zeros(2**31 // 32768 + 2, 32768, device="cuda", dtype=torch.bfloat16)
+    logits[-1, 5] = 7
+    values = difficulty(logits)
+    expected = difficulty_reference(logits[-1:].float())
+    for value, last in zip(values, expected, strict=True):
+        torch.testing.assert_close(value[-1:], last)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_linear_ops_in_bfloat16(softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(600, 256, device="cuda", dtype=torch.bfloat16)
+    weight = (torch.randn(32000, 256, device="cuda") * 0.1).bfloat16()
+    targets = torch.randint(0, 32000, (600,), device="cuda")
+    targets[::7] = -100
+    arguments = (hidden, weight, targets, None, softcap)
+    rivals = linear_difficulty_reference(*arguments)
+    truths = linear_difficulty_reference(hidden.double(), weight.double(), targets, None, softcap)
+    for value, rival, truth in zip(linear_difficulty(*arguments), rivals, truths, strict=True):
+        assert (value - truth).norm() <= 1.2 * (rival - truth).norm() + 1e-5 * truth.norm()
+
+    row_index = torch.arange(0, 600, 2, device="cuda")
+    row_weight = torch.rand(300, device="cuda")
+
+    def run(function, hidden, weight):
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = function(*leaves, targets, row_index, row_weight, None, softcap)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    values, rivals = run(linear_cross_entropy, hidden, weight), run(linear_cross_entropy_reference, hidden, weight)
+    truths = run(linear_cross_entropy_reference, hidden.double(), weight.double())
+    for value, rival, truth in zip(values, rivals, truths, strict=True):
+        error, rival_error = (value.double() - truth).norm(), (rival.double() - truth).norm()
+        assert error <= rival_error + 5e-3 * truth.norm()
+
+
+def every_op():
+    """One call of every op, forward and backward, that returns what it computed."""
+    q, k, v, position, segment, d_out = attention_problem(2, 128, 512, 8, 2, 64)
+    hidden = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(5000, 128, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, 5000, (256,), device="cuda")
+    row_index = torch.arange(0, 256, 4, device="cuda")
+    logits = hidden @ weight.t()
+
+    def call():
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = linear_cross_entropy(*leaves, targets, row_index)
+        return [
+            *difficulty(logits, targets),
+            *linear_difficulty(hidden, weight, targets),
+            loss.detach(),
+            *torch.autograd.grad(loss, leaves),
+            *gradients(routed_attention, q, k, v, d_out, position, segment, 200),
+            *gradients(routed_attention, q, k, v, d_out, position, key_gradient="kept"),
+        ]
+
+    return call
+
+
+def test_nothing_is_read_by_the_host():
+    call = every_op()
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_gives_the_same_numbers():
+    call = every_op()
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values = call()
+    for value in values:
+        value.fill_(float("nan"))
+    graph.replay()
+    for value, same in zip(values, expected, strict=True):
+        assert torch.equal(value, same)
+
+
+def test_memory_does_not_hold_the_logits():
+    hidden = torch.randn(8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(65536, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 65536, (8192,), device="cuda")
+    logits_bytes = 2 * 8192 * 65536
+    for call in (
+        lambda: linear_difficulty(hidden, weight, targets),
+        lambda: linear_cross_entropy(hidden, weight, targets).backward(),
+    ):
+        call()
+        hidden.grad = weight.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        assert torch.cuda.max_memory_allocated() - before < logits_bytes / 3
