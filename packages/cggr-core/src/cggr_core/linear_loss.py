@@ -141,7 +141,8 @@ class _Gradients:
             self.hidden[chunk] = torch.mm(grad, weight)
         if self.weight is not None:
             if self.weight.dtype == grad.dtype:
-                self.weight.addmm_(grad.t(), rows)
+                # Not addmm_: torch's flop counter does not know it.
+                torch.addmm(self.weight, grad.t(), rows, out=self.weight)
             else:
                 self.weight.add_(torch.mm(grad.t(), rows))
 
@@ -260,6 +261,9 @@ def chunked_linear_cross_entropy(
 ) -> Tensor:
     """Plain-torch op ``linear_cross_entropy``, arguments as in :func:`linear_cross_entropy`, unchecked."""
     dtype = product_dtype(hidden, weight)
+    if not torch.is_grad_enabled():
+        # Else the function would make gradients that nobody can ask for.
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(dtype))
     if reduction == "none":
         return _no_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)

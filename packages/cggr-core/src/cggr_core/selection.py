@@ -157,9 +157,9 @@ def _finite(score: Tensor, countable: Tensor) -> Tensor:
 def _blocks(score: Tensor, countable: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean score over the countable tokens of each block of ``size`` positions, and whether it has any: [B, NB]."""
     B, S = score.shape
-    padding = -S % size
-    score = torch.nn.functional.pad(score.masked_fill(~countable, 0.0), (0, padding)).reshape(B, -1, size)
-    count = torch.nn.functional.pad(countable, (0, padding)).reshape(B, -1, size).sum(2)
+    blocks, padding = -(-S // size), -S % size
+    score = torch.nn.functional.pad(score.masked_fill(~countable, 0.0), (0, padding)).reshape(B, blocks, size)
+    count = torch.nn.functional.pad(countable, (0, padding)).reshape(B, blocks, size).sum(2)
     # Divided before the sum: large scores must not overflow.
     return (score / count.clamp(min=1)[:, :, None]).sum(2), count > 0
 
