@@ -8,7 +8,7 @@ from cggr_train.demo import compare as compare_module
 from cggr_train.demo.corpus import standard_library
 from cggr_train.demo.turns import run_in_turns
 from cggr_train.demo.worker import RunSpec, run
-from cggr_train.errors import InputError
+from cggr_train.errors import InputError, RunError
 from cggr_train.learner import Routing
 
 
@@ -71,15 +71,18 @@ def test_a_run_that_fails_is_named_with_its_last_words(spec, tmp_path, console):
     import dataclasses
 
     broken = dataclasses.replace(spec, tokens=str(tmp_path / "nowhere"))
-    with pytest.raises(RuntimeError, match=r"the run 'cggr' failed: .*holds no token store"):
+    with pytest.raises(RunError, match=r"the run 'cggr' failed: .*holds no token store"):
         run_in_turns([broken], {"cggr": "CGGR"}, tmp_path, console)
 
 
-def test_settings_that_cannot_be_used():
+def test_settings_that_cannot_be_used(tmp_path, console):
     with pytest.raises(InputError, match="--seconds must be positive"):
         DemoSettings(seconds=0)
     with pytest.raises(InputError, match="--batch-size must be even"):
         DemoSettings(batch_size=3)
+    with pytest.raises(InputError, match="gradnorm"):
+        run_demo(DemoSettings(routing=Routing(scoring="gradnrm")), tmp_path / "demo", console)
+    assert not (tmp_path / "demo").exists()
 
 
 def test_the_demo_from_beginning_to_end(tmp_path, console, monkeypatch):

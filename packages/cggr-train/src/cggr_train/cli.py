@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cggr_train import __version__
-from cggr_train.errors import DivergedError, InputError, SaveError
+from cggr_train.errors import InputError, RunError
 
 app = typer.Typer(
     name="cggr",
@@ -224,7 +224,7 @@ def _plain_errors() -> Iterator[None]:
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    except (SaveError, DivergedError) as error:
+    except RunError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except OSError as error:

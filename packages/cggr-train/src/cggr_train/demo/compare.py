@@ -16,7 +16,8 @@ from cggr_train.demo.turns import run_in_turns
 from cggr_train.demo.verdict import results_table, verdict
 from cggr_train.demo.worker import RunSpec
 from cggr_train.errors import InputError
-from cggr_train.learner import Routing
+from cggr_train.learner import Routing, build_learner
+from cggr_train.presets import build_config, build_model
 from cggr_train.tokenizer import train_tokenizer
 
 LABELS = {
@@ -79,12 +80,15 @@ def run_demo(settings: DemoSettings, folder: Path, console: Console) -> list[dic
 
     Raises:
         InputError: If a setting cannot be used.
-        RuntimeError: If a run fails, with what it printed last.
+        RunError: If a run fails, with what it printed last.
     """
     from cggr_train.report.curves import draw_comparison
     from cggr_train.report.page import write_page
     from cggr_train.report.passage import choose_passage, score_passage
 
+    # refuses settings that cannot be used before anything is read or written
+    probe = build_model(build_config(settings.preset, vocab_size=300, length=settings.length), seed=settings.seed)
+    build_learner(probe, "cggr", settings.routing, seed=settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     console.print("reading the standard library's source and training a tokenizer …", highlight=False)
     files = standard_library(max_characters=settings.max_characters)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cggr_train.demo.worker import RunSpec
 from cggr_train.display import bar, numbers
+from cggr_train.errors import RunError
 
 
 def run_in_turns(
@@ -32,7 +33,7 @@ def run_in_turns(
         The figures of each run, in the order of ``specs``; see :func:`cggr_train.demo.worker.run`.
 
     Raises:
-        RuntimeError: If a run fails, with the last line it printed.
+        RunError: If a run fails, with the last line it printed.
     """
     workers = [_Worker(spec, folder) for spec in specs]
     try:
@@ -90,7 +91,7 @@ class _Worker:
                 return json.loads(line)
         if self.process.wait() != 0:
             last = self.error_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"the run {self.name!r} failed: {' '.join(last)} (see {self.error_path})")
+            raise RunError(f"the run {self.name!r} failed: {' '.join(last)} (see {self.error_path})")
         return {"event": "end"}
 
     def result(self) -> dict[str, Any]:
