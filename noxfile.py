@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate")
+CPU_BENCHMARKS = (("benchmarks/step_time.py", "cpu"),)
 # One torch thread per test process (two processes share the machine), and no look at a model hub.
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -210,9 +211,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, or the scripts named after ``--``; results go to benchmarks/results/."""
+    """Run the benchmarks that a CPU can, or the script and arguments after ``--``; they write benchmarks/results/."""
     install(session, packages=PACKAGES)
-    scripts = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_"))
-    runs = [session.posargs] if session.posargs else [[str(path.relative_to(ROOT))] for path in scripts]
-    for run in runs:
+    for run in [session.posargs] if session.posargs else CPU_BENCHMARKS:
         session.run("python", *run)
