@@ -114,19 +114,22 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     return cggr_step(model, tokens, variant, ratio)
 
 
-def peak_bytes(shape: Shape, variant: str, ratio: float) -> int:
-    """Peak memory of three steps above what the model and its inputs hold."""
+def peak_on_device(step: Callable[[], None]) -> int:
+    """Peak CUDA memory of two steps above what the model and its inputs hold."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_in_this_process(shape: Shape, variant: str, ratio: float) -> int:
+    """Peak resident memory of three steps above what the process held before them."""
     model, tokens = shape.model(), shape.tokens()
     step = make_step(model, tokens, variant, ratio)
-    if shape.device == "cuda":
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        step()
-        return torch.cuda.max_memory_allocated() - before
     # A small forward first, so that libraries and their buffers are loaded and not counted.
     model(input_ids=tokens[:1, :8], labels=tokens[:1, :8]).loss.backward()
     model.zero_grad(set_to_none=True)
@@ -137,7 +140,7 @@ def peak_bytes(shape: Shape, variant: str, ratio: float) -> int:
 
 
 def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
-    """:func:`peak_bytes` where no other variant has touched the allocator."""
+    """:func:`peak_in_this_process` where no other variant has touched the allocator."""
     command = [sys.executable, __file__, name, "--ratio", str(ratio), "--peak-of", variant]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(output.split()[-1])
@@ -176,23 +179,24 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--only", nargs="*", help="variants to run besides the standard step")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     if options.peak_of:
-        print(peak_bytes(shape, options.peak_of, options.ratio))
+        print(peak_in_this_process(shape, options.peak_of, options.ratio))
         return
 
-    variants = ["standard", *(["standard, compiled"] if shape.device == "cuda" else []), *VARIANTS]
+    cuda = shape.device == "cuda"
+    everything = [*(["standard, compiled"] if cuda else []), *VARIANTS]
+    variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
     counts = {name: flops(model, tokens, name, options.ratio) for name in variants if name != "standard, compiled"}
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
     rows = _record.measure(steps, control="standard", repeats=options.rounds, warmup=3, device=shape.device)
-    del model, steps
-    if shape.device == "cuda":
-        torch.cuda.empty_cache()
-    for name in variants:
-        rows[name]["peak_extra_bytes"] = peak_in_fresh_process(options.shape, name, options.ratio)
+    for name, step in steps.items():
+        peak = peak_on_device(step) if cuda else peak_in_fresh_process(options.shape, name, options.ratio)
+        rows[name]["peak_extra_bytes"] = peak
         rows[name]["flops"] = counts.get(name)
     settings = {key: str(value) for key, value in vars(shape).items()} | {"ratio": options.ratio, "seed": SEED}
     name = options.name or f"step_time_{options.shape}"

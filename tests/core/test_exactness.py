@@ -87,7 +87,12 @@ def test_padded_rows(name, side):
 
 PACKED = torch.tensor([[*range(6), *range(7)], [*range(3), *range(8), *range(2)]])
 # transformers builds the masks of these without a look at the positions.
-ATTEND_ACROSS = ("falcon-rotary", "falcon-alibi", "bloom", "opt", "gpt-oss") + (
+ATTEND_ACROSS = (
+    "falcon-rotary",
+    "falcon-alibi",
+    "bloom",
+    "opt",
+    "gpt-oss",
     "bert-decoder",
     "bert-masked",
     "roberta-decoder",

@@ -341,7 +341,7 @@ class TestScheduleAndState:
             warnings.simplefilter("always")
             for _ in range(120):
                 wrapped(input_ids, labels=input_ids)
-        assert [str(w.message) for w in caught if "step()" in str(w.message)].__len__() == 1
+        assert len([w for w in caught if "step()" in str(w.message)]) == 1
 
     def test_a_resumed_run_makes_the_same_selections(self):
         model, input_ids = ROUTABLE["llama"](), tokens()
@@ -358,6 +358,16 @@ class TestScheduleAndState:
             assert torch.equal(backward(resumed, input_ids)[0], losses[step])
             resumed.step()
         assert len({loss.item() for loss in losses}) == 6
+
+    def test_a_resumed_run_has_the_same_dynamic_ratio(self):
+        model, input_ids = ROUTABLE["llama"](), tokens(length=65)
+        whole = CGGRModel(model, dynamic_threshold=True, threshold_sensitivity=1.0)
+        backward(whole, input_ids)
+        state = whole.routing_state_dict()
+        resumed = CGGRModel(model, dynamic_threshold=True, threshold_sensitivity=1.0)
+        resumed.load_routing_state_dict(state)
+        assert torch.equal(backward(whole, input_ids)[0], backward(resumed, input_ids)[0])
+        assert whole.schedule.ratio == resumed.schedule.ratio != 0.25
 
     def test_dynamic_ratio_follows_the_confidence_of_the_step_before(self):
         model, input_ids = ROUTABLE["llama"](), tokens(length=65)
@@ -467,7 +477,7 @@ class TestBadInput:
         wrapped = CGGRModel(model)
         backward(wrapped, input_ids)
         model.model.norm.weight.data[0] = float("nan")
-        with pytest.raises(ValueError, match="NaN.* at 33"):
+        with pytest.raises(ValueError, match=r"NaN.* at 33"):
             wrapped(input_ids, labels=input_ids)
 
     def test_a_selection_for_another_batch(self):

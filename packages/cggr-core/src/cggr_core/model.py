@@ -148,6 +148,7 @@ class CGGRModel(nn.Module):
             self._own_depth = None
             self.router = router
         self._monitor = Monitor()
+        self._draw_on_device: Tensor | None = None
         self._metrics: dict[str, Any] = {}
 
     def forward(
@@ -188,7 +189,7 @@ class CGGRModel(nn.Module):
         if labels is None or not self.training:
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
-        self._raise_what_was_found()
+        self._take_what_was_found()
         batch = self._passes.inputs(**arguments)
         self._check(labels, batch, token_weight, reference_nll, selection)
         self._passes.prepare(batch, routing=self.gradient in ("kv", "detached"))
@@ -222,12 +223,15 @@ class CGGRModel(nn.Module):
         return dict(self._metrics)
 
     def routing_state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, besides the model, to make the same selections."""
-        return self.schedule.state_dict()
+        """What a resumed run needs, besides the model, to make the same selections; waits for the device."""
+        self._take_what_was_found(wait=True)
+        state = self.schedule.state_dict()
+        return state if self._draw_on_device is None else {**state, "draws": int(self._draw_on_device)}
 
     def load_routing_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`routing_state_dict`."""
         self.schedule.load_state_dict(state)
+        self._draw_on_device = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The wrapped model's."""
@@ -285,8 +289,19 @@ class CGGRModel(nn.Module):
                 confidence = self._metrics["confidence"]
         self._monitor.post(torch.stack([targets.invalid.float(), nan.float(), confidence]))
 
-    def _raise_what_was_found(self) -> None:
-        found = self._monitor.read()
+    def _next_draw(self, device: torch.device) -> int | Tensor:
+        """Number of this forward's random draw; counted on the device, so that a replayed graph draws anew."""
+        if device.type == "cpu":
+            return self.schedule.next_draw()
+        if self._draw_on_device is None or self._draw_on_device.device != device:
+            draws = self.schedule.state_dict()["draws"] if self._draw_on_device is None else int(self._draw_on_device)
+            self._draw_on_device = torch.full((), draws, dtype=torch.int64, device=device)
+        draw = self._draw_on_device.clone()
+        self._draw_on_device.add_(1)
+        return draw
+
+    def _take_what_was_found(self, *, wait: bool = False) -> None:
+        found = self._monitor.read(wait=wait)
         if found is None:
             return
         invalid, nan, confidence = found
@@ -462,7 +477,7 @@ class _Step:
             block_size=block_size,
             unbiased=config.unbiased,
             seed=config.seed,
-            draw=config.schedule.next_draw(),
+            draw=config._next_draw(countable.device),
         )
 
     def _loss(self, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The context pass: all tokens through the first layers, leaving keys, values and what the head saw."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import KeyValue, RecordingCache
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import routed_masks
-from cggr_core.routing.patching import replaced_forwards, without_autocast_cache, without_checkpointing
+from cggr_core.routing.patching import (
+    attention_implementation,
+    replaced_forwards,
+    without_autocast_cache,
+    without_checkpointing,
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def context_pass(
     with (
         without_checkpointing(model),
         without_autocast_cache(),
-        _context_masks(inputs),
+        _context_masks(model, inputs),
         replaced_forwards(replacements),
     ):
         output = model(**inputs.arguments(), **inputs.quiet, past_key_values=cache, use_cache=True)
@@ -105,12 +111,16 @@ def context_pass(
     return Context(cache.recorded, resume[0] if resume else None, depth, logits)
 
 
-def _context_masks(inputs: TokenInputs) -> AbstractContextManager[None]:
+@contextmanager
+def _context_masks(model: nn.Module, inputs: TokenInputs) -> Iterator[None]:
     # transformers looks for packed documents only where no cache is passed, so they are put into the mask here;
     # without padding and packing its own shortcuts (plain causal attention) stay in force.
     if inputs.segment is None and inputs.padding is None:
-        return nullcontext()
-    return routed_masks(inputs.visibility())
+        yield
+        return
+    choose = implementation(model, inputs.position_ids.device.type)
+    with attention_implementation(model, choose), routed_masks(inputs.visibility()):
+        yield
 
 
 def read_in_place_of_head(read_head: HeadReader, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

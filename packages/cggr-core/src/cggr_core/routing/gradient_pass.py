@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import KeyValue, OtherTokensCache, RoutedCache
 from cggr_core.routing.context_pass import (
     Context,
@@ -72,10 +73,11 @@ def gradient_pass(
         RuntimeError: If a layer did not use the cache.
     """
     index, length = selection.index, inputs.shape[1]
+    attention = implementation(model, index.device.type)
     interleaved = context.depth < len(architecture.layers)
     others = None
     if interleaved and index.shape[1] < length:
-        others = _OtherTokens(model, architecture, inputs, index, context, keep_graph, layer_output)
+        others = _OtherTokens(model, architecture, inputs, index, context, keep_graph, layer_output, attention)
     cache = RoutedCache(
         index=index,
         valid=selection.valid,
@@ -91,7 +93,7 @@ def gradient_pass(
         checkpointed = uses_checkpointing(layer)
         if checkpointed:
             # Inside the layer's hooks, as transformers does it.
-            forward = partial(checkpoint, partial(_run_plainly, layer, forward), use_reentrant=False)
+            forward = partial(checkpoint, partial(_run_plainly, layer, attention, forward), use_reentrant=False)
         if keep_graph and number >= context.depth:
             forward = partial(_run_with_fillers, forward, selection.valid[:, :, None])
         if checkpointed or keep_graph:
@@ -102,8 +104,8 @@ def gradient_pass(
         for change in (
             without_checkpointing(model),
             without_autocast_cache(),
-            attention_implementation(model, masked_attention),
-            routed_masks(inputs.visibility(index)),
+            attention_implementation(model, attention),
+            routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
             replaced_forwards(replacements),
         ):
             stack.enter_context(change)
@@ -114,14 +116,11 @@ def gradient_pass(
     return output
 
 
-def masked_attention(name: str) -> str:
-    """The implementation to use where queries need an explicit mask: flash attention cannot take one."""
-    return "sdpa" if name is not None and "flash" in name else name
-
-
-def _run_plainly(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run_plainly(
+    layer: nn.Module, attention: Callable[[str], str], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     # Recomputed during backward, when the changes around the pass have been undone.
-    with without_checkpointing(layer), attention_implementation(layer, masked_attention):
+    with without_checkpointing(layer), attention_implementation(layer, attention):
         return forward(*args, **kwargs)
 
 
@@ -144,6 +143,7 @@ class _OtherTokens:
         context: Context,
         keep_graph: bool,
         layer_output: LayerOutput,
+        attention: Callable[[str], str],
     ) -> None:
         self.index = other_positions(index, inputs.shape[1])
         self._keep_graph = keep_graph
@@ -151,7 +151,7 @@ class _OtherTokens:
         self._cache = OtherTokensCache(
             index=self.index, kept_index=index, length=inputs.shape[1], keep_graph=keep_graph
         )
-        self._calls, hidden = self._layer_calls(model, architecture, inputs, layer_output)
+        self._calls, hidden = self._layer_calls(model, architecture, inputs, layer_output, attention)
         if context.hidden is not None:
             rows = self.index[:, :, None].expand(-1, -1, context.hidden.shape[2])
             hidden = context.hidden.gather(1, rows)
@@ -159,7 +159,12 @@ class _OtherTokens:
 
     @torch.no_grad()
     def _layer_calls(
-        self, model: nn.Module, architecture: Architecture, inputs: TokenInputs, layer_output: LayerOutput
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        inputs: TokenInputs,
+        layer_output: LayerOutput,
+        attention: Callable[[str], str],
     ) -> tuple[list[LayerCall], Tensor]:
         # Each layer's arguments (masks, rotary embeddings, biases) are taken from a call of the model in which the
         # layers hand their input on: they differ between layers of different kinds.
@@ -174,7 +179,7 @@ class _OtherTokens:
         with (
             without_checkpointing(model),
             without_autocast_cache(),
-            attention_implementation(model, masked_attention),
+            attention_implementation(model, attention),
             routed_masks(inputs.visibility(self.index)),
             replaced_forwards(replacements),
         ):

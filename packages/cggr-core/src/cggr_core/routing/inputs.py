@@ -51,9 +51,9 @@ class TokenInputs:
             arguments["attention_mask"] = self.padding
         return {**arguments, **self.options}
 
-    def visibility(self, index: Tensor | None = None) -> Visibility:
+    def visibility(self, index: Tensor | None = None, *, key_gradient: str = "all") -> Visibility:
         """What the queries at ``index`` may attend to."""
-        return Visibility(index, self.shape[1], self.padding, self.segment, self.position_ids)
+        return Visibility(index, self.shape[1], self.padding, self.segment, self.position_ids, key_gradient)
 
 
 def token_inputs(

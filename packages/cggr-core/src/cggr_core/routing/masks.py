@@ -4,15 +4,23 @@ Models build their masks through one registry of mask builders. For the length o
 by one that asks the same question about other rows: query ``i`` of row ``b`` stands at ``position[b, i]``.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as BUILDERS
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
+
+# The attention implementation of :mod:`cggr_core.routing.attention`. transformers runs checks of its own on names that
+# contain "sdpa" or "flash".
+ROUTED = "cggr_routed"
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Visibility:
         padding: ``[B, S]``, false or 0 at padding; ``None`` without padding.
         segment: ``[B, S]`` int64, the packed document of every token; ``None`` without packing.
         position_ids: ``[B, S]`` int64; read only with ``segment``.
+        key_gradient: ``"all"``, or ``"kept"`` where keys and values need gradients at the queries' positions only.
     """
 
     position: Tensor | None
@@ -32,6 +41,7 @@ class Visibility:
     padding: Tensor | None
     segment: Tensor | None
     position_ids: Tensor
+    key_gradient: str = "all"
 
     def restrict(self, mask_function: MaskFunction) -> MaskFunction:
         """``mask_function`` over (batch, head, query, key) asked about the routed queries."""
@@ -69,20 +79,92 @@ def _within_segment(mask_function: MaskFunction, segment: Tensor, position_ids: 
     return packed
 
 
+@dataclass(frozen=True)
+class RoutedMask:
+    """A mask in numbers, which models hand through to the attention function as they do with flex attention's.
+
+    Attributes:
+        visibility: What the queries may attend to besides the model's pattern.
+        mask_function: The model's pattern.
+        arguments: Further arguments of transformers' mask builders.
+    """
+
+    visibility: Visibility
+    mask_function: MaskFunction
+    arguments: dict[str, Any]
+
+    @cached_property
+    def pattern(self) -> tuple[bool, int | None]:
+        """Whether the model's pattern is plain causal or a sliding window, and the window."""
+        return causal_window(self.mask_function)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """Position of every query, int64 ``[B, Q]``."""
+        if self.visibility.position is not None:
+            return self.visibility.position
+        like = self.visibility.position_ids
+        return torch.arange(self.visibility.length, device=like.device).expand(like.shape[0], -1)
+
+    @cached_property
+    def segment(self) -> Tensor | None:
+        """Document of every key, int64 ``[B, S]``, -1 at padding; ``None`` for one document without padding."""
+        segment = self.visibility.segment
+        if self.visibility.padding is None:
+            return segment
+        segment = torch.zeros_like(self.visibility.position_ids) if segment is None else segment
+        return segment.masked_fill(~self.visibility.padding.bool(), -1)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The boolean mask ``[B, 1, Q, S]`` for SDPA."""
+        return _routed_builder(sdpa_mask, self.visibility)(mask_function=self.mask_function, **self.arguments)
+
+
+def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
+    """Recognise plain causal and sliding-window patterns among transformers' mask functions.
+
+    Args:
+        mask_function: Of (batch, head, query, key).
+
+    Returns:
+        Whether it is one, and the number of keys that a query sees at most.
+    """
+    if mask_function is causal_mask_function:
+        return True, None
+    if not inspect.isfunction(mask_function) or mask_function.__module__ != "transformers.masking_utils":
+        return False, None
+    variables = inspect.getclosurevars(mask_function).nonlocals
+    if mask_function.__qualname__.startswith("sliding_window_overlay."):
+        return False, int(variables["sliding_window"])
+    if not mask_function.__qualname__.startswith("and_masks."):
+        return False, None
+    overlay, *rest = variables["mask_functions"]
+    window = causal_window(overlay)[1]
+    return window is not None and rest == [causal_mask_function], window
+
+
 @contextmanager
 def routed_masks(visibility: Visibility) -> Iterator[None]:
     """Let the models' mask builders answer for the routed queries for the length of the block."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as builders
-
-    local_before = dict(builders._local_mapping)
+    local_before = dict(BUILDERS._local_mapping)
     try:
-        for name, build in list(builders.items()):
-            if not name.startswith("flash"):  # those take no mask; the passes do not run on them where one is needed
-                builders[name] = _routed_builder(build, visibility)
+        for name, build in list(BUILDERS.items()):
+            if name == ROUTED:
+                BUILDERS[name] = _numeric_builder(visibility)
+            elif not name.startswith("flash"):  # takes no mask; the passes do not run on it where one is needed
+                BUILDERS[name] = _routed_builder(build, visibility)
         yield
     finally:
-        builders._local_mapping.clear()
-        builders._local_mapping.update(local_before)
+        BUILDERS._local_mapping.clear()
+        BUILDERS._local_mapping.update(local_before)
+
+
+def _numeric_builder(visibility: Visibility) -> Callable[..., RoutedMask]:
+    def build(*, mask_function: MaskFunction, **arguments: Any) -> RoutedMask:
+        return RoutedMask(visibility, mask_function, arguments)
+
+    return build
 
 
 def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callable[..., Any]:

@@ -1,0 +1,127 @@
+"""Attention of routed queries through the op ``routed_attention``, where a kernel for it is installed.
+
+A dense mask makes SDPA read a ``[B, Q, S]`` tensor in every layer and give up its fastest kernels. What the mask says
+is nearly always "causal by position, within a window, within a document", which the op takes as numbers. Registered
+with transformers as an attention implementation of its own; masks that say anything else are made dense and go to SDPA.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from cggr_core.backends import register_reference, resolve
+from cggr_core.routing.architectures import unwrapped
+from cggr_core.routing.masks import ROUTED, RoutedMask
+
+_OP = "routed_attention"
+# Attention sinks and biases of some models.
+_NOT_IN_NUMBERS = ("s_aux", "position_bias")
+
+
+def routed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_position: Tensor,
+    segment: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    key_gradient: str = "all",
+) -> Tensor:
+    """Plain-torch op ``routed_attention``: a query at position t sees the keys ``s <= t`` of its window and segment.
+
+    Args:
+        q: ``[B, K, H, D]``.
+        k: ``[B, S, Hkv, D]``, ``H`` a multiple of ``Hkv``.
+        v: As ``k``.
+        q_position: int64 ``[B, K]``.
+        segment: int64 ``[B, S]``, negative for padding; ``None`` for one segment.
+        window: Keys a query sees at most, itself included.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        scale: Factor of the scores; ``D ** -0.5`` by default.
+        key_gradient: ``"all"``, or ``"kept"`` where keys and values need gradients at ``q_position`` only (here they
+            are computed for all either way).
+
+    Returns:
+        ``[B, K, H, D]``; queries that see no key give 0.
+    """
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bkhd,bshd->bhks", q, keys) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = q_position[:, :, None] - torch.arange(k.shape[1], device=q.device)
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    if segment is not None:
+        own = segment.gather(1, q_position)[:, :, None]
+        visible = visible & (own == segment[:, None, :]) & (own >= 0)
+    hidden = ~visible[:, None]
+    probabilities = scores.float().masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0).to(v.dtype)
+    return torch.einsum("bhks,bshd->bkhd", probabilities, values)
+
+
+register_reference(_OP, routed_attention_reference)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: RoutedMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a layer, ``[B, H, Q, D]`` each, to ``[B, Q, H, D]``, in the form transformers asks for."""
+    mask = attention_mask
+    if isinstance(mask, RoutedMask):
+        in_numbers, window = mask.pattern
+        plain = key.shape == value.shape and all(options.get(name) is None for name in _NOT_IN_NUMBERS)
+        if in_numbers and plain and dropout == 0.0:
+            attend = resolve(_OP, query.device.type, query.dtype)
+            heads_last = (part.transpose(1, 2) for part in (query, key, value))
+            softcap = options.get("softcap")
+            output = attend(
+                *heads_last, mask.position, mask.segment, window, softcap, scaling, mask.visibility.key_gradient
+            )
+            return output, None
+        mask = mask.dense
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+
+
+def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
+    """How to choose the attention implementation of a pass whose queries are routed.
+
+    Args:
+        model: The model.
+        device_type: Of its inputs.
+
+    Returns:
+        A function from the implementation that the model is set to, to the one to use: the op where it has a kernel
+        and the model's attention is SDPA's or flash attention's; else SDPA for flash attention, which takes no mask.
+    """
+    # Without this flag, a model's attention does something of its own with the mask.
+    takes_any = bool(getattr(unwrapped(model), "_supports_attention_backend", False))
+    kernel = takes_any and resolve(_OP, device_type) is not routed_attention_reference
+
+    def choose(name: str) -> str:
+        flash = name is not None and "flash" in name
+        if kernel and (flash or name == "sdpa"):
+            return ROUTED
+        return "sdpa" if flash else name
+
+    return choose
+
+
+AttentionInterface.register(ROUTED, _attend)
+# Outside of a routed pass, masks are those of SDPA.
+AttentionMaskInterface.register(ROUTED, sdpa_mask)
