@@ -46,7 +46,7 @@ def test_a_stopped_run_ends_with_130_and_says_how_to_go_on(tmp_path, data_files,
     [
         (["--steps", "1"], "no data files were given"),
         (["none.txt", "--steps", "1"], "the data file none.txt does not exist"),
-        (["none.txt"], "give --steps, --seconds or both"),
+        (["none.txt", "--seconds", "-1"], "--seconds must be positive"),
         (["none.txt", "--steps", "1", "--config", "nanoo"], "does not exist"),
     ],
 )

@@ -113,6 +113,13 @@ def test_a_finished_run_can_be_prolonged(tmp_path, data_files, console):
     assert resume_run(tmp_path / "run", console, steps=8).progress.step == 8, "nothing left to do is no error"
 
 
+def test_without_a_budget_it_is_one_pass_over_the_text(tmp_path, data_files, console):
+    result = start_run(settings(data_files, steps=None, batch_size=8), tmp_path / "run", console)
+    sequences = (tmp_path / "run" / "tokens" / "train.bin").stat().st_size // 2 // 32
+    assert result.progress.step == -(-sequences // 8)
+    assert resume_run(tmp_path / "run", console).progress.step == result.progress.step
+
+
 def test_sigterm_stops_cleanly_too(tmp_path, data_files, console, monkeypatch):
     interrupt_at(monkeypatch, 1, signal.SIGTERM)
     result = start_run(settings(data_files), tmp_path / "run", console)
@@ -199,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, dat
         ({"heldout_fraction": 0.9}, "--heldout-fraction must be in"),
         ({"precision": "half"}, "--precision is 'half'"),
         ({"lr_warmup": 1.0}, "--lr-warmup must be in"),
-        ({"steps": None}, "give --steps, --seconds or both"),
+        ({"steps": 0}, "--steps must be positive, got 0"),
         ({"device": "abacus"}, "--device abacus cannot be used here"),
         ({"method": "magic"}, "--method is 'magic'"),
         ({"method": "cggr", "routing": Routing(ratio=1.5)}, "1.5"),

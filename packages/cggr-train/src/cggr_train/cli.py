@@ -78,7 +78,7 @@ def train(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all. No budget: one pass.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Seconds of training in all.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     lr_warmup: Annotated[float, typer.Option(help="Share of the budget spent warming up.")] = 0.05,

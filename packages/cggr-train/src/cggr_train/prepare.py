@@ -49,7 +49,6 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
-    settings.save(folder / "settings.json")
     tokenizer.save_pretrained(folder / "tokenizer")
     console.print("tokenizing …", highlight=False)
     tokens = build_token_store(

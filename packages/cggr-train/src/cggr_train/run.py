@@ -63,7 +63,7 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
     """Train from the beginning.
 
     Args:
-        settings: What to do.
+        settings: What to do; without a budget it is one pass over the text.
         folder: The run's folder; made if missing, refused if it already holds a checkpoint.
         console: Where progress is shown.
 
@@ -74,9 +74,14 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
     """
     if latest_checkpoint(folder / "checkpoints") is not None:
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}, or give another --out")
-    Budget(settings.steps, settings.seconds)
+    if settings.steps is not None or settings.seconds is not None:
+        Budget(settings.steps, settings.seconds)
     device = pick_device(settings.device)
     model, tokenizer, tokens = prepare(settings, folder, console)
+    if settings.steps is None and settings.seconds is None:
+        sequences = len(tokens.train) // settings.length
+        settings = dataclasses.replace(settings, steps=-(-sequences // (settings.batch_size * settings.accumulate)))
+    settings.save(folder / "settings.json")
     run = _Run(settings, folder, console, device, model, tokenizer, tokens)
     return run.train()
 
