@@ -80,9 +80,15 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests that need no accelerator."""
+    """Run the tests that need no accelerator, and the examples of the docstrings."""
     install(session, *TEST_TOOLS, packages=PACKAGES)
-    session.run("pytest", *(session.posargs or ["-n", "2", "--ignore=tests/kernels"]), env=QUIET)
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=QUIET)
+        return
+    # The kernels' docstrings need a GPU, their tests the interpreter: they have sessions of their own.
+    sources = [f"packages/{package}/src" for package in PACKAGES if package != "cggr-kernels"]
+    session.run("pytest", "--doctest-modules", *sources, env=QUIET)
+    session.run("pytest", "-n", "2", "--ignore=tests/kernels", env=QUIET)
 
 
 @nox.session
