@@ -22,6 +22,8 @@ def test_the_newest_value_counts():
 
 
 class Event:
+    device = torch.device("cpu")
+
     def __init__(self):
         self.done = False
 

@@ -8,6 +8,14 @@ from torch import Tensor
 __all__ = ["Monitor"]
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the current stream of ``device``."""
+    if device.type == "cpu":
+        return False
+    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return capturing is not None and capturing()
+
+
 class Monitor:
     """Posts small tensors and reads them back when they have arrived.
 
@@ -41,9 +49,7 @@ class Monitor:
         if values.device.type == "cpu":
             self._ready = values.tolist()
             return
-        module = torch.get_device_module(values.device)
-        capturing = getattr(module, "is_current_stream_capturing", None)
-        if capturing is not None and capturing():
+        if _capturing(values.device):
             return
         buffer = self._buffer(values)
         buffer.copy_(values, non_blocking=True)
@@ -64,6 +70,9 @@ class Monitor:
             wait: Wait for everything posted so far. The host then never runs more than a step ahead, and what it
                 reads does not depend on timing.
         """
+        # Asking for an event's state would break the capture of a graph.
+        if self._pending and _capturing(self._pending[0][1].device):
+            return None
         while self._pending and (wait or self._pending[0][1].query()):
             buffer, event = self._pending.pop(0)
             if wait:
