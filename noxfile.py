@@ -39,7 +39,8 @@ def install(session: nox.Session, *requirements: str, packages: tuple[str, ...] 
     """
     if session.virtualenv.is_sandboxed is False:
         return
-    if packages and platform.system() == "Linux" and not shutil.which("nvidia-smi"):
+    told = "PIP_EXTRA_INDEX_URL" in os.environ or "PIP_FIND_LINKS" in os.environ
+    if packages and platform.system() == "Linux" and not shutil.which("nvidia-smi") and not told:
         session.log(
             "no CUDA here; for a CPU build of torch, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS: see CONTRIBUTING.md"
         )
