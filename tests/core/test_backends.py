@@ -1,4 +1,8 @@
 import logging
+import sys
+from functools import partial
+from importlib.metadata import EntryPoint
+from types import ModuleType
 
 import pytest
 import torch
@@ -54,7 +58,7 @@ def test_falling_back_is_logged_once(caplog):
 def test_a_backend_that_fails_to_load_is_a_reason_not_a_crash():
     made = registry(sources={"triton": broken})
     assert made.resolve("op", "cpu") is reference
-    assert "backend 'triton' failed to load: ImportError: no libcuda" in made.report()[0].reason
+    assert "backend 'triton' is not available: ImportError: no libcuda" in made.report()[0].reason
 
 
 def test_torch_is_the_reference_even_where_there_is_a_kernel():
@@ -86,3 +90,17 @@ def test_float64_always_runs_the_reference(monkeypatch):
     assert resolve("op", "cpu", torch.float64) is reference
     register_reference("other", kernel)
     assert resolve("other", "cpu") is kernel
+
+
+def test_an_installed_backend_may_say_why_it_offers_nothing(monkeypatch):
+    module = ModuleType("some_kernels")
+    module.BACKEND = {}
+    monkeypatch.setitem(sys.modules, "some_kernels", module)
+    entry = EntryPoint("triton", "some_kernels:BACKEND", "cggr.backends")
+    made = registry(sources={"triton": partial(backends._load, entry)})
+    assert made.report()[0].reason == "backend 'triton' is not available: it offers no kernel on this machine"
+    module.REASON = "this PyTorch is built without CUDA"
+    made = registry(sources={"triton": partial(backends._load, entry)})
+    assert made.report()[0].reason == "backend 'triton' is not available: this PyTorch is built without CUDA"
+    module.BACKEND = {("op", "cpu"): kernel}
+    assert registry(sources={"triton": partial(backends._load, entry)}).resolve("op", "cpu") is kernel

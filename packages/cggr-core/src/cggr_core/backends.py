@@ -3,7 +3,8 @@
 Every op has a plain-torch reference, registered by the module that defines it. Other distributions offer faster
 implementations through the entry point group ``cggr.backends``: each entry point loads a mapping
 ``{(op, device type): callable}`` with the positional signature of the reference. They are loaded once, when this
-module is imported, and a failure to load becomes the reason shown by :func:`report`.
+module is imported. A failure to load, or the ``REASON`` that the module of an empty mapping gives, becomes the reason
+shown by :func:`report`.
 
 The environment variable ``CGGR_BACKEND``, read at import, says what is wanted:
 
@@ -14,9 +15,11 @@ The environment variable ``CGGR_BACKEND``, read at import, says what is wanted:
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -41,6 +44,10 @@ class BackendRow(NamedTuple):
     reason: str
 
 
+class _UnavailableError(Exception):
+    """A backend that is installed and has nothing to offer here; the text is its reason."""
+
+
 class _Registry:
     """References, kernels and what was asked for. One per process; tests make their own."""
 
@@ -54,7 +61,8 @@ class _Registry:
             try:
                 offered = load()
             except Exception as error:  # whatever a broken plug-in raises must not break the library
-                self.failures[name] = f"{type(error).__name__}: {error}"
+                expected = isinstance(error, _UnavailableError)
+                self.failures[name] = str(error) if expected else f"{type(error).__name__}: {error}"
                 continue
             for key, function in offered.items():
                 self.kernels.setdefault(key, (name, function))
@@ -63,7 +71,7 @@ class _Registry:
         if self.wanted == _REFERENCE:
             return "CGGR_BACKEND=torch"
         if self.failures:
-            return "; ".join(f"backend {name!r} failed to load: {why}" for name, why in self.failures.items())
+            return "; ".join(f"backend {name!r} is not available: {why}" for name, why in self.failures.items())
         if not self.kernels:
             return "no kernel package is installed (pip install cggr-kernels)"
         return f"no installed backend has {op!r} for device type {device_type!r}"
@@ -102,7 +110,15 @@ class _Registry:
 
 
 def _installed_sources() -> dict[str, Callable[[], Mapping[tuple[str, str], Any]]]:
-    return {entry.name: entry.load for entry in metadata.entry_points(group=_GROUP)}
+    return {entry.name: partial(_load, entry) for entry in metadata.entry_points(group=_GROUP)}
+
+
+def _load(entry: metadata.EntryPoint) -> Mapping[tuple[str, str], Any]:
+    offered = entry.load()
+    if not offered:
+        reason = getattr(importlib.import_module(entry.module), "REASON", None)
+        raise _UnavailableError(reason or "it offers no kernel on this machine")
+    return offered
 
 
 _registry = _Registry(os.environ.get("CGGR_BACKEND", "auto"), _installed_sources())
