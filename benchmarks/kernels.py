@@ -1,7 +1,8 @@
 """Time every kernel on a GPU beside what one would use without it, on random data larger than the cache.
 
 For each op: the control (an ordinary implementation), this project's kernel, and the peers that are installed. Times
-are medians of CUDA events around single calls, taken in turns. ``bar`` rows hold what is to be reached and whether it was.
+are medians of CUDA events around single calls, queued behind a wait and taken in turns. ``bar`` rows hold what is to be
+reached and whether it was.
 ``--compile-only`` runs every candidate of the ops once, so that compilers fill their caches before the measurement.
 """
 
@@ -24,6 +25,7 @@ import _record
 
 Call = Callable[[], object]
 SEED = 0
+QUEUE_CYCLES = 4_000_000  # about 2 ms, longer than any call takes to be queued
 
 
 def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
@@ -42,6 +44,8 @@ def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) ->
         for name, call in working.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
+            # The device waits while the call is queued: what is timed is its work, not the host's.
+            torch.cuda._sleep(QUEUE_CYCLES)
             start.record()
             call()
             end.record()
@@ -346,18 +350,6 @@ def bench_attention_shape(
         table.bar(op, "share of the FLOP rate of SDPA-flash", share, 0.6)
 
 
-def show_tuning() -> None:
-    """What the tuner measured for the attention kernels."""
-    import cggr_kernels.routed_attention as attention
-
-    for kernel in (attention._forward_kernel, attention._query_gradient_kernel, attention._key_gradient_kernel):
-        print(kernel.base_fn.__name__)
-        for key, best in kernel.cache.items():
-            print("  ", key[:3], "->", best)
-        for config, timing in (kernel.configs_timings or {}).items():
-            print("     ", config, [round(t * 1e3) for t in timing] if isinstance(timing, list) else timing)
-
-
 BENCHES: dict[str, Callable[[Table, argparse.Namespace], None]] = {
     "difficulty": bench_difficulty,
     "linear_difficulty": bench_linear_difficulty,
@@ -401,7 +393,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave out torch.compile")
     parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches, write nothing")
-    parser.add_argument("--tuning", action="store_true", help="print what the tuner measured")
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -412,8 +403,6 @@ def main() -> None:
         BENCHES[op](table, arguments)
         gc.collect()
         torch.cuda.empty_cache()
-    if arguments.tuning:
-        show_tuning()
     if arguments.compile_only:
         return
     settings = {"seed": SEED, "keep_ratio": 0.25, "dtype": "bfloat16", "repeats": arguments.repeats}

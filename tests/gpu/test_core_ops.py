@@ -10,7 +10,7 @@ from cggr_core.randomness import uniform
 from cggr_core.scoring import linear_token_statistics, token_statistics
 from cggr_core.selection import SCOPES, SELECTIONS, select
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]
 B, S, H, V = 4, 65, 32, 1031
 
 
@@ -74,7 +74,7 @@ def test_linear_cross_entropy(reduction, no_host_reads):
     operands = [hidden.flatten(0, 1), weight]
     found = []
     for device in ("cpu", "cuda"):
-        leaves = [operand.to(device).requires_grad_() for operand in operands]
+        leaves = [operand.detach().to(device, copy=True).requires_grad_() for operand in operands]
         labels = targets.flatten().to(device)
 
         def step(leaves=leaves, labels=labels):

@@ -9,8 +9,6 @@ from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross
 from cggr_kernels.linear_difficulty import linear_difficulty, linear_difficulty_reference
 from cggr_kernels.routed_attention import routed_attention, routed_attention_reference
 
-KERNELS = (attention._forward_kernel, attention._query_gradient_kernel, attention._key_gradient_kernel)
-
 
 def attention_problem(B, K, S, H, HKV, D, dtype=torch.bfloat16):
     torch.manual_seed(0)
@@ -39,20 +37,18 @@ def check_attention(q, k, v, position, segment, d_out, *numbers):
         assert error <= rival_error + 5e-3 * truth.norm()
 
 
-@pytest.mark.parametrize("place", range(8))
-@pytest.mark.parametrize("segments", [False, True])
-def test_every_configuration_of_attention(place, segments, monkeypatch):
-    if place >= max(len(kernel.configs) for kernel in KERNELS):
-        pytest.skip("no such configuration")
-    for kernel in KERNELS:
-        monkeypatch.setattr(kernel, "configs", [kernel.configs[min(place, len(kernel.configs) - 1)]])
-    q, k, v, position, segment, d_out = attention_problem(2, 150, 517, 8, 2, 128)
-    check_attention(q, k, v, position, segment if segments else None, d_out, 100 if segments else None)
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_head_dimensions_and_dtypes(D, dtype, masked):
+    q, k, v, position, segment, d_out = attention_problem(2, 150, 517, 8, 2, D, dtype)
+    check_attention(q, k, v, position, segment if masked else None, d_out, *((100, 20.0) if masked else ()))
 
 
-@pytest.mark.parametrize("D", [64, 96, 256])
-def test_head_dimensions(D):
-    check_attention(*attention_problem(1, 70, 300, 4, 2, D), None, 20.0)
+def test_blocks_for_little_shared_memory(monkeypatch):
+    monkeypatch.setattr(attention, "_has_much_shared_memory", lambda device: False)
+    for D in (64, 128, 256):
+        check_attention(*attention_problem(1, 70, 300, 4, 2, D), 50)
 
 
 def test_attention_repeats_bit_for_bit():

@@ -40,6 +40,17 @@ def test_extremes(device):
     check_against_truth(logits, torch.tensor([0, 0, 2, 3], device=device))
 
 
+@pytest.mark.parametrize("size", [4096, 4099])
+def test_masked_vocabularies(size, device):
+    logits = torch.randn(4, 9000, device=device)[:, :size]
+    logits[0, ::2] = -float("inf")
+    logits[1, 1:] = -float("inf")
+    logits[2] = torch.finfo(torch.float32).min
+    logits[2, 4000:4010] = 1.0
+    logits[3, :4090] = -float("inf")
+    check_against_truth(logits, torch.tensor([1, 0, 4005, 4091], device=device))
+
+
 @pytest.mark.parametrize("places", [(0, 1), (0, 8), (5, 4096), (1, 2000), (4097, 5000)])
 def test_margin_is_zero_when_the_largest_tie_wherever_they_are(places, device):
     logits = torch.zeros(2, 5001, device=device)

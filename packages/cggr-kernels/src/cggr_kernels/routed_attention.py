@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from cggr_kernels._checks import check_device, check_float, check_index
-from cggr_kernels._library import autotuned, register
+from cggr_kernels._library import register
 from cggr_kernels.routed_attention_details._backward import (
     routed_attention_key_gradient_kernel,
     routed_attention_query_gradient_kernel,
@@ -66,26 +67,38 @@ def routed_attention_reference(
     return torch.einsum("bhks,bshd->bkhd", p_BHKS, v_BSHD).to(q.dtype)
 
 
-def _configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes
-    ]
+class Blocks(NamedTuple):
+    """Shape of a kernel's programs: query rows, keys, warps and stages of the software pipeline."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
 
 
-# First the one that fits everywhere. ``bucket`` is the length rounded up to a power of two.
-_KEY = ["bucket", "G", "D", "HAS_SEGMENT", "HAS_WINDOW"]
-_forward_kernel = autotuned(
-    _configs((64, 32, 4, 1), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)),
-    _KEY,
-)(routed_attention_forward_kernel)
-_query_gradient_kernel = autotuned(
-    _configs((64, 32, 4, 1), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)),
-    _KEY,
-)(routed_attention_query_gradient_kernel)
-_key_gradient_kernel = autotuned(
-    _configs((32, 64, 4, 1), (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 3)),
-    [*_KEY, "KEPT_ONLY"],
-)(routed_attention_key_gradient_kernel)
+# Measured on an H200 (16-bit floats); by head dimension up to the key. They are fixed, not tuned at run time: a first
+# step compiles three kernels instead of twenty, and results do not depend on what a tuner happened to see.
+FORWARD_BLOCKS = {64: Blocks(128, 64, 8, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 4, 2)}
+QUERY_GRADIENT_BLOCKS = {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 4, 2)}
+KEY_GRADIENT_BLOCKS = {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 64, 8, 1)}
+# For float32, and for GPUs whose multiprocessors have less shared memory.
+_SMALL_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)}
+_MUCH_SHARED_MEMORY = 160 * 1024
+
+
+@functools.cache
+def _has_much_shared_memory(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _MUCH_SHARED_MEMORY
+
+
+def _meta(table: dict[int, Blocks], q: Tensor) -> dict[str, int]:
+    """Launch options for a head dimension, dtype and device."""
+    if q.element_size() > 2 or not _has_much_shared_memory(q.device):
+        table = _SMALL_BLOCKS
+    blocks = table[next(limit for limit in table if q.shape[-1] <= limit)]
+    return {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
 def _arguments(
@@ -99,7 +112,6 @@ def _arguments(
         "unit": (scale if softcap is None else softcap) * LOG2E,
         "inner": 1.0 if softcap is None else scale / softcap,
         "window": 0 if window is None else window,
-        "bucket": triton.next_power_of_2(S),
         "G": H // HKV,
         "D": D,
         "HAS_SEGMENT": segment is not None,
@@ -127,8 +139,18 @@ def _launch_forward(
     lse_BHR = torch.empty(B, HKV, K * H // HKV, dtype=torch.float32, device=q.device)
     if q.numel():
         numbers, flags = _arguments(q, k, v, segment, window, softcap, scale)
-        _forward_kernel[lambda meta: (triton.cdiv(K * H // HKV, meta["BLOCK_M"]), B * HKV)](
-            q, k, v, q_position, q_position if segment is None else segment, out_BKHD, lse_BHR, *numbers, **flags
+        meta = _meta(FORWARD_BLOCKS, q)
+        routed_attention_forward_kernel[(triton.cdiv(K * H // HKV, meta["BLOCK_M"]), B * HKV)](
+            q,
+            k,
+            v,
+            q_position,
+            q_position if segment is None else segment,
+            out_BKHD,
+            lse_BHR,
+            *numbers,
+            **flags,
+            **meta,
         )
     return out_BKHD, lse_BHR
 
@@ -167,7 +189,8 @@ def _launch_query_gradient(
     delta_BHR = torch.empty_like(lse)
     if q.numel():
         numbers, flags = _arguments(q, k, v, segment, window, softcap, scale)
-        _query_gradient_kernel[lambda meta: (triton.cdiv(K * H // HKV, meta["BLOCK_M"]), B * HKV)](
+        meta = _meta(QUERY_GRADIENT_BLOCKS, q)
+        routed_attention_query_gradient_kernel[(triton.cdiv(K * H // HKV, meta["BLOCK_M"]), B * HKV)](
             q,
             k,
             v,
@@ -181,6 +204,7 @@ def _launch_query_gradient(
             *numbers,
             scale=scale,
             **flags,
+            **meta,
         )
     return dq_BKHD, delta_BHR
 
@@ -223,7 +247,8 @@ def _launch_key_gradient(
     dv_BSHD = create(B, S, HKV, D, dtype=v.dtype, device=v.device)
     if q.numel():
         numbers, flags = _arguments(q, k, v, segment, window, softcap, scale)
-        _key_gradient_kernel[lambda meta: (triton.cdiv(K if kept_only else S, meta["BLOCK_N"]), B * HKV)](
+        meta = _meta(KEY_GRADIENT_BLOCKS, q)
+        routed_attention_key_gradient_kernel[(triton.cdiv(K if kept_only else S, meta["BLOCK_N"]), B * HKV)](
             q,
             k,
             v,
@@ -238,6 +263,7 @@ def _launch_key_gradient(
             scale=scale,
             KEPT_ONLY=kept_only,
             **flags,
+            **meta,
         )
     return dk_BSHD, dv_BSHD
 

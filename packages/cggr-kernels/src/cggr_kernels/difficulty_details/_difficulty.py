@@ -7,45 +7,6 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _top2(first, second, x):
-    return tl.maximum(first, x), tl.maximum(second, tl.minimum(first, x))
-
-
-@triton.jit
-def _exponent(x, unit, reference):
-    # NaN must survive the clamp, so that a bad logit shows in the statistics.
-    return tl.maximum(x * unit - reference[:, None], LOWEST, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _absorb(x0, x1, x2, x3, unit, reference, z, s, c, first, second):
-    """Four tiles [LANES, WIDTH] into the running sums of each lane; base-2 exponents relative to ``reference``.
-
-    z = sum 2^d, s = sum 2^d * d, c = sum 4^d with d = x * unit - reference. A lane's row of the tile lies in one
-    thread, so these reductions touch no other thread.
-    """
-    first, second = _top2(first, second, x0)
-    first, second = _top2(first, second, x1)
-    first, second = _top2(first, second, x2)
-    first, second = _top2(first, second, x3)
-    new_reference = tl.maximum(tl.max(first, 1) * unit, LOWEST)
-    shift = reference - new_reference
-    alpha = tl.exp2(shift)
-    d0 = _exponent(x0, unit, new_reference)
-    d1 = _exponent(x1, unit, new_reference)
-    d2 = _exponent(x2, unit, new_reference)
-    d3 = _exponent(x3, unit, new_reference)
-    e0 = tl.exp2(d0)
-    e1 = tl.exp2(d1)
-    e2 = tl.exp2(d2)
-    e3 = tl.exp2(d3)
-    s = alpha * (s + z * shift) + tl.sum(((e0 * d0 + e1 * d1) + e2 * d2) + e3 * d3, 1)
-    z = alpha * z + tl.sum((e0 + e1) + (e2 + e3), 1)
-    c = alpha * alpha * c + tl.sum(((e0 * e0 + e1 * e1) + e2 * e2) + e3 * e3, 1)
-    return new_reference, z, s, c, first, second
-
-
-@triton.jit
 def _squash(x, inner, HAS_SOFTCAP: tl.constexpr):
     """tanh(x * inner) with a softcap, else ``x``: the logits without their outer factor, which is in ``unit``."""
     x = x.to(tl.float32)
@@ -68,12 +29,156 @@ def _without(x, column, target):
 
 
 @triton.jit
+def _exponent(x, unit, reference, CLAMP: tl.constexpr):
+    d = x * unit - reference[:, None]
+    if CLAMP:
+        # NaN must survive, so that a bad logit shows in the statistics.
+        d = tl.maximum(d, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return d
+
+
+@triton.jit
+def _absorb(x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best, CLAMP: tl.constexpr):
+    """A chunk of four tiles [LANES, WIDTH] into the running values of each lane.
+
+    z = sum 2^d, s = sum 2^d * d, c = sum 4^d with d = x * unit - reference; ``first`` and ``second`` are the two
+    largest of the chunks' maxima, ``best`` the chunk of the first. A lane's row of a tile lies in one thread, so these
+    reductions touch no other thread.
+    """
+    largest = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 1)
+    second = tl.maximum(second, tl.minimum(first, largest))
+    best = tl.where(largest > first, chunk, best)
+    first = tl.maximum(first, largest)
+    new_reference = tl.maximum(first * unit, LOWEST)
+    shift = reference - new_reference
+    alpha = tl.exp2(shift)
+    d0 = _exponent(x0, unit, new_reference, CLAMP)
+    d1 = _exponent(x1, unit, new_reference, CLAMP)
+    d2 = _exponent(x2, unit, new_reference, CLAMP)
+    d3 = _exponent(x3, unit, new_reference, CLAMP)
+    e0 = tl.exp2(d0)
+    e1 = tl.exp2(d1)
+    e2 = tl.exp2(d2)
+    e3 = tl.exp2(d3)
+    s = alpha * (s + z * shift) + tl.sum(((e0 * d0 + e1 * d1) + e2 * d2) + e3 * d3, 1)
+    z = alpha * z + tl.sum((e0 + e1) + (e2 + e3), 1)
+    c = alpha * alpha * c + tl.sum(((e0 * e0 + e1 * e1) + e2 * e2) + e3 * e3, 1)
+    return new_reference, z, s, c, first, second, best
+
+
+@triton.jit
+def _read_row(
+    logits_ptr,
+    start,
+    V,
+    target,
+    unit,
+    inner,
+    CLAMP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    PEEL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The running values of each lane after the whole row but the target."""
+    TILE: tl.constexpr = LANES * WIDTH
+    within = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    # -inf only in the tail, where it would make a NaN of the entropy, and in logits, where the caller looks for that.
+    none = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
+    reference = tl.full([LANES], LOWEST, tl.float32)
+    z = tl.zeros([LANES], tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    c = tl.zeros([LANES], tl.float32)
+    first = tl.full([LANES], -float("inf"), tl.float32)
+    second = first
+    best = tl.zeros([LANES], tl.int32)
+    if PEEL:
+        head = _load(logits_ptr, within, tl.minimum(start, V), inner, HAS_SOFTCAP)
+        if HAS_TARGETS:
+            head = _without(head, within, target)
+        reference, z, s, c, first, second, best = _absorb(
+            head, none, none, none, -1, unit, reference, z, s, c, first, second, best, True
+        )
+    # From here on columns count from ``start``.
+    row_ptr = logits_ptr + start
+    size = tl.maximum(V - start, 0)
+    place = (target - start).to(tl.int32)
+    full = size // (4 * TILE)
+    for chunk in range(0, full):
+        offset = chunk * (4 * TILE)
+        x0 = _squash(tl.load(row_ptr + offset + within), inner, HAS_SOFTCAP)
+        x1 = _squash(tl.load(row_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
+        x2 = _squash(tl.load(row_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
+        x3 = _squash(tl.load(row_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
+        if HAS_TARGETS:
+            here = place - offset
+            if (here >= 0) & (here < 4 * TILE):
+                # Not -inf, which would need the clamp.
+                x0 = tl.where(within == here, LOWEST, x0)
+                x1 = tl.where(within == here - TILE, LOWEST, x1)
+                x2 = tl.where(within == here - 2 * TILE, LOWEST, x2)
+                x3 = tl.where(within == here - 3 * TILE, LOWEST, x3)
+        reference, z, s, c, first, second, best = _absorb(
+            x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best, CLAMP
+        )
+    offset = full * (4 * TILE)
+    if offset < size:
+        x0 = _load(row_ptr, offset + within, size, inner, HAS_SOFTCAP)
+        x1 = _load(row_ptr, offset + TILE + within, size, inner, HAS_SOFTCAP)
+        x2 = _load(row_ptr, offset + 2 * TILE + within, size, inner, HAS_SOFTCAP)
+        x3 = _load(row_ptr, offset + 3 * TILE + within, size, inner, HAS_SOFTCAP)
+        if HAS_TARGETS:
+            here = place - offset
+            x0 = _without(x0, within, here)
+            x1 = _without(x1, within, here - TILE)
+            x2 = _without(x2, within, here - 2 * TILE)
+            x3 = _without(x3, within, here - 3 * TILE)
+        reference, z, s, c, first, second, best = _absorb(
+            x0, x1, x2, x3, full, unit, reference, z, s, c, first, second, best, True
+        )
+    return reference, z, s, c, first, second, best
+
+
+@triton.jit
+def _two_largest(
+    logits_ptr,
+    start,
+    V,
+    target,
+    inner,
+    first,
+    second,
+    best,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The second largest is that of the best chunk, which is read again, or the largest of the second-best."""
+    lane = tl.arange(0, LANES)
+    top = tl.max(first, 0)
+    winner = tl.argmax(first, 0)
+    runner_up = tl.max(tl.where(lane == winner, second, first), 0)
+    chunk = tl.max(tl.where(lane == winner, best, -1), 0)
+    tile = tl.arange(0, 4)[:, None]
+    column = tl.arange(0, WIDTH)[None, :] + winner * WIDTH
+    column = tl.where(chunk < 0, column, start + (chunk * 4 + tile) * (LANES * WIDTH) + column)
+    end = tl.where(chunk < 0, tl.where(tile == 0, tl.minimum(start, V), 0), V)
+    x = _load(logits_ptr, column, end, inner, HAS_SOFTCAP)
+    x = tl.where(column == target, -float("inf"), x)
+    is_top = x == top
+    several = tl.sum(tl.sum(is_top.to(tl.int32), 1), 0) > 1
+    rest = tl.max(tl.max(tl.where(is_top, -float("inf"), x), 1), 0)
+    return top, tl.maximum(runner_up, tl.where(several, top, rest))
+
+
+@triton.jit
 def difficulty_kernel(
     logits_ptr,
     targets_ptr,
     out_ptr,
     row_stride,
-    N,
+    out_stride,
     V,
     ignore_index,
     unit,
@@ -90,83 +195,38 @@ def difficulty_kernel(
     sum_others p^2 + (sum_others p)^2.
     """
     row = tl.program_id(0).to(tl.int64)
-    target = ignore_index
+    target = -1
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row)
         if target == ignore_index:
             for field in tl.static_range(5):
-                tl.store(out_ptr + field * N + row, 0.0)
+                tl.store(out_ptr + field * out_stride + row, 0.0)
             return
-
-    TILE: tl.constexpr = LANES * WIDTH
-    lane = tl.arange(0, LANES)
-    within = lane[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    row_ptr = logits_ptr + row * row_stride
+    begin = row * row_stride
+    row_ptr = logits_ptr + begin
     start = 0
     if PEEL:
         # Columns to the next multiple of WIDTH elements, from where loads are 16 bytes wide again.
-        begin = row * row_stride
         aligned = (begin + WIDTH - 1) // WIDTH * WIDTH
-        start = tl.minimum(aligned - begin, V).to(tl.int32)
-        row_ptr = logits_ptr + aligned
-    size = V - start
-    # From here on columns count from ``start``.
-    place = (target - start).to(tl.int32)
-
-    none = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
-    first = none
-    second = none
-    reference = tl.full([LANES], LOWEST, tl.float32)
-    z = tl.zeros([LANES], tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    c = tl.zeros([LANES], tl.float32)
-    if PEEL:
-        head = _load(logits_ptr + row * row_stride, within, start, inner, HAS_SOFTCAP)
-        if HAS_TARGETS:
-            head = _without(head, within, place + start)
-        reference, z, s, c, first, second = _absorb(head, none, none, none, unit, reference, z, s, c, first, second)
-    full = size // (4 * TILE) * (4 * TILE)
-    for offset in range(0, full, 4 * TILE):
-        x0 = _squash(tl.load(row_ptr + offset + within), inner, HAS_SOFTCAP)
-        x1 = _squash(tl.load(row_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
-        x2 = _squash(tl.load(row_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
-        x3 = _squash(tl.load(row_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
-        if HAS_TARGETS:
-            here = place - offset
-            if (here >= 0) & (here < 4 * TILE):
-                x0 = _without(x0, within, here)
-                x1 = _without(x1, within, here - TILE)
-                x2 = _without(x2, within, here - 2 * TILE)
-                x3 = _without(x3, within, here - 3 * TILE)
-        reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, unit, reference, z, s, c, first, second)
-    if full < size:
-        x0 = _load(row_ptr, full + within, size, inner, HAS_SOFTCAP)
-        x1 = _load(row_ptr, full + TILE + within, size, inner, HAS_SOFTCAP)
-        x2 = _load(row_ptr, full + 2 * TILE + within, size, inner, HAS_SOFTCAP)
-        x3 = _load(row_ptr, full + 3 * TILE + within, size, inner, HAS_SOFTCAP)
-        if HAS_TARGETS:
-            here = place - full
-            x0 = _without(x0, within, here)
-            x1 = _without(x1, within, here - TILE)
-            x2 = _without(x2, within, here - 2 * TILE)
-            x3 = _without(x3, within, here - 3 * TILE)
-        reference, z, s, c, first, second = _absorb(x0, x1, x2, x3, unit, reference, z, s, c, first, second)
-
-    lane_first = tl.max(first, 1)
-    is_first = first == lane_first[:, None]
-    # The largest of a lane may occur at several places of it: then it is the second largest too.
-    lane_second = tl.max(tl.where(is_first, second, first), 1)
-    lane_second = tl.where(tl.sum(is_first.to(tl.int32), 1) > 1, lane_first, lane_second)
-    top = tl.max(lane_first, 0)
-    winner = tl.argmax(lane_first, 0)
-    runner_up = tl.max(tl.where(lane == winner, lane_second, lane_first), 0)
+        start = (aligned - begin).to(tl.int32)
+        row_ptr = logits_ptr + tl.multiple_of(aligned, WIDTH) - start
+    reference, z, s, c, first, second, best = _read_row(
+        row_ptr, start, V, target, unit, inner, False, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
+    )
+    # A logit of -inf has made 0 * -inf of its term of the entropy: once more, with the clamp that costs time.
+    if (tl.sum((s != s).to(tl.int32), 0) > 0) & (tl.sum((z != z).to(tl.int32), 0) == 0):
+        reference, z, s, c, first, second, best = _read_row(
+            row_ptr, start, V, target, unit, inner, True, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
+        )
+    top, runner_up = _two_largest(row_ptr, start, V, target, inner, first, second, best, HAS_SOFTCAP, WIDTH, LANES)
 
     x_y = -float("inf")
     if HAS_TARGETS:
         in_range = (target >= 0) & (target < V)
-        x_y = tl.load(logits_ptr + row * row_stride + target, mask=in_range, other=float("nan"))
+        x_y = tl.load(row_ptr + target, mask=in_range, other=float("nan"))
         x_y = _squash(x_y, inner, HAS_SOFTCAP)
-        top, runner_up = _top2(top, runner_up, x_y)
+        runner_up = tl.maximum(runner_up, tl.minimum(top, x_y))
+        top = tl.maximum(top, x_y)
     joint = tl.maximum(tl.max(reference, 0), x_y * unit)
     shift = tl.maximum(reference - joint, LOWEST)
     alpha = tl.exp2(shift)
@@ -186,9 +246,10 @@ def difficulty_kernel(
         nll = tl.where(nll < 0.0, 0.0, nll)
         gradnorm = tl.sqrt(c + others * others) / z
     entropy = LN2 * (tl.log2(z) - s / z)
-    confidence = tl.exp2(top * unit - joint) / z
+    e_top = tl.exp2(top * unit - joint)
     tl.store(out_ptr + row, tl.where(entropy < 0.0, 0.0, entropy))
-    tl.store(out_ptr + N + row, confidence)
-    tl.store(out_ptr + 2 * N + row, confidence - tl.exp2(runner_up * unit - joint) / z)
-    tl.store(out_ptr + 3 * N + row, nll)
-    tl.store(out_ptr + 4 * N + row, gradnorm)
+    tl.store(out_ptr + out_stride + row, e_top / z)
+    # The difference first: it is exactly 0 when the two tie.
+    tl.store(out_ptr + 2 * out_stride + row, (e_top - tl.exp2(runner_up * unit - joint)) / z)
+    tl.store(out_ptr + 3 * out_stride + row, nll)
+    tl.store(out_ptr + 4 * out_stride + row, gradnorm)

@@ -106,7 +106,6 @@ def routed_attention_forward_kernel(
     unit,
     inner,
     window,
-    bucket,
     G: tl.constexpr,
     D: tl.constexpr,
     HAS_SEGMENT: tl.constexpr,
