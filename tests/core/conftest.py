@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import settings
+
+# A loaded machine is no failure.
+settings.register_profile("cggr", deadline=None)
+settings.load_profile("cggr")
 
 
 @pytest.fixture(autouse=True)

@@ -221,6 +221,13 @@ def test_sequence_aware_guarantees_each_row(scope):
     assert one.index.shape == (1, 4)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_sequence_aware_without_a_guarantee_is_topk(scope):
+    score, countable = batch(4, 20)
+    made = select(score, countable, ratio=0.2, selection="sequence_aware", scope=scope, min_tokens_per_sequence=0)
+    assert torch.equal(made.mask, select(score, countable, ratio=0.2, selection="topk", scope=scope).mask)
+
+
 def test_capacity_limits_and_widens():
     score, countable = batch(2, 40, share=1.1)
     assert select(score, countable, ratio=0.5, capacity=7).valid.sum(1).tolist() == [7, 7]

@@ -163,7 +163,7 @@ def select_reference(
         :class:`cggr_core.selection.Selection`.
     """
     B, S = score.shape
-    k = kept_counts(countable, ratio, capacity, min_tokens if strategy == "sequence_aware" else 1)
+    k = kept_counts(countable, ratio, capacity, max(1, min_tokens) if strategy == "sequence_aware" else 1)
     probability: Tensor | None = None
     if strategy in ("topk", "sequence_aware"):
         keep = (descending_rank(score, countable) < k[:, None]) & countable

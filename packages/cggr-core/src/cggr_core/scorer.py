@@ -89,7 +89,7 @@ class CGGRScorer(nn.Module):
         self.selection = check_choice("selection", selection, SELECTIONS)
         self.scope = check_choice("scope", scope, SCOPES)
         self.num_strata = check_at_least("num_strata", num_strata, 1)
-        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 1)
+        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)
         self.unbiased = bool(unbiased)
         self.seed = seed

@@ -251,12 +251,9 @@ def select(
     ratio = check_ratio("ratio", ratio)
     check_choice("selection", selection, SELECTIONS)
     check_choice("scope", scope, SCOPES)
-    for name, value in (
-        ("num_strata", num_strata),
-        ("min_tokens_per_sequence", min_tokens_per_sequence),
-        ("block_size", block_size),
-    ):
-        check_at_least(name, value, 1)
+    check_at_least("num_strata", num_strata, 1)
+    check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
+    check_at_least("block_size", block_size, 1)
     if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
         raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
     check_float("score", score)

@@ -91,7 +91,7 @@ class TokenLoss(nn.Module):
         self.scoring = check_choice("scoring", scoring, SCORINGS)
         self.selection = check_choice("selection", selection, SELECTIONS)
         self.num_strata = check_at_least("num_strata", num_strata, 1)
-        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 1)
+        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)
         self.unbiased = bool(unbiased)
         self.seed = check_at_least("seed", seed, 0)
