@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 
@@ -139,9 +140,11 @@ def test_kept_tokens_are_marked_with_their_weight(passage):
 
 def test_figures_of_a_token():
     token = PassageToken("\n", 3, score=0.5, kept=True, weight=2.0, nll=1.0, confidence=0.25, guess=" x")
-    text = figures(token)
-    assert text.startswith("token ⏎ | position 3 | kept, weight 2.00 | score 0.500 | loss 1.00 nats")
-    assert text.endswith("guess ␣x")
+    shown = dict(figures(token))
+    assert shown["token"] == "⏎"
+    assert shown["kept"] == "yes, weight 2.00"
+    assert (shown["score"], shown["loss"], shown["confidence"]) == ("0.500", "1.00 nats", "25%")
+    assert shown["guess"] == "␣x"
 
 
 class Checker(HTMLParser):
@@ -155,6 +158,7 @@ class Checker(HTMLParser):
         if tag == "span" and "data-f" in values:
             self.tokens += 1
             self.kept += "k" in values["class"].split()
+            assert dict(json.loads(values["data-f"]))["token"]
         if tag not in VOID:
             self.open.append(tag)
 

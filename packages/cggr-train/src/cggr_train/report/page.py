@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,29 +59,37 @@ def write_page(
         columns=COLUMNS,
         verdict=verdict,
         passage=passage,
-        tokens=[{"text": token.text, "figures": figures(token), "token": token} for token in passage.tokens],
+        tokens=[
+            {"text": token.text, "figures": json.dumps(figures(token), ensure_ascii=False), "token": token}
+            for token in passage.tokens
+        ],
         picture=base64.b64encode(picture.read_bytes()).decode(),
         settings=settings,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def figures(token: PassageToken) -> str:
-    """What hovering over a token shows: ``name value`` pairs, separated by bars.
+def figures(token: PassageToken) -> list[tuple[str, str]]:
+    """What pointing at a token shows: names and values.
 
     Example:
         >>> figures(PassageToken("def", 0))
-        'token def | position 0 | nothing comes before it, so it has no score'
+        [('token', 'def'), ('position', '0'), ('score', 'none: nothing comes before it')]
     """
-    shown = f"token {visible(token.text)} | position {token.position}"
+    shown = [("token", visible(token.text)), ("position", str(token.position))]
     if token.score is None:
-        return f"{shown} | nothing comes before it, so it has no score"
-    kept = f"kept, weight {token.weight:.2f}" if token.kept else "not kept"
-    return (
-        f"{shown} | {kept} | score {token.score:.3f} | loss {token.nll:.2f} nats | entropy {token.entropy:.2f} nats | "
-        f"confidence {token.confidence:.0%} | margin {token.margin:.2f} | gradient norm {token.gradnorm:.3f} | "
-        f"guess {visible(token.guess)}"
-    )
+        return [*shown, ("score", "none: nothing comes before it")]
+    return [
+        *shown,
+        ("kept", f"yes, weight {token.weight:.2f}" if token.kept else "no"),
+        ("score", f"{token.score:.3f}"),
+        ("loss", f"{token.nll:.2f} nats"),
+        ("entropy", f"{token.entropy:.2f} nats"),
+        ("confidence", f"{token.confidence:.0%}"),
+        ("margin", f"{token.margin:.2f}"),
+        ("gradient norm", f"{token.gradnorm:.3f}"),
+        ("guess", visible(token.guess)),
+    ]
 
 
 def visible(text: str) -> str:
