@@ -1,13 +1,14 @@
-"""Where the time of a step goes on a CUDA device: kernels by total time, for one variant of ``step_time.py``.
+"""Where the time of a step goes on a CUDA device: kernels by total time, for one variant of ``step_time``.
 
-``python benchmarks/step_profile.py 1b "interleaved, truncated router, kv"``
+``python -m benchmarks.step_profile 1b "interleaved, truncated router, kv"``
 """
 
 import argparse
 
-import step_time
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import step_time
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Time, memory and FLOPs of a training step: standard, compiled, and every gradient mode and engine.
 
-``python benchmarks/step_time.py cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device). A step
+``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device). A step
 is forward, loss and backward; the optimiser's share is the same for all and left out. Random token ids, random weights.
 """
 
@@ -10,16 +10,18 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import _record
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cggr_core import CGGRModel, create_truncated_router
+from benchmarks import _record
+from cggr_core import CGGRModel, create_truncated_router, score, select
+from cggr_core.readout import HeadReadout
+from cggr_core.scoring import fields_for
 
 SEED = 0
 
@@ -109,6 +111,8 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     """The step of a row of the table."""
     if variant == "standard":
         return standard_step(model, tokens)
+    if variant == "scoring and selection alone":
+        return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
         return standard_step(torch.compile(model), tokens)
     return cggr_step(model, tokens, variant, ratio)
@@ -141,13 +145,21 @@ def peak_in_this_process(shape: Shape, variant: str, ratio: float) -> int:
 
 def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
     """:func:`peak_in_this_process` where no other variant has touched the allocator."""
-    command = [sys.executable, __file__, name, "--ratio", str(ratio), "--peak-of", variant]
+    command = [sys.executable, "-m", "benchmarks.step_time", name, "--ratio", str(ratio), "--peak-of", variant]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(output.split()[-1])
 
 
-def flops(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> dict[str, int]:
-    """Floating-point operations of one forward and one backward, as torch counts them (attention uncut by causality)."""
+def flops(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
+    """Floating-point operations of one forward and one backward for each row of the batch, as torch counts them.
+
+    Attention is eager for this, so that its products are seen (uncut by causality, in all variants alike). The loss
+    makes the head's gradients during the forward; those two products are counted with the backward, where they belong.
+    """
+    rows = 4 if variant.startswith("sequence") else 1  # a row is the least that this mode can keep
+    shape = replace(shape, batch=rows)
+    model, tokens = shape.model(), shape.tokens()
+    model.set_attn_implementation("eager")
     if variant == "standard":
 
         def forward() -> Tensor:
@@ -155,21 +167,41 @@ def flops(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> dict[
 
     else:
         settings, routed = VARIANTS[variant]
-        router = create_truncated_router(model, max(1, model.config.num_hidden_layers // 8)) if routed else None
+        router = create_truncated_router(model, max(1, shape.layers // 8)) if routed else None
         wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings).train()
         wrapped(tokens, labels=tokens)  # the first step looks at the model
 
         def forward() -> Tensor:
             return wrapped(tokens, labels=tokens)
 
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         loss = forward()
     forward_flops = counter.get_total_flops()
     with counter:
         loss.backward()
-    model.zero_grad(set_to_none=True)
-    return {"forward": forward_flops, "backward": counter.get_total_flops()}
+    backward_flops = counter.get_total_flops()
+    head_gradients = 0
+    if variant != "standard":
+        kept = shape.length if rows > 1 else int(wrapped.metrics["kept_tokens"])
+        head_gradients = 4 * kept * shape.hidden * shape.vocab
+    return {
+        "forward": (forward_flops - head_gradients) // rows,
+        "backward": (backward_flops + head_gradients) // rows,
+    }
+
+
+def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[], None]:
+    """Statistics of all tokens from hidden states, scores and selection: what choosing costs besides the passes."""
+    readout = HeadReadout(CGGRModel(model)._passes.architecture.head, ignore_index=-100)
+    hidden = torch.randn(*tokens.shape, model.config.hidden_size, device=tokens.device).to(model.dtype)
+    targets = tokens.roll(-1, 1)
+    countable = torch.ones_like(tokens, dtype=torch.bool)
+
+    def step() -> None:
+        statistics = readout.statistics(hidden, targets, fields=fields_for("gradnorm"))
+        select(score(statistics, scoring="gradnorm"), countable, ratio=ratio)
+
+    return step
 
 
 def main() -> None:
@@ -191,13 +223,15 @@ def main() -> None:
     everything = [*(["standard, compiled"] if cuda else []), *VARIANTS]
     variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
-    counts = {name: flops(model, tokens, name, options.ratio) for name in variants if name != "standard, compiled"}
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
+    steps["scoring and selection alone"] = scoring_step(model, tokens, options.ratio)
     rows = _record.measure(steps, control="standard", repeats=options.rounds, warmup=3, device=shape.device)
     for name, step in steps.items():
         peak = peak_on_device(step) if cuda else peak_in_fresh_process(options.shape, name, options.ratio)
         rows[name]["peak_extra_bytes"] = peak
-        rows[name]["flops"] = counts.get(name)
+    del model, steps
+    for name in variants:
+        rows[name]["flops"] = None if name == "standard, compiled" else flops(shape, name, options.ratio)
     settings = {key: str(value) for key, value in vars(shape).items()} | {"ratio": options.ratio, "seed": SEED}
     name = options.name or f"step_time_{options.shape}"
     path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)
@@ -214,7 +248,7 @@ def report(result: dict[str, Any]) -> None:
             f"{name:42} {row['median'] * 1e3:8.1f} {row['ratio']['median']:6.2f}x {row['peak_extra_bytes'] / 1e9:8.2f}"
         )
         line += f" {row['peak_extra_bytes'] / control['peak_extra_bytes']:6.2f}"
-        if row["flops"]:
+        if row.get("flops"):
             forward, backward = (row["flops"][part] / control["flops"][part] for part in ("forward", "backward"))
             line += f" {forward:6.3f} {backward:6.3f}"
         print(line)

@@ -61,11 +61,26 @@ class RecordingCache(PassCache):
         return constant
 
 
-class OtherTokensCache(PassCache):
-    """Keys and values of the other tokens, merged for their own attention with the kept tokens' (as constants)."""
+class EnoughError(Exception):
+    """Ends a layer's call on the other tokens where only its keys and values were wanted."""
 
-    def __init__(self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool) -> None:
+
+class OtherTokensCache(PassCache):
+    """Keys and values of the other tokens, merged for their own attention with the kept tokens' (as constants).
+
+    Args:
+        index: Positions of the other tokens, ``[B, M]``.
+        kept_index: Kept positions, ``[B, K]``.
+        length: Positions ``S = M + K``.
+        keep_graph: Keep the graph of keys and values (gradient mode ``kv``).
+        last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises :class:`EnoughError` there.
+    """
+
+    def __init__(
+        self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool, last_layer: int
+    ) -> None:
         super().__init__(queries=index.shape[1], length=length)
+        self._last_layer = last_layer
         self._index = index
         self._kept_index = kept_index
         self._keep_graph = keep_graph
@@ -77,6 +92,8 @@ class OtherTokensCache(PassCache):
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
+        if layer_idx == self._last_layer:
+            raise EnoughError
         if self.kept is None:
             raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
         return tuple(

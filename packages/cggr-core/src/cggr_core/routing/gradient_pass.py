@@ -8,7 +8,7 @@ recorded layers first, which is what a truncated router leaves.
 
 import contextvars
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
-from cggr_core.routing.cache import KeyValue, OtherTokensCache, RoutedCache
+from cggr_core.routing.cache import EnoughError, KeyValue, OtherTokensCache, RoutedCache
 from cggr_core.routing.context_pass import (
     Context,
     HeadReader,
@@ -149,7 +149,11 @@ class _OtherTokens:
         self._keep_graph = keep_graph
         self._forwards = [layer.forward for layer in architecture.layers]
         self._cache = OtherTokensCache(
-            index=self.index, kept_index=index, length=inputs.shape[1], keep_graph=keep_graph
+            index=self.index,
+            kept_index=index,
+            length=inputs.shape[1],
+            keep_graph=keep_graph,
+            last_layer=len(architecture.layers) - 1,
         )
         self._calls, hidden = self._layer_calls(model, architecture, inputs, layer_output, attention)
         if context.hidden is not None:
@@ -195,9 +199,9 @@ class _OtherTokens:
             # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
             # And in a context of its own, so that transformers does not collect its outputs (an expert router's, say)
             # as those of the outer call.
-            with torch.set_grad_enabled(self._keep_graph), _unhooked_saved_tensors():
+            with torch.set_grad_enabled(self._keep_graph), _unhooked_saved_tensors(), suppress(EnoughError):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
-            self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
+                self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._cache.kept = None
             self._calls[layer] = ((), {})  # frees the masks of layers that are done
         return self._cache.recorded[layer]
