@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from cggr_train.demo.verdict import NOISE, results_table, verdict
 from cggr_train.display import Display, format_bytes, numbers
 from cggr_train.learner import Routing
 from cggr_train.loop import Budget, Progress
@@ -15,6 +14,7 @@ from cggr_train.presets import build_config, build_model
 from cggr_train.report.curves import draw_comparison, draw_learning_curve
 from cggr_train.report.page import figures, write_page
 from cggr_train.report.passage import PassageToken, choose_passage, score_passage
+from cggr_train.report.verdict import NOISE, results_table, verdict
 
 LABELS = {"standard": "standard", "half_batch": "half the batch", "random": "random tokens", "cggr": "CGGR"}
 VOID = {"meta", "img", "br", "link", "input"}

@@ -97,6 +97,8 @@ def test_resume_continues_exactly(tmp_path, data_files, console, monkeypatch, na
         for part in ("whole", "parts")
     ]
     assert logs[0] == logs[1]
+    logged = [record["step"] for record in read_log(tmp_path / "parts" / "log.jsonl") if record["event"] == "train"]
+    assert logged == [2, 3, 4, 6], "a resumed run goes on with the log it had"
 
 
 def test_kept_ratio_and_engine_are_logged(tmp_path, data_files, console):

@@ -148,7 +148,6 @@ class _Run:
         self.progress = Progress()
         self.saved: tuple[int, Path] | None = None
         self.heldout_loss: float | None = None
-        self.log = JsonlLog(folder / "log.jsonl", keep_until_step=0)
         self._window: list[Tensor] = []
         self._window_start = Progress()
 
@@ -159,10 +158,10 @@ class _Run:
         restore_random_state(state.random, self.device)
         self._window_start = dataclasses.replace(self.progress)
         self.saved = (self.progress.step, self.folder / "checkpoints" / f"step-{self.progress.step:08d}")
-        self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step)
 
     def train(self) -> RunResult:
         settings = self.settings
+        self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step)
         with StopRequest() as stop, Display(self.console, settings.method, self.loop.budget) as display:
             self.display = display
             self.clock = Clock(self.device, elapsed=self.progress.seconds)

@@ -13,11 +13,11 @@ from rich.console import Console
 from cggr_train.data import build_token_store
 from cggr_train.demo.corpus import standard_library
 from cggr_train.demo.turns import run_in_turns
-from cggr_train.demo.verdict import results_table, verdict
 from cggr_train.demo.worker import RunSpec
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing, build_learner
 from cggr_train.presets import build_config, build_model
+from cggr_train.report.verdict import results_table, verdict
 from cggr_train.tokenizer import train_tokenizer
 
 LABELS = {

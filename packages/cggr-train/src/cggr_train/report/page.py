@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cggr_train.demo.verdict import COLUMNS, row_cells
 from cggr_train.report.curves import COLOURS
 from cggr_train.report.passage import Passage, PassageToken
+from cggr_train.report.verdict import COLUMNS, row_cells
 
 if TYPE_CHECKING:
     from cggr_train.demo.compare import DemoSettings
