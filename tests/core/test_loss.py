@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 
 from allocations import largest_allocation
@@ -291,11 +292,15 @@ def test_both_compile_as_one_graph(selection):
     logits = (hidden @ weight.T).detach().requires_grad_()
     for make, leaves in ((CGGRLoss, (logits,)), (CGGRLinearLoss, (hidden, weight))):
         eager, compiled = make(selection=selection), make(selection=selection)
-        step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-        for _ in range(3):
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(compiled, fullgraph=True, backend=counter)
+        for _ in range(4):
             a, b = eager(*leaves, targets), step(*leaves, targets)
             torch.testing.assert_close(a, b)
             torch.testing.assert_close(torch.autograd.grad(a, leaves), torch.autograd.grad(b, leaves))
+            eager.step(), compiled.step()
+        assert counter.frame_count == 1  # neither draws nor steps compile anew
+        assert compiled.schedule.state_dict() == eager.schedule.state_dict()
 
 
 def test_autocast_of_the_linear_loss():

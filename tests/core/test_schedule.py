@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -91,6 +92,10 @@ def test_state_round_trip():
     other = Schedule(warmup_steps=10, dynamic_threshold=True)
     other.load_state_dict(schedule.state_dict())
     assert (other.ratio, other.next_draw(), other.steps) == (schedule.ratio, 3, 3)
+    assert other.next_draw_tensor() == 4
+    assert other.next_draw() == 5
+    assert all(type(value) in (int, float) for value in schedule.state_dict().values())
+    assert copy.deepcopy(schedule).next_draw() == schedule.next_draw() == 3
 
 
 @pytest.mark.parametrize("state", [{}, {"steps": 1, "draws": 1, "confidence": None, "more": 1}])

@@ -268,7 +268,7 @@ def test_weighted_sums_are_unbiased(selection, scope, block_size):
 
 def test_probabilities_are_those_that_the_weights_say():
     score, countable = batch(1, 25, seed=2)
-    draws = 3000
+    draws = 1200
     for selection in WEIGHTED:
         hits, weights = torch.zeros(25), torch.zeros(25)
         for draw in range(draws):
@@ -390,8 +390,7 @@ def test_runs_without_a_device():
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize(("scope", "block_size"), [("row", 1), ("batch", 4)])
 def test_compiles_as_one_graph(selection, scope, block_size):
     score, countable = batch(2, 30)
 

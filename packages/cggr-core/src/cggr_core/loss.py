@@ -23,6 +23,8 @@ class CGGRLoss(TokenLoss):
     gradient is zero at all others. In eval mode the mean itself. With a ratio of 1 it equals
     ``torch.nn.functional.cross_entropy``; with nothing countable it is a zero that is connected to the graph.
 
+    Under ``torch.compile`` one graph serves every step at rest; during a warmup each new ratio compiles anew.
+
     The host reads nothing in a step. On CPU, targets outside the vocabulary and NaN logits raise at once; on other
     devices they are counted there (such targets are ignored) and raised by the next forward that sees the count.
 

@@ -55,7 +55,8 @@ def uniform(
     Args:
         shape: Shape of the result; the number at a flat position depends on that position alone.
         seed: Any Python int; its low 64 bits count.
-        draw: Which draw of the seed: an int, or a 0-dim int64 tensor on ``device`` (never read by the host).
+        draw: Which draw of the seed: an int, or a 0-dim int64 tensor (never read by the host if it is
+            on ``device``).
         device: Where the numbers are made.
         offset: Position of the first number, so that one draw can be handed out in parts.
 
@@ -67,7 +68,7 @@ def uniform(
         True
     """
     if isinstance(draw, Tensor):
-        counter = draw.to(device=device, dtype=torch.int64)
+        counter = draw.to(device=device, dtype=torch.int64, non_blocking=True)
     else:
         counter = torch.full((), draw, dtype=torch.int64, device=device)
     key = _mix(_mix(counter * _GOLDEN + _signed(seed * _SEED_STEP)) + _GOLDEN)

@@ -6,6 +6,9 @@ import math
 import warnings
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cggr_core.checks import check_at_least, check_finite_number, check_ratio
 from cggr_core.selection import slots_for
 
@@ -55,10 +58,12 @@ class Schedule:
         self.dynamic_threshold = bool(dynamic_threshold)
         self.threshold_sensitivity = check_finite_number("threshold_sensitivity", threshold_sensitivity, minimum=0.0)
         self._steps = 0
-        self._draws = 0
+        # A tensor, because compiled code takes a changing Python number for a reason to compile anew.
+        self._draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self._confidence: float | None = None
         self._forwards_without_step = 0
-        self._warned = False
+        self._awaiting_step = self.warmup_steps > 0
+        self._place()
 
     def __repr__(self) -> str:
         return (
@@ -66,6 +71,13 @@ class Schedule:
             f"dynamic_threshold={self.dynamic_threshold}, threshold_sensitivity={self.threshold_sensitivity}; "
             f"step {self._steps}, ratio {self.ratio:.4g})"
         )
+
+    def _place(self) -> None:
+        """Derive from the step what forwards read: it stands still at rest, and so does compiled code."""
+        self._warming_up = self._steps < self.warmup_steps
+        self._curriculum_ratio = self.min_tokens_ratio
+        if self._warming_up:
+            self._curriculum_ratio = 1.0 - (1.0 - self.min_tokens_ratio) * self._steps / self.warmup_steps
 
     @property
     def steps(self) -> int:
@@ -76,14 +88,12 @@ class Schedule:
     def moving(self) -> bool:
         """Whether the ratio can still change from step to step."""
         dynamic = self.dynamic_threshold and self.threshold_sensitivity > 0.0
-        return dynamic or self._steps < self.warmup_steps
+        return dynamic or self._warming_up
 
     @property
     def curriculum_ratio(self) -> float:
         """The ratio before the confidence moves it."""
-        if self._steps >= self.warmup_steps:
-            return self.min_tokens_ratio
-        return 1.0 - (1.0 - self.min_tokens_ratio) * self._steps / self.warmup_steps
+        return self._curriculum_ratio
 
     @property
     def ratio(self) -> float:
@@ -116,17 +126,23 @@ class Schedule:
 
     def next_draw(self) -> int:
         """The number of this forward's random draw; counts up, one per micro-batch."""
-        draw = self._draws
-        self._draws = draw + 1
+        draw = int(self._draws)
+        self._draws.add_(1)
+        return draw
+
+    def next_draw_tensor(self) -> Tensor:
+        """:meth:`next_draw` as a 0-dim int64 CPU tensor, for compiled code."""
+        draw = self._draws.clone()
+        self._draws.add_(1)
         return draw
 
     def note_forward(self) -> None:
         """Count a training forward; warn once if a warmup was asked for and nobody calls :meth:`step`."""
-        if self.warmup_steps == 0 or self._steps > 0 or self._warned:
+        if not self._awaiting_step or torch.compiler.is_compiling():
             return
         self._forwards_without_step += 1
         if self._forwards_without_step >= _FORWARDS_BEFORE_WARNING:
-            self._warned = True
+            self._awaiting_step = False
             warnings.warn(
                 f"warmup_steps={self.warmup_steps}, but step() was not called in {_FORWARDS_BEFORE_WARNING} training "
                 f"forwards: the keep ratio is still {self.ratio:g}. Call step() after each optimizer step, or use "
@@ -138,10 +154,12 @@ class Schedule:
     def step(self) -> None:
         """Move on by one optimizer step."""
         self._steps += 1
+        self._awaiting_step = False
+        self._place()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to keep the same tokens: plain numbers."""
-        return {"steps": self._steps, "draws": self._draws, "confidence": self._confidence}
+        return {"steps": self._steps, "draws": int(self._draws), "confidence": self._confidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
@@ -154,4 +172,7 @@ class Schedule:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
         steps = check_at_least("state['steps']", state["steps"], 0)
         draws = check_at_least("state['draws']", state["draws"], 0)
-        self._steps, self._draws, self._confidence = steps, draws, state["confidence"]
+        self._steps, self._confidence = steps, state["confidence"]
+        self._draws.fill_(draws)
+        self._awaiting_step = self._awaiting_step and steps == 0
+        self._place()

@@ -209,6 +209,9 @@ class TokenLoss(nn.Module):
     def _select(self, scores: Tensor | None, countable: Tensor, draw: int | Tensor | None) -> Selection:
         if scores is None:
             scores = torch.zeros(countable.shape, device=countable.device)
+        if draw is None:
+            compiling = torch.compiler.is_compiling()
+            draw = self.schedule.next_draw_tensor() if compiling else self.schedule.next_draw()
         return select(
             scores,
             countable,
@@ -221,7 +224,7 @@ class TokenLoss(nn.Module):
             block_size=self.block_size,
             unbiased=self.unbiased,
             seed=self.seed,
-            draw=self.schedule.next_draw() if draw is None else draw,
+            draw=draw,
         )
 
     def _capacity(self, countable: Tensor) -> int | None:
