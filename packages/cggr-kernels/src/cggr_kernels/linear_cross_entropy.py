@@ -24,7 +24,7 @@ REDUCTIONS = ("sum", "none")
 # products efficient, however many rows there are.
 CHUNK_ELEMENTS = 2**24
 MIN_COLUMNS = 4096
-_BLOCK = 2048
+_BLOCK = 4096
 
 
 def linear_cross_entropy_reference(
@@ -97,7 +97,7 @@ def _factors(softcap: float | None, scale: float | None) -> dict[str, Any]:
         "inner": 1.0 if softcap is None else scale / softcap,
         "HAS_SOFTCAP": softcap is not None,
         "BLOCK": _BLOCK,
-        "num_warps": 4,
+        "num_warps": 8,
     }
 
 
@@ -196,6 +196,7 @@ def _launch_gradient(
                 torch.mm(raw.t(), rows, out=d_weight[start:end])
             if needs[2]:
                 torch.sum(raw, 0, dtype=torch.float32, out=d_bias[start:end])
+        del buffer, raw
     return d_rows.to(rows.dtype), d_weight, d_bias.to(rows.dtype)
 
 

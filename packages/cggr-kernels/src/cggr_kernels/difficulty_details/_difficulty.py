@@ -68,7 +68,8 @@ def _absorb(x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best
 
 @triton.jit
 def _read_row(
-    logits_ptr,
+    row_ptr,
+    body_ptr,
     start,
     V,
     target,
@@ -94,23 +95,22 @@ def _read_row(
     second = first
     best = tl.zeros([LANES], tl.int32)
     if PEEL:
-        head = _load(logits_ptr, within, tl.minimum(start, V), inner, HAS_SOFTCAP)
+        head = _load(row_ptr, within, tl.minimum(start, V), inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             head = _without(head, within, target)
         reference, z, s, c, first, second, best = _absorb(
             head, none, none, none, -1, unit, reference, z, s, c, first, second, best, True
         )
     # From here on columns count from ``start``.
-    row_ptr = logits_ptr + start
     size = tl.maximum(V - start, 0)
     place = (target - start).to(tl.int32)
     full = size // (4 * TILE)
     for chunk in range(0, full):
         offset = chunk * (4 * TILE)
-        x0 = _squash(tl.load(row_ptr + offset + within), inner, HAS_SOFTCAP)
-        x1 = _squash(tl.load(row_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
-        x2 = _squash(tl.load(row_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
-        x3 = _squash(tl.load(row_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
+        x0 = _squash(tl.load(body_ptr + offset + within), inner, HAS_SOFTCAP)
+        x1 = _squash(tl.load(body_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
+        x2 = _squash(tl.load(body_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
+        x3 = _squash(tl.load(body_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             here = place - offset
             if (here >= 0) & (here < 4 * TILE):
@@ -124,10 +124,10 @@ def _read_row(
         )
     offset = full * (4 * TILE)
     if offset < size:
-        x0 = _load(row_ptr, offset + within, size, inner, HAS_SOFTCAP)
-        x1 = _load(row_ptr, offset + TILE + within, size, inner, HAS_SOFTCAP)
-        x2 = _load(row_ptr, offset + 2 * TILE + within, size, inner, HAS_SOFTCAP)
-        x3 = _load(row_ptr, offset + 3 * TILE + within, size, inner, HAS_SOFTCAP)
+        x0 = _load(body_ptr, offset + within, size, inner, HAS_SOFTCAP)
+        x1 = _load(body_ptr, offset + TILE + within, size, inner, HAS_SOFTCAP)
+        x2 = _load(body_ptr, offset + 2 * TILE + within, size, inner, HAS_SOFTCAP)
+        x3 = _load(body_ptr, offset + 3 * TILE + within, size, inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             here = place - offset
             x0 = _without(x0, within, here)
@@ -204,19 +204,21 @@ def difficulty_kernel(
             return
     begin = row * row_stride
     row_ptr = logits_ptr + begin
+    body_ptr = row_ptr
     start = 0
     if PEEL:
         # Columns to the next multiple of WIDTH elements, from where loads are 16 bytes wide again.
         aligned = (begin + WIDTH - 1) // WIDTH * WIDTH
         start = (aligned - begin).to(tl.int32)
-        row_ptr = logits_ptr + tl.multiple_of(aligned, WIDTH) - start
+        # A pointer of its own: going back from it to the row's start would hide from the compiler that it is aligned.
+        body_ptr = logits_ptr + aligned
     reference, z, s, c, first, second, best = _read_row(
-        row_ptr, start, V, target, unit, inner, False, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
+        row_ptr, body_ptr, start, V, target, unit, inner, False, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
     )
     # A logit of -inf has made 0 * -inf of its term of the entropy: once more, with the clamp that costs time.
     if (tl.sum((s != s).to(tl.int32), 0) > 0) & (tl.sum((z != z).to(tl.int32), 0) == 0):
         reference, z, s, c, first, second, best = _read_row(
-            row_ptr, start, V, target, unit, inner, True, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
+            row_ptr, body_ptr, start, V, target, unit, inner, True, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
         )
     top, runner_up = _two_largest(row_ptr, start, V, target, inner, first, second, best, HAS_SOFTCAP, WIDTH, LANES)
 
