@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-OPS: tuple[str, ...] = ("difficulty", "linear_difficulty", "linear_cross_entropy", "routed_attention")
+OPS: tuple[str, ...] = ("difficulty", "linear_difficulty", "linear_cross_entropy", "select", "routed_attention")
 """Names of the ops; each is the function of that name in the module of that name."""
 
 

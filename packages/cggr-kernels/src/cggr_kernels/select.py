@@ -1,0 +1,217 @@
+"""Which tokens are kept: from scores to ascending indices and weights, on the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from cggr_kernels._checks import check_device
+from cggr_kernels._library import register
+from cggr_kernels._select_reference import (
+    compact,
+    defend,
+    inclusion_probabilities,
+    kept_counts,
+    seed_step,
+    select_reference,
+    slot_weights,
+    systematic,
+    top_mask,
+)
+from cggr_kernels.select_details._stratified import plan_kernel, stratum_kernel, walk_kernel
+from cggr_kernels.select_details._uniform import uniform_kernel
+
+__all__ = ["STRATEGIES", "select", "select_reference"]
+
+STRATEGIES = ("stratified", "sampled", "random", "topk", "sequence_aware")
+MAX_STRATA = 64
+_BLOCK = 1024
+
+
+def _uniform(draw: Tensor, seed: int, offset: int, n: int) -> Tensor:
+    out = torch.empty(n, dtype=torch.float64, device=draw.device)
+    if n:
+        uniform_kernel[(triton.cdiv(n, _BLOCK),)](draw, out, seed_step(seed), offset, n, BLOCK=_BLOCK)
+    return out
+
+
+def _stratified(
+    score: Tensor, countable: Tensor, n: Tensor, k: Tensor, strata: int, seed: int, draw: Tensor, mix: float
+) -> tuple[Tensor, Tensor]:
+    """Kept entries and their weights 1 / probability, both ``[B, S]``.
+
+    After one sort by score the strata are ranges of ranks, and a second sort shuffles each of them; all that the
+    reference does with the entries of a stratum is then arithmetic on its number.
+    """
+    B, S = score.shape
+    device = score.device
+    keep_BS = torch.empty(B, S, dtype=torch.int8, device=device)
+    weight_BS = torch.empty(B, S, dtype=torch.float32, device=device)
+    if not score.numel():
+        return keep_BS.bool(), weight_BS
+    score_BS, position_BS = score.masked_fill(~countable, -torch.inf).sort(dim=1, descending=True, stable=True)
+    blocks = triton.cdiv(S, _BLOCK)
+    key_BS = torch.empty(B, S, dtype=torch.float64, device=device)
+    partial = torch.empty(B, blocks, strata, dtype=torch.float64, device=device)
+    step = seed_step(seed)
+    stratum_kernel[(blocks, B)](
+        score_BS, position_BS, n, draw, key_BS, partial, step, S, blocks, STRATA=strata, BLOCK=_BLOCK
+    )
+    probability = torch.empty(B, strata, dtype=torch.float64, device=device)
+    plan_kernel[(B,)](partial.sum(1), n, k, probability, mix, STRATA=strata)
+    order_BS = key_BS.argsort(dim=1)
+    walk_kernel[(blocks, B)](
+        order_BS, position_BS, n, k, probability, draw, keep_BS, weight_BS, step, S, STRATA=strata, BLOCK=_BLOCK
+    )
+    return keep_BS.bool(), weight_BS
+
+
+def _launch(
+    score: Tensor,
+    countable: Tensor,
+    ratio: float,
+    strategy: str,
+    capacity: int,
+    num_strata: int,
+    min_tokens: int,
+    unbiased: bool,
+    seed: int,
+    draw: Tensor,
+    defensive_mix: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, S = score.shape
+    n, k = kept_counts(countable, ratio, capacity, min_tokens if strategy == "sequence_aware" else 1)
+    if strategy == "stratified":
+        keep, weight_BS = _stratified(score, countable, n, k, num_strata, seed, draw, defensive_mix)
+        index, valid = compact(keep, capacity)
+        if unbiased:
+            return index, valid, weight_BS.gather(1, index)
+        return index, valid, slot_weights(keep, valid, index, countable, None)
+    probability = None
+    if strategy == "sampled":
+        size = defend(score.to(torch.float64), countable, defensive_mix)
+        probability = inclusion_probabilities(size, countable, k)
+        keep = systematic(probability, k, _uniform(draw, seed, B * S, B))
+    elif strategy == "random":
+        keep = top_mask(_uniform(draw, seed, 0, B * S).reshape(B, S), countable, k)
+        probability = (k / n.clamp(min=1))[:, None].expand(B, S)
+    else:
+        keep = top_mask(score, countable, k)
+    index, valid = compact(keep, capacity)
+    return index, valid, slot_weights(keep, valid, index, countable, probability if unbiased else None)
+
+
+def _fake(
+    score: Tensor,
+    countable: Tensor,
+    ratio: float,
+    strategy: str,
+    capacity: int,
+    num_strata: int,
+    min_tokens: int,
+    unbiased: bool,
+    seed: int,
+    draw: Tensor,
+    defensive_mix: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = score.new_empty(score.shape[0], capacity, dtype=torch.int64)
+    return index, torch.empty_like(index, dtype=torch.bool), torch.empty_like(index, dtype=torch.float32)
+
+
+_select = register(
+    "select(Tensor score, Tensor countable, float ratio, str strategy, int capacity, int num_strata, int min_tokens,"
+    " bool unbiased, int seed, Tensor draw, float defensive_mix) -> (Tensor, Tensor, Tensor)",
+    _launch,
+    _fake,
+)
+
+
+@torch.no_grad()
+def select(
+    score: Tensor,
+    countable: Tensor,
+    ratio: float,
+    strategy: str = "stratified",
+    capacity: int | None = None,
+    num_strata: int = 4,
+    min_tokens: int = 1,
+    unbiased: bool = True,
+    seed: int = 0,
+    draw: int | Tensor = 0,
+    defensive_mix: float = 0.05,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, at least one if there is one.
+
+    The host reads nothing, and the same seed and draw choose the same tokens. ``stratified``: Neyman's allocation over
+    ``num_strata`` equal buckets by score, with the root mean square score as the spread, then systematic sampling
+    (Madow 1949) over the buckets, each in random order; ``sampled``: probability proportional to the score, capped at
+    1; ``random``; ``topk``: the highest scores, the lower position where they tie; ``sequence_aware``: the same with at
+    least ``min_tokens``.
+
+    Args:
+        score: Shape ``[B, S]``, float32, finite; higher is more worth learning from.
+        countable: Shape ``[B, S]``, bool; no other token is kept.
+        ratio: Keep ratio in (0, 1].
+        strategy: One of :data:`STRATEGIES`.
+        capacity: Slots K of each row, at most S; ``None`` for all.
+        num_strata: Buckets of ``stratified``, at most 64.
+        min_tokens: For ``sequence_aware``.
+        unbiased: Whether ``stratified``, ``sampled`` and ``random`` weight by 1 / probability (Horvitz and Thompson
+            1952); else every kept token has the weight countable / kept of the whole batch.
+        seed: Seed of the random strategies; its low 64 bits count.
+        draw: Which draw of that seed: an int, or a 0-dim int64 tensor on the device, which is never read by the host.
+        defensive_mix: Share of uniform sampling in ``stratified`` and ``sampled``, in [0, 1]; it bounds the weights.
+
+    Returns:
+        ``index`` ``[B, K]`` int64: K distinct positions of each row, ascending, slots that are not kept filled with
+        positions that are not kept; ``valid`` ``[B, K]`` bool; ``weight`` ``[B, K]`` float32, 0 where not valid.
+
+    Raises:
+        TypeError: If a dtype is not accepted.
+        ValueError: If shapes, devices or numbers do not fit, or the strategy is unknown.
+
+    Example:
+        >>> score = torch.tensor([[0.1, 3.0, 0.2, 2.0]], device="cuda")
+        >>> select(score, score > 0, 0.5, "topk", 2)[0]
+        tensor([[1, 3]], device='cuda:0')
+    """
+    if score.dtype != torch.float32 or countable.dtype != torch.bool:
+        raise TypeError(f"score must be float32 and countable bool, got {score.dtype} and {countable.dtype}")
+    if score.dim() != 2 or countable.shape != score.shape:
+        shapes = f"{tuple(score.shape)} and {tuple(countable.shape)}"
+        raise ValueError(f"score and countable must both be [B, S], got {shapes}")
+    check_device(score=score, countable=countable)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    if not 0 <= defensive_mix <= 1:
+        raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix}")
+    if not 1 <= num_strata <= MAX_STRATA:
+        raise ValueError(f"num_strata must be in [1, {MAX_STRATA}], got {num_strata}")
+    S = score.shape[1]
+    capacity = S if capacity is None else capacity
+    if not 0 <= capacity <= S:
+        raise ValueError(f"capacity must be in [0, {S}] for score {tuple(score.shape)}, got {capacity}")
+    if isinstance(draw, Tensor):
+        if draw.dtype != torch.int64 or draw.dim() != 0:
+            raise TypeError(f"draw must be an int or a 0-dim int64 tensor, got {draw.dtype} {tuple(draw.shape)}")
+        check_device(score=score, draw=draw)
+    else:
+        draw = torch.full((), draw, dtype=torch.int64, device=score.device)
+    # The op takes seeds of 64 bits with a sign.
+    seed = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
+    return _select(
+        score.contiguous(),
+        countable.contiguous(),
+        ratio,
+        strategy,
+        capacity,
+        num_strata,
+        min_tokens,
+        unbiased,
+        seed,
+        draw,
+        defensive_mix,
+    )
