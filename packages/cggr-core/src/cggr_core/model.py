@@ -189,7 +189,8 @@ class CGGRModel(nn.Module):
         if labels is None or not self.training:
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
-        self._take_what_was_found()
+        # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
+        self._take_what_was_found(wait=self.schedule.dynamic_threshold)
         batch = self._passes.inputs(**arguments)
         self._check(labels, batch, token_weight, reference_nll, selection)
         self._passes.prepare(batch, routing=self.gradient in ("kv", "detached"))

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cggr_core.routing.rows import merge_rows, replace_rows
+
 KeyValue = tuple[Tensor, Tensor]
+OptionalKeyValue = tuple[Tensor | None, Tensor | None]
 
 
 class PassCache(Cache):
@@ -76,9 +79,7 @@ class OtherTokensCache(PassCache):
         last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises :class:`EnoughError` there.
     """
 
-    def __init__(
-        self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool, last_layer: int
-    ) -> None:
+    def __init__(self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool, last_layer: int) -> None:
         super().__init__(queries=index.shape[1], length=length)
         self._last_layer = last_layer
         self._index = index
@@ -86,6 +87,7 @@ class OtherTokensCache(PassCache):
         self._keep_graph = keep_graph
         self.recorded: dict[int, KeyValue] = {}
         self.kept: KeyValue | None = None
+        self.merged: KeyValue | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
         """Note the other tokens' keys and values, and let them attend to all positions."""
@@ -96,10 +98,11 @@ class OtherTokensCache(PassCache):
             raise EnoughError
         if self.kept is None:
             raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
-        return tuple(
-            merge_rows(other, self._index, kept, self._kept_index, self._length)
+        self.merged = tuple(
+            merge_rows(other, kept, other_index=self._index, kept_index=self._kept_index)
             for other, kept in zip(constant, self.kept, strict=True)
         )
+        return self.merged
 
 
 class RoutedCache(PassCache):
@@ -111,7 +114,8 @@ class RoutedCache(PassCache):
         length: Positions ``S``.
         recorded: Full-length keys and values of the layers that a context pass has run through.
         other_index: Positions of the other tokens, ``[B, S - K]``; ``None`` if every layer was recorded.
-        run_others: ``(layer, kept key and value) -> other tokens' key and value`` for layers that were not.
+        others: ``(layer, kept key and value)`` to the other tokens' key and value, and the two put together if they
+            are at hand, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
     """
 
@@ -123,61 +127,42 @@ class RoutedCache(PassCache):
         length: int,
         recorded: dict[int, KeyValue],
         other_index: Tensor | None,
-        run_others: Callable[[int, KeyValue], KeyValue] | None,
+        others: Callable[[int, KeyValue], tuple[KeyValue, OptionalKeyValue]] | None,
         keep_graph: bool,
     ) -> None:
         super().__init__(queries=index.shape[1], length=length)
         self._index = index
-        self._valid = valid[:, None, :, None]
+        self._valid = valid
         self._recorded = recorded
         self._other_index = other_index
-        self._run_others = run_others
+        self._others = others
         self._keep_graph = keep_graph
         self.updated: set[int] = set()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
         """Keys and values of all positions, the kept rows fresh."""
         # Called again with the same keys and values when a checkpointed layer is recomputed: nothing here may depend
-        # on how often that happens, and _run_others answers from memory.
+        # on how often that happens, and the other tokens' are answered from memory.
         self.updated.add(layer_idx)
         fresh = key_states, value_states
         if layer_idx in self._recorded:
-            recorded = self._recorded[layer_idx]
-            return tuple(self._into_recorded(full, kept) for full, kept in zip(recorded, fresh, strict=True))
-        if not self._keep_graph:
-            # A filler slot is another token: to the kept ones its keys and values are constants.
-            fresh = tuple(torch.where(self._valid, kept, kept.detach()) for kept in fresh)
-        if self._other_index is None or self._run_others is None:
+            return tuple(
+                replace_rows(full, kept, index=self._index, valid=self._valid)
+                for full, kept in zip(self._recorded[layer_idx], fresh, strict=True)
+            )
+        if self._others is None:
             return fresh  # every position is in the pass, in order
-        others = self._run_others(layer_idx, (key_states.detach(), value_states.detach()))
+        others, merged = self._others(layer_idx, (key_states.detach(), value_states.detach()))
         return tuple(
-            merge_rows(other, self._other_index, kept, self._index, self._length)
-            for other, kept in zip(others, fresh, strict=True)
+            merge_rows(
+                other,
+                kept,
+                other_index=self._other_index,
+                kept_index=self._index,
+                # In mode "detached", a filler slot is a constant to the kept tokens, like any other token. In mode
+                # "kv" its keys and values take gradients, and its hidden state is stopped where the layer begins.
+                passes=None if self._keep_graph else self._valid,
+                merged=whole,
+            )
+            for other, kept, whole in zip(others, fresh, merged, strict=True)
         )
-
-    def _into_recorded(self, full: Tensor, kept: Tensor) -> Tensor:
-        rows = _expanded(self._index, kept)
-        # Filler slots write back what was recorded, so they change nothing and take no gradient.
-        return full.scatter(2, rows, torch.where(self._valid, kept, full.gather(2, rows)))
-
-
-def merge_rows(first: Tensor, first_index: Tensor, second: Tensor, second_index: Tensor, length: int) -> Tensor:
-    """Put two disjoint sets of rows that cover all positions in order.
-
-    Args:
-        first: ``[B, H, M, D]``.
-        first_index: ``[B, M]`` positions of its rows.
-        second: ``[B, H, K, D]``, with ``M + K = length``.
-        second_index: ``[B, K]``.
-        length: Number of positions.
-
-    Returns:
-        ``[B, H, length, D]``, differentiable in both.
-    """
-    merged = second.new_empty(*second.shape[:2], length, second.shape[3])
-    merged.scatter_(2, _expanded(first_index, first), first)
-    return merged.scatter_(2, _expanded(second_index, second), second)
-
-
-def _expanded(index: Tensor, like: Tensor) -> Tensor:
-    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
-from cggr_core.routing.cache import EnoughError, KeyValue, OtherTokensCache, RoutedCache
+from cggr_core.routing.cache import EnoughError, KeyValue, OptionalKeyValue, OtherTokensCache, RoutedCache
 from cggr_core.routing.context_pass import (
     Context,
     HeadReader,
@@ -37,6 +37,7 @@ from cggr_core.routing.patching import (
     without_autocast_cache,
     without_checkpointing,
 )
+from cggr_core.routing.rows import stop_gradient
 from cggr_core.selection import Selection
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -84,7 +85,7 @@ def gradient_pass(
         length=length,
         recorded=context.recorded,
         other_index=None if others is None else others.index,
-        run_others=None if others is None else others.run,
+        others=None if others is None else others.run,
         keep_graph=keep_graph,
     )
     replacements: dict[nn.Module, Callable[..., Any]] = {}
@@ -95,7 +96,7 @@ def gradient_pass(
             # Inside the layer's hooks, as transformers does it.
             forward = partial(checkpoint, partial(_run_plainly, layer, attention, forward), use_reentrant=False)
         if keep_graph and number >= context.depth:
-            forward = partial(_run_with_fillers, forward, selection.valid[:, :, None])
+            forward = partial(_run_with_fillers, forward, selection.valid)
         if checkpointed or keep_graph:
             replacements[layer] = forward
     if read_head is not None:
@@ -127,7 +128,7 @@ def _run_plainly(
 def _run_with_fillers(forward: Callable[..., Any], valid: Tensor, *args: Any, **kwargs: Any) -> Any:
     # A slot that holds another token counts as one: gradients reach its keys and values, not what came before.
     hidden = layer_input(args, kwargs)
-    args, kwargs = with_layer_input(args, kwargs, torch.where(valid, hidden, hidden.detach()))
+    args, kwargs = with_layer_input(args, kwargs, stop_gradient(hidden, passes=valid))
     return forward(*args, **kwargs)
 
 
@@ -190,8 +191,8 @@ class _OtherTokens:
             model(**inputs.arguments(self.index), **inputs.quiet, past_key_values=self._cache, use_cache=True)
         return calls, layer_input(*calls[0])
 
-    def run(self, layer: int, kept: KeyValue) -> KeyValue:
-        """Keys and values of the other tokens at ``layer``; computed at the first call."""
+    def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, OptionalKeyValue]:
+        """Keys and values of the other tokens at ``layer``, computed at the first call, and all tokens' if made."""
         if layer not in self._cache.recorded:
             self._cache.kept = kept
             args, kwargs = with_layer_input(*self._calls[layer], self._hidden.detach())
@@ -203,8 +204,11 @@ class _OtherTokens:
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
                 self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._cache.kept = None
+            merged, self._cache.merged = self._cache.merged or (None, None), None
             self._calls[layer] = ((), {})  # frees the masks of layers that are done
-        return self._cache.recorded[layer]
+            return self._cache.recorded[layer], merged
+        # A checkpointed layer is being recomputed.
+        return self._cache.recorded[layer], (None, None)
 
 
 def _unhooked_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
