@@ -267,6 +267,36 @@ def _first(value: Any) -> torch.Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
+def bench_select(table: Table, arguments: argparse.Namespace) -> None:
+    """A quarter of 2^20 scores, in one row and in 64, beside one ``torch.topk``."""
+    from cggr_core.sampling import select_reference
+    from cggr_kernels.select import select
+
+    for B, S in ((1, 2**20), (64, 2**14)):
+        score = torch.rand(B, S, device="cuda")
+        countable = torch.rand(B, S, device="cuda") < 0.95
+        draw = torch.zeros((), dtype=torch.int64, device="cuda")
+        K = S // 4
+
+        def ours(strategy: str, score: Any = score, countable: Any = countable, K: int = K, draw: Any = draw) -> Call:
+            return lambda: select(score, countable, 0.25, strategy, K, draw=draw)
+
+        def plain(score: Any = score, countable: Any = countable, K: int = K, draw: Any = draw) -> object:
+            return select_reference(score, countable, 0.25, "stratified", K, 4, 1, True, 0, draw, 0.05)
+
+        def top(score: Any = score, K: int = K) -> object:
+            return torch.topk(score, K, dim=1)
+
+        op = f"select {B}x{S}, 25% kept"
+        candidates: dict[str, Call] = {"torch.topk": top, "eager, stratified": plain}
+        candidates |= {f"cggr, {strategy}": ours(strategy) for strategy in ("stratified", "sampled", "topk")}
+        medians = table.measure(op, candidates, "torch.topk")
+        if B == 1:
+            for strategy in ("stratified", "sampled", "topk"):
+                share = medians[f"cggr, {strategy}"] / medians["torch.topk"]
+                table.bar(op, f"{strategy}, times torch.topk", share, 3, at_most=True)
+
+
 def bench_attention(table: Table, arguments: argparse.Namespace) -> None:
     """Attention of a quarter of the positions, beside flex_attention with the same mask and flash on the whole."""
     from cggr_kernels.routed_attention import routed_attention
@@ -354,6 +384,7 @@ BENCHES: dict[str, Callable[[Table, argparse.Namespace], None]] = {
     "difficulty": bench_difficulty,
     "linear_difficulty": bench_linear_difficulty,
     "linear_cross_entropy": bench_linear_cross_entropy,
+    "select": bench_select,
     "routed_attention": bench_attention,
 }
 
@@ -406,7 +437,11 @@ def main() -> None:
     if arguments.compile_only:
         return
     settings = {"seed": SEED, "keep_ratio": 0.25, "dtype": "bfloat16", "repeats": arguments.repeats}
-    control = next(name for name in table.rows if name.endswith((": eager", ": matmul alone", ": SDPA with a mask")))
+    control = next(
+        name
+        for name in table.rows
+        if name.endswith((": eager", ": matmul alone", ": torch.topk", ": SDPA with a mask"))
+    )
     _record.write("kernels", table.rows, settings=settings, control=control, device="cuda", folder=arguments.folder)
     draw(_record.load("kernels", folder=arguments.folder), arguments.folder / "kernels.png")
 

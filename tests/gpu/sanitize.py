@@ -13,6 +13,7 @@ from cggr_kernels.difficulty import difficulty
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy
 from cggr_kernels.linear_difficulty import linear_difficulty
 from cggr_kernels.routed_attention import routed_attention
+from cggr_kernels.select import STRATEGIES, select
 
 
 def main() -> None:
@@ -35,6 +36,9 @@ def main() -> None:
     segment = torch.arange(203, device=device)[None] // 50
     for options in ({}, {"segment": segment, "window": 30}, {"key_gradient": "kept"}):
         routed_attention(q, k, v, position, **options).sum().backward()
+    score = torch.rand(3, 1501, device=device)
+    for strategy in STRATEGIES:
+        select(score, score > 0.1, 0.3, strategy, 451)
     torch.cuda.synchronize()
     print("sanitize: done")
 

@@ -8,6 +8,7 @@ from cggr_kernels.difficulty import difficulty, difficulty_reference
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from cggr_kernels.linear_difficulty import linear_difficulty, linear_difficulty_reference
 from cggr_kernels.routed_attention import routed_attention, routed_attention_reference
+from cggr_kernels.select import STRATEGIES, select, select_reference
 
 
 def attention_problem(B, K, S, H, HKV, D, dtype=torch.bfloat16):
@@ -109,6 +110,22 @@ def test_linear_ops_in_bfloat16(softcap):
         assert error <= rival_error + 5e-3 * truth.norm()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("B", "S"), [(1, 2**18), (16, 4096)])
+def test_selections_of_many_scores(strategy, B, S):
+    torch.manual_seed(0)
+    score = torch.rand(B, S, device="cuda") ** 2
+    countable = torch.rand(B, S, device="cuda") < 0.9
+    rest = (0.25, strategy, S // 4, 4, 1, True, 3, 5, 0.05)
+    index, valid, weight = select(score, countable, *rest)
+    expected = select_reference(score, countable, *rest)
+    assert torch.equal(index, expected[0])
+    assert torch.equal(valid, expected[1])
+    torch.testing.assert_close(weight, expected[2], rtol=1e-6, atol=0)
+    for value, on_cpu in zip((index, valid), select_reference(score.cpu(), countable.cpu(), *rest), strict=False):
+        assert (value.cpu() == on_cpu).float().mean() > 0.999
+
+
 def every_op():
     """One call of every op, forward and backward, that returns what it computed."""
     q, k, v, position, segment, d_out = attention_problem(2, 128, 512, 8, 2, 64)
@@ -117,6 +134,8 @@ def every_op():
     targets = torch.randint(0, 5000, (256,), device="cuda")
     row_index = torch.arange(0, 256, 4, device="cuda")
     logits = hidden @ weight.t()
+    score = torch.rand(2, 500, device="cuda")
+    draw = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def call():
         leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
@@ -124,6 +143,7 @@ def every_op():
         return [
             *difficulty(logits, targets),
             *linear_difficulty(hidden, weight, targets),
+            *(value for strategy in STRATEGIES for value in select(score, score > 0.1, 0.25, strategy, 125, draw=draw)),
             loss.detach(),
             *torch.autograd.grad(loss, leaves),
             *gradients(routed_attention, q, k, v, d_out, position, segment, 200),
@@ -155,7 +175,7 @@ def test_a_cuda_graph_gives_the_same_numbers():
     with torch.cuda.graph(graph):
         values = call()
     for value in values:
-        value.fill_(float("nan"))
+        value.fill_(float("nan") if value.is_floating_point() else 0)
     graph.replay()
     for value, same in zip(values, expected, strict=True):
         assert torch.equal(value, same)

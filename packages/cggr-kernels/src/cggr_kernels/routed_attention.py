@@ -78,9 +78,9 @@ class Blocks(NamedTuple):
 
 # Measured on an H200 (16-bit floats); by head dimension up to the key. They are fixed, not tuned at run time: a first
 # step compiles three kernels instead of twenty, and results do not depend on what a tuner happened to see.
-FORWARD_BLOCKS = {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 4, 2)}
-QUERY_GRADIENT_BLOCKS = {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 4, 2)}
-KEY_GRADIENT_BLOCKS = {64: Blocks(128, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 64, 8, 1)}
+FORWARD_BLOCKS = {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(128, 32, 8, 2)}
+QUERY_GRADIENT_BLOCKS = {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)}
+KEY_GRADIENT_BLOCKS = {64: Blocks(128, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 64, 8, 2)}
 # For float32, and for GPUs whose multiprocessors have less shared memory.
 _SMALL_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)}
 _MUCH_SHARED_MEMORY = 160 * 1024

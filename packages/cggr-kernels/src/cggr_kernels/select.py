@@ -59,7 +59,7 @@ def _stratified(
         score_BS, position_BS, n, draw, key_BS, partial, step, S, blocks, STRATA=strata, BLOCK=_BLOCK
     )
     probability = torch.empty(B, strata, dtype=torch.float64, device=device)
-    plan_kernel[(B,)](partial.sum(1), n, k, probability, mix, STRATA=strata)
+    plan_kernel[(B,)](partial.sum(1), n, k, probability, MIX=mix, STRATA=strata)
     order_BS = key_BS.argsort(dim=1)
     walk_kernel[(blocks, B)](
         order_BS, position_BS, n, k, probability, draw, keep_BS, weight_BS, step, S, STRATA=strata, BLOCK=_BLOCK

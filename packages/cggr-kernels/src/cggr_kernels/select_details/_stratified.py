@@ -46,11 +46,12 @@ def _end(h, n, STRATA: tl.constexpr):
 
 
 @triton.jit
-def plan_kernel(square_ptr, count_ptr, kept_ptr, probability_ptr, mix, STRATA: tl.constexpr):
+def plan_kernel(square_ptr, count_ptr, kept_ptr, probability_ptr, MIX: tl.constexpr, STRATA: tl.constexpr):
     """Inclusion probability of each stratum of a row, from its sums of squares; one program per row.
 
     Entries of a stratum are alike, so that the reference's search over entries is one over strata: all of a stratum is
-    capped if (k - entries up to its end) * size > sum of the sizes after it.
+    capped if (k - entries up to its end) * size > sum of the sizes after it. MIX is a constant because a float argument
+    would be rounded to float32.
     """
     b = tl.program_id(0).to(tl.int64)
     n = tl.load(count_ptr + b)
@@ -70,7 +71,7 @@ def plan_kernel(square_ptr, count_ptr, kept_ptr, probability_ptr, mix, STRATA: t
         end = _end(h + 1, n, STRATA)
         members = end - _end(h, n, STRATA)
         size = tl.sqrt(tl.load(square_ptr + b * STRATA + h) / tl.maximum(members, 1).to(tl.float64))
-        size = tl.where(mean > 0.0, (1.0 - mix) * size + (mix + TINY) * mean, 1.0)
+        size = tl.where(mean > 0.0, (1.0 - MIX) * size + (MIX + TINY) * mean, 1.0)
         is_capped = (k - end).to(tl.float64) * size > tail
         # Strata in front of a capped one are larger and capped too.
         capped = tl.maximum(capped, tl.where(is_capped & (members > 0), end, 0))
@@ -80,7 +81,7 @@ def plan_kernel(square_ptr, count_ptr, kept_ptr, probability_ptr, mix, STRATA: t
     for h in tl.static_range(STRATA):
         members = _end(h + 1, n, STRATA) - _end(h, n, STRATA)
         size = tl.sqrt(tl.load(square_ptr + b * STRATA + h) / tl.maximum(members, 1).to(tl.float64))
-        size = tl.where(mean > 0.0, (1.0 - mix) * size + (mix + TINY) * mean, 1.0)
+        size = tl.where(mean > 0.0, (1.0 - MIX) * size + (MIX + TINY) * mean, 1.0)
         probability = tl.where(_end(h + 1, n, STRATA) <= capped, 1.0, tl.minimum(factor * size, 1.0))
         tl.store(probability_ptr + b * STRATA + h, tl.where(members > 0, probability, 0.0))
 
@@ -105,6 +106,8 @@ def walk_kernel(
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.load(count_ptr + b)
     left = tl.load(kept_ptr + b)
+    # A constant in a comparison would be rounded to float32, where this one is 1.
+    certain = tl.full([], CERTAIN, tl.float64)
     pi = tl.zeros([BLOCK], tl.float64)
     # Cumulated probability of the uncertain strata, up to and including each rank and before it.
     up_to = tl.zeros([BLOCK], tl.float64)
@@ -116,7 +119,7 @@ def walk_kernel(
         end = _end(h + 1, n, STRATA)
         p = tl.load(probability_ptr + b * STRATA + h)
         pi = tl.where((rank >= start) & (rank < end), p, pi)
-        if p >= CERTAIN:
+        if p >= certain:
             left -= end - start
         elif end > start:
             up_to += tl.minimum(tl.maximum(rank + 1 - start, 0), end - start).to(tl.float64) * p
@@ -131,7 +134,7 @@ def walk_kernel(
     lower = tl.where(rank >= last, limit, tl.minimum(before * factor, limit))
     upper = tl.ceil(upper - u)
     lower = tl.where(rank == 0, 0.0, tl.ceil(lower - u))
-    chosen = ((pi >= CERTAIN) | (upper > lower)) & (rank < n)
+    chosen = ((pi >= certain) | (upper > lower)) & (rank < n)
     order = tl.load(order_ptr + b * S + rank, mask=rank < S, other=0)
     position = tl.load(position_ptr + b * S + order, mask=rank < S, other=0)
     tl.store(keep_ptr + b * S + position, chosen.to(tl.int8), mask=rank < S)
