@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--rows", type=int, default=25)
+    parser.add_argument("--shapes", action="store_true", help="operators and the shapes of their inputs")
     options = parser.parse_args()
     shape = step_time.SHAPES[options.shape]
     model, tokens = shape.model(), shape.tokens()
@@ -26,17 +27,20 @@ def main() -> None:
         for _ in range(3):
             step()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+        with profile(activities=activities, record_shapes=options.shapes) as profiler:
             for _ in range(3):
                 step()
             torch.cuda.synchronize()
-        events = [
-            event for event in profiler.key_averages() if event.device_time_total and event.device_type.name == "CUDA"
-        ]
+        events = profiler.key_averages(group_by_input_shape=options.shapes)
+        # Kernels, or the operators that launched them (with the shapes of their inputs).
+        kind = "CPU" if options.shapes else "CUDA"
+        events = [event for event in events if event.self_device_time_total and event.device_type.name == kind]
         total = sum(event.self_device_time_total for event in events)
         print(f"{variant}: {total / 3e3:.1f} ms of kernels in a step")
         for event in sorted(events, key=lambda event: -event.self_device_time_total)[: options.rows]:
-            print(f"{event.self_device_time_total / 3e3:8.2f} ms {event.count / 3:7.0f}x  {event.key[:100]}")
+            shapes = [shape for shape in event.input_shapes if shape] if options.shapes else ""
+            print(f"{event.self_device_time_total / 3e3:8.2f} ms {event.count / 3:5.0f}x  {event.key[:60]} {shapes}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import cggr_kernels.linear_cross_entropy as module
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch, device):
-    """Several chunks of classes at the sizes the interpreter can bear, the last one not full."""
+@pytest.fixture(autouse=True, params=["chunks", "whole"])
+def small_chunks(request, monkeypatch, device):
+    """Several chunks of classes at the sizes the interpreter can bear, the last one not full; and sums made whole."""
+    if request.param == "chunks":
+        monkeypatch.setattr(module, "WHOLE_ELEMENTS", 0)
     monkeypatch.setattr(module, "MIN_COLUMNS", 48)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
 

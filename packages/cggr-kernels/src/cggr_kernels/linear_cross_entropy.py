@@ -4,6 +4,9 @@ The logits are made for a chunk of the classes at a time, by the vendor's matrix
 kernels read while it is in the cache. Chunks of classes, not of rows, because the gradient of the head's weight is then
 complete chunk by chunk: it is accumulated in float32 inside one product and written once, and no float32 copy of the
 weight exists. The price is that the backward pass makes the logits again.
+
+Where the logits of the rows fit a gibibyte and the loss is their sum, they are made once and whole, and turned into
+gradients in place: one matrix product of four less.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ REDUCTIONS = ("sum", "none")
 # products efficient, however many rows there are.
 CHUNK_ELEMENTS = 2**24
 MIN_COLUMNS = 4096
+# Logits that may be held whole for a sum: 1 GiB of bfloat16.
+WHOLE_ELEMENTS = 2**29
 _BLOCK = 4096
 
 
@@ -216,6 +221,47 @@ def _fake_gradient(
     return d_rows, d_weight, d_bias
 
 
+def _launch_whole(
+    rows: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    coefficient: Tensor,
+    softcap: float | None,
+    scale: float | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M, V = rows.shape[0], weight.shape[0]
+    state_3M = torch.empty(3, M, dtype=torch.float32, device=rows.device)
+    state_3M[0], state_3M[1], state_3M[2] = LOWEST.value, 0.0, torch.nan
+    raw = _raw(torch.empty(M * V, dtype=rows.dtype, device=rows.device), rows, weight, bias, 0, V)
+    factors = _factors(softcap, scale)
+    chunk_lse_kernel[(M,)](raw, targets, state_3M, M, V, 0, **factors)
+    lse_M = state_3M[0] + state_3M[1].log2()
+    nll_M = (lse_M - state_3M[2]) * LN2
+    scale = 1.0 if scale is None else scale
+    chunk_gradient_kernel[(M,)](raw, targets, lse_M, coefficient, V, 0, scale=scale, **factors)
+    d_rows = torch.mm(raw, weight) if needs[0] else rows.new_empty(0)
+    d_weight = torch.mm(raw.t(), rows) if needs[1] else rows.new_empty(0)
+    d_bias = raw.sum(0, dtype=torch.float32).to(rows.dtype) if needs[2] else rows.new_empty(0)
+    return nll_M, d_rows, d_weight, d_bias
+
+
+def _fake_whole(
+    rows: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    coefficient: Tensor,
+    softcap: float | None,
+    scale: float | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = (rows.shape, weight.shape, weight.shape[:1])
+    d_rows, d_weight, d_bias = (rows.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+    return rows.new_empty(rows.shape[0], dtype=torch.float32), d_rows, d_weight, d_bias
+
+
 _forward = register(
     "linear_cross_entropy(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, float? softcap, float? scale)"
     " -> (Tensor, Tensor)",
@@ -228,6 +274,46 @@ _gradient = register(
     _launch_gradient,
     _fake_gradient,
 )
+
+
+_whole = register(
+    "linear_cross_entropy_whole(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, Tensor coefficient,"
+    " float? softcap, float? scale, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_whole,
+    _fake_whole,
+)
+
+
+class _SumLoss(torch.autograd.Function):
+    """Weighted sum of the rows' nll, whose gradients are made beside it and scaled by the upstream number."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        coefficient: Tensor,
+        softcap: float | None,
+        scale: float | None,
+    ) -> Tensor:
+        needs = list(ctx.needs_input_grad[:3])
+        nll, *grads = _whole(rows, weight, targets, bias, coefficient, softcap, scale, needs)
+        ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+        return (torch.where(coefficient == 0, 0.0, nll) * coefficient).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None, None
+
+
+def _fits_whole(rows: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
+    """Whether to make gradients beside the loss: not in float16, where an upstream loss scale would come too late."""
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias))
+    small = 0 < rows.shape[0] * weight.shape[0] <= WHOLE_ELEMENTS
+    return reduction == "sum" and differentiable and small and rows.dtype != torch.float16
 
 
 class _RowLoss(torch.autograd.Function):
@@ -297,7 +383,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Weighted cross-entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`` on chosen rows.
 
-    Exact: nothing is filtered or approximated. Memory beyond the gradients is a few rows' worth of logits; the gradient
+    Exact: nothing is filtered or approximated. Memory beyond the gradients is a few rows' worth of logits, or the
+    logits of the chosen rows where the loss is a sum and they are no more than 2**29 (except in float16); the gradient
     of ``weight`` is accumulated in float32 and rounded once.
 
     Args:
@@ -340,6 +427,9 @@ def linear_cross_entropy(
     bias = None if bias is None else bias.to(hidden.dtype)
     with torch.autocast(device_type, enabled=False):
         rows, targets, coefficient = _kept_rows(hidden, targets, row_index, row_weight, ignore_index)
-        nll = _RowLoss.apply(rows.contiguous(), weight.contiguous(), bias, targets.contiguous(), softcap, scale)
+        rows, weight, targets = rows.contiguous(), weight.contiguous(), targets.contiguous()
+        if _fits_whole(rows, weight, bias, reduction):
+            return _SumLoss.apply(rows, weight, bias, targets, coefficient.contiguous(), softcap, scale)
+        nll = _RowLoss.apply(rows, weight, bias, targets, softcap, scale)
         loss = torch.where(coefficient == 0, 0.0, nll) * coefficient
     return loss.sum() if reduction == "sum" else loss
