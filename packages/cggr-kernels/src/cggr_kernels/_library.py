@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEVICE_TYPES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
-def register(schema: str, launch: Callable, fake: Callable) -> Callable:
+def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define one operator, its kernel and the shapes it returns.
 
     Args:

@@ -66,17 +66,22 @@ def compact(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return index, keep.gather(1, index)
 
 
-def defend(size: Tensor, countable: Tensor, mix: float) -> Tensor:
+def defend(size: Tensor, mean: Tensor, mix: float) -> Tensor:
     """``(1 - mix) * size + mix * mean``, which bounds every weight (Hesterberg 1995)."""
-    size = size.clamp(min=0.0).masked_fill(~countable, 0.0)
-    mean = size.sum(1, keepdim=True) / countable.sum(1, keepdim=True).clamp(min=1)
     return torch.where(mean > 0.0, (1.0 - mix) * size + (mix + _TINY) * mean, 1.0)
 
 
-def inclusion_probabilities(size: Tensor, countable: Tensor, k: Tensor) -> Tensor:
-    """``min(1, c * size)`` that sum to ``k`` in each row; the smallest j with (k - j) size_j <= T_j are capped."""
-    size = size.masked_fill(~countable, 0.0)
-    descending = size.sort(dim=1, descending=True).values
+def mean_size(size: Tensor, countable: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes without negative ones, 0 where not countable, and their mean over countable ones ``[B, 1]``."""
+    size = size.clamp(min=0.0).masked_fill(~countable, 0.0)
+    return size, size.sum(1, keepdim=True) / countable.sum(1, keepdim=True).clamp(min=1)
+
+
+def inclusion_probabilities(size: Tensor, descending: Tensor, countable: Tensor, k: Tensor) -> Tensor:
+    """``min(1, c * size)`` that sum to ``k`` in each row; the smallest j with (k - j) size_j <= T_j are capped.
+
+    ``descending`` holds the sizes sorted, 0 for those not countable.
+    """
     tail = descending.flip(1).cumsum(1).flip(1)
     j = torch.arange(size.shape[1], device=size.device)
     capped = ((k[:, None] - j) * descending > tail).sum(1, keepdim=True)
@@ -86,6 +91,13 @@ def inclusion_probabilities(size: Tensor, countable: Tensor, k: Tensor) -> Tenso
     smallest_capped = threshold.gather(1, (capped - 1).clamp(min=0)).masked_fill(capped == 0, torch.inf)
     pi = torch.where(size >= smallest_capped, 1.0, (c * size).clamp(max=1.0))
     return pi.masked_fill(~countable, 0.0)
+
+
+def _probabilities(size: Tensor, countable: Tensor, k: Tensor, mix: float) -> Tensor:
+    size, mean = mean_size(size, countable)
+    size = defend(size, mean, mix)
+    descending = size.masked_fill(~countable, 0.0).sort(dim=1, descending=True).values
+    return inclusion_probabilities(size, descending, countable, k)
 
 
 def systematic(pi: Tensor, k: Tensor, start: Tensor) -> Tensor:
@@ -117,7 +129,7 @@ def _stratified(
     squares = zeros.scatter_add(1, stratum, positive.square())
     counts = zeros.scatter_add(1, stratum, countable.to(score.dtype))
     size = (squares / counts.clamp(min=1.0)).sqrt().gather(1, stratum)
-    pi = inclusion_probabilities(defend(size, countable, mix), countable, k)
+    pi = _probabilities(size, countable, k, mix)
     walk = (stratum + noise).argsort(dim=1)
     chosen = systematic(pi.gather(1, walk), k, start)
     return torch.zeros_like(chosen).scatter_(1, walk, chosen), pi
@@ -154,7 +166,7 @@ def select_reference(
         keep = top_mask(noise, countable, k)
         probability = (k / n.clamp(min=1))[:, None].expand(B, S)
     elif strategy == "sampled":
-        probability = inclusion_probabilities(defend(size, countable, defensive_mix), countable, k)
+        probability = _probabilities(size, countable, k, defensive_mix)
         keep = systematic(probability, k, start)
     else:
         keep, probability = _stratified(size, countable, k, num_strata, defensive_mix, noise, start)

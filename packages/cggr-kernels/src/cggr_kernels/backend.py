@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def unavailable() -> str | None:
     return None
 
 
-def _collect() -> dict[tuple[str, str], Callable]:
+def _collect() -> dict[tuple[str, str], Callable[..., Any]]:
     from cggr_kernels._library import DEVICE_TYPES
 
     functions = {op: getattr(importlib.import_module(f"cggr_kernels.{op}"), op) for op in OPS}
@@ -46,5 +47,5 @@ def _collect() -> dict[tuple[str, str], Callable]:
 REASON: str | None = unavailable()
 """Why :data:`BACKEND` is empty, or ``None``."""
 
-BACKEND: Mapping[tuple[str, str], Callable] = {} if REASON else _collect()
+BACKEND: Mapping[tuple[str, str], Callable[..., Any]] = {} if REASON else _collect()
 """``(op, device type)`` to callable; empty where the kernels cannot run."""

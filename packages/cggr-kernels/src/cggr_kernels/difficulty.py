@@ -38,8 +38,8 @@ def difficulty_reference(logits: Tensor, targets: Tensor | None = None, ignore_i
     nll_N = -log_p_NV.gather(-1, safe_N[:, None])[:, 0]
     others_NV = p_NV.scatter(-1, safe_N[:, None], 0)
     gradnorm_N = (others_NV.square().sum(-1) + others_NV.sum(-1).square()).sqrt()
-    statistics = (entropy_N, confidence_N, margin_N, nll_N, gradnorm_N)
-    return tuple(statistic.masked_fill(ignored_N, 0) for statistic in statistics)  # type: ignore[return-value]
+    statistics = torch.stack((entropy_N, confidence_N, margin_N, nll_N, gradnorm_N)).masked_fill(ignored_N, 0)
+    return statistics[0], statistics[1], statistics[2], statistics[3], statistics[4]
 
 
 def launch_difficulty(
@@ -135,4 +135,5 @@ def difficulty(logits: Tensor, targets: Tensor | None = None, ignore_index: int 
         check_index("targets", targets, (logits.shape[0],))
         targets = targets.contiguous()
     check_device(logits=logits, targets=targets)
-    return _difficulty(logits, targets, ignore_index).unbind(0)
+    entropy, confidence, margin, nll, gradnorm = _difficulty(logits, targets, ignore_index)
+    return entropy, confidence, margin, nll, gradnorm

@@ -153,4 +153,5 @@ def linear_difficulty(
         raise TypeError(f"weight is {weight.dtype} and hidden is {hidden.dtype}; cast them to one dtype")
     bias = None if bias is None else bias.to(hidden.dtype)
     with torch.autocast(device_type, enabled=False):
-        return _linear_difficulty(hidden, weight, targets, bias, softcap, scale, ignore_index).unbind(0)
+        statistics = _linear_difficulty(hidden, weight, targets, bias, softcap, scale, ignore_index)
+    return statistics[0], statistics[1], statistics[2], statistics[3], statistics[4]

@@ -13,6 +13,7 @@ from cggr_kernels._select_reference import (
     defend,
     inclusion_probabilities,
     kept_counts,
+    mean_size,
     seed_step,
     select_reference,
     slot_weights,
@@ -90,8 +91,11 @@ def _launch(
         return index, valid, slot_weights(keep, valid, index, countable, None)
     probability = None
     if strategy == "sampled":
-        size = defend(score.to(torch.float64), countable, defensive_mix)
-        probability = inclusion_probabilities(size, countable, k)
+        size, mean = mean_size(score.to(torch.float64), countable)
+        # Sorted in float32, at half the price: what is mixed in afterwards keeps the order.
+        ranked = score.clamp(min=0.0).masked_fill(~countable, -1.0).sort(dim=1, descending=True).values
+        descending = defend(ranked.to(torch.float64), mean, defensive_mix).masked_fill(ranked < 0.0, 0.0)
+        probability = inclusion_probabilities(defend(size, mean, defensive_mix), descending, countable, k)
         keep = systematic(probability, k, _uniform(draw, seed, B * S, B))
     elif strategy == "random":
         keep = top_mask(_uniform(draw, seed, 0, B * S).reshape(B, S), countable, k)
