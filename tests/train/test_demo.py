@@ -50,6 +50,7 @@ def test_one_run_reports_its_figures_and_takes_turns(spec, tmp_path, capsys):
     result = run(spec, wait_for_turn=lambda: turns.append(None))
     assert 2 <= len(turns) <= 4
     assert result["seconds"] >= 0.3
+    assert 0 < result["core_share"] < 1.5
     assert result["tokens"] == result["steps"] * 64
     assert result["keep_ratio"] == pytest.approx(0.25, abs=0.02)
     assert result["kept_tokens"] == pytest.approx(0.25 * result["steps"] * 62, rel=0.1)

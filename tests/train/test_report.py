@@ -24,8 +24,8 @@ def results(standard=4.0, half_batch=4.0, random=4.0, cggr=4.0):
     losses = {"standard": standard, "half_batch": half_batch, "random": random, "cggr": cggr}
     return [
         {
-            "name": name, "heldout_loss": loss, "steps": 10, "tokens": 12_345, "kept_tokens": 1_234_567, "seconds": 2.0,
-            "step_seconds": 0.1 if name == "standard" else 0.06, "peak_bytes": 900, "start_bytes": 500,
+            "name": name, "heldout_loss": loss, "steps": 10, "tokens": 12_345, "kept_tokens": 1_234_567,
+            "seconds": 2.0, "step_seconds": 0.1 if name == "standard" else 0.06, "core_share": 0.98, "peak_bytes": 900, "start_bytes": 500,
             "curve": [{"seconds": s, "tokens": 10 * s, "heldout_loss": loss + 2 - s} for s in (0, 1, 2)],
         }
         for name, loss in losses.items()
@@ -58,6 +58,13 @@ def test_the_verdict_when_cggr_wins():
     assert "CGGR makes the best use of the time here." in text
     assert "Its step takes 0.60 of the standard step's time and adds 1.00 of the memory" in text
     assert "Compare on your own data" in text
+
+
+def test_the_verdict_when_the_machine_was_busy():
+    runs = results()
+    runs[2]["core_share"] = 0.41
+    assert "the runs had 41% to 98% of a core each" in verdict(runs, LABELS)[-1]
+    assert "busy" not in said()
 
 
 def test_the_table_fits_a_narrow_terminal():

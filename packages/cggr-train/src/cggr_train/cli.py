@@ -161,7 +161,7 @@ def train(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("cggr-demo"),
-    seconds: Annotated[float, typer.Option(help="Training time of each of the four methods.")] = 32.0,
+    seconds: Annotated[float, typer.Option(help="Training time of each of the four methods, on one core.")] = 64.0,
     gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
     ratio: Annotated[float, typer.Option(help="Keep ratio of random and CGGR.")] = 0.25,
     selection: Annotated[str, typer.Option(help="How CGGR chooses from the scores.")] = "stratified",
@@ -170,9 +170,9 @@ def demo(
         int | None, typer.Option(help="Score with the first N layers only; without it with all of them.")
     ] = None,
     config: Annotated[str, typer.Option(help="Model size: nano, micro, tiny, …")] = "micro",
-    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer.")] = 1024,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a batch, even.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a batch, even.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and selections.")] = 0,
     characters: Annotated[int, typer.Option(help="How much of the standard library's source to use.")] = 4_000_000,

@@ -1,27 +1,35 @@
-"""The four runs, each in a process of its own, training in turns."""
+"""The four runs, each in a process of its own on one core, training in turns."""
 
 from __future__ import annotations
 
 import json
+import os
+import queue
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from cggr_train.demo.worker import RunSpec
 from cggr_train.display import bar, numbers
 from cggr_train.errors import RunError
 
+NUMBERS = ("step", "loss", "keep_ratio", "tokens_per_second", "memory")
+
 
 def run_in_turns(
     specs: Sequence[RunSpec], labels: Mapping[str, str], folder: Path, console: Console
 ) -> list[dict[str, Any]]:
-    """Run every specification in a fresh process; one trains while the others wait.
+    """Run every specification in a fresh process; as many train at a time as there are cores.
 
-    Taking turns, rather than one run after the other, spreads over all of them whatever else the machine is doing.
+    Every process has one thread: small matrices gain little from a second one, and lose much where it has to wait
+    for a core. Taking turns, rather than one run after the other, spreads over all of them whatever else the machine
+    is doing.
 
     Args:
         specs: The runs.
@@ -37,27 +45,46 @@ def run_in_turns(
     """
     workers = [_Worker(spec, folder) for spec in specs]
     try:
-        with bar(console) as progress:
-            tasks = [progress.add_task(labels[spec.name], total=1.0, start=False, numbers="") for spec in specs]
-            waiting = list(zip(workers, tasks, strict=True))
-            for worker, _ in waiting:
-                worker.until_turn()
-            while waiting:
-                for worker, task in list(waiting):
-                    progress.start_task(task)
-                    worker.give_turn()
-                    while (record := worker.read())["event"] == "step":
-                        text = numbers(**{name: record[name] for name in NUMBERS})
-                        progress.update(task, completed=min(1.0, record["spent"]), numbers=text)
-                    if record["event"] == "end":
-                        waiting.remove((worker, task))
+        for worker in workers:
+            worker.until_turn()
+        with bar(console) as progress, ThreadPoolExecutor(min(_cores(), len(workers))) as pool:
+            waiting: queue.SimpleQueue[tuple[_Worker, TaskID]] = queue.SimpleQueue()
+            for worker, spec in zip(workers, specs, strict=True):
+                waiting.put((worker, progress.add_task(labels[spec.name], total=1.0, start=False, numbers="")))
+            turns = [pool.submit(_serve, waiting, progress) for _ in range(min(_cores(), len(workers)))]
+            try:
+                for turn in as_completed(turns):
+                    turn.result()
+            except BaseException:
+                for worker in workers:
+                    worker.end()  # so that the threads that read from them come to an end
+                raise
         return [worker.result() for worker in workers]
     finally:
         for worker in workers:
             worker.end()
 
 
-NUMBERS = ("step", "loss", "keep_ratio", "tokens_per_second", "memory")
+def _serve(waiting: queue.SimpleQueue[tuple[_Worker, TaskID]], progress: Progress) -> None:
+    """Give turns, one at a time, until no run is waiting for one."""
+    while True:
+        try:
+            worker, task = waiting.get_nowait()
+        except queue.Empty:
+            return  # those that are not over yet are in other threads' hands
+        progress.start_task(task)
+        worker.give_turn()
+        while (record := worker.read())["event"] == "step":
+            text = numbers(**{name: record[name] for name in NUMBERS})
+            progress.update(task, completed=min(1.0, record["spent"]), numbers=text)
+        if record["event"] == "turn":
+            waiting.put((worker, task))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Worker:
@@ -72,6 +99,7 @@ class _Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cggr_train.demo.worker", str(self.spec_path)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def until_turn(self) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def run(spec: RunSpec, wait_for_turn: Callable[[], None] = lambda: None) -> dict
 
     Returns:
         Figures of the run: ``heldout_loss`` (nats per token), ``steps``, ``tokens``, ``kept_tokens`` (an estimate
-        from the mean keep ratio), ``seconds``, ``step_seconds`` (median), ``peak_bytes``, ``start_bytes`` (in use
+        from the mean keep ratio), ``seconds``, ``core_share`` (processor time by wall-clock time, well below 1 where
+        the process had to wait for a core), ``step_seconds`` (median), ``peak_bytes``, ``start_bytes`` (in use
         before the first step), ``keep_ratio``, ``engine``, and the ``curve``.
 
     Raises:
@@ -111,11 +113,11 @@ def run(spec: RunSpec, wait_for_turn: Callable[[], None] = lambda: None) -> dict
     curve = [{"seconds": 0.0, "tokens": 0, "heldout_loss": heldout_loss(model, short, device=device)}]
     start_bytes = memory_in_use(device)
     wait_for_turn()
-    turn_started = 0.0
+    turn_started, processor_seconds = 0.0, -time.process_time()
     clock = Clock(device)
 
     def on_step(loss: Tensor, rate: float) -> None:
-        nonlocal turn_started
+        nonlocal turn_started, processor_seconds
         step_ends.append(progress.seconds)
         keep_ratios.append(float(learner.metrics.get("keep_ratio", 1.0)))
         value = loss.item()
@@ -127,7 +129,9 @@ def run(spec: RunSpec, wait_for_turn: Callable[[], None] = lambda: None) -> dict
               tokens_per_second=rate, memory=memory_in_use(device))  # fmt: skip
         if spent < 1 and spent >= len(curve) / spec.evaluations:
             with clock.paused():
+                processor_seconds += time.process_time()
                 loss_now = heldout_loss(model, short, device=device)
+                processor_seconds -= time.process_time()
             curve.append({"seconds": progress.seconds, "tokens": progress.tokens, "heldout_loss": loss_now})
         if spent < 1 and progress.seconds - turn_started >= spec.turn_seconds:
             with clock.paused():
@@ -135,6 +139,7 @@ def run(spec: RunSpec, wait_for_turn: Callable[[], None] = lambda: None) -> dict
             turn_started = progress.seconds
 
     train_steps(learner, optimizer, batches, settings, progress, clock, on_step=on_step)
+    processor_seconds += time.process_time()
     peak_bytes = peak_memory(device)
     final = heldout_loss(model, short, device=device)
     curve.append({"seconds": progress.seconds, "tokens": progress.tokens, "heldout_loss": final})
@@ -150,6 +155,7 @@ def run(spec: RunSpec, wait_for_turn: Callable[[], None] = lambda: None) -> dict
         "tokens": progress.tokens,
         "kept_tokens": round(keep_ratio * countable),
         "seconds": progress.seconds,
+        "core_share": processor_seconds / progress.seconds,
         "step_seconds": durations[len(durations) // 2] if durations else 0.0,
         "peak_bytes": peak_bytes,
         "start_bytes": start_bytes,
@@ -164,6 +170,7 @@ def main(path: str) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    torch.set_num_threads(1)
     spec = RunSpec.from_json(Path(path).read_text(encoding="utf-8"))
     result = run(spec, wait_for_turn=_wait_for_turn)
     Path(path).with_suffix(".result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

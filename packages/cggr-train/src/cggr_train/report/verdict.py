@@ -59,7 +59,8 @@ def verdict(results: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> 
 
     Example:
         >>> losses = {"standard": 4.0, "half_batch": 3.8, "random": 4.1, "cggr": 4.0}
-        >>> runs = [{"name": name, "heldout_loss": loss, "step_seconds": 1.0, "peak_bytes": 2, "start_bytes": 1}
+        >>> runs = [{"name": name, "heldout_loss": loss, "step_seconds": 1.0, "core_share": 1.0,
+        ...          "peak_bytes": 2, "start_bytes": 1}
         ...         for name, loss in losses.items()]
         >>> verdict(runs, {name: name for name in losses})[3]
         'Half the batch learns more in the same time: on this evidence, use it instead of CGGR.'
@@ -78,6 +79,17 @@ def verdict(results: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> 
         *_conclusions(behind),
         f"One run each: differences below {NOISE:g} are noise, and a small model trained for seconds says little "
         "about yours. Compare on your own data before you decide.",
+        *_disturbances(results),
+    ]
+
+
+def _disturbances(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    shares = [result["core_share"] for result in results]
+    if min(shares) >= 0.9:
+        return []
+    return [
+        f"The machine was busy with other work: the runs had {min(shares):.0%} to {max(shares):.0%} of a core each. "
+        "Steps and times are not to be relied on; repeat this on a quiet machine."
     ]
 
 
