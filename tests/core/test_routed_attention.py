@@ -1,8 +1,9 @@
-"""The op ``routed_attention`` in place of SDPA with a mask: the same gradients, wherever its numbers say what the mask does."""
+"""The op ``routed_attention`` in place of SDPA with a mask: the same gradients, wherever the op knows the mask."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -12,8 +13,8 @@ from transformers.masking_utils import (
 
 from cggr_core import CGGRModel
 from cggr_core.backends import _registry
-from cggr_core.routing.attention import routed_attention_reference
-from cggr_core.routing.masks import causal_window
+from cggr_core.routing.attention import implementation, routed_attention_reference
+from cggr_core.routing.masks import RoutedMask, Visibility, causal_window
 from reference_routing import gradients, relative_error
 from tiny_models import ROUTABLE, VOCAB
 
@@ -64,8 +65,22 @@ def test_equals_attention_with_a_mask(name, case, gradient, engine, kernel, monk
 @pytest.mark.parametrize("name", ["gemma2", "gptj", "bloom", "gpt-oss"])
 def test_eager_attention_is_left_as_it_was_asked_for(name, kernel):
     model = ROUTABLE[name]()
+    model.set_attn_implementation("eager")
     CGGRModel(model, selection="random")(labels=inputs("plain")["input_ids"], **inputs("plain")).backward()
     assert not kernel
+
+
+@pytest.mark.parametrize(("replaced", "softcap"), [("sdpa", None), ("flash_attention_2", 50.0)])
+def test_caps_scores_where_the_attention_it_replaces_does(replaced, softcap, kernel):
+    """SDPA knows no softcap, and transformers calls it without; flash attention caps."""
+    model = ROUTABLE["gemma2"](attn_logit_softcapping=50.0)
+    name = implementation(model, "cpu")(replaced)
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
+    visibility = Visibility(torch.tensor([[0, 2, 4]]), 5, None, None, torch.arange(5)[None])
+    mask = RoutedMask(visibility, causal_mask_function, {})
+    layer = model.model.layers[0].self_attn
+    AttentionInterface()[name](layer, query, key, key, mask, scaling=0.3, softcap=50.0)
+    assert kernel[-1][6] == softcap
 
 
 @pytest.mark.parametrize("name", ["bert-masked", "falcon-alibi"])

@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from cggr_core.backends import register_reference, resolve
 from cggr_core.routing.architectures import unwrapped
-from cggr_core.routing.masks import ROUTED, RoutedMask
+from cggr_core.routing.masks import ROUTED, ROUTED_UNCAPPED, RoutedMask
 
 _OP = "routed_attention"
 # Attention sinks and biases of some models.
@@ -79,6 +79,7 @@ def _attend(
     attention_mask: RoutedMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a layer, ``[B, H, Q, D]`` each, to ``[B, Q, H, D]``, in the form transformers asks for."""
@@ -89,13 +90,22 @@ def _attend(
         if in_numbers and plain and dropout == 0.0:
             attend = resolve(_OP, query.device.type, query.dtype)
             heads_last = (part.transpose(1, 2) for part in (query, key, value))
-            softcap = options.get("softcap")
             output = attend(
                 *heads_last, mask.position, mask.segment, window, softcap, scaling, mask.visibility.key_gradient
             )
             return output, None
         mask = mask.dense
+        if softcap is not None:
+            raise ValueError(
+                f"{type(module).__name__} caps its attention scores and has dropout, sinks, a bias or a mask that "
+                "routed attention does not know; load the model with attn_implementation='eager'"
+            )
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+
+
+def _attend_uncapped(*args: Any, softcap: float | None = None, **options: Any) -> tuple[Tensor, None]:
+    """What SDPA does: the softcap is left out."""
+    return _attend(*args, **options)
 
 
 def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
@@ -107,21 +117,29 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
 
     Returns:
         A function from the implementation that the model is set to, to the one to use: the op where it has a kernel
-        and the model's attention is SDPA's or flash attention's; else SDPA for flash attention, which takes no mask.
+        and the model's attention is SDPA's or flash attention's; else, for flash attention, which takes no mask, SDPA
+        (eager attention where scores are capped).
     """
     # Without this flag, a model's attention does something of its own with the mask.
     takes_any = bool(getattr(unwrapped(model), "_supports_attention_backend", False))
+    config = unwrapped(model).config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
     kernel = takes_any and resolve(_OP, device_type) is not routed_attention_reference
 
     def choose(name: str) -> str:
-        flash = name is not None and "flash" in name
-        if kernel and (flash or name == "sdpa"):
+        if name == "sdpa" and kernel:
+            return ROUTED_UNCAPPED
+        if name is None or "flash" not in name:
+            return name
+        if kernel:
             return ROUTED
-        return "sdpa" if flash else name
+        return "eager" if capped else "sdpa"
 
     return choose
 
 
 AttentionInterface.register(ROUTED, _attend)
+AttentionInterface.register(ROUTED_UNCAPPED, _attend_uncapped)
 # Outside of a routed pass, masks are those of SDPA.
 AttentionMaskInterface.register(ROUTED, sdpa_mask)
+AttentionMaskInterface.register(ROUTED_UNCAPPED, sdpa_mask)

@@ -18,9 +18,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
-# The attention implementation of :mod:`cggr_core.routing.attention`. transformers runs checks of its own on names that
-# contain "sdpa" or "flash".
+# The attention implementations of :mod:`cggr_core.routing.attention`: in place of flash attention, and in place of
+# SDPA, which knows no softcap. transformers runs checks of its own on names that contain "sdpa" or "flash".
 ROUTED = "cggr_routed"
+ROUTED_UNCAPPED = "cggr_routed_uncapped"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def routed_masks(visibility: Visibility) -> Iterator[None]:
     local_before = dict(BUILDERS._local_mapping)
     try:
         for name, build in list(BUILDERS.items()):
-            if name == ROUTED:
+            if name in (ROUTED, ROUTED_UNCAPPED):
                 BUILDERS[name] = _numeric_builder(visibility)
             elif not name.startswith("flash"):  # takes no mask; the passes do not run on it where one is needed
                 BUILDERS[name] = _routed_builder(build, visibility)
