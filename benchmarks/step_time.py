@@ -1,4 +1,4 @@
-"""Time, memory and FLOPs of a training step: standard, compiled, and every gradient mode and engine.
+"""Time and memory of a training step: standard, compiled, and every gradient mode and engine.
 
 ``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device). A step
 is forward, loss and backward; the optimiser's share is the same for all and left out. Random token ids, random weights.
@@ -11,12 +11,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
@@ -83,6 +82,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
 COMPILED = ", compiled parts"
+GRAPH = ", as a CUDA graph"
 
 
 def standard_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
@@ -118,6 +118,20 @@ def with_compiled_parts(model: nn.Module) -> nn.Module:
     return model
 
 
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Forward and backward of a step as one CUDA graph; a replay leaves new gradients where the captured ones lie."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
     """The step of a row of the table."""
     if variant == "standard":
@@ -126,6 +140,8 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
         return standard_step(torch.compile(model), tokens)
+    if variant.endswith(GRAPH):
+        return captured(make_step(model, tokens, variant.removesuffix(GRAPH), ratio))
     if variant.endswith(COMPILED):
         return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
     return cggr_step(model, tokens, variant, ratio)
@@ -163,46 +179,6 @@ def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
     return int(output.split()[-1])
 
 
-def flops(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
-    """Floating-point operations of one forward and one backward for each row of the batch, as torch counts them.
-
-    Attention is eager for this, so that its products are seen (uncut by causality, in all variants alike). The loss
-    makes the head's gradients during the forward; those two products are counted with the backward, where they belong.
-    """
-    rows = 4 if variant.startswith("sequence") else 1  # a row is the least that this mode can keep
-    shape = replace(shape, batch=rows)
-    model, tokens = shape.model(), shape.tokens()
-    model.set_attn_implementation("eager")
-    if variant == "standard":
-
-        def forward() -> Tensor:
-            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
-
-    else:
-        settings, routed = VARIANTS[variant]
-        router = create_truncated_router(model, max(1, shape.layers // 8)) if routed else None
-        wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings).train()
-        wrapped(tokens, labels=tokens)  # the first step looks at the model
-
-        def forward() -> Tensor:
-            return wrapped(tokens, labels=tokens)
-
-    with FlopCounterMode(display=False) as counter:
-        loss = forward()
-    forward_flops = counter.get_total_flops()
-    with counter:
-        loss.backward()
-    backward_flops = counter.get_total_flops()
-    head_gradients = 0
-    if variant != "standard":
-        kept = shape.length if rows > 1 else int(wrapped.metrics["kept_tokens"])
-        head_gradients = 4 * kept * shape.hidden * shape.vocab
-    return {
-        "forward": (forward_flops - head_gradients) // rows,
-        "backward": (backward_flops + head_gradients) // rows,
-    }
-
-
 def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[], None]:
     """Statistics of all tokens from hidden states, scores and selection: what choosing costs besides the passes."""
     readout = HeadReadout(CGGRModel(model)._passes.architecture.head, ignore_index=-100)
@@ -233,19 +209,21 @@ def main() -> None:
         return
 
     cuda = shape.device == "cuda"
-    compiled = ["standard, compiled", *(name + COMPILED for name in list(VARIANTS)[:2])]
-    everything = [*(compiled if cuda else []), *VARIANTS]
+    main_variants = list(VARIANTS)[:2]
+    compiled = ["standard, compiled", *(name + COMPILED for name in main_variants)]
+    graphs = [name + GRAPH for name in ("standard", *main_variants)]
+    everything = [*([*compiled, *graphs] if cuda else []), *VARIANTS]
     variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
     steps["scoring and selection alone"] = scoring_step(model, tokens, options.ratio)
     rows = _record.measure(steps, control="standard", repeats=options.rounds, warmup=3, device=shape.device)
     for name, step in steps.items():
+        if name.endswith(GRAPH):
+            continue  # its memory is a pool of its own, held since capture
         peak = peak_on_device(step) if cuda else peak_in_fresh_process(options.shape, name, options.ratio)
         rows[name]["peak_extra_bytes"] = peak
     del model, steps
-    for name in variants:
-        rows[name]["flops"] = None if "compiled" in name else flops(shape, name, options.ratio)
     settings = {key: str(value) for key, value in vars(shape).items()} | {"ratio": options.ratio, "seed": SEED}
     name = options.name or f"step_time_{options.shape}"
     path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)
@@ -256,15 +234,12 @@ def main() -> None:
 def report(result: dict[str, Any]) -> None:
     """Print the table."""
     control = result["rows"]["standard"]
-    print(f"{'':42} {'ms':>8} {'faster':>7} {'peak GB':>8} {'share':>6} {'fwd':>6} {'bwd':>6}")
+    print(f"{'':50} {'ms':>8} {'faster':>7} {'peak GB':>8} {'share':>6}")
     for name, row in result["rows"].items():
         line = (
             f"{name:42} {row['median'] * 1e3:8.1f} {row['ratio']['median']:6.2f}x {row['peak_extra_bytes'] / 1e9:8.2f}"
         )
         line += f" {row['peak_extra_bytes'] / control['peak_extra_bytes']:6.2f}"
-        if row.get("flops"):
-            forward, backward = (row["flops"][part] / control["flops"][part] for part in ("forward", "backward"))
-            line += f" {forward:6.3f} {backward:6.3f}"
         print(line)
 
 
