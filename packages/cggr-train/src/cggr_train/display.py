@@ -28,10 +28,10 @@ def numbers(*, step: int, loss: float, keep_ratio: float, tokens_per_second: flo
 
     Example:
         >>> numbers(step=10, loss=4.5, keep_ratio=0.25, tokens_per_second=9876.5, memory=512 * 2**20)
-        'step 10 · loss 4.500 · keep 25% · 9,876 tokens/s · 512 MiB'
+        'step 10 · loss 4.500 · keep 25% · 9,876 tok/s · 512 MiB'
     """
     return (
-        f"step {step:,} · loss {loss:.3f} · keep {keep_ratio:.0%} · {tokens_per_second:,.0f} tokens/s · "
+        f"step {step:,} · loss {loss:.3f} · keep {keep_ratio:.0%} · {tokens_per_second:,.0f} tok/s · "
         f"{format_bytes(memory)}"
     )
 

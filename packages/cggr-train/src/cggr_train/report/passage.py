@@ -29,7 +29,7 @@ class PassageToken:
         text: The characters it stands for; empty where a character is spread over several tokens.
         position: Place in the passage, from 0.
         score: By the chosen scoring; higher is harder.
-        shade: ``score`` between the passage's lowest (0) and highest (1).
+        shade: Rank of ``score`` in the passage, from 0 (lowest) to 1 (highest).
         kept: Whether the selection keeps the position that predicts it.
         weight: Its weight in the loss if kept, else 0.
         nll: Negative log-likelihood, nats.
@@ -124,7 +124,8 @@ def score_passage(
     weights = torch.zeros_like(scores).scatter_(0, chosen.index[0], (chosen.weight * chosen.valid)[0])
     kept = chosen.mask[0]
     lowest, highest = scores.min().item(), scores.max().item()
-    shades = (scores - lowest) / max(highest - lowest, 1e-9)
+    # by rank: a young model's scores lie so close together that shades by value would all look alike
+    shades = scores.argsort(stable=True).argsort() / max(len(scores) - 1, 1)
     guesses = logits.argmax(-1).tolist()
 
     columns = {name: getattr(statistics, name).tolist() for name in FIGURES}
