@@ -82,7 +82,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
 COMPILED = ", compiled parts"
-GRAPH = ", as a CUDA graph"
 
 
 def standard_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
@@ -118,20 +117,6 @@ def with_compiled_parts(model: nn.Module) -> nn.Module:
     return model
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Forward and backward of a step as one CUDA graph; a replay leaves new gradients where the captured ones lie."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
     """The step of a row of the table."""
     if variant == "standard":
@@ -140,8 +125,6 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
         return standard_step(torch.compile(model), tokens)
-    if variant.endswith(GRAPH):
-        return captured(make_step(model, tokens, variant.removesuffix(GRAPH), ratio))
     if variant.endswith(COMPILED):
         return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
     return cggr_step(model, tokens, variant, ratio)
@@ -211,16 +194,13 @@ def main() -> None:
     cuda = shape.device == "cuda"
     main_variants = list(VARIANTS)[:2]
     compiled = ["standard, compiled", *(name + COMPILED for name in main_variants)]
-    graphs = [name + GRAPH for name in ("standard", *main_variants)]
-    everything = [*([*compiled, *graphs] if cuda else []), *VARIANTS]
+    everything = [*(compiled if cuda else []), *VARIANTS]
     variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
     steps["scoring and selection alone"] = scoring_step(model, tokens, options.ratio)
     rows = _record.measure(steps, control="standard", repeats=options.rounds, warmup=3, device=shape.device)
     for name, step in steps.items():
-        if name.endswith(GRAPH):
-            continue  # its memory is a pool of its own, held since capture
         peak = peak_on_device(step) if cuda else peak_in_fresh_process(options.shape, name, options.ratio)
         rows[name]["peak_extra_bytes"] = peak
     del model, steps

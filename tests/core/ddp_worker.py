@@ -4,11 +4,11 @@ import sys
 
 import torch
 import torch.distributed as dist
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
 from torch.nn.parallel import DistributedDataParallel
 
 from cggr_core import CGGRModel, Selection
+from reference_routing import gradients, relative_error
+from tiny_models import ROUTABLE, VOCAB
 
 
 def main(rank: int, store: str) -> None:

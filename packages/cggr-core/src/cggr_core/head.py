@@ -17,6 +17,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_active(device_type: str) -> bool:
+    """Whether autocast is on for a device type; false, not an error, for those (meta) that have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Dtype that ``hidden @ weight.T`` runs in.
 
@@ -27,7 +32,7 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         TypeError: If the dtypes differ and autocast is off.
     """
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+    if autocast_active(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
         raise TypeError(

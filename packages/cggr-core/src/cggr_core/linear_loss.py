@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cggr_core.backends import register_reference, resolve
 from cggr_core.checks import check_choice, check_float, check_same_device, check_shape, check_targets, values_are_free
-from cggr_core.head import accumulation_dtype, check_head, head_logits, head_operands, product_dtype
+from cggr_core.head import accumulation_dtype, autocast_active, check_head, head_logits, head_operands, product_dtype
 
 __all__ = ["chunked_linear_cross_entropy", "linear_cross_entropy", "linear_cross_entropy_by_autograd"]
 
@@ -278,7 +278,7 @@ def chunked_linear_cross_entropy(
 
 def _no_autocast(function: type[torch.autograd.Function], hidden: Tensor, *arguments: Any) -> Tensor:
     # The operands are cast inside; autocast must not cast the accumulators as well.
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocast_active(hidden.device.type):
         return function.apply(hidden, *arguments)
     with torch.autocast(hidden.device.type, enabled=False):
         return function.apply(hidden, *arguments)

@@ -31,12 +31,12 @@ class HeadReadout:
         return self._head.fused
 
     @torch.no_grad()
-    def statistics(self, values: Tensor, targets: Tensor, *, fields: Collection[str]) -> TokenStatistics:
+    def statistics(self, values: Tensor, targets: Tensor | None, *, fields: Collection[str]) -> TokenStatistics:
         """Statistics of every token.
 
         Args:
             values: The head's input ``[B, S, H]`` if ``fused``, else logits ``[B, S, V]``.
-            targets: int64 ``[B, S]``.
+            targets: int64 ``[B, S]``, or ``None`` for the statistics that need none.
             fields: Statistics that are needed.
 
         Returns:

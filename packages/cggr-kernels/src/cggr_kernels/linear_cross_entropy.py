@@ -201,7 +201,7 @@ def _launch_gradient(
                 torch.mm(raw.t(), rows, out=d_weight[start:end])
             if needs[2]:
                 torch.sum(raw, 0, dtype=torch.float32, out=d_bias[start:end])
-        del buffer, raw
+        del buffer
     return d_rows.to(rows.dtype), d_weight, d_bias.to(rows.dtype)
 
 

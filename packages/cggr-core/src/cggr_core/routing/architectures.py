@@ -47,8 +47,8 @@ class Architecture:
     forward_parameters: frozenset[str]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a PEFT wrapper, or ``model`` itself."""
+def unwrapped(model: nn.Module) -> Any:
+    """The Hugging Face model inside a PEFT wrapper, or ``model`` itself; its attributes depend on its class."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
@@ -86,7 +86,7 @@ def describe(model: nn.Module) -> Architecture:
     )
 
 
-def _find_layers(base: nn.Module, count: int) -> tuple[nn.ModuleList, nn.Module]:
+def _find_layers(base: Any, count: int) -> tuple[nn.ModuleList, nn.Module]:
     # Vision towers can have as many layers as the text model, so the text decoder is searched first.
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     for root in (decoder, base):
@@ -104,7 +104,7 @@ def _find_layers(base: nn.Module, count: int) -> tuple[nn.ModuleList, nn.Module]
     return nn.ModuleList(), base
 
 
-def _find_head(base: nn.Module, config: Any) -> Head:
+def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
         raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
@@ -150,6 +150,7 @@ def default_position_ids(model: nn.Module, input_ids: Tensor | None, like: Tenso
     if base.config.model_type == "opt" and padding is not None:
         seen = padding.long()
         return seen.cumsum(1) * seen - 1
+    module: Any
     for module in base.modules():
         # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
         if hasattr(module, "create_position_ids_from_input_ids"):

@@ -21,7 +21,7 @@ OptionalKeyValue = tuple[Tensor | None, Tensor | None]
 class PassCache(Cache):
     """A cache for one pass over ``queries`` of ``length`` positions; ``update`` is what subclasses differ in."""
 
-    is_compileable = False
+    is_compileable: Any = False  # a property of Cache
 
     def __init__(self, *, queries: int, length: int) -> None:
         super().__init__(layers=[])
@@ -98,10 +98,11 @@ class OtherTokensCache(PassCache):
             raise EnoughError
         if self.kept is None:
             raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
-        self.merged = tuple(
+        keys, values = (
             merge_rows(other, kept, other_index=self._index, kept_index=self._kept_index)
             for other, kept in zip(constant, self.kept, strict=True)
         )
+        self.merged = keys, values
         return self.merged
 
 
@@ -146,14 +147,15 @@ class RoutedCache(PassCache):
         self.updated.add(layer_idx)
         fresh = key_states, value_states
         if layer_idx in self._recorded:
-            return tuple(
+            keys, values = (
                 replace_rows(full, kept, index=self._index, valid=self._valid)
                 for full, kept in zip(self._recorded[layer_idx], fresh, strict=True)
             )
-        if self._others is None:
+            return keys, values
+        if self._others is None or self._other_index is None:
             return fresh  # every position is in the pass, in order
         others, merged = self._others(layer_idx, (key_states.detach(), value_states.detach()))
-        return tuple(
+        keys, values = (
             merge_rows(
                 other,
                 kept,
@@ -166,3 +168,4 @@ class RoutedCache(PassCache):
             )
             for other, kept, whole in zip(others, fresh, merged, strict=True)
         )
+        return keys, values

@@ -30,7 +30,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model  # its attributes depend on its class
         self._described = describe(model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()

@@ -89,7 +89,7 @@ def token_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
-    per_token = {name: given[name] for name in _PER_TOKEN if given[name] is not None}
+    per_token = {name: tensor for name in _PER_TOKEN if (tensor := given[name]) is not None}
     like = per_token["input_ids" if input_ids is not None else "inputs_embeds"]
     shape = tuple(like.shape[:2])
     for name, tensor in [*per_token.items(), ("attention_mask", attention_mask)]:

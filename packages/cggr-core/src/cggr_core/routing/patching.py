@@ -31,7 +31,9 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Switch Hugging Face's own gradient checkpointing off: it drops the cache, through which routing works."""
-    switched = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
+    switched: list[Any] = [
+        module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True
+    ]
     try:
         for module in switched:
             module.gradient_checkpointing = False

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, ignore_head
 from cggr_core.routing.gradient_pass import gradient_pass
@@ -178,7 +179,7 @@ def _routing_obstacle(
 
 def _close(value: Tensor, expected: Tensor) -> bool:
     tolerance = _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE)
-    if torch.is_autocast_enabled(expected.device.type):
+    if autocast_active(expected.device.type):
         tolerance = _HALF_TOLERANCE
     value, expected = value.flatten(0, -2).float(), expected.flatten(0, -2).float()
     error = (value - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
