@@ -13,14 +13,11 @@ from cggr_train.loop import Progress as TrainingProgress
 
 def bar(console: Console) -> Progress:
     """A progress bar with a ``numbers`` field, for one run or for several under one another."""
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-    )
+    name, share = TextColumn("[bold]{task.description}"), TextColumn("{task.percentage:>3.0f}%")
+    figures = TextColumn("{task.fields[numbers]}")
+    if console.width < 110:
+        return Progress(name, share, figures, console=console)
+    return Progress(name, BarColumn(bar_width=24), share, figures, TimeRemainingColumn(compact=True), console=console)
 
 
 def numbers(*, step: int, loss: float, keep_ratio: float, tokens_per_second: float, memory: int) -> str:

@@ -90,6 +90,7 @@ def _cores() -> int:
 class _Worker:
     def __init__(self, spec: RunSpec, folder: Path) -> None:
         self.name = spec.name
+        self.failed = False
         self.spec_path = folder / f"{spec.name}.json"
         self.result_path = self.spec_path.with_suffix(".result.json")
         self.error_path = folder / f"{spec.name}.errors.txt"
@@ -118,15 +119,13 @@ class _Worker:
             if line.startswith("{"):
                 return json.loads(line)
         if self.process.wait() != 0:
+            self.failed = True
             last = self.error_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise RunError(f"the run {self.name!r} failed: {' '.join(last)} (see {self.error_path})")
         return {"event": "end"}
 
     def result(self) -> dict[str, Any]:
-        result = json.loads(self.result_path.read_text(encoding="utf-8"))
-        for path in (self.spec_path, self.result_path, self.error_path):
-            path.unlink()
-        return result
+        return json.loads(self.result_path.read_text(encoding="utf-8"))
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -135,3 +134,5 @@ class _Worker:
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
+        for path in (self.spec_path, self.result_path, *([] if self.failed else [self.error_path])):
+            path.unlink(missing_ok=True)

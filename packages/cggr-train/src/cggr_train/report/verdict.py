@@ -84,7 +84,7 @@ def verdict(results: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> 
 
 def _disturbances(results: Sequence[Mapping[str, Any]]) -> list[str]:
     shares = [result["core_share"] for result in results]
-    if min(shares) >= 0.9:
+    if min(shares) >= 0.85:
         return []
     return [
         f"The machine was busy with other work: the runs had {min(shares):.0%} to {max(shares):.0%} of a core each. "
