@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate")
-CPU_BENCHMARKS = (("benchmarks/step_time.py", "cpu"),)
+CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
 # One torch thread per test process (two processes share the machine), and no look at a model hub.
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -218,7 +218,8 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks that a CPU can, or the script and arguments after ``--``; they write benchmarks/results/."""
+    """Run the benchmarks that a CPU can, or the module and arguments after ``--``; they write benchmarks/results/."""
     install(session, packages=PACKAGES)
     for run in [session.posargs] if session.posargs else CPU_BENCHMARKS:
-        session.run("python", *run)
+        # As modules: a script's own folder would come first on the path, and ``kernels.py`` hide the package "kernels".
+        session.run("python", "-m", *run)

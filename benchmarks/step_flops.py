@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, beside what the table of gradient modes promises.
 
-``CGGR_BACKEND=torch python -m benchmarks.step_flops`` counts the shapes of ``step_time`` on torch's meta device:
-nothing is computed, so any machine can; products in kernels would not be seen, hence the plain-torch ops. Attention is
-eager for this, so that its products are seen; they are uncut by causality in all variants alike. The loss makes the
-head's gradients during the forward; those two products are counted with the backward pass, where they belong.
+``python -m benchmarks.step_flops`` counts the shapes of ``step_time`` on torch's meta device: nothing is computed, so any
+machine can, and the ops are the plain-torch ones, whose products are seen. Attention is eager for the same reason; it is
+uncut by causality in all variants alike. The loss makes the head's gradients during the forward; those two products are
+counted with the backward pass, where they belong.
 """
 
 import argparse
