@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, beside what the table of gradient modes promises.
 
-``python -m benchmarks.step_flops`` counts the shapes of ``step_time`` on torch's meta device: nothing is computed, so any
-machine can, and the ops are the plain-torch ones, whose products are seen. Attention is eager for the same reason; it is
-uncut by causality in all variants alike. The loss makes the head's gradients during the forward; those two products are
+``python -m benchmarks.step_flops`` counts the shapes of ``step_time`` on the meta device: nothing is computed, so any
+machine can, and the ops are the plain-torch ones, whose products are seen. Attention is eager for the same reason; it
+is uncut by causality in all variants alike. The loss makes the gradients of the head during the forward; those two are
 counted with the backward pass, where they belong.
 """
 

@@ -7,11 +7,11 @@ is forward, loss and backward; the optimiser's share is the same for all and lef
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,16 +143,25 @@ def peak_on_device(step: Callable[[], None]) -> int:
 
 
 def peak_in_this_process(shape: Shape, variant: str, ratio: float) -> int:
-    """Peak resident memory of three steps above what the process held before them."""
+    """Peak resident memory of three steps above what the process held before them (Linux)."""
     model, tokens = shape.model(), shape.tokens()
     step = make_step(model, tokens, variant, ratio)
     # A small forward first, so that libraries and their buffers are loaded and not counted.
     model(input_ids=tokens[:1, :8], labels=tokens[:1, :8]).loss.backward()
     model.zero_grad(set_to_none=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
+    before = resident_bytes("VmRSS")
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """A memory field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; peak memory on a CPU is measured on Linux")
 
 
 def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
