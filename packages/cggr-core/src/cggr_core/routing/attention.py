@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -84,23 +85,33 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention of a layer, ``[B, H, Q, D]`` each, to ``[B, Q, H, D]``, in the form transformers asks for."""
     mask = attention_mask
-    if isinstance(mask, RoutedMask):
-        in_numbers, window = mask.pattern
-        plain = key.shape == value.shape and all(options.get(name) is None for name in _NOT_IN_NUMBERS)
-        if in_numbers and plain and dropout == 0.0:
-            attend = resolve(_OP, query.device.type, query.dtype)
-            heads_last = (part.transpose(1, 2) for part in (query, key, value))
-            output = attend(
-                *heads_last, mask.position, mask.segment, window, softcap, scaling, mask.visibility.key_gradient
-            )
-            return output, None
-        mask = mask.dense
-        if softcap is not None:
-            raise ValueError(
-                f"{type(module).__name__} caps its attention scores and has dropout, sinks, a bias or a mask that "
-                "routed attention does not know; load the model with attn_implementation='eager'"
-            )
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+    if not isinstance(mask, RoutedMask):
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+    in_numbers, window = mask.pattern
+    plain = key.shape == value.shape and all(options.get(name) is None for name in _NOT_IN_NUMBERS)
+    attend = resolve(_OP, query.device.type, query.dtype)
+    if attend is not routed_attention_reference and in_numbers and plain and dropout == 0.0:
+        heads_last = (part.transpose(1, 2) for part in (query, key, value))
+        key_gradient = mask.visibility.key_gradient
+        return attend(*heads_last, mask.position, mask.segment, window, softcap, scaling, key_gradient), None
+    if softcap is not None:
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores and has dropout, sinks, a bias or a mask that routed "
+            "attention does not know; load the model with attn_implementation='eager'"
+        )
+    if query.device.type == "cpu" and plain:
+        # Added rather than boolean, so that SDPA does not convert it in every layer; grouped keys are not repeated.
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask.added(query.dtype),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, mask.dense, dropout=dropout, scaling=scaling, **options)
 
 
 def _attend_uncapped(*args: Any, softcap: float | None = None, **options: Any) -> tuple[Tensor, None]:
@@ -117,8 +128,8 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
 
     Returns:
         A function from the implementation that the model is set to, to the one to use: the op where it has a kernel
-        and the model's attention is SDPA's or flash attention's; else, for flash attention, which takes no mask, SDPA
-        (eager attention where scores are capped).
+        and the model's attention is SDPA's or flash attention's; SDPA with a mask made once for all layers, on a CPU;
+        else, for flash attention, which takes no mask, SDPA (eager attention where scores are capped).
     """
     # Without this flag, a model's attention does something of its own with the mask.
     takes_any = bool(getattr(unwrapped(model), "_supports_attention_backend", False))
@@ -127,7 +138,7 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
     kernel = takes_any and resolve(_OP, device_type) is not routed_attention_reference
 
     def choose(name: str) -> str:
-        if name == "sdpa" and kernel:
+        if name == "sdpa" and (kernel or (takes_any and device_type == "cpu")):
             return ROUTED_UNCAPPED
         if name is None or "flash" not in name:
             return name

@@ -121,6 +121,17 @@ class RoutedMask:
         """The boolean mask ``[B, 1, Q, S]`` for SDPA."""
         return _routed_builder(sdpa_mask, self.visibility)(mask_function=self.mask_function, **self.arguments)
 
+    @cached_property
+    def _added(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """The mask ``[B, 1, Q, S]`` as a number to add to scores, which SDPA makes of a boolean one in every call."""
+        if dtype not in self._added:
+            zeros = torch.zeros(self.dense.shape, dtype=dtype, device=self.dense.device)
+            self._added[dtype] = zeros.masked_fill_(~self.dense, -torch.inf)
+        return self._added[dtype]
+
 
 def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
     """Recognise plain causal and sliding-window patterns among transformers' mask functions.
