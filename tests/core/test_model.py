@@ -179,6 +179,20 @@ class TestSurroundings:
         torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=0)
         assert relative_error(found, wanted) <= 1e-5
 
+    # Dynamo looks at .grad of whatever tensor a compiled module is given.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    @pytest.mark.parametrize(("gradient", "engine"), ROUTED)
+    def test_compiled_norms_and_mlps(self, gradient, engine):
+        """What the guide on backends recommends: modules between the seams are called as they are."""
+        model, input_ids = ROUTABLE["llama"](), tokens()
+        settings = {"gradient": gradient, "engine": engine, "selection": "random"}
+        _, wanted = backward(CGGRModel(model, **settings), input_ids)
+        for name, module in model.named_modules():
+            if name.endswith(("norm", ".mlp")):
+                module.compile(backend="aot_eager", dynamic=False)
+        _, found = backward(CGGRModel(model, **settings), input_ids)
+        assert relative_error(found, wanted) <= 1e-6
+
     def test_embeddings_in_place_of_token_ids(self):
         model, input_ids = ROUTABLE["llama"](), tokens()
         wrapped = routed(model)
