@@ -48,7 +48,7 @@ def routed_attention_reference(
     Returns:
         Shape ``[B, K, H, D]``; queries that see no key give 0.
     """
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[2] // k.shape[2]
     kind = torch.promote_types(q.dtype, torch.float32)
     k_BSHD, v_BSHD = (x.to(kind).repeat_interleave(group, 2) for x in (k, v))
@@ -401,7 +401,7 @@ def routed_attention(
         torch.Size([1, 2, 4, 64])
     """
     _check(q, k, v, q_position, segment)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
