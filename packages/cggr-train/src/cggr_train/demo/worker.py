@@ -51,7 +51,7 @@ class RunSpec:
         learning_rate: Peak.
         seed: Of weights, order and selections.
         evaluations: Points on the curve besides the start.
-        eval_sequences: Held-out sequences of the curve; the last point takes four times as many.
+        eval_sequences: Held-out sequences of the curve; the loss that is reported takes four times as many.
         save_model: Whether to keep the trained model.
     """
 
