@@ -34,10 +34,6 @@ def test_shares_every_parameter(name):
     assert [p.data_ptr() for p in router.parameters()] == [p.data_ptr() for p in model.parameters()]
 
 
-class _Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("name", ALL)
 def test_equals_the_model_cut_by_hand(name, depth):

@@ -8,15 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from cggr_core.routing.architectures import Architecture, describe
-from cggr_core.routing.context_pass import NO_CONTEXT, Context, context_pass, ignore_head, read_in_place_of_head
+from cggr_core.routing.context_pass import Context, context_pass, ignore_head, read_in_place_of_head
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.patching import replaced_forwards
 from cggr_core.routing.probe import Probe, probe
 from cggr_core.routing.truncation import truncated
 from cggr_core.selection import Selection
-
-__all__ = ["NO_CONTEXT", "Engine"]
 
 
 class Engine:
@@ -174,7 +172,7 @@ class Engine:
         Args:
             inputs: The whole batch.
             selection: The kept tokens.
-            context: Of any depth; :data:`NO_CONTEXT` to interleave every layer.
+            context: Of any depth; ``NO_CONTEXT`` to interleave every layer.
             keep_graph: Mode ``kv`` rather than ``detached``.
 
         Returns:

@@ -8,7 +8,7 @@ recorded layers first, which is what a truncated router leaves.
 
 import contextvars
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -101,15 +101,13 @@ def gradient_pass(
             replacements[layer] = forward
     if read_head is not None:
         replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
-    with ExitStack() as stack:
-        for change in (
-            without_checkpointing(model),
-            without_autocast_cache(),
-            attention_implementation(model, attention),
-            routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
-            replaced_forwards(replacements),
-        ):
-            stack.enter_context(change)
+    with (
+        without_checkpointing(model),
+        without_autocast_cache(),
+        attention_implementation(model, attention),
+        routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
+        replaced_forwards(replacements),
+    ):
         output = model(**inputs.arguments(index), past_key_values=cache, use_cache=True)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)
     if missing:
