@@ -26,8 +26,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         device: Device that the benchmark runs on.
 
     Returns:
-        JSON-ready mapping: date (UTC, ISO 8601), commit (with ``+`` when tracked files differ from it), python, system,
-        versions of the installed packages, device name, its memory in bytes, CPU cores and torch threads.
+        JSON-ready mapping: date (UTC, ISO 8601), commit (with ``+`` when tracked files differ from it; what the variable
+        ``CGGR_COMMIT`` says where there is no repository), python, system, versions of the installed packages, device name, its memory in bytes, CPU cores and torch threads.
     """
     device = torch.device(device)
     versions = {}
@@ -58,7 +58,7 @@ def _commit() -> str | None:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **arguments).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **arguments).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("CGGR_COMMIT")
     return head + ("+" if changed else "")
 
 
