@@ -26,8 +26,9 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         device: Device that the benchmark runs on.
 
     Returns:
-        JSON-ready mapping: date (UTC, ISO 8601), commit (with ``+`` when tracked files differ from it; what the variable
-        ``CGGR_COMMIT`` says where there is no repository), python, system, versions of the installed packages, device name, its memory in bytes, CPU cores and torch threads.
+        JSON-ready mapping: date (UTC, ISO 8601), commit (with ``+`` when tracked files differ from it; where there is
+        no repository, what the variable ``CGGR_COMMIT`` says), python, system, versions of the installed packages,
+        device name, its memory in bytes, CPU cores and torch threads.
     """
     device = torch.device(device)
     versions = {}
