@@ -283,7 +283,7 @@ def bench_select(table: Table, arguments: argparse.Namespace) -> None:
             return lambda: select(score, countable, 0.25, strategy, K, draw=draw)
 
         def plain(score: Any = score, countable: Any = countable, K: int = K, draw: Any = draw) -> object:
-            return select_reference(score, countable, 0.25, "stratified", K, 4, 1, True, 0, draw, 0.05)
+            return select_reference(score, countable, 0.25, "stratified", K, 4, 1, True, 0, draw, 0.05, 0)
 
         def top(score: Any = score, K: int = K) -> object:
             return torch.topk(score, K, dim=1)

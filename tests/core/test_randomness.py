@@ -54,6 +54,8 @@ def test_draw_as_a_tensor_and_parts_of_a_draw():
     assert torch.equal(whole, uniform((3, 5), seed=9, draw=torch.tensor(4)))
     assert torch.equal(whole.flatten()[5:], uniform((10,), seed=9, draw=4, offset=5))
     assert uniform((0, 5), seed=1).shape == (0, 5)
+    rows = uniform((3, 5), seed=9, draw=4, offset=2, stride=4)
+    assert torch.equal(rows[1], uniform((5,), seed=9, draw=4, offset=6))
 
 
 def test_compiles_with_a_draw_on_the_device():

@@ -307,11 +307,16 @@ def test_defensive_mix_bounds_the_weights():
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_without_inverse_probabilities_the_weights_make_a_plain_mean(selection):
+def test_without_inverse_probabilities_the_weights_make_a_plain_mean_of_each_row(selection):
     score, countable = batch(3, 40)
     made = select(score, countable, ratio=0.3, selection=selection, unbiased=False)
-    loss = (made.weight * made.gather(score)).sum() / countable.sum()
-    torch.testing.assert_close(loss, score[made.mask].mean())
+    sums = (made.weight * made.gather(score)).sum(1)
+    for row in range(3):
+        expected = score[row, made.mask[row]].mean() * countable[row].sum()
+        torch.testing.assert_close(sums[row], expected)
+    whole = select(score, countable, ratio=0.3, selection=selection, unbiased=False, scope="batch")
+    loss = (whole.weight * whole.gather(score)).sum() / countable.sum()
+    torch.testing.assert_close(loss, score[whole.mask].mean())
 
 
 @pytest.mark.parametrize("selection", ["topk", "sequence_aware"])
@@ -335,6 +340,26 @@ def test_permuting_rows_permutes_the_counts_and_probabilities(selection):
     both = a.mask[order] & b.mask
     dense = [torch.zeros(5, 33).scatter(1, made.index, made.weight) for made in (a, b)]
     torch.testing.assert_close(dense[0][order][both], dense[1][both])
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_row_keeps_the_same_whatever_is_around_it(selection, unbiased):
+    score, countable = batch(4, 30)
+    settings = {"ratio": 0.3, "selection": selection, "unbiased": unbiased, "seed": 3, "draw": 5}
+    whole = select(score, countable, **settings, first_row=2)
+
+    def dense(made):
+        return torch.zeros(made.shape).scatter(1, made.index, made.weight)
+
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):
+        # Padded on the right, as in a micro-batch that holds a longer row.
+        parts = [torch.nn.functional.pad(tensor[rows], (0, 7)) for tensor in (score, countable)]
+        part = select(*parts, **settings, first_row=2 + rows.start)
+        assert torch.equal(part.mask[:, :30], whole.mask[rows])
+        torch.testing.assert_close(dense(part)[:, :30], dense(whole)[rows])
+    if selection in WEIGHTED:
+        assert not torch.equal(whole.mask, select(score, countable, **settings).mask)
 
 
 @pytest.mark.parametrize("selection", WEIGHTED)
@@ -416,8 +441,8 @@ def test_a_kernel_is_used_where_there_is_one(monkeypatch):
     select(score, countable, ratio=0.25, scope="batch", seed=4, draw=2)
     select(score, countable, ratio=0.25, selection="topk", block_size=4)
     assert calls == [
-        ((1, 120), 0.25, "stratified", 30, 4, 1, True, 4, 2, 0.05),
-        ((3, 10), 0.25, "topk", 3, 4, 1, True, 0, 0, 0.05),
+        ((1, 120), 0.25, "stratified", 30, 4, 1, True, 4, 2, 0.05, 0),
+        ((3, 10), 0.25, "topk", 3, 4, 1, True, 0, 0, 0.05, 0),
     ]
 
 

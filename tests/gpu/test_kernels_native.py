@@ -116,7 +116,7 @@ def test_selections_of_many_scores(strategy, B, S):
     torch.manual_seed(0)
     score = torch.rand(B, S, device="cuda") ** 2
     countable = torch.rand(B, S, device="cuda") < 0.9
-    rest = (0.25, strategy, S // 4, 4, 1, True, 3, 5, 0.05)
+    rest = (0.25, strategy, S // 4, 4, 1, True, 3, 5, 0.05, 70_000)
     index, valid, weight = select(score, countable, *rest)
     expected = select_reference(score, countable, *rest)
     assert torch.equal(index, expected[0])

@@ -21,7 +21,7 @@ def test_equals_the_reference(strategy, B, S, ties, device):
     capacity = -(-S // 3)
     for seed, draw, ratio in ((0, 0, 0.3), (-5, 7, 0.05), (2**63 + 11, 3, 0.33)):
         for unbiased in (True, False):
-            rest = (ratio, strategy, capacity, 4, 2, unbiased, seed, draw, 0.05)
+            rest = (ratio, strategy, capacity, 4, 2, unbiased, seed, draw, 0.05, 9 * draw)
             index, valid, weight = select(score, countable, *rest)
             expected = select_reference(score, countable, *rest)
             assert torch.equal(index, expected[0])
@@ -105,7 +105,7 @@ def test_op_registration(device):
     score, countable = problem(2, 30, device)
     draw = torch.tensor(3, device=device)
     for strategy in STRATEGIES:
-        arguments = (score, countable, 0.5, strategy, 15, 4, 1, True, 0, draw, 0.05)
+        arguments = (score, countable, 0.5, strategy, 15, 4, 1, True, 0, draw, 0.05, 2)
         torch.library.opcheck(torch.ops.cggr_kernels.select.default, arguments)
 
 

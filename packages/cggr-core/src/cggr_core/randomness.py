@@ -49,6 +49,7 @@ def uniform(
     draw: int | Tensor = 0,
     device: torch.device | str | None = None,
     offset: int = 0,
+    stride: int | None = None,
 ) -> Tensor:
     """Uniform numbers in the open interval (0, 1).
 
@@ -59,6 +60,8 @@ def uniform(
             on ``device``).
         device: Where the numbers are made.
         offset: Position of the first number, so that one draw can be handed out in parts.
+        stride: Positions from the start of one row (the last dimension) to that of the next; None for its length.
+            With a fixed stride a row's numbers do not depend on how long the rows are.
 
     Returns:
         float64 of ``shape``: multiples of 2**-52 plus 2**-53, so neither 0 nor 1 occurs.
@@ -72,6 +75,9 @@ def uniform(
     else:
         counter = torch.full((), draw, dtype=torch.int64, device=device)
     key = _mix(_mix(counter * _GOLDEN + _signed(seed * _SEED_STEP)) + _GOLDEN)
-    position = torch.arange(offset, offset + math.prod(shape), dtype=torch.int64, device=device)
+    length = math.prod(shape) if stride is None else shape[-1]
+    position = torch.arange(offset, offset + length, dtype=torch.int64, device=device)
+    if stride is not None:
+        position = position + torch.arange(math.prod(shape[:-1]), device=device)[:, None] * stride
     bits = _shift_right(_mix(position * _GOLDEN + key), 12)
     return ((bits.to(torch.float64) + 0.5) * 2.0**-52).reshape(tuple(shape))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ PROBABILITY_STRATEGIES = frozenset({"stratified", "sampled", "random"})
 # A probability this close to 1 is taken for 1: the systematic walk then never has a step of 1 or more, so that no
 # rounding can choose a token twice and make the count inexact.
 _CERTAIN = 1.0 - 1e-9
+# Positions from one row's random numbers to the next row's, and to the numbers of which each row has one: fixed, so that
+# what a row draws depends on its number alone, and neither on its length nor on the batch around it.
+_ROW_STRIDE = 1 << 32
+_ROW_STARTS = 1 << 62
 # Keeps every countable token reachable when scores are 0 and nothing is mixed in.
 _TINY = 1e-12
 
@@ -142,6 +148,7 @@ def select_reference(
     seed: int,
     draw: int | Tensor,
     defensive_mix: float,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch op ``select``: each row of ``score`` [B, S] on its own; nothing is read by the host.
 
@@ -157,6 +164,7 @@ def select_reference(
         seed: Seed of the random strategies.
         draw: Draw of that seed.
         defensive_mix: Share of uniform sampling mixed into ``sampled`` and ``stratified``.
+        first_row: Number of the first row among the rows of that draw.
 
     Returns:
         ``index`` [B, K] int64, ``valid`` [B, K] bool, ``weight`` [B, K] float32, as in
@@ -164,16 +172,17 @@ def select_reference(
     """
     B, S = score.shape
     k = kept_counts(countable, ratio, capacity, max(1, min_tokens) if strategy == "sequence_aware" else 1)
+    draws = {"seed": seed, "draw": draw, "device": score.device}
+    noise = partial(uniform, (B, S), offset=first_row * _ROW_STRIDE, stride=_ROW_STRIDE, **draws)
     probability: Tensor | None = None
     if strategy in ("topk", "sequence_aware"):
         keep = (descending_rank(score, countable) < k[:, None]) & countable
     elif strategy == "random":
-        key = uniform((B, S), seed=seed, draw=draw, device=score.device)
-        keep = (descending_rank(key, countable) < k[:, None]) & countable
+        keep = (descending_rank(noise(), countable) < k[:, None]) & countable
         probability = (k / countable.sum(1).clamp(min=1))[:, None].expand(B, S)
     else:
         size = score.to(torch.float64)
-        start = uniform((B,), seed=seed, draw=draw, device=score.device, offset=B * S)
+        start = uniform((B,), offset=_ROW_STARTS + first_row, **draws)
         if strategy == "sampled":
             probability = _inclusion_probabilities(_defend(size, countable, defensive_mix), countable, k)
             keep = _systematic(probability, k, start)
@@ -181,7 +190,7 @@ def select_reference(
             stratum, size = _stratum_sizes(size, countable, num_strata)
             probability = _inclusion_probabilities(_defend(size, countable, defensive_mix), countable, k)
             # Walking the strata in turn, each in random order, leaves at most one token per stratum to chance.
-            order = (stratum + uniform((B, S), seed=seed, draw=draw, device=score.device)).argsort(dim=1)
+            order = (stratum + noise()).argsort(dim=1)
             chosen = _systematic(probability.gather(1, order), k, start)
             keep = torch.zeros_like(chosen).scatter_(1, order, chosen)
     index, valid = compact(keep, capacity)

@@ -192,6 +192,7 @@ def select(
     seed: int = 0,
     draw: int | Tensor = 0,
     defensive_mix: float = 0.05,
+    first_row: int = 0,
 ) -> Selection:
     """Choose the tokens to keep.
 
@@ -229,12 +230,16 @@ def select(
             for less.
         block_size: Choose blocks of this many neighbouring positions instead of tokens, by their mean score; counts
             and the ratio are then in blocks, and K is rounded up to whole blocks.
-        unbiased: Weight by the inverse probability. False gives the plain mean over the kept tokens, as ``topk`` does.
+        unbiased: Weight by the inverse probability. False gives the plain mean over the kept tokens of a row, as
+            ``topk`` does.
         seed: Seed of the random strategies.
         draw: Draw of that seed: an int, or a 0-dim int64 tensor on the device. The same seed and draw choose the same
             tokens on every device and rank.
         defensive_mix: Share of uniform sampling mixed into ``sampled`` and ``stratified``, in [0, 1]. It bounds the
             weights by about 1 / (defensive_mix * ratio) (Hesterberg 1995).
+        first_row: Number of the first row among the rows of that draw. What a row keeps depends on the seed, the draw,
+            its number, its scores and nothing else, so that micro-batches and ranks which share a draw and number
+            their rows on choose what one batch of all the rows would.
 
     Returns:
         :class:`Selection`.
@@ -254,6 +259,7 @@ def select(
     check_at_least("num_strata", num_strata, 1)
     check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
     check_at_least("block_size", block_size, 1)
+    check_at_least("first_row", first_row, 0)
     if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
         raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
     check_float("score", score)
@@ -293,12 +299,15 @@ def select(
             seed,
             draw,
             defensive_mix,
+            first_row,
         )
     if block_size > 1:
         index, valid, weight = _expand_blocks(index, valid, weight, countable, rows, block_size)
     n, kept = countable.sum(), valid.sum()
     if not (unbiased and selection in PROBABILITY_STRATEGIES):
-        weight = (n / kept.clamp(min=1)).to(torch.float32) * valid
+        # Of each row, so that a batch split between micro-batches or ranks weights its tokens as the whole does.
+        row_n = countable.reshape(rows, B0 * S0 // max(1, rows)).sum(1, keepdim=True)
+        weight = (row_n / valid.sum(1, keepdim=True).clamp(min=1)).to(torch.float32) * valid
     return Selection(index, valid, weight, (kept / n.clamp(min=1)).to(torch.float32), (B0, S0))
 
 

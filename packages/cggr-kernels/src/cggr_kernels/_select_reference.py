@@ -9,6 +9,9 @@ PROBABILITY_STRATEGIES = frozenset({"stratified", "sampled", "random"})
 # Taken for 1, so that no step of the systematic walk is as long as 1.
 _CERTAIN = 1.0 - 1e-9
 _TINY = 1e-12
+# Positions from one row's random numbers to the next row's, and to the numbers of which each row has one.
+ROW_STRIDE = 1 << 32
+ROW_STARTS = 1 << 62
 
 
 def signed(value: int) -> int:
@@ -32,11 +35,10 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform_reference(draw: Tensor, seed: int, offset: int, n: int) -> Tensor:
-    """Numbers in (0, 1), float64 ``[n]``, of the positions from ``offset`` on (SplitMix64)."""
+def uniform_reference(draw: Tensor, seed: int, position: Tensor) -> Tensor:
+    """Numbers in (0, 1), float64, of the int64 positions (SplitMix64)."""
     golden = signed(0x9E3779B97F4A7C15)
     key = _mix(_mix(draw * golden + seed_step(seed)) + golden)
-    position = torch.arange(offset, offset + n, device=draw.device)
     return (_shift_right(_mix(position * golden + key), 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
@@ -147,6 +149,7 @@ def select_reference(
     seed: int,
     draw: int | Tensor,
     defensive_mix: float,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch twin of :func:`cggr_kernels.select.select`, arguments as there, unchecked.
 
@@ -156,8 +159,9 @@ def select_reference(
     B, S = score.shape
     draw = draw if isinstance(draw, Tensor) else torch.full((), draw, device=score.device)
     n, k = kept_counts(countable, ratio, capacity, min_tokens if strategy == "sequence_aware" else 1)
-    noise = uniform_reference(draw, seed, 0, B * S).reshape(B, S)
-    start = uniform_reference(draw, seed, B * S, B)
+    row = torch.arange(first_row, first_row + B, device=score.device)
+    noise = uniform_reference(draw, seed, row[:, None] * ROW_STRIDE + torch.arange(S, device=score.device))
+    start = uniform_reference(draw, seed, ROW_STARTS + row)
     size = score.to(torch.float64)
     probability = None
     if strategy in ("topk", "sequence_aware"):

@@ -9,6 +9,8 @@ from torch import Tensor
 from cggr_kernels._checks import check_device
 from cggr_kernels._library import register
 from cggr_kernels._select_reference import (
+    ROW_STARTS,
+    ROW_STRIDE,
     compact,
     defend,
     inclusion_probabilities,
@@ -30,15 +32,26 @@ MAX_STRATA = 64
 _BLOCK = 1024
 
 
-def _uniform(draw: Tensor, seed: int, offset: int, n: int) -> Tensor:
-    out = torch.empty(n, dtype=torch.float64, device=draw.device)
+def _uniform(draw: Tensor, seed: int, offset: int, stride: int, rows: int, length: int) -> Tensor:
+    """Numbers ``[rows, length]``, each row ``stride`` positions after the one before."""
+    out = torch.empty(rows, length, dtype=torch.float64, device=draw.device)
+    n = out.numel()
     if n:
-        uniform_kernel[(triton.cdiv(n, _BLOCK),)](draw, out, seed_step(seed), offset, n, BLOCK=_BLOCK)
+        grid = (triton.cdiv(n, _BLOCK),)
+        uniform_kernel[grid](draw, out, seed_step(seed), offset, stride, length, n, BLOCK=_BLOCK)
     return out
 
 
 def _stratified(
-    score: Tensor, countable: Tensor, n: Tensor, k: Tensor, strata: int, seed: int, draw: Tensor, mix: float
+    score: Tensor,
+    countable: Tensor,
+    n: Tensor,
+    k: Tensor,
+    strata: int,
+    seed: int,
+    draw: Tensor,
+    mix: float,
+    first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
@@ -57,13 +70,13 @@ def _stratified(
     partial = torch.empty(B, blocks, strata, dtype=torch.float64, device=device)
     step = seed_step(seed)
     stratum_kernel[(blocks, B)](
-        score_BS, position_BS, n, draw, key_BS, partial, step, S, blocks, STRATA=strata, BLOCK=_BLOCK
+        score_BS, position_BS, n, draw, key_BS, partial, step, first_row, S, blocks, STRATA=strata, BLOCK=_BLOCK
     )
     probability = torch.empty(B, strata, dtype=torch.float64, device=device)
     plan_kernel[(B,)](partial.sum(1), n, k, probability, MIX=mix, STRATA=strata)
     order_BS = key_BS.argsort(dim=1)
     walk_kernel[(blocks, B)](
-        order_BS, position_BS, n, k, probability, draw, keep_BS, weight_BS, step, S, STRATA=strata, BLOCK=_BLOCK
+        order_BS, position_BS, n, k, probability, draw, keep_BS, weight_BS, step, first_row, S, STRATA=strata, BLOCK=_BLOCK
     )
     return keep_BS.bool(), weight_BS
 
@@ -80,11 +93,12 @@ def _launch(
     seed: int,
     draw: Tensor,
     defensive_mix: float,
+    first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, S = score.shape
     n, k = kept_counts(countable, ratio, capacity, min_tokens if strategy == "sequence_aware" else 1)
     if strategy == "stratified":
-        keep, weight_BS = _stratified(score, countable, n, k, num_strata, seed, draw, defensive_mix)
+        keep, weight_BS = _stratified(score, countable, n, k, num_strata, seed, draw, defensive_mix, first_row)
         index, valid = compact(keep, capacity)
         if unbiased:
             return index, valid, weight_BS.gather(1, index)
@@ -96,9 +110,10 @@ def _launch(
         ranked = score.clamp(min=0.0).masked_fill(~countable, -1.0).sort(dim=1, descending=True).values
         descending = defend(ranked.to(torch.float64), mean, defensive_mix).masked_fill(ranked < 0.0, 0.0)
         probability = inclusion_probabilities(defend(size, mean, defensive_mix), descending, countable, k)
-        keep = systematic(probability, k, _uniform(draw, seed, B * S, B))
+        keep = systematic(probability, k, _uniform(draw, seed, ROW_STARTS + first_row, 1, B, 1)[:, 0])
     elif strategy == "random":
-        keep = top_mask(_uniform(draw, seed, 0, B * S).reshape(B, S), countable, k)
+        noise = _uniform(draw, seed, first_row * ROW_STRIDE, ROW_STRIDE, B, S)
+        keep = top_mask(noise, countable, k)
         probability = (k / n.clamp(min=1))[:, None].expand(B, S)
     else:
         keep = top_mask(score, countable, k)
@@ -118,6 +133,7 @@ def _fake(
     seed: int,
     draw: Tensor,
     defensive_mix: float,
+    first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index = score.new_empty(score.shape[0], capacity, dtype=torch.int64)
     return index, torch.empty_like(index, dtype=torch.bool), torch.empty_like(index, dtype=torch.float32)
@@ -125,7 +141,7 @@ def _fake(
 
 _select = register(
     "select(Tensor score, Tensor countable, float ratio, str strategy, int capacity, int num_strata, int min_tokens,"
-    " bool unbiased, int seed, Tensor draw, float defensive_mix) -> (Tensor, Tensor, Tensor)",
+    " bool unbiased, int seed, Tensor draw, float defensive_mix, int first_row) -> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -144,6 +160,7 @@ def select(
     seed: int = 0,
     draw: int | Tensor = 0,
     defensive_mix: float = 0.05,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, at least one if there is one.
 
@@ -166,6 +183,8 @@ def select(
         seed: Seed of the random strategies; its low 64 bits count.
         draw: Which draw of that seed: an int, or a 0-dim int64 tensor on the device, which is never read by the host.
         defensive_mix: Share of uniform sampling in ``stratified`` and ``sampled``, in [0, 1]; it bounds the weights.
+        first_row: Number of the first row among the rows of that draw: batches that share a draw and number their rows
+            on choose what one batch of all the rows would.
 
     Returns:
         ``index`` ``[B, K]`` int64: K distinct positions of each row, ascending, slots that are not kept filled with
@@ -218,4 +237,5 @@ def select(
         seed,
         draw,
         defensive_mix,
+        first_row,
     )

@@ -6,6 +6,9 @@ from cggr_kernels.select_details._uniform import uniform
 # A stratum of at least this probability is taken whole; see the reference.
 CERTAIN: tl.constexpr = tl.constexpr(1.0 - 1e-9)
 TINY: tl.constexpr = tl.constexpr(1e-12)
+# As in the reference: positions from one row's random numbers to the next row's, and to those that each row has one of.
+ROW_STRIDE: tl.constexpr = tl.constexpr(1 << 32)
+ROW_STARTS: tl.constexpr = tl.constexpr(1 << 62)
 SMALLEST: tl.constexpr = tl.constexpr(2.2250738585072014e-308)
 
 
@@ -18,6 +21,7 @@ def stratum_kernel(
     key_ptr,
     partial_ptr,
     seed_step,
+    first_row,
     S,
     blocks,
     STRATA: tl.constexpr,
@@ -30,7 +34,7 @@ def stratum_kernel(
     n = tl.load(count_ptr + b)
     stratum = tl.where(rank < n, rank.to(tl.int64) * STRATA // tl.maximum(n, 1), STRATA)
     position = tl.load(position_ptr + b * S + rank, mask=inside, other=0)
-    key = stratum.to(tl.float64) + uniform(b * S + position, draw_ptr, seed_step)
+    key = stratum.to(tl.float64) + uniform((first_row + b) * ROW_STRIDE + position, draw_ptr, seed_step)
     tl.store(key_ptr + b * S + rank, key, mask=inside)
     score = tl.load(score_ptr + b * S + rank, mask=inside, other=0.0).to(tl.float64)
     score = tl.where(rank < n, tl.maximum(score, 0.0), 0.0)
@@ -97,6 +101,7 @@ def walk_kernel(
     keep_ptr,
     weight_ptr,
     seed_step,
+    first_row,
     S,
     STRATA: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -126,7 +131,7 @@ def walk_kernel(
             before += tl.minimum(tl.maximum(rank - start, 0), end - start).to(tl.float64) * p
             total += (end - start).to(tl.float64) * p
             last = end
-    u = uniform(tl.num_programs(1).to(tl.int64) * S + b, draw_ptr, seed_step)
+    u = uniform(first_row + b + ROW_STARTS, draw_ptr, seed_step)
     u = (tl.floor(u * 4294967296.0) + 0.5) * 2.3283064365386963e-10
     limit = left.to(tl.float64)
     factor = limit / tl.maximum(total, SMALLEST)

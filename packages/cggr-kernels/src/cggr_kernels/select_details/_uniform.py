@@ -21,7 +21,8 @@ def uniform(position, draw_ptr, seed_step):
 
 
 @triton.jit
-def uniform_kernel(draw_ptr, out_ptr, seed_step, offset, n, BLOCK: tl.constexpr):
-    """Numbers of the positions [offset, offset + n)."""
+def uniform_kernel(draw_ptr, out_ptr, seed_step, offset, stride, S, n, BLOCK: tl.constexpr):
+    """Numbers of ``n`` positions in rows of S, each row ``stride`` positions after the one before."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + place, uniform(offset + place, draw_ptr, seed_step), mask=place < n)
+    position = offset + place // S * stride + place % S
+    tl.store(out_ptr + place, uniform(position, draw_ptr, seed_step), mask=place < n)
