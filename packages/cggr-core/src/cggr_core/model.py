@@ -1,6 +1,7 @@
 """CGGRModel: a Hugging Face model whose training step spends its backward pass on the kept tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from cggr_core.schedule import Schedule
 from cggr_core.scoring import SCORINGS, TokenStatistics
 from cggr_core.selection import SELECTIONS, Selection
 from cggr_core.step import SCORELESS, TrainingStep
+from cggr_core.stopwatch import Stopwatch
 from cggr_core.targets import Targets, align_labels
 
 if TYPE_CHECKING:
@@ -66,6 +68,11 @@ class CGGRModel(nn.Module):
         engine: ``"interleaved"`` or ``"two_pass"``; ``None`` takes the cheaper one that the scores allow.
         seed: Of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.
+
+    Attributes:
+        scoring_stopwatch: A :class:`~cggr_core.stopwatch.Stopwatch` to add up the time spent on scores alone (the
+            head's statistics, and a router's own pass; not the context pass, which the gradient pass goes on from);
+            ``None``, the default, measures nothing.
 
     Raises:
         TypeError: If ``model`` is not a Hugging Face model.
@@ -144,6 +151,7 @@ class CGGRModel(nn.Module):
         else:
             self._own_depth = None
             self.router = router
+        self.scoring_stopwatch: Stopwatch | None = None
         self._monitor = Monitor()
         self._draw_on_device: Tensor | None = None
         self._metrics: dict[str, Any] = {}
@@ -157,6 +165,8 @@ class CGGRModel(nn.Module):
         reference_nll: Tensor | None = None,
         num_items: Tensor | float | None = None,
         selection: Selection | None = None,
+        draw: int | Tensor | None = None,
+        first_row: int = 0,
         **inputs: Any,
     ) -> Any:
         """The loss of the kept tokens in training with labels; otherwise the wrapped model's own output.
@@ -170,6 +180,9 @@ class CGGRModel(nn.Module):
             num_items: Countable tokens of the whole optimiser step, under gradient accumulation or on several ranks;
                 by default this batch's.
             selection: Kept tokens chosen by the caller, one row for each row of the batch.
+            draw: Number of the random draw; ``None`` counts up.
+            first_row: Number of the batch's first row among the rows of that draw: micro-batches and ranks that share
+                a draw and number their rows on keep what one batch of all the rows would.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
                 arguments of the wrapped model. Without an attention mask, positions that start anew are packed
                 documents, and nothing is attended to across them.
@@ -197,12 +210,45 @@ class CGGRModel(nn.Module):
             vocab_size=self._passes.vocab_size,
             ignore_index=self.ignore_index,
         )
-        step = TrainingStep(self, batch, arguments, targets, token_weight, reference_nll, num_items, selection)
+        step = TrainingStep(
+            self, batch, arguments, targets, token_weight, reference_nll, num_items, selection, draw, first_row
+        )
         loss = getattr(step, self.gradient)()
         self._metrics = step.metrics(loss)
         self.schedule.note_forward()
         self._watch(targets, step.statistics)
         return loss
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let a call of the wrapped model itself be this model's :meth:`forward`, for the length of the block.
+
+        For training loops in which something around the wrapped model must see its call: ``DistributedDataParallel``,
+        ``fully_shard``, a trainer that prepared it. The hooks on the wrapped model run once, around all passes.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            ...                      num_attention_heads=4)
+            >>> prepared = torch.nn.Sequential(LlamaForCausalLM(config))
+            >>> model = CGGRModel(prepared[0]).train()
+            >>> input_ids = torch.randint(0, 64, (2, 16))
+            >>> with model.in_place():
+            ...     loss = prepared[0](input_ids=input_ids, labels=input_ids)
+            >>> loss.shape
+            torch.Size([])
+        """
+        from cggr_core.routing import replaced_forwards, without_hooks
+
+        own = self.model.forward
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            self.training = self.model.training
+            with replaced_forwards({self.model: own}), without_hooks(self.model):
+                return self(*args, **kwargs)
+
+        with replaced_forwards({self.model: routed}):
+            yield
 
     def step(self) -> None:
         """Advance the curriculum by one optimiser step."""
@@ -214,7 +260,8 @@ class CGGRModel(nn.Module):
 
         ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``, ``gradient``, ``engine``; where tokens were
         scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
-        ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
+        ``gradnorm_kept``, the share of the squared logit-gradient norms that kept tokens hold, where the scores
+        know them, ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
         ``auxiliary_loss``, the expert routers' balancing loss over the tokens of the backward pass, which ``loss``
         includes, where the model's config asks for it (``output_router_logits``).
         """

@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["Monitor"]
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on the current stream of ``device``."""
     if device.type == "cpu":
         return False
@@ -49,7 +49,7 @@ class Monitor:
         if values.device.type == "cpu":
             self._ready = values.tolist()
             return
-        if _capturing(values.device):
+        if capturing(values.device):
             return
         buffer = self._buffer(values)
         buffer.copy_(values, non_blocking=True)
@@ -71,7 +71,7 @@ class Monitor:
                 reads does not depend on timing.
         """
         # Asking for an event's state would break the capture of a graph.
-        if self._pending and _capturing(self._pending[0][1].device):
+        if self._pending and capturing(self._pending[0][1].device):
             return None
         while self._pending and (wait or self._pending[0][1].query()):
             buffer, event = self._pending.pop(0)

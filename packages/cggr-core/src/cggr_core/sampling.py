@@ -18,8 +18,8 @@ PROBABILITY_STRATEGIES = frozenset({"stratified", "sampled", "random"})
 # A probability this close to 1 is taken for 1: the systematic walk then never has a step of 1 or more, so that no
 # rounding can choose a token twice and make the count inexact.
 _CERTAIN = 1.0 - 1e-9
-# Positions from one row's random numbers to the next row's, and to the numbers of which each row has one: fixed, so that
-# what a row draws depends on its number alone, and neither on its length nor on the batch around it.
+# Positions from one row's random numbers to the next row's, and to the numbers of which each row has one: fixed, so
+# that what a row draws depends on its number alone, and neither on its length nor on the batch around it.
 _ROW_STRIDE = 1 << 32
 _ROW_STARTS = 1 << 62
 # Keeps every countable token reachable when scores are 0 and nothing is mixed in.

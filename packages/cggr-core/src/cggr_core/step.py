@@ -3,6 +3,7 @@
 Data flow one way: statistics, scores, selection, gradient pass (or plain forward), weighted loss, metrics.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,8 @@ class TrainingStep:
         reference_nll: Tensor | None,
         num_items: Tensor | float | None,
         selection: Selection | None,
+        draw: int | Tensor | None,
+        first_row: int,
     ) -> None:
         self.config = config
         self.passes: Engine = config._passes
@@ -46,6 +49,8 @@ class TrainingStep:
         self.reference_nll = reference_nll
         self.num_items = num_items
         self.selection = selection
+        self.draw = draw
+        self.first_row = first_row
         self.statistics: TokenStatistics | None = None
         self.score: Tensor | None = None
         self.engine = "plain"
@@ -133,20 +138,26 @@ class TrainingStep:
         return fields | {"nll"} if full_depth else fields
 
     def _score_from(self, values: Tensor, *, full_depth: bool) -> None:
-        statistics = self.readout.statistics(values, self.targets.tokens, fields=self._fields(full_depth=full_depth))
+        with self._timed():
+            fields = self._fields(full_depth=full_depth)
+            statistics = self.readout.statistics(values, self.targets.tokens, fields=fields)
         self.at_full_depth = full_depth
         self._take(statistics)
 
     def _score_by_router(self) -> None:
-        self._take(
-            router_statistics(
+        with self._timed():
+            statistics = router_statistics(
                 self.config.router,
                 self.arguments,
                 self.targets.tokens,
                 fields=self._fields(full_depth=False),
                 ignore_index=self.config.ignore_index,
             )
-        )
+        self._take(statistics)
+
+    def _timed(self) -> AbstractContextManager[None]:
+        stopwatch = self.config.scoring_stopwatch
+        return nullcontext() if stopwatch is None else stopwatch.measure(self.targets.countable.device)
 
     def _take(self, statistics: TokenStatistics) -> None:
         self.statistics = statistics
@@ -181,7 +192,8 @@ class TrainingStep:
             block_size=block_size,
             unbiased=config.unbiased,
             seed=config.seed,
-            draw=config._next_draw(countable.device),
+            draw=config._next_draw(countable.device) if self.draw is None else self.draw,
+            first_row=self.first_row,
         )
 
     def _loss(self, values: Tensor, selection: Selection) -> Tensor:
@@ -216,6 +228,9 @@ class TrainingStep:
             dropped = countable & ~kept
             metrics["score_kept"] = (self.score * kept).sum() / kept_count.clamp(min=1)
             metrics["score_dropped"] = (self.score * dropped).sum() / dropped.sum().clamp(min=1)
+            if self.statistics.gradnorm is not None:
+                squares = self.statistics.gradnorm.square()
+                metrics["gradnorm_kept"] = (squares * kept).sum() / (squares * countable).sum().clamp(min=1e-30)
             if self.statistics.confidence is not None:
                 metrics["confidence"] = (self.statistics.confidence * countable).sum() / count.clamp(min=1)
             if self.at_full_depth and self.statistics.nll is not None:

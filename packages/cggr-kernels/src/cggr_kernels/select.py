@@ -76,7 +76,19 @@ def _stratified(
     plan_kernel[(B,)](partial.sum(1), n, k, probability, MIX=mix, STRATA=strata)
     order_BS = key_BS.argsort(dim=1)
     walk_kernel[(blocks, B)](
-        order_BS, position_BS, n, k, probability, draw, keep_BS, weight_BS, step, first_row, S, STRATA=strata, BLOCK=_BLOCK
+        order_BS,
+        position_BS,
+        n,
+        k,
+        probability,
+        draw,
+        keep_BS,
+        weight_BS,
+        step,
+        first_row,
+        S,
+        STRATA=strata,
+        BLOCK=_BLOCK,
     )
     return keep_BS.bool(), weight_BS
 

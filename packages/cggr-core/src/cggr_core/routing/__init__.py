@@ -11,5 +11,15 @@ from cggr_core.routing.architectures import unwrapped
 from cggr_core.routing.context_pass import NO_CONTEXT, Context
 from cggr_core.routing.engine import Engine
 from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.patching import replaced_forwards, without_hooks
 
-__all__ = ["NO_CONTEXT", "Context", "Engine", "TokenInputs", "transformers", "unwrapped"]
+__all__ = [
+    "NO_CONTEXT",
+    "Context",
+    "Engine",
+    "TokenInputs",
+    "replaced_forwards",
+    "transformers",
+    "unwrapped",
+    "without_hooks",
+]

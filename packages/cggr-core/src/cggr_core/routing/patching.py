@@ -1,5 +1,6 @@
 """Changes to a model that last for one pass and are undone whatever happens."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,17 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Call a module inside its own call: its forward hooks have run around the outer one, once."""
+    before = {name: module.__dict__[name] for name in ("_forward_pre_hooks", "_forward_hooks")}
+    try:
+        module.__dict__.update({name: OrderedDict() for name in before})
+        yield
+    finally:
+        module.__dict__.update(before)
 
 
 @contextmanager
