@@ -80,10 +80,13 @@ def test_dependencies(package, expected):
     assert {requirement.name + str(requirement.specifier) for requirement in required(package)} == expected
 
 
-def test_triton_goes_by_platform():
-    markers = {requirement.name: str(requirement.marker) for requirement in required("cggr-kernels")}
-    assert markers["triton"] == 'platform_system == "Linux"'
-    assert markers["triton-windows"] == 'platform_system == "Windows"'
+@pytest.mark.parametrize(
+    ("system", "expected"), [("Linux", {"triton"}), ("Windows", {"triton-windows"}), ("Darwin", set())]
+)
+def test_the_cuda_extra_brings_the_triton_of_the_platform(system, expected):
+    (kernels,) = (r for r in required("cggr", "cuda") if r.name == "cggr-kernels")
+    brought = [r for r in required(kernels.name) if r.marker is None or r.marker.evaluate({"platform_system": system})]
+    assert {requirement.name for requirement in brought} == {"torch"} | expected
 
 
 @every_package
