@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-OPS: tuple[str, ...] = ("difficulty", "linear_difficulty", "linear_cross_entropy", "select", "routed_attention")
+OPS: tuple[str, ...] = (
+    "difficulty",
+    "linear_difficulty",
+    "linear_cross_entropy",
+    "select",
+    "routed_attention",
+    "moe_route",
+    "moe_experts",
+)
 """Names of the ops; each is the function of that name in the module of that name."""
 
 

@@ -1,0 +1,193 @@
+"""Sorting the choices by expert, on the device and without atomics: where each choice's row is, and whose each tile is.
+
+Every expert's rows are one segment, padded to a multiple of 128; buffers are sized for the worst case, which the host
+knows, and kernels read how much of them is in use.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from cggr_kernels.moe_details._dispatch import (
+    SEGMENT,
+    combine_kernel,
+    count_kernel,
+    expand_kernel,
+    place_kernel,
+    prefix_kernel,
+    weight_gradient_kernel,
+)
+
+_TILE = 8192  # elements of a [tokens, experts] tile that one program holds
+_MOST_TOKENS = 256
+_PAD_PROGRAMS = 8
+_COPY_BLOCK = 1024
+_WEIGHT_BLOCK = 512
+
+
+class Plan(NamedTuple):
+    """Where each choice's row is.
+
+    Attributes:
+        row: ``[T, K]``, int32: the row of each choice, −1 for a null one.
+        segment: ``[E + 1]``, int32: the first row of each expert, and the rows in use.
+        used: ``[E]``, int32: choices of each expert.
+        tile_expert: int32: the expert of each tile of 128 rows; undefined beyond the tiles in use.
+        tiles: ``[1]``, int32: tiles in use.
+    """
+
+    row: Tensor
+    segment: Tensor
+    used: Tensor
+    tile_expert: Tensor
+    tiles: Tensor
+
+
+def row_bound(choices: int, num_experts: int) -> int:
+    """Rows that the segments need at most, a multiple of 128, whatever the routing.
+
+    Args:
+        choices: Number of tokens times experts per token.
+        num_experts: Number of experts.
+
+    Returns:
+        Number of rows.
+
+    Example:
+        >>> row_bound(2, 8), row_bound(1000, 2)
+        (256, 1152)
+    """
+    segment = SEGMENT.value
+    return (choices + (segment - 1) * min(num_experts, choices)) // segment * segment
+
+
+def empty_plan(index: Tensor, num_experts: int) -> Plan:
+    """A plan whose tensors are not filled."""
+    T, K = index.shape
+    sizes = (num_experts + 1, num_experts, row_bound(T * K, num_experts) // SEGMENT.value, 1)
+    rest = (index.new_empty(size, dtype=torch.int32) for size in sizes)
+    return Plan(torch.empty_like(index, dtype=torch.int32), *rest)
+
+
+def make_plan(index: Tensor, num_experts: int) -> Plan:
+    """Sort the choices by expert, and by token within an expert: three launches.
+
+    Args:
+        index: ``[T, K]``, int64, contiguous: the expert of each choice. One outside of ``[0, E)`` is null.
+        num_experts: E.
+
+    Returns:
+        The plan.
+    """
+    T, K = index.shape
+    E = num_experts
+    block_e = triton.next_power_of_2(E)
+    block_t = max(1, min(_MOST_TOKENS, _TILE // block_e))
+    blocks = triton.cdiv(T, block_t)
+    plan = empty_plan(index, E)
+    rank = torch.empty_like(plan.row)
+    count = index.new_empty(blocks, E, dtype=torch.int32)
+    count_kernel[(blocks,)](index, rank, count, T, E, K, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4)
+    block_b = max(1, _TILE // block_e)
+    prefix_kernel[(1,)](
+        count, plan.segment, plan.used, plan.tiles, blocks, E, BLOCK_B=block_b, BLOCK_E=block_e, num_warps=8
+    )
+    place_kernel[(blocks + E,)](
+        index,
+        rank,
+        count,
+        plan.segment,
+        plan.row,
+        plan.tile_expert,
+        T * K,
+        blocks,
+        E,
+        K,
+        BLOCK_T=block_t,
+        BLOCK=triton.next_power_of_2(block_t * K),
+        num_warps=4,
+    )
+    return plan
+
+
+def expand(x: Tensor, plan: Plan, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The tokens' rows at the rows of their choices, zeros in the padding of the segments.
+
+    Args:
+        x: ``[T, H]``, contiguous.
+        plan: Where the rows go.
+        weight: ``[T, K]``, float32, contiguous, to be spread likewise, or ``None``.
+
+    Returns:
+        ``[rows, H]`` and ``[rows]`` float32 (empty without weights); undefined beyond the rows in use.
+    """
+    (T, K), H, E = plan.row.shape, x.shape[1], plan.used.shape[0]
+    rows = plan.tile_expert.shape[0] * SEGMENT.value
+    out = x.new_empty(rows, H)
+    row_weight = x.new_empty(0 if weight is None else rows, dtype=torch.float32)
+    expand_kernel[(E * _PAD_PROGRAMS + T,)](
+        x,
+        plan.row,
+        plan.segment,
+        plan.used,
+        row_weight if weight is None else weight,
+        out,
+        row_weight,
+        E,
+        H,
+        K,
+        PAD_PROGRAMS=_PAD_PROGRAMS,
+        HAS_WEIGHT=weight is not None,
+        BLOCK=min(_COPY_BLOCK, triton.next_power_of_2(H)),
+        num_warps=4,
+    )
+    return out, row_weight
+
+
+def combine(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
+    """Sum the rows of each token's choices in float32, in the order of the choices.
+
+    Args:
+        rows: ``[rows, H]``, contiguous.
+        plan: Where the rows are.
+        weight: ``[T, K]``, float32, contiguous: factors, or ``None``.
+
+    Returns:
+        ``[T, H]``, dtype of ``rows``.
+    """
+    (T, K), H = plan.row.shape, rows.shape[1]
+    out = rows.new_empty(T, H)
+    combine_kernel[(T,)](
+        rows,
+        plan.row,
+        plan.row if weight is None else weight,
+        out,
+        H,
+        K,
+        HAS_WEIGHT=weight is not None,
+        BLOCK=min(_COPY_BLOCK, triton.next_power_of_2(H)),
+        num_warps=4,
+    )
+    return out
+
+
+def collect_weight_gradient(partial: Tensor, plan: Plan) -> Tensor:
+    """Gradient of each choice's weight.
+
+    Args:
+        partial: ``[parts, rows]``, float32: what the column tiles have of it.
+        plan: Where the rows are.
+
+    Returns:
+        ``[T, K]``, float32.
+    """
+    out = torch.empty_like(plan.row, dtype=torch.float32)
+    choices = out.numel()
+    weight_gradient_kernel[(triton.cdiv(choices, _WEIGHT_BLOCK),)](
+        partial, plan.row, out, choices, partial.shape[1], PARTS=partial.shape[0], BLOCK=_WEIGHT_BLOCK, num_warps=4
+    )
+    return out
