@@ -6,9 +6,11 @@ imported when they are first used.
 
 from importlib.metadata import version
 
+from cggr_core.learned_router import LearnedRouter
 from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
 from cggr_core.model import CGGRModel
+from cggr_core.remembered import RememberedScores
 from cggr_core.router import TruncatedRouter, create_truncated_router
 from cggr_core.schedule import Schedule
 from cggr_core.scorer import CGGRScorer
@@ -22,6 +24,8 @@ __all__ = [
     "CGGRLoss",
     "CGGRModel",
     "CGGRScorer",
+    "LearnedRouter",
+    "RememberedScores",
     "Schedule",
     "Selection",
     "TokenStatistics",

@@ -2,27 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cggr_core.checks import check_at_least, check_choice, check_same_device, check_shape
+from cggr_core.checks import check_at_least
+from cggr_core.learned_router import LearnedRouter
+from cggr_core.model_checks import check_inputs, check_settings, check_unused
 from cggr_core.monitor import Monitor
+from cggr_core.remembered import RememberedScores
 from cggr_core.router import TruncatedRouter
 from cggr_core.schedule import Schedule
-from cggr_core.scoring import SCORINGS, TokenStatistics
-from cggr_core.selection import SELECTIONS, Selection
-from cggr_core.step import SCORELESS, TrainingStep
+from cggr_core.scoring import TokenStatistics
+from cggr_core.selection import Selection
+from cggr_core.step import TrainingStep
 from cggr_core.stopwatch import Stopwatch
 from cggr_core.targets import Targets, align_labels
-
-if TYPE_CHECKING:
-    from cggr_core.routing import TokenInputs
-
-GRADIENT_MODES = ("exact", "kv", "detached", "sequence")
-ENGINES = ("interleaved", "two_pass")
-MODEL_SELECTIONS = (*SELECTIONS, "supervised")
 
 
 class CGGRModel(nn.Module):
@@ -51,8 +47,9 @@ class CGGRModel(nn.Module):
 
     Args:
         model: A Hugging Face causal or masked language model, or a PEFT wrapper of one.
-        router: What scores the tokens before the layers: :func:`create_truncated_router`, or any module that maps the
-            model's inputs to logits. ``None`` scores at full depth.
+        router: What scores the tokens before the layers: :func:`create_truncated_router`, a :class:`LearnedRouter`,
+            :class:`RememberedScores`, or any module that maps the model's inputs to logits. ``None`` scores at full
+            depth.
         gradient: What the backward pass reaches, see the table.
         min_tokens_ratio: Keep ratio r in (0, 1], after the warm-up.
         selection: ``"stratified"``, ``"sampled"``, ``"random"``, ``"topk"``, ``"sequence_aware"``, or ``"supervised"``,
@@ -93,7 +90,7 @@ class CGGRModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        router: Callable[..., Any] | None = None,
+        router: Callable[..., Any] | RememberedScores | None = None,
         *,
         gradient: str = "kv",
         min_tokens_ratio: float = 0.25,
@@ -113,28 +110,23 @@ class CGGRModel(nn.Module):
         super().__init__()
         from cggr_core.routing import Engine, unwrapped
 
-        self.gradient = check_choice("gradient", gradient, GRADIENT_MODES)
-        self.selection = check_choice("selection", selection, MODEL_SELECTIONS)
-        self.scoring = check_choice("scoring", scoring, SCORINGS)
+        check_settings(
+            router=router,
+            gradient=gradient,
+            selection=selection,
+            scoring=scoring,
+            block_size=block_size,
+            warmup_steps=warmup_steps,
+            dynamic_threshold=dynamic_threshold,
+            engine=engine,
+        )
+        self.gradient, self.selection, self.scoring = gradient, selection, scoring
         self.num_strata = check_at_least("num_strata", num_strata, 1)
         self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = unbiased
-        self.seed = seed
+        self.unbiased = bool(unbiased)
+        self.seed = check_at_least("seed", seed, 0)
         self.ignore_index = ignore_index
-        if engine is not None:
-            check_choice("engine", engine, ENGINES)
-        if gradient == "sequence" and selection == "supervised":
-            raise ValueError("selection='supervised' keeps tokens, and gradient='sequence' keeps whole sequences")
-        if dynamic_threshold and selection in SCORELESS:
-            raise ValueError(
-                f"dynamic_threshold needs the confidence of scored tokens, and selection={selection!r} scores none"
-            )
-        if engine == "interleaved" and router is None and selection not in SCORELESS:
-            raise ValueError(
-                "engine='interleaved' needs the selection before the layers: give a router "
-                "(create_truncated_router(model)), selection='random' or 'supervised', or leave engine=None"
-            )
         self.engine = engine
         self.schedule = Schedule(
             min_tokens_ratio=min_tokens_ratio,
@@ -151,6 +143,10 @@ class CGGRModel(nn.Module):
         else:
             self._own_depth = None
             self.router = router
+        if isinstance(router, LearnedRouter):
+            passes = self._passes
+            router.attach(layers=passes.depth, hidden_size=passes.hidden_size, embedding_size=passes.embedding_size)
+            self._own_depth = router.depth
         self.scoring_stopwatch: Stopwatch | None = None
         self._monitor = Monitor()
         self._draw_on_device: Tensor | None = None
@@ -167,6 +163,7 @@ class CGGRModel(nn.Module):
         selection: Selection | None = None,
         draw: int | Tensor | None = None,
         first_row: int = 0,
+        example_ids: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         """The loss of the kept tokens in training with labels; otherwise the wrapped model's own output.
@@ -183,6 +180,7 @@ class CGGRModel(nn.Module):
             draw: Number of the random draw; ``None`` counts up.
             first_row: Number of the batch's first row among the rows of that draw: micro-batches and ranks that share
                 a draw and number their rows on keep what one batch of all the rows would.
+            example_ids: int64 ``[B]`` on the CPU, which example each row is; for :class:`RememberedScores`.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
                 arguments of the wrapped model. Without an attention mask, positions that start anew are packed
                 documents, and nothing is attended to across them.
@@ -191,18 +189,35 @@ class CGGRModel(nn.Module):
             A float32 scalar, connected to the graph even where nothing is countable; or the model's output.
 
         Raises:
-            ValueError: If shapes or devices do not fit, the mode is not possible for this model, or (on other devices
-                than the CPU: one step later) labels are outside the vocabulary or logits are NaN.
+            ValueError: If shapes or devices do not fit, an argument would not be read, the mode is not possible for
+                this model, or (on other devices than the CPU: one step later) labels are outside the vocabulary or
+                logits are NaN.
             TypeError: If labels are not int64.
         """
         arguments = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
         if labels is None or not self.training:
+            check_unused(
+                "labels is None" if labels is None else "this is eval()",
+                token_weight=token_weight,
+                reference_nll=reference_nll,
+                num_items=num_items,
+                selection=selection,
+                draw=draw,
+            )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
         self._take_what_was_found(wait=self.schedule.dynamic_threshold)
         batch = self._passes.inputs(**arguments)
-        self._check(labels, batch, token_weight, reference_nll, selection)
+        check_inputs(
+            self,
+            batch,
+            labels=labels,
+            token_weight=token_weight,
+            reference_nll=reference_nll,
+            selection=selection,
+            example_ids=example_ids,
+        )
         self._passes.prepare(batch, routing=self.gradient in ("kv", "detached"))
         targets = align_labels(
             labels,
@@ -211,12 +226,22 @@ class CGGRModel(nn.Module):
             ignore_index=self.ignore_index,
         )
         step = TrainingStep(
-            self, batch, arguments, targets, token_weight, reference_nll, num_items, selection, draw, first_row
+            self,
+            batch,
+            arguments,
+            targets,
+            token_weight=token_weight,
+            reference_nll=reference_nll,
+            num_items=num_items,
+            selection=selection,
+            draw=draw,
+            first_row=first_row,
+            example_ids=example_ids,
         )
         loss = getattr(step, self.gradient)()
         self._metrics = step.metrics(loss)
         self.schedule.note_forward()
-        self._watch(targets, step.statistics)
+        self._watch(targets, step.scores.statistics, loss)
         return loss
 
     @contextmanager
@@ -262,21 +287,44 @@ class CGGRModel(nn.Module):
         scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
         ``gradnorm_kept``, the share of the squared logit-gradient norms that kept tokens hold, where the scores
         know them, ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
-        ``auxiliary_loss``, the expert routers' balancing loss over the tokens of the backward pass, which ``loss``
+        ``router_correlation``, a :class:`LearnedRouter`'s predictions against what was observed; ``remembered``,
+        ``score_age`` and ``score_age_epochs``, see :meth:`RememberedScores.read`; ``auxiliary_loss``, the expert
+        routers' balancing loss over the tokens of the backward pass, which ``loss``
         includes, where the model's config asks for it (``output_router_logits``).
         """
         return dict(self._metrics)
 
     def routing_state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, besides the model, to make the same selections; waits for the device."""
+        """What a resumed run needs, besides the model, to make the same selections; waits for the device.
+
+        The memory of :class:`RememberedScores` is not in it, and is saved by whoever made it.
+        """
         self._take_what_was_found(wait=True)
         state = self.schedule.state_dict()
-        return state if self._draw_on_device is None else {**state, "draws": int(self._draw_on_device)}
+        if self._draw_on_device is not None:
+            state["draws"] = int(self._draw_on_device)
+        if isinstance(self.router, LearnedRouter):
+            state["router"] = self.router.state_dict()
+        return state
 
     def load_routing_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`routing_state_dict`."""
-        self.schedule.load_state_dict(state)
+        """Continue from :meth:`routing_state_dict`.
+
+        Raises:
+            ValueError: If a key is missing or unknown.
+            RuntimeError: If a learned router's state is one of other sizes.
+        """
+        schedule = {name: value for name, value in state.items() if name != "router"}
+        if ("router" in state) != isinstance(self.router, LearnedRouter):
+            raise ValueError(
+                "the state holds a LearnedRouter's weights, and this model has none; give it the same router"
+                if "router" in state
+                else "the state holds no LearnedRouter's weights, and this model has one; it is another run's"
+            )
+        self.schedule.load_state_dict(schedule)
         self._draw_on_device = None
+        if isinstance(self.router, LearnedRouter):
+            self.router.load_state_dict(state["router"])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The wrapped model's."""
@@ -294,38 +342,10 @@ class CGGRModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def _check(
-        self,
-        labels: Tensor,
-        batch: "TokenInputs",
-        token_weight: Tensor | None,
-        reference_nll: Tensor | None,
-        selection: Selection | None,
-    ) -> None:
-        tokens = batch.position_ids
-        for name, tensor in {"labels": labels, "token_weight": token_weight, "reference_nll": reference_nll}.items():
-            if tensor is not None:
-                check_shape(name, tensor, batch.shape, "one value for each input token")
-                check_same_device(name, tensor, "the input", tokens)
-        if (self.scoring == "excess") != (reference_nll is not None) and self.selection not in SCORELESS:
-            raise ValueError(
-                "scoring='excess' needs reference_nll"
-                if reference_nll is None
-                else f"reference_nll is read by scoring='excess' only, and scoring is {self.scoring!r}"
-            )
-        if selection is not None:
-            if self.gradient == "sequence":
-                raise ValueError("a selection of tokens was passed, and gradient='sequence' keeps whole sequences")
-            if selection.index.shape[0] != batch.shape[0] or tuple(selection.shape) != batch.shape:
-                raise ValueError(
-                    f"selection was made for {list(selection.shape)} tokens in {selection.index.shape[0]} row(s), and "
-                    f"the batch has {list(batch.shape)}; select with scope='row'"
-                )
-            check_same_device("selection.index", selection.index, "the input", tokens)
-
-    def _watch(self, targets: Targets, statistics: TokenStatistics | None) -> None:
+    def _watch(self, targets: Targets, statistics: TokenStatistics | None, loss: Tensor) -> None:
         """Note counts of what must not be, and the confidence, to be read without waiting."""
-        nan = targets.invalid.new_zeros(())
+        # Without statistics the number of tokens is not known: -1 stands for some.
+        nan = -loss.detach().isnan().long()
         confidence = torch.full((), torch.nan, device=targets.invalid.device)
         if statistics is not None:
             found = next(value for value in statistics[:-1] if value is not None)
@@ -356,9 +376,7 @@ class CGGRModel(nn.Module):
                 f"not ignore_index={self.ignore_index}; they were not counted"
             )
         if nan:
-            raise ValueError(
-                f"the logits of the last step were NaN at {int(nan)} tokens; look for an overflow or a bad learning "
-                "rate before that step"
-            )
+            where = f"the logits of the last step were NaN at {int(nan)} tokens" if nan > 0 else "the last loss was NaN"
+            raise ValueError(f"{where}; look for an overflow or a bad learning rate before that step")
         if confidence == confidence:
             self.schedule.observe(confidence)

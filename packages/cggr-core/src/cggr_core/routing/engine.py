@@ -1,14 +1,16 @@
 """One model, and the passes that can be run on it."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture, describe
-from cggr_core.routing.context_pass import Context, context_pass, ignore_head, read_in_place_of_head
+from cggr_core.routing.architectures import Architecture, describe, unwrapped
+from cggr_core.routing.context_pass import Context, context_pass, ignore_head, layer_input, read_in_place_of_head
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.patching import replaced_forwards
@@ -50,6 +52,16 @@ class Engine:
         if weight is not None and weight.dim() == 2:
             return weight.shape[0]
         return self.model.config.get_text_config().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a hidden state."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of an input embedding."""
+        return unwrapped(self.model).get_input_embeddings().weight.shape[1]
 
     def inputs(
         self,
@@ -129,6 +141,36 @@ class Engine:
         """The logits ``[B, S, V]`` of an ordinary forward through ``depth`` layers (all by default)."""
         with self._truncated(depth):
             return self.model(**arguments, use_cache=False).logits
+
+    @contextmanager
+    def hidden_states(self, depth: int) -> Iterator[list[Tensor]]:
+        """Collect the input of layer ``depth``, detached, of every pass over the model in the block."""
+        seen: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(layer_input(args, kwargs).detach())
+
+        hook = self._described.layers[depth].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    def hidden(self, arguments: dict[str, Any], *, depth: int) -> Tensor:
+        """Input of layer ``depth`` at every position ``[B, S, H]``, detached; no layer above is run, nor the head."""
+        head = partial(read_in_place_of_head, ignore_head)
+        with (
+            self._truncated(depth),
+            replaced_forwards({self.architecture.head.module: head}),
+            self.hidden_states(depth) as seen,
+        ):
+            self.model(**arguments, use_cache=False)
+        return seen[0]
+
+    @torch.no_grad()
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """Input embeddings ``[..., E]`` of token ids, without the model's scaling of them."""
+        return unwrapped(self.model).get_input_embeddings()(tokens)
 
     def _truncated(self, depth: int | None) -> AbstractContextManager[None]:
         if depth is None or depth >= self.depth:

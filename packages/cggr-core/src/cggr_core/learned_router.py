@@ -1,0 +1,271 @@
+"""LearnedRouter: a small head that predicts the score of every token, trained on the scores that were observed."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cggr_core.checks import check_at_least, check_finite_number
+from cggr_core.collectives import sum_over_ranks
+
+# Of the running mean and spread of the scores: they follow training within some hundred steps.
+_DECAY = 0.99
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class LearnedRouter(nn.Module):
+    """Predicts each token's score from the hidden state at layer ``depth`` and the embedding of its target.
+
+    Given to :class:`~cggr_core.CGGRModel` as its router. Scoring then costs the first ``depth`` layers, which the
+    interleaved engine does not compute again, and no product with the vocabulary. The head is trained online: after
+    each training forward the true score of some kept tokens is read off what the gradient pass left before the
+    language-model head, and one step of Adam moves the prediction towards it. Kept tokens count with one over their
+    probability of being kept, so that the regression is that over all tokens, whatever was selected (``topk`` and
+    ``sequence_aware`` have no probabilities: there the head learns about the tokens that they keep).
+
+    The prediction is ``mean + std * f(h, e)``, with the running mean and spread of the observed scores and, for
+    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · [gelu(a + b + d), a * b] + c0``; it is
+    the same for all tokens until something was observed.
+
+    The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, not the
+    norm that they are clipped to, and not ``state_dict()``, which stays the wrapped model's. Its state is part of
+    ``CGGRModel.routing_state_dict()``. On several ranks (an initialised ``torch.distributed``) gradients are summed
+    over the default process group, so every rank has to run the same training forwards.
+
+    Args:
+        depth: Layers below the hidden state that is read, at least 1 and fewer than the model has.
+        width: Numbers that hidden state and target embedding are projected to.
+        learning_rate: Of the head's Adam.
+        observed_tokens: Kept tokens of a forward whose score is observed, at most; they go through the language-model
+            head once more.
+        seed: Of the head's first weights and of the choice of observed tokens.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If one is outside its range.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from cggr_core import CGGRModel
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        ...                      num_attention_heads=4)
+        >>> model = CGGRModel(LlamaForCausalLM(config), LearnedRouter(depth=1)).train()
+        >>> input_ids = torch.randint(0, 64, (2, 16))
+        >>> model(input_ids, labels=input_ids).backward()
+        >>> model.metrics["engine"]
+        'interleaved'
+    """
+
+    moments: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        width: int = 64,
+        learning_rate: float = 3e-3,
+        observed_tokens: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.depth = check_at_least("depth", depth, 1)
+        self.width = check_at_least("width", width, 1)
+        self.learning_rate = check_finite_number("learning_rate", learning_rate, minimum=0.0)
+        self.observed_tokens = check_at_least("observed_tokens", observed_tokens, 1)
+        self.seed = check_at_least("seed", seed, 0)
+        self.head: RegressionHead | None = None
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float32))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._optimizer: torch.optim.Adam | None = None
+        self._optimizer_device: torch.device | None = None
+        self._optimizer_state: dict[str, Any] | None = None
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"depth={self.depth}, width={self.width}, learning_rate={self.learning_rate:g}"
+
+    def attach(self, *, layers: int, hidden_size: int, embedding_size: int) -> None:
+        """Make the head's weights, the same for the same seed; CGGRModel calls it.
+
+        Args:
+            layers: Layers of the model.
+            hidden_size: Length of a hidden state.
+            embedding_size: Length of an input embedding.
+
+        Raises:
+            ValueError: If the model has too few layers, or the router belongs to a model of other sizes.
+        """
+        if self.depth >= layers:
+            raise ValueError(
+                f"LearnedRouter(depth={self.depth}) reads the hidden state above {self.depth} layers and below others, "
+                f"and the model has {layers}; give a depth below that, or leave the router out to score at full depth"
+            )
+        sizes = (hidden_size, embedding_size)
+        if self.head is None:
+            self.head = RegressionHead(hidden_size, embedding_size, self.width, seed=self.seed)
+        elif (self.head.hidden.in_features, self.head.target.in_features) != sizes:
+            raise ValueError(
+                f"the router belongs to a model with hidden states of {self.head.hidden.in_features} and embeddings "
+                f"of {self.head.target.in_features} numbers, and this one has {hidden_size} and {embedding_size}; make "
+                "a LearnedRouter for each model"
+            )
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Predicted scores.
+
+        Args:
+            hidden: Hidden states at layer ``depth``, ``[..., H]``.
+            target: Embeddings of the targets, ``[..., E]``.
+
+        Returns:
+            float32 ``[...]``.
+
+        Raises:
+            ValueError: If the router is not part of a CGGRModel, or its weights were cast.
+        """
+        head = self._head_on(hidden.device)
+        mean, std = self._scale()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return mean + std * head(hidden, target)
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, target: Tensor, score: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Learn from tokens whose score is known; the host reads nothing.
+
+        Args:
+            hidden: Their hidden states at layer ``depth``, ``[N, H]``.
+            target: Embeddings of their targets, ``[N, E]``.
+            score: Their scores, ``[N]``; what is not finite does not count.
+            weight: One over their probability of being observed, up to a factor, ``[N]``; 0 for what does not count.
+
+        Returns:
+            ``router_correlation``: of the predictions (before the step) and the scores over all tokens of this rank,
+            estimated with the weights; 0 where one of both does not vary.
+        """
+        head = self._head_on(hidden.device)
+        weight = weight.float().masked_fill(~score.isfinite(), 0.0)
+        score = score.float().masked_fill(weight == 0.0, 0.0)
+        powers = torch.stack([torch.ones_like(score), score, score.square()])
+        totals = sum_over_ranks((weight * powers).sum(1))
+        self.moments.mul_(_DECAY).add_(totals)
+        mean, std = self._scale()
+        with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
+            parameters = {name: value.detach().requires_grad_() for name, value in head.named_parameters()}
+            arguments = (hidden.detach().float(), target.detach().float())
+            prediction = functional_call(head, parameters, arguments)
+            error = prediction - (score - mean) / std
+            # Of the sum over ranks, so that two halves of a batch make the gradient of the whole.
+            loss = (weight * error.square()).sum() / totals[0].clamp(min=_TINY)
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+        self._step(list(head.parameters()), gradients)
+        self.updates.add_(1)
+        return {"router_correlation": _correlation(prediction.detach(), score, weight)}
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scores seen of late; 0 and 1 before the first."""
+        count, first, second = self.moments
+        mean, square = first / count.clamp(min=_TINY), second / count.clamp(min=_TINY)
+        return mean, torch.where(_varies(square - mean.square(), square), (square - mean.square()).sqrt(), 1.0)
+
+    def _head_on(self, device: torch.device) -> "RegressionHead":
+        if self.head is None:
+            raise ValueError("the router has no weights yet: give it to CGGRModel(model, router)")
+        if self.moments.dtype != torch.float32:
+            raise ValueError(
+                f"the LearnedRouter's weights were cast to {self.moments.dtype}, and it learns in float32; cast the "
+                "model before it is given to CGGRModel"
+            )
+        if self.moments.device != device:
+            # The model may have been moved by itself.
+            self.to(device)
+        return self.head
+
+    def _step(self, parameters: list[nn.Parameter], gradients: tuple[Tensor, ...]) -> None:
+        summed = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        optimizer = self._optimizer_for(parameters)
+        parts = summed.split([parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        optimizer.step()
+        # Nobody else's optimizer or clipping shall find them.
+        optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer_for(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
+        """Adam over the head; made at the first step, and again after the head has moved to another device."""
+        device = parameters[0].device
+        if self._optimizer is not None and self._optimizer_device != device:
+            self._optimizer_state, self._optimizer = self._optimizer.state_dict(), None
+        if self._optimizer is None:
+            # Capturable: its step counter is on the device, so that the whole step can be one CUDA graph.
+            self._optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, capturable=device.type != "cpu")
+            self._optimizer_device = device
+            if self._optimizer_state is not None:
+                groups = self._optimizer.state_dict()["param_groups"]
+                self._optimizer.load_state_dict({"state": self._optimizer_state["state"], "param_groups": groups})
+                self._optimizer_state = None
+        return self._optimizer
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """State of the head's optimizer."""
+        state = self._optimizer_state if self._optimizer is None else self._optimizer.state_dict()
+        return {} if state is None else {"state": state["state"]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`get_extra_state`; it takes effect with the next step."""
+        self._optimizer, self._optimizer_state = None, state or None
+
+
+class RegressionHead(nn.Module):
+    """``c · [gelu(a + b + d), a * b] + c0`` with ``a``, ``b`` projections of a hidden state and a target embedding.
+
+    Args:
+        hidden_size: Length of a hidden state.
+        embedding_size: Length of an embedding.
+        width: Length of both projections.
+        seed: Of the projections; ``c``, ``c0`` and ``d`` start at 0.
+    """
+
+    def __init__(self, hidden_size: int, embedding_size: int, width: int, *, seed: int) -> None:
+        super().__init__()
+        # Initialised here alone: nn.Linear would draw from the global generator, and change what the model draws.
+        linear = partial(nn.utils.skip_init, nn.Linear, device="cpu", dtype=torch.float32)
+        self.hidden: nn.Linear = linear(hidden_size, width)
+        self.target: nn.Linear = linear(embedding_size, width, bias=False)
+        self.out: nn.Linear = linear(2 * width, 1)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.requires_grad_(False).zero_()
+            for projection in (self.hidden, self.target):
+                bound = projection.in_features**-0.5
+                projection.weight.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """float32 ``[...]`` from ``[..., H]`` and ``[..., E]``; the projections run in the inputs' dtype."""
+        a, b = _projected(hidden, self.hidden.weight), _projected(target, self.target.weight)
+        return self.out(torch.cat([nn.functional.gelu(a + b + self.hidden.bias), a * b], dim=-1))[..., 0]
+
+
+def _projected(value: Tensor, weight: Tensor) -> Tensor:
+    normed = nn.functional.layer_norm(value, value.shape[-1:])
+    return nn.functional.linear(normed, weight.to(normed.dtype)).float()
+
+
+def _varies(variance: Tensor, square: Tensor) -> Tensor:
+    """Whether a variance is more than the rounding of the mean square that it was made from."""
+    return variance > 1e-6 * square
+
+
+def _correlation(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Weighted Pearson correlation of two ``[N]``."""
+    weight = weight / weight.sum().clamp(min=_TINY)
+    squares = (weight * a.square()).sum(), (weight * b.square()).sum()
+    a, b = a - (weight * a).sum(), b - (weight * b).sum()
+    variances = (weight * a.square()).sum(), (weight * b.square()).sum()
+    both_vary = _varies(variances[0], squares[0]) & _varies(variances[1], squares[1])
+    spread = (variances[0] * variances[1]).sqrt().clamp(min=_TINY)
+    return torch.where(both_vary, (weight * a * b).sum() / spread, 0.0)

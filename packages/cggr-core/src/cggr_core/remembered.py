@@ -1,0 +1,215 @@
+"""RememberedScores: the last score of every token, kept by example, as the selection of the next epoch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cggr_core.checks import check_at_least, check_shape
+from cggr_core.collectives import gather_from_ranks, world_size
+
+NEVER = -1
+
+
+class RememberedScores:
+    """Keeps the last observed score of every token, and serves it when the example comes again.
+
+    Given to :class:`~cggr_core.CGGRModel` as its router, with ``example_ids`` in every training forward. No pass and
+    no head scores anything: the selection is known before the first layer, and the interleaved engine starts there.
+    After each training forward the scores of the kept tokens are read off what the gradient pass left before the
+    language-model head, and are remembered.
+
+    A token never seen is served the mean of the scores remembered in its batch; where there is none, as in the first
+    epoch, all tokens are alike and the selection is random. Sampled selections know each token's probability whatever
+    its score, so their weights stay unbiased however old the scores are; ``topk`` might never come back to a token
+    that it did not keep.
+
+    An example has the same tokens at the same positions at every visit: pad on the right, and pack no differently.
+    The scores live in host memory (6 bytes per token), or in a file that is mapped there. On several ranks each
+    remembers what all of them observed, so every rank has to run the same training forwards. What a forward observed
+    is served from the next but one on: it is fetched from the device meanwhile, and the host does not wait for it.
+
+    Args:
+        score: float16 ``[E, L]`` on the CPU, for E examples of at most L tokens.
+        observed: int32 ``[E, L]``, the training forward that each score was observed in, -1 for none.
+        forwards: Training forwards so far.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If the shapes disagree, a tensor is not on the CPU, or ``forwards`` is negative.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from cggr_core import CGGRModel
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4)
+        >>> memory = RememberedScores.empty(examples=100, length=16)
+        >>> model = CGGRModel(LlamaForCausalLM(config), memory).train()
+        >>> input_ids = torch.randint(0, 64, (2, 16))
+        >>> model(input_ids, labels=input_ids, example_ids=torch.tensor([3, 7])).backward()
+        >>> int((memory.observed[3] >= 0).sum())
+        4
+    """
+
+    def __init__(self, score: Tensor, observed: Tensor, *, forwards: int = 0) -> None:
+        for name, tensor, dtype in (("score", score, torch.float16), ("observed", observed, torch.int32)):
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+            if tensor.device.type != "cpu" or tensor.dim() != 2:
+                raise ValueError(f"{name} must be [E, L] on the CPU, got {list(tensor.shape)} on {tensor.device}")
+        check_shape("observed", observed, score.shape, "that of score")
+        self._score, self._observed = score, observed
+        self._forwards = check_at_least("forwards", forwards, 0)
+        self._pending: list[_Observed] = []
+
+    @classmethod
+    def empty(cls, *, examples: int, length: int) -> "RememberedScores":
+        """A memory of nothing.
+
+        Args:
+            examples: Number of examples; their ids are 0 to ``examples - 1``.
+            length: Tokens of the longest.
+        """
+        shape = (check_at_least("examples", examples, 1), check_at_least("length", length, 1))
+        return cls(torch.zeros(shape, dtype=torch.float16), torch.full(shape, NEVER, dtype=torch.int32))
+
+    def __repr__(self) -> str:
+        examples, length = self.shape
+        return f"RememberedScores(examples={examples}, length={length}, forwards={self._forwards})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(E, L)``: examples, and tokens of the longest."""
+        examples, length = self._score.shape
+        return examples, length
+
+    @property
+    def score(self) -> Tensor:
+        """float16 ``[E, L]``: the last score of every token, 0 where there is none; waits for the device."""
+        self._settle(0)
+        return self._score
+
+    @property
+    def observed(self) -> Tensor:
+        """int32 ``[E, L]``: the training forward that each score was observed in, -1 for none."""
+        self._settle(0)
+        return self._observed
+
+    @property
+    def forwards(self) -> int:
+        """Training forwards so far."""
+        return self._forwards
+
+    def check_ids(self, example_ids: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """Return ``example_ids`` if they name the rows of a batch.
+
+        Args:
+            example_ids: int64 ``[B]`` on the CPU.
+            shape: ``(B, S)`` of the batch.
+
+        Raises:
+            TypeError: If they are no tensor of int64.
+            ValueError: If they are missing, there is not one for each row, one is not of this memory, they are not on
+                the CPU, or the rows are longer than what is remembered.
+        """
+        if example_ids is None:
+            raise ValueError("RememberedScores needs example_ids, int64 [B] on the CPU: which example each row is")
+        check_shape("example_ids", example_ids, shape[:1], "one for each row of the batch")
+        if example_ids.dtype != torch.int64:
+            raise TypeError(f"example_ids must be torch.int64, got {example_ids.dtype}")
+        if example_ids.device.type != "cpu":
+            raise ValueError(
+                f"example_ids must be on the CPU, where the scores are remembered, got {example_ids.device}; leave "
+                "them there when the batch is moved"
+            )
+        examples, longest = self.shape
+        outside = example_ids[(example_ids < 0) | (example_ids >= examples)]
+        if outside.numel():
+            raise ValueError(
+                f"example_ids holds {outside.numel()} value(s) outside [0, {examples}) (the first is "
+                f"{int(outside[0])}); this memory is one of {examples} examples"
+            )
+        if shape[1] > longest:
+            raise ValueError(f"the batch has rows of {shape[1]} tokens, and {longest} are remembered of an example")
+        return example_ids
+
+    def read(self, example_ids: Tensor, countable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores of a batch, and how old they are.
+
+        Args:
+            example_ids: int64 ``[B]``, checked.
+            countable: bool ``[B, S]``.
+
+        Returns:
+            float32 ``[B, S]`` on the device of ``countable``; and metrics: ``remembered``, the share of countable
+            tokens that have a score, ``score_age``, the mean number of training forwards since those were observed,
+            and ``score_age_epochs``, the same in passes over the examples.
+        """
+        batch, length = countable.shape
+        score = _on_device(self._score[example_ids, :length], countable).float()
+        observed = _on_device(self._observed[example_ids, :length], countable)
+        seen = (observed != NEVER) & countable
+        count = seen.sum()
+        mean = torch.where(count > 0, (score * seen).sum() / count.clamp(min=1), 1.0)
+        age = ((self._forwards - observed) * seen).sum() / count.clamp(min=1)
+        metrics = {
+            "remembered": count / countable.sum().clamp(min=1),
+            "score_age": age,
+            "score_age_epochs": age * (batch * world_size() / self.shape[0]),
+        }
+        return torch.where(observed != NEVER, score, mean), metrics
+
+    def observe(self, example_ids: Tensor, row: Tensor, position: Tensor, score: Tensor, kept: Tensor) -> None:
+        """Remember scores; they are written once they have come from the device.
+
+        Args:
+            example_ids: int64 ``[B]``, checked.
+            row: int64 ``[R]``: rows of the batch that the following are about.
+            position: int64 ``[R, K]``, distinct in each row.
+            score: ``[R, K]``.
+            kept: bool ``[R, K]``; other entries, and scores that are not finite, are not remembered.
+        """
+        largest = torch.finfo(torch.float16).max
+        position = torch.where(kept & score.isfinite(), position, NEVER)
+        ids = _on_device(example_ids, row)[row]
+        # One tensor, so that one copy (and, on several ranks, one collective) moves it; float64 holds every id.
+        packed = torch.cat([ids[:, None].double(), position.double(), score.clamp(-largest, largest).double()], dim=1)
+        packed = gather_from_ranks(packed)
+        arrived = None
+        if packed.device.type != "cpu":
+            on_host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            on_host.copy_(packed, non_blocking=True)
+            arrived = torch.Event(packed.device)
+            arrived.record(torch.accelerator.current_stream(packed.device))
+            packed = on_host
+        self._pending.append(_Observed(packed, self._forwards, arrived))
+        self._forwards += 1
+        self._settle(1)
+
+    def _settle(self, newest: int) -> None:
+        """Write what was observed, except in the ``newest`` forwards."""
+        while len(self._pending) > newest:
+            packed, forward, arrived = self._pending.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            slots = (packed.shape[1] - 1) // 2
+            # One row after the other: an example that comes twice in a batch keeps the later row's scores.
+            for example, numbers in zip(packed[:, 0].long().tolist(), packed[:, 1:], strict=True):
+                position, score = numbers[:slots].long(), numbers[slots:]
+                kept = position != NEVER
+                self._score[example, position[kept]] = score[kept].half()
+                self._observed[example, position[kept]] = forward
+
+
+class _Observed(NamedTuple):
+    """Scores on their way from the device: example, positions and scores of each row, ``[R, 1 + 2K]``."""
+
+    packed: Tensor
+    forward: int
+    arrived: torch.Event | None
+
+
+def _on_device(value: Tensor, like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return value
+    return value.pin_memory().to(like.device, non_blocking=True)
