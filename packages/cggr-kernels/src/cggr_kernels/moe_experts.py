@@ -308,7 +308,9 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tens
     if E < 1 or double % 2 or gate_up.shape[2] != H:
         raise ValueError(f"gate_up must be [E, 2I, {H}] for x {tuple(x.shape)}, got {tuple(gate_up.shape)}")
     if tuple(down.shape) != (E, H, I):
-        raise ValueError(f"down must have shape {(E, H, I)} for gate_up {tuple(gate_up.shape)}, got {tuple(down.shape)}")
+        raise ValueError(
+            f"down must have shape {(E, H, I)} for gate_up {tuple(gate_up.shape)}, got {tuple(down.shape)}"
+        )
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}; cast them to one dtype")

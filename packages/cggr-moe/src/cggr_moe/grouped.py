@@ -6,6 +6,8 @@ some devices and dtypes, and which is a loop over the experts elsewhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
@@ -22,7 +24,50 @@ _ALIGNMENT = 16  # bytes between rows, what torch's grouped product asks for
 
 def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     aligned = all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
-    return rows.device.type in _GROUPED_DEVICES and weight.dtype in _GROUPED_DTYPES and aligned
+    # While a graph is traced, torch knows the product in bfloat16 alone.
+    dtypes = _GROUPED_DTYPES[:1] if torch.compiler.is_compiling() else _GROUPED_DTYPES
+    return rows.device.type in _GROUPED_DEVICES and weight.dtype in dtypes and aligned
+
+
+def _parts(rows: Tensor, load: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each expert, and those beyond."""
+    sizes = load.tolist()
+    return rows.split([*sizes, rows.shape[0] - sum(sizes)])
+
+
+@torch.library.custom_op("cggr_moe::loop_linear", mutates_args=())
+def _loop_linear(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    """One product per expert: ``rows`` [N, A] sorted by expert times ``weight`` [E, B, A]; zeros beyond the load."""
+    *parts, rest = _parts(rows, load)
+    out = [part @ w.t() for part, w in zip(parts, weight, strict=True)]
+    return torch.cat([*out, rest.new_zeros(rest.shape[0], weight.shape[1])])
+
+
+@_loop_linear.register_fake
+def _(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("cggr_moe::loop_linear_gradient", mutates_args=())
+def _loop_linear_gradient(upstream: Tensor, rows: Tensor, weight: Tensor, load: Tensor) -> tuple[Tensor, Tensor]:
+    d_weight = [d.t() @ part for d, part in zip(_parts(upstream, load)[:-1], _parts(rows, load)[:-1], strict=True)]
+    return _loop_linear(upstream, weight.transpose(1, 2), load), torch.stack(d_weight)
+
+
+@_loop_linear_gradient.register_fake
+def _(upstream: Tensor, rows: Tensor, weight: Tensor, load: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_loop_linear_gradient(upstream.contiguous(), *ctx.saved_tensors), None
+
+
+_loop_linear.register_autograd(_backward, setup_context=_save)
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
@@ -32,8 +77,7 @@ def _grouped_linear(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     """
     if _has_grouped_mm(rows, weight):
         return grouped_mm(rows, weight.transpose(1, 2), offs=load.cumsum(0).int())
-    parts = rows.split([*load.tolist(), rows.shape[0] - int(load.sum())])
-    return torch.cat([part @ w.t() for part, w in zip(parts, (*weight, weight[0]), strict=True)])
+    return _loop_linear(rows, weight, load)
 
 
 def moe_experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -72,7 +116,7 @@ def moe_experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, index: Tenso
         rows = rows.masked_fill(unused, 0.0)
     rows = rows * weight.flatten()[order, None]
     out = rows.new_zeros(T * K, x.shape[1]).index_copy(0, order, rows)
-    return out.view(T, K, -1).sum(1).to(x.dtype)
+    return out.view(T, K, x.shape[1]).sum(1).to(x.dtype)
 
 
 register_reference("moe_experts", moe_experts_reference)
