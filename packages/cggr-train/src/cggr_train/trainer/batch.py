@@ -1,0 +1,32 @@
+"""What a data collator made, as CGGRModel takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# What padding-free collators say about packed documents besides position_ids, for one kind of attention each.
+_PACKING_HINTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
+
+def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a training forward.
+
+    Packed documents are told apart by position ids that start anew, which every padding-free collator gives; what it
+    gives besides is for attention that sees all tokens of the batch as queries, and left out.
+
+    Args:
+        inputs: A batch of the Trainer, labels included.
+
+    Raises:
+        ValueError: If documents are packed without position ids, or labels are given shifted.
+    """
+    hints = _PACKING_HINTS & inputs.keys()
+    if hints and inputs.get("position_ids") is None:
+        raise ValueError(
+            f"the batch holds {', '.join(sorted(hints))} and no position_ids: let the data collator return "
+            "position_ids (they start anew with every packed document)"
+        )
+    if "shift_labels" in inputs:
+        raise ValueError("the batch holds shift_labels; give labels as the model takes them, it shifts them itself")
+    return {name: value for name, value in inputs.items() if name not in hints}

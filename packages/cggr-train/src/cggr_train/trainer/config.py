@@ -1,0 +1,106 @@
+"""The settings of CGGR as a dataclass: for code, command lines (``HfArgumentParser``) and YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cggr_core import CGGRModel
+
+
+@dataclass
+class CGGRConfig:
+    """How tokens are scored and kept, and what their gradient reaches; the arguments of :class:`cggr_core.CGGRModel`.
+
+    No field has the name of one of ``TrainingArguments``, so that ``HfArgumentParser`` reads both from one command
+    line or one YAML file.
+
+    Example:
+        >>> from transformers import HfArgumentParser, TrainingArguments
+        >>> parser = HfArgumentParser((TrainingArguments, CGGRConfig))
+        >>> arguments, cggr = parser.parse_args_into_dataclasses(["--output_dir", "out", "--gradient", "exact"])
+        >>> cggr.gradient
+        'exact'
+    """
+
+    gradient: Literal["kv", "exact", "detached", "sequence"] = field(
+        default="kv", metadata={"help": "What a kept token's gradient reaches."}
+    )
+    min_tokens_ratio: float = field(
+        default=0.25, metadata={"help": "Keep ratio: kept tokens / countable tokens, in (0, 1]."}
+    )
+    selection: Literal["stratified", "sampled", "random", "topk", "sequence_aware", "supervised"] = field(
+        default="stratified",
+        metadata={"help": "How the kept tokens are chosen; 'supervised' keeps exactly those with a label."},
+    )
+    scoring: Literal["gradnorm", "combined", "loss", "entropy", "margin", "excess"] = field(
+        default="gradnorm",
+        metadata={"help": "What makes a token worth learning from; 'excess' needs reference_nll in the batches."},
+    )
+    router: Literal["full_depth", "truncated", "learned"] = field(
+        default="full_depth",
+        metadata={"help": "What scores: the whole model, its first layers, or a head on their output that learns."},
+    )
+    router_depth: int = field(default=4, metadata={"help": "Layers of a truncated or learned router."})
+    engine: Literal["interleaved", "two_pass"] | None = field(
+        default=None, metadata={"help": "How kv and detached are computed; the cheaper one if not given."}
+    )
+    num_strata: int = field(default=4, metadata={"help": "Score buckets of the stratified selection."})
+    min_tokens_per_sequence: int = field(default=1, metadata={"help": "Least kept tokens of a row, sequence_aware."})
+    block_size: int = field(default=1, metadata={"help": "Keep blocks of this many neighbouring tokens."})
+    unbiased: bool = field(default=True, metadata={"help": "Weight kept tokens by 1 / inclusion probability."})
+    ratio_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps over which the keep ratio falls from 1 to min_tokens_ratio."}
+    )
+    dynamic_threshold: bool = field(default=False, metadata={"help": "Let the batch's confidence move the ratio."})
+    threshold_sensitivity: float = field(default=0.5, metadata={"help": "How much it does."})
+    selection_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
+    )
+
+    def build(self, model: nn.Module, *, seed: int = 0, **overrides: Any) -> CGGRModel:
+        """The model with its gradient routed as these settings say.
+
+        Args:
+            model: A Hugging Face language model, or a PEFT wrapper of one.
+            seed: Seed of the selections, where ``selection_seed`` gives none.
+            **overrides: Arguments of :class:`cggr_core.CGGRModel` that go before these settings: a ``router`` of the
+                caller's own, for one.
+
+        Raises:
+            TypeError: If a setting has a wrong type, or ``model`` is not a Hugging Face model.
+            ValueError: If a setting or a combination of settings is not valid.
+        """
+        from cggr_core import CGGRModel
+
+        settings: dict[str, Any] = {
+            "router": None if "router" in overrides else self._router(model),
+            "gradient": self.gradient,
+            "min_tokens_ratio": self.min_tokens_ratio,
+            "selection": self.selection,
+            "scoring": self.scoring,
+            "engine": self.engine,
+            "num_strata": self.num_strata,
+            "min_tokens_per_sequence": self.min_tokens_per_sequence,
+            "block_size": self.block_size,
+            "unbiased": self.unbiased,
+            "warmup_steps": self.ratio_warmup_steps,
+            "dynamic_threshold": self.dynamic_threshold,
+            "threshold_sensitivity": self.threshold_sensitivity,
+            "seed": seed if self.selection_seed is None else self.selection_seed,
+        }
+        return CGGRModel(model, **{**settings, **overrides})
+
+    def _router(self, model: nn.Module) -> Any:
+        from cggr_core import LearnedRouter, create_truncated_router
+
+        if self.router == "full_depth":
+            return None
+        if self.router == "truncated":
+            return create_truncated_router(model, num_layers=self.router_depth)
+        if self.router == "learned":
+            return LearnedRouter(depth=self.router_depth)
+        raise ValueError(f"router must be 'full_depth', 'truncated' or 'learned', got {self.router!r}")

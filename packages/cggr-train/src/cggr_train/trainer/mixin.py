@@ -1,0 +1,204 @@
+"""CGGR as a mixin for the Hugging Face Trainer and its subclasses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from cggr_core.stopwatch import Stopwatch
+from cggr_train.trainer.batch import routed_batch
+from cggr_train.trainer.callback import CGGRCallback
+from cggr_train.trainer.config import CGGRConfig
+from cggr_train.trainer.metrics import MetricsWindow
+from cggr_train.trainer.supported import check_supported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cggr_core import CGGRModel
+
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class CGGRMixin(_Base):
+    """Trains a Trainer's model on the tokens worth learning from: ``class MyTrainer(CGGRMixin, SFTTrainer)``.
+
+    The Trainer keeps its model, its wrappers, its data and its checkpoints; what changes is the training forward.
+    Evaluation is the Trainer's own, of the full loss, and what it saves is the plain model.
+
+    The loss is divided by the Trainer's ``num_items_in_batch``, the countable tokens of all micro-batches (and of all
+    ranks under ``average_tokens_across_devices``, the default), and the random choices of a step are numbered by its
+    rows: one step makes the same selections and the same gradient however it is split.
+
+    Each record of the training loss in the Trainer's log also holds, since the record before: ``keep_ratio``,
+    ``kept_tokens``, ``countable_tokens``; where tokens are scored the means ``score_kept`` and ``score_dropped``, and
+    ``scoring_seconds`` for each optimizer step; with ``scoring="gradnorm"`` the share ``gradnorm_kept`` of the squared
+    logit-gradient norms that kept tokens hold; and ``full_loss``, the loss of all countable tokens, where they are
+    scored at full depth.
+
+    Args:
+        *args: Of the Trainer.
+        cggr: The settings; the defaults if not given.
+        router: A router of the caller's own in place of the one that the settings name; see
+            :class:`cggr_core.CGGRModel`.
+        **kwargs: Of the Trainer.
+
+    Raises:
+        ValueError: If the training arguments ask for what cannot be combined with CGGR, or a setting is not valid.
+    """
+
+    # Whether the loss is divided by the items of the whole step: where they are known, as for the models' own losses.
+    loss_is_scaled_for_ga = None
+
+    def __init__(
+        self,
+        *args: Any,
+        cggr: CGGRConfig | None = None,
+        router: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.cggr = CGGRConfig() if cggr is None else cggr
+        self.resumed_from: Path | None = None
+        self._router = router
+        self._routed: CGGRModel | None = None
+        self._routed_for: Any = None
+        self._metrics_window = MetricsWindow()
+        self._scoring = Stopwatch()
+        self._steps_since_log = 0
+        self._micro_batch = (-1, 0)
+        super().__init__(*args, **kwargs)
+        check_supported(self, self.cggr)
+        # The Trainer counts the items of a step only for losses that are divided by them.
+        self._model_takes_items = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = True
+        if self.model is not None:
+            self.routed_model()  # settings that do not go with this model fail here, not in the first step
+        self.add_callback(CGGRCallback(self))
+
+    def routed_model(self) -> CGGRModel:
+        """The :class:`~cggr_core.CGGRModel` around the Trainer's present model."""
+        if self._routed is not None and self._routed_for is self.model:
+            return self._routed
+        self._routed_for = self.model
+        model = self.accelerator.unwrap_model(self.model)
+        if self._routed is None or self._routed.model is not model:
+            overrides = {} if self._router is None else {"router": self._router}
+            self._routed = self.cggr.build(model, seed=self.args.seed, **overrides)
+            self._routed.scoring_stopwatch = self._scoring
+        return self._routed
+
+    def step_routing(self) -> None:
+        """Move the keep ratio on by one optimizer step; the callback does."""
+        self.routed_model().step()
+        self._steps_since_log += 1
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; a resumed run makes the selections of the uninterrupted one."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            output = Path(str(self.args.output_dir))
+            checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+        self.resumed_from = Path(checkpoint) if checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The loss of the kept tokens in training; in evaluation what the Trainer computes.
+
+        Args:
+            model: The model, as the Trainer has wrapped it.
+            inputs: A batch.
+            return_outputs: Whether the model's outputs are wanted too; in evaluation only.
+            num_items_in_batch: Countable tokens of the whole optimizer step.
+            **kwargs: Of the Trainer.
+
+        Raises:
+            ValueError: If outputs are wanted in training, or the batch cannot be routed.
+        """
+        if not model.training or inputs.get("labels") is None:
+            return self._own_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        if return_outputs:
+            raise ValueError("return_outputs=True in training: the logits of tokens that are not kept are not computed")
+        routed = self.routed_model()
+        place = {"draw": self.state.global_step, "first_row": self._first_row()}
+        with routed.in_place(), self.accelerator.autocast():
+            loss = model(**routed_batch(inputs), num_items=_at_least_one(num_items_in_batch), **place)
+        self._metrics_window.add(routed.metrics)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The items are those of all ranks, and the gradients are averaged over the ranks.
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the metrics of the steps since the last record to a record of the training loss."""
+        if "loss" in logs:
+            logs.update(self._read_metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _own_loss(self, *args: Any, **kwargs: Any) -> Any:
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._model_takes_items
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
+    def _read_metrics(self) -> dict[str, float]:
+        steps, self._steps_since_log = self._steps_since_log, 0
+        found = self._metrics_window.read(self._sum_over_ranks)
+        seconds = self._scoring.read()
+        if found and seconds:
+            found["scoring_seconds"] = seconds / max(steps, 1)
+        return found
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        total: Any = self.accelerator.reduce(sums, "sum")
+        return total
+
+    def _first_row(self) -> int:
+        """Number of this micro-batch's first row in its optimizer step, over all micro-batches and ranks."""
+        step, micro_batch = self._micro_batch
+        micro_batch = micro_batch + 1 if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, micro_batch)
+        before = micro_batch * self.accelerator.num_processes + self.accelerator.process_index
+        return before * self.args.train_batch_size
+
+
+class CGGRTrainer(CGGRMixin, Trainer):
+    """The Hugging Face Trainer on the tokens worth learning from; see :class:`CGGRMixin`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from cggr_train import CGGRConfig, CGGRTrainer
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4)
+        >>> data = [{"input_ids": list(range(16)), "labels": list(range(16))}] * 4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     arguments = TrainingArguments(folder, max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+        ...     trainer = CGGRTrainer(
+        ...         LlamaForCausalLM(config), arguments, train_dataset=data, cggr=CGGRConfig(min_tokens_ratio=0.5)
+        ...     )
+        ...     trainer.train().global_step
+        1
+    """
+
+
+def _at_least_one(num_items: Tensor | int | None) -> Any:
+    # A step in which nothing is countable has a loss of 0, not of 0 / 0.
+    if num_items is None:
+        return None
+    return num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
