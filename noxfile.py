@@ -13,7 +13,7 @@ import nox
 ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
-TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate")
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate", "trl")
 CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
 # One torch thread per test process (two processes share the machine), and no look at a model hub.
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
