@@ -1,0 +1,245 @@
+"""Tokens per second and memory of a 1B model on every attention backend that works on this machine.
+
+The model has the sizes of Llama-3.2-1B and random weights, in bfloat16. ``forward`` runs all tokens without gradients
+and makes the logits of the last position; ``forward + backward`` trains on all tokens, with a loss that needs no logits
+tensor (cggr-core's) and without activation checkpointing. Each backend is set by ``enable_flash_attention``, so its
+tiny trial against eager attention has passed; ``sdpa`` is also pinned to each kernel behind it. Times are medians of
+CUDA events around single calls in turns, memory is the peak beyond what was there before the call. What could not be
+measured stands in the settings with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import _record
+from cggr_core.linear_loss import linear_cross_entropy
+from cggr_flash import attention_backends, enable_flash_attention
+
+Context = Callable[[], AbstractContextManager[Any]]
+SEED = 0
+SIZES = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+TINY = SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 1}
+# Sequence length -> (batch, timed rounds)
+SHAPES = {2048: (4, 8), 8192: (1, 8), 32768: (1, 4)}
+PASSES = ("forward", "forward + backward")
+PINNED = {
+    "sdpa, cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa, flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa, math": SDPBackend.MATH,
+}
+CONTROL = "sdpa"
+
+
+def build(sizes: dict[str, Any], device: str) -> LlamaForCausalLM:
+    """A Llama of the given sizes with random weights."""
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).train()
+
+
+def step(model: LlamaForCausalLM, tokens: torch.Tensor, what: str) -> None:
+    """One pass over ``tokens`` ``[B, S]``."""
+    if what == "forward":
+        with torch.no_grad():
+            model(tokens, use_cache=False, logits_to_keep=1)
+        return
+    hidden = model.model(tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    loss = linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten())
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def candidates(device: str, chosen: list[str] | None) -> Iterator[tuple[str, str, Context]]:
+    """Name, backend and kernel context of what works here."""
+    works = [row.name for row in attention_backends(device) if row.available]
+    for name in works if chosen is None else chosen:
+        if not name.startswith("sdpa/"):
+            yield name, name, nullcontext
+    for name, kernel in PINNED.items() if chosen is None else ():
+        if name.replace(", ", "/") in works:
+            yield name, "sdpa", lambda kernel=kernel: sdpa_kernel(kernel)
+
+
+class Clock:
+    """Seconds of a call, and the bytes that it holds at most; by CUDA events on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __call__(self, call: Callable[[], None]) -> float:
+        """Seconds."""
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def peak(self, call: Callable[[], None]) -> int:
+        """Bytes beyond those held before the call; 0 where they cannot be counted."""
+        if not self.cuda:
+            call()
+            return 0
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def measure(
+    model: LlamaForCausalLM,
+    length: int,
+    batch: int,
+    rounds: int,
+    device: str,
+    chosen: list[str] | None,
+    not_measured: dict[str, str],
+) -> dict[str, dict[str, Any]]:
+    """The rows of one sequence length."""
+    clock, rows = Clock(device), {}
+    tokens = torch.randint(model.config.vocab_size, (batch, length), device=device)
+    for what in PASSES:
+        calls: dict[str, tuple[str, Callable[[], None]]] = {}
+        peaks: dict[str, int] = {}
+        for name, backend, context in candidates(device, chosen):
+
+            def call(context: Context = context, what: str = what) -> None:
+                with context():
+                    step(model, tokens, what)
+
+            label = f"{what}, S {length}, {name}"
+            try:
+                enable_flash_attention(model, backend)
+                call()  # compiles
+                peaks[name] = clock.peak(call)
+            except torch.OutOfMemoryError:
+                not_measured[label] = "out of memory"
+            except RuntimeError as error:
+                not_measured[label] = str(error).splitlines()[0][:300]
+            if name in peaks:
+                calls[name] = (backend, call)
+            else:
+                print(f"{label}: {not_measured[label]}", flush=True)
+                model.zero_grad(set_to_none=True)
+                gc.collect()
+                if clock.cuda:
+                    torch.cuda.empty_cache()
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, (backend, call) in calls.items():
+                model.set_attn_implementation(backend)
+                seconds[name].append(clock(call))
+        for name, samples in seconds.items():
+            row = _record.summary(samples) | {"unit": "s"}
+            row["ratio"] = _record.summary([c / s for c, s in zip(seconds[CONTROL], samples, strict=True)])
+            row["tokens_per_second"] = batch * length / row["median"]
+            row["peak_bytes"] = peaks[name]
+            rows[f"{what}, S {length}, {name}"] = row
+            shown = f"{row['median'] * 1e3:9.2f} ms {row['tokens_per_second']:10.0f} tokens/s"
+            print(f"{what:19s} S {length:6d} {name:24s} {shown} {peaks[name] / 1e9:7.2f} GB", flush=True)
+    return rows
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Tokens per second of both passes and memory of the second, one row of panels per sequence length."""
+    from matplotlib.figure import Figure
+
+    rows, settings = result["rows"], result["settings"]
+    lengths = [int(length) for length in settings["shapes"]]
+    names = list(dict.fromkeys(name.split(", ", 2)[2] for name in rows))
+    figure = Figure(figsize=(11.5, 0.8 + 0.27 * len(names) * len(lengths)), layout="constrained")
+    panels = figure.subplots(len(lengths), 3, sharey=True, squeeze=False)
+    for length, line in zip(lengths, panels, strict=True):
+        for what, field, scale, unit, axes in (
+            (PASSES[0], "tokens_per_second", 1e3, "thousand tokens/s", line[0]),
+            (PASSES[1], "tokens_per_second", 1e3, "thousand tokens/s", line[1]),
+            (PASSES[1], "peak_bytes", 1e9, "peak memory above the model, GB", line[2]),
+        ):
+            for place, name in enumerate(names):
+                key = f"{what}, S {length}, {name}"
+                row = rows.get(key)
+                value = row[field] / scale if row else 0.0
+                why = settings["not_measured"].get(key, "")
+                text = f" {value:.3g}" if row else " out of memory" if why == "out of memory" else " does not run"
+                axes.barh(place, value, color="0.6" if name == CONTROL else "#2a6f97", height=0.65)
+                axes.text(value, place, text, va="center", fontsize=7, color="black" if row else "0.45")
+            axes.set_yticks(range(len(names)), names, fontsize=7)
+            axes.margins(x=0.17)
+            axes.tick_params(axis="x", labelsize=7)
+            batch = settings["shapes"][str(length)]["batch"]
+            axes.set_title(f"{what}, {batch} x {length} tokens", fontsize=8, loc="left")
+            axes.set_xlabel(unit, fontsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].invert_yaxis()
+    figure.suptitle(
+        f"Attention backends, Llama-3.2-1B sizes in bfloat16, {result['environment']['device']}", fontsize=9
+    )
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(SHAPES), help="sequence lengths")
+    parser.add_argument("--rounds", type=int, help="timed rounds (by default fewer for longer sequences)")
+    parser.add_argument("--backends", nargs="+", help="names of attention_backends() (by default all that work)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument("--folder", type=Path, default=_record.RESULTS)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(TINY if arguments.tiny else SIZES, device)
+    shapes = {length: SHAPES.get(length, (1, 4)) for length in arguments.lengths}
+    rows: dict[str, dict[str, Any]] = {}
+    not_measured: dict[str, str] = {}
+    for length, (batch, rounds) in shapes.items():
+        rounds = arguments.rounds or rounds
+        rows |= measure(model, length, batch, rounds, device, arguments.backends, not_measured)
+        settings = {
+            "seed": SEED,
+            "dtype": "bfloat16",
+            "model": TINY if arguments.tiny else SIZES,
+            "shapes": {str(each): {"batch": shapes[each][0]} for each in shapes},
+            "checkpointing": False,
+            "loss": "cggr_core.linear_cross_entropy over all tokens, no logits tensor",
+            "backends": {row.name: row.reason for row in attention_backends(device)},
+            "not_measured": not_measured,
+        }
+        control = next(name for name in rows if name.endswith(f", {CONTROL}"))
+        _record.write("attention", rows, settings=settings, control=control, device=device, folder=arguments.folder)
+    draw(_record.load("attention", folder=arguments.folder), arguments.folder / "attention.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""``python -m cggr_flash``: the attention backends of this machine as a table."""
+
+import argparse
+
+import torch
+import transformers
+
+from cggr_flash.capabilities import attention_backends, default_device
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the rows of :func:`cggr_flash.attention_backends`, aligned.
+
+    Args:
+        arguments: Of the command line; those of the process by default.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cggr_flash", description="Which attention backends work here.")
+    parser.add_argument("--device", help="where a model would run (default: the accelerator, or cpu)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device) if chosen.device else default_device()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{device}, {chosen.dtype}, {versions}\n")
+    table = [("backend", "works", "because", "to change that")]
+    for row in attention_backends(device, getattr(torch, chosen.dtype)):
+        table.append((row.name, "yes" if row.available else "no", row.reason, row.fix))
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

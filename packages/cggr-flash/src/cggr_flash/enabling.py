@@ -1,0 +1,189 @@
+"""Setting a loaded model to the fastest attention backend that works on it, in place."""
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cggr_flash.capabilities import HALF, ORDER, check_backend, is_flash, judge_backend
+from cggr_flash.machine import Machine, first_line, inspect_machine
+from cggr_flash.model_support import Implementations, current, is_switchable, model_obstacle, request, unwrapped
+from cggr_flash.trial import TrialError, disagreement, trial
+
+_logger = logging.getLogger("cggr_flash")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def enable_flash_attention(model: Model, backend: str = "auto") -> Model:
+    """Set a loaded model to an attention backend, in place; it has run a tiny forward and backward when this returns.
+
+    What the trial computes is held to eager attention's results. Under ``torch.autocast``, the dtype of autocast
+    counts instead of the model's. Image towers that cannot take the backend keep theirs, and the log says so.
+
+    Args:
+        model: A transformers model, composite (vision and text) ones among them, or a PEFT wrapper of one.
+        backend: A name of :func:`cggr_flash.attention_backends`, a hub kernel ``"owner/name"``, or ``"auto"``: the
+            fastest that works on this model, its dtype and its device; what was passed over and why is one line in
+            the log ``cggr_flash``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: If ``model`` is not a transformers model, or ``backend`` not a string.
+        ValueError: If no backend has that name, or a flash attention is asked for a model in float32.
+        RuntimeError: If the backend cannot work; the text says why and what to do. The model is as it was before.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes))
+        >>> enable_flash_attention(model, "sdpa").config._attn_implementation
+        'sdpa'
+    """
+    check_backend(backend)
+    base = unwrapped(model)
+    if backend == "auto" and not is_switchable(base):
+        reason, _ = model_obstacle(base, "another") or ("its attention cannot be changed", "")
+        raise RuntimeError(
+            f"{reason}, and it cannot be changed in place; load it with load_model_with_flash_attention(path), which "
+            "builds it on the fastest backend that works"
+        )
+    choose(base, backend)
+    return model
+
+
+class PassedOver(NamedTuple):
+    """A backend that is not taken: why, what to do, and whether it was tried on the model."""
+
+    name: str
+    reason: str
+    fix: str = ""
+    tried: bool = False
+
+
+def listed(passed_over: Sequence[PassedOver]) -> str:
+    """All reasons, on one line."""
+    return "; ".join(f"not {each.name}: {each.reason}" for each in passed_over)
+
+
+def explained(backend: str, model_name: str, reason: str, fix: str) -> str:
+    """The error about an explicit backend that cannot work."""
+    return f"backend={backend!r} cannot be used for {model_name}: {reason}. What to do: {fix}"
+
+
+def choose(model: PreTrainedModel, backend: str, passed_before: Sequence[PassedOver] = ()) -> None:
+    """Set a model to ``backend``, or for ``"auto"`` to the first of all that works; see :func:`enable_flash_attention`.
+
+    A model that cannot be switched is tried on what it was built with. ``passed_before`` is what the caller has passed
+    over, for the log.
+    """
+    device, dtype = placement(model)
+    if backend != "auto":
+        check_dtype(backend, dtype)
+    machine = inspect_machine(device, dtype)
+    before = Implementations(model)
+    passed_over = list(passed_before)
+    expected: list[Tensor] | None = None
+    try:
+        for name in ORDER if backend == "auto" else (backend,):
+            reason, fix = _known_obstacle(model, name, machine)
+            if not reason:
+                if expected is None and is_switchable(model):
+                    expected = _results_on_eager(model, before)
+                reason, kept = _tried(model, name, expected, dtype)
+                if not reason:
+                    _log_choice(model, name, machine, passed_over, kept)
+                    return
+                before.restore()
+                passed_over.append(
+                    PassedOver(name, reason, "take backend='auto', which goes on to the next", tried=True)
+                )
+            else:
+                passed_over.append(PassedOver(name, reason, fix))
+    except BaseException:
+        before.restore()
+        raise
+    if backend == "auto":
+        raise RuntimeError(f"no attention backend works on {type(model).__name__} on {device}: {listed(passed_over)}")
+    failed = passed_over[-1]
+    text = explained(backend, type(model).__name__, failed.reason, failed.fix)
+    raise RuntimeError(f"{text}. The model is on {current(model)!r}, as before")
+
+
+def placement(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    """Where the model runs and the dtype of its attention, that of an active autocast included.
+
+    Raises:
+        ValueError: If its weights are on the meta device.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if devices == {torch.device("meta")}:
+        raise ValueError(f"model {type(model).__name__} is on the meta device and has no weights; load them first")
+    # Offloaded weights are brought to the accelerator to be used.
+    device = min(devices, key=lambda each: (each.type in ("meta", "cpu"), each.index or 0))
+    if torch.is_autocast_enabled(device.type):
+        return device, torch.get_autocast_dtype(device.type)
+    return device, model.dtype
+
+
+def check_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Raise where a flash attention is asked for a dtype that it does not compute in."""
+    if is_flash(backend) and dtype not in HALF:
+        raise ValueError(
+            f"backend={backend!r} computes in float16 and bfloat16 only, and the model's dtype is "
+            f"{str(dtype).removeprefix('torch.')}; nothing is cast in silence: load the model with "
+            "dtype=torch.bfloat16, call this under torch.autocast, or take backend='sdpa'"
+        )
+
+
+def _known_obstacle(model: PreTrainedModel, name: str, machine: Machine) -> tuple[str, str]:
+    row = judge_backend(name, machine)
+    if not row.available:
+        return row.reason, row.fix
+    return model_obstacle(model, name) or ("", "")
+
+
+def _results_on_eager(model: PreTrainedModel, before: Implementations) -> list[Tensor]:
+    try:
+        model.set_attn_implementation(request(model, "eager")[0])
+        return trial(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"{type(model).__name__} does not run on a few made-up inputs, so no attention backend can be tried on it: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        before.restore()
+
+
+def _tried(
+    model: PreTrainedModel, name: str, expected: list[Tensor] | None, dtype: torch.dtype
+) -> tuple[str, list[str]]:
+    """Why a backend does not work on the model, ``""`` where it does and stays set; and which towers keep theirs."""
+    wanted, kept = request(model, name)
+    try:
+        if expected is not None:
+            model.set_attn_implementation(wanted)
+        if current(model) != name:
+            return f"transformers set {current(model)!r} in its place", kept
+        found = trial(model)
+    except TrialError as error:
+        return str(error), kept
+    except Exception as error:  # compilers and kernels fail in ways of their own
+        return f"{type(error).__name__}: {first_line(error)}", kept
+    return (disagreement(found, expected, dtype) if expected is not None else ""), kept
+
+
+def _log_choice(
+    model: PreTrainedModel, name: str, machine: Machine, passed_over: Sequence[PassedOver], kept: list[str]
+) -> None:
+    where = f"{machine.device} ({machine.device_name}, {str(machine.dtype).removeprefix('torch.')})"
+    notes = [repr(name), *([listed(passed_over)] if passed_over else []), *kept]
+    # What should have worked and did not is worth a warning; what is not installed is not.
+    level = logging.WARNING if any(each.tried for each in passed_over) else logging.INFO
+    _logger.log(level, "%s on %s runs on %s", type(model).__name__, where, "; ".join(notes))

@@ -1,0 +1,219 @@
+"""Loading a Hugging Face model onto the fastest attention backend that works on it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+
+from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
+from cggr_flash.checkpoint import check_folder, looks_like_path, missing_path
+from cggr_flash.enabling import PassedOver, check_dtype, choose, explained, listed
+from cggr_flash.machine import Machine, first_line, inspect_machine
+from cggr_flash.model_support import class_obstacle
+
+# Of from_pretrained: where the files are, which the configuration and the weights share.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_OURS = {
+    "attn_implementation": "say backend=... instead",
+    "torch_dtype": "say dtype=... instead",
+    "output_loading_info": "the model alone is returned, and weights that do not fit are an error",
+}
+
+
+def load_model_with_flash_attention(
+    name_or_path: str | os.PathLike[str],
+    backend: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    **from_pretrained: Any,
+) -> PreTrainedModel:
+    """Load a model of the hub or of a folder, and set it to an attention backend that has run on it.
+
+    The class is the one that the checkpoint names, so causal and masked language models and vision-and-text models come
+    back as what they were saved as. Everything that can be checked without the weights is checked before they are read.
+
+    Args:
+        name_or_path: Name on the hub, or a folder.
+        backend: See :func:`cggr_flash.enable_flash_attention`.
+        dtype: ``"auto"`` for that of the checkpoint, or ``torch.bfloat16``, ``"bfloat16"``, ...
+        device_map: As transformers takes it; ``None`` leaves the model on the CPU, where no flash attention runs:
+            ``"cuda"`` for a GPU.
+        **from_pretrained: Further arguments of ``from_pretrained`` and settings of the configuration.
+            ``trust_remote_code`` is False and ``use_safetensors`` True unless passed.
+
+    Returns:
+        The Hugging Face model itself, in evaluation mode.
+
+    Raises:
+        TypeError: If an argument is given twice under two names.
+        ValueError: If no backend has that name, if a flash attention is asked for in float32, or if a file of the
+            weights is damaged or does not fill the model.
+        FileNotFoundError: If the path, the configuration or the weights are not there.
+        RuntimeError: If the backend cannot work; the text says why and what to do.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).save_pretrained(folder)
+        ...     model = load_model_with_flash_attention(folder, dtype="bfloat16")
+        >>> model.config._attn_implementation, model.dtype
+        ('sdpa', torch.bfloat16)
+    """
+    check_backend(backend)
+    for name in _OURS.keys() & from_pretrained.keys():
+        raise TypeError(f"load_model_with_flash_attention takes no {name!r}: {_OURS[name]}")
+    dtype = _dtype(dtype)
+    if isinstance(dtype, torch.dtype):
+        check_dtype(backend, dtype)
+    options = {"use_safetensors": True, "trust_remote_code": False, **from_pretrained}
+    name = _checked_name(name_or_path, options)
+    config, options = _config(name, options)
+    model_class = _model_class(config, options["trust_remote_code"])
+    machine = inspect_machine(_planned_device(device_map), _planned_dtype(backend, dtype, config))
+    candidates, passed_over = _candidates(backend, model_class, config, machine)
+    arguments = {**options, "dtype": dtype, "device_map": device_map}
+    if not _builds_attention_in(model_class):
+        model = _load(model_class, name, arguments)
+        choose(model, backend)
+        return model
+    # Such a model is made once for each backend that is tried on it.
+    for candidate in candidates:
+        try:
+            model = _load(model_class, name, {**arguments, "attn_implementation": candidate})
+            choose(model, candidate, passed_over)
+            return model
+        except (RuntimeError, ImportError) as error:
+            if backend != "auto":
+                raise
+            passed_over.append(PassedOver(candidate, first_line(error), tried=True))
+            arguments["force_download"] = False
+    raise RuntimeError(f"no attention backend works on {model_class.__name__}: {listed(passed_over)}")
+
+
+def _candidates(backend: str, model_class: Any, config: Any, machine: Machine) -> tuple[list[str], list[PassedOver]]:
+    """The backends to try, and those that neither the machine nor the class of the model allows.
+
+    Raises:
+        RuntimeError: If ``backend`` is one of those.
+    """
+    candidates, passed_over = [], []
+    for name in ORDER if backend == "auto" else (backend,):
+        row = judge_backend(name, machine)
+        obstacle = (row.reason, row.fix) if not row.available else class_obstacle(model_class, config, name)
+        if obstacle is None:
+            candidates.append(name)
+        elif backend != "auto":
+            raise RuntimeError(explained(backend, model_class.__name__, *obstacle))
+        else:
+            passed_over.append(PassedOver(name, obstacle[0]))
+    return candidates, passed_over
+
+
+def _checked_name(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> str:
+    """The name, once the files of a folder have been looked at."""
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"name_or_path must be a string or a path, got {type(name_or_path).__name__}")
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_folder(folder, options)
+        return str(folder)
+    if folder.exists():
+        raise FileNotFoundError(f"{name!r} is a file; give the folder that holds it")
+    if isinstance(name_or_path, os.PathLike) or looks_like_path(name):
+        raise FileNotFoundError(missing_path(name))
+    return name
+
+
+def _config(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and the arguments that are left for the model."""
+    given = options.pop("config", None)
+    if given is not None:
+        if not isinstance(given, PreTrainedConfig):
+            raise TypeError(f"config must be a transformers configuration, got {type(given).__name__}")
+        return given, options
+    # Arguments for both; transformers would write the last over what a quantised checkpoint says of itself.
+    shared = {key: options.pop(key) for key in (*_WHERE, "trust_remote_code", "quantization_config") if key in options}
+    where = {key: value for key, value in shared.items() if key != "quantization_config"}
+    try:
+        config, rest = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **where, **options)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{missing_path(name)}; nor does the hub give a model of that name: {first_line(error)}"
+        ) from error
+    return config, {**rest, **shared}
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that the checkpoint was saved as, or the one that its own code defines."""
+    if trust_remote_code and getattr(config, "auto_map", None):
+        kinds = [kind for kind in config.auto_map if kind.startswith("AutoModel")]
+        return getattr(transformers, kinds[0], AutoModelForCausalLM) if kinds else AutoModelForCausalLM
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return AutoModelForCausalLM
+
+
+def _builds_attention_in(model_class: Any) -> bool:
+    # An AutoModel stands for a class that is known once it is loaded.
+    return issubclass(model_class, PreTrainedModel) and not model_class._can_set_attn_implementation()
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f"dtype must be 'auto', a floating torch dtype or the name of one ('bfloat16'), got {dtype!r}")
+
+
+def _planned_dtype(backend: str, dtype: str | torch.dtype, config: Any) -> torch.dtype:
+    """The dtype that the model will have; where only the weights can tell, one that rules nothing out."""
+    planned = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
+    if not isinstance(planned, torch.dtype):
+        return HALF[0] if is_flash(backend) or backend == "auto" else torch.float32
+    check_dtype(backend, planned)
+    return planned
+
+
+def _planned_device(device_map: Any) -> torch.device:
+    """Where ``device_map`` puts the layers, the accelerator rather than what is offloaded."""
+    if device_map is None:
+        return torch.get_default_device()
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return default_device()
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    devices = [torch.device(place) for place in places if place not in ("disk", "cpu")]
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _load(model_class: Any, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """The model, with a value of the checkpoint in every one of its parameters."""
+    try:
+        model, report = model_class.from_pretrained(name, **arguments, output_loading_info=True)
+    except SafetensorError as error:
+        # A folder was looked at before; what the hub's cache holds is looked at now.
+        where = {key: arguments[key] for key in _WHERE if key in arguments and key != "force_download"}
+        path = cached_file(name, CONFIG_NAME, **{**where, "local_files_only": True})
+        if path is not None:
+            check_folder(Path(path).parent, {key: arguments.get(key) for key in ("variant", "use_safetensors")})
+        raise ValueError(f"the weights of {name!r} are damaged: {first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"the weights of {name!r} lack {len(missing)} of the tensors of {type(model).__name__} ({shown}), which "
+            "transformers would leave random. If that is meant, load the model with transformers and pass it to "
+            "enable_flash_attention"
+        )
+    return model

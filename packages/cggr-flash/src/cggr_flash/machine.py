@@ -1,0 +1,119 @@
+"""The facts about a machine that decide which attention backends work on it; they are judged in ``capabilities``."""
+
+import importlib
+import platform
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
+
+# Distribution -> the module that an attention backend imports of it.
+MODULES = {
+    "flash-attn": "flash_attn",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+    "kernels": "kernels",
+    "triton": "triton",
+}
+# The kernels behind scaled_dot_product_attention, fastest first.
+SDPA_KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_CPU_KERNELS = ("flash", "math")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is.
+
+    Attributes:
+        device: Where the model runs.
+        device_name: For people: ``"NVIDIA H200"``.
+        capability: Compute capability of an NVIDIA GPU; ``None`` on any other device.
+        dtype: Of queries, keys and values.
+        packages: Distribution -> version, of those in :data:`MODULES` that are installed.
+        import_errors: Distribution -> why its module does not import, of those that are installed and do not.
+        sdpa_kernels: Kernel of :data:`SDPA_KERNELS` -> why it does not run, ``""`` where it does.
+        kernels_versions: The versions of ``kernels`` that transformers takes: from, and below.
+    """
+
+    device: torch.device
+    device_name: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    packages: Mapping[str, str]
+    import_errors: Mapping[str, str]
+    sdpa_kernels: Mapping[str, str]
+    kernels_versions: tuple[str, str] = (KERNELS_MIN_VERSION, KERNELS_MAX_VERSION)
+
+
+def inspect_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Read the facts: installed packages are imported, and SDPA's kernels run on a few random numbers.
+
+    Args:
+        device: Where the model runs.
+        dtype: Of queries, keys and values.
+
+    Returns:
+        The facts.
+    """
+    packages = {name: version for name in MODULES if (version := _version(name)) is not None}
+    is_gpu = device.type == "cuda"
+    errors = {name: error for name in packages if is_gpu and (error := _import_error(MODULES[name]))}
+    is_nvidia = is_gpu and torch.version.hip is None
+    return Machine(
+        device=device,
+        device_name=torch.cuda.get_device_name(device) if is_gpu else platform.processor() or device.type,
+        capability=torch.cuda.get_device_capability(device) if is_nvidia else None,
+        dtype=dtype,
+        packages=packages,
+        import_errors=errors,
+        sdpa_kernels={name: _sdpa_obstacle(name, device, dtype) for name in SDPA_KERNELS},
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import_error(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a compiled extension of another torch fails in ways of its own
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _sdpa_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu" and name not in _CPU_KERNELS:
+        return "a CUDA kernel, and the device is the CPU"
+    with warnings.catch_warnings(record=True) as said, torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("always")
+        try:
+            # Drawn on the CPU, so that the generator of the device is left alone.
+            query = torch.randn(1, 2, 64, 64).to(device, dtype).requires_grad_()
+            with sdpa_kernel(SDPA_KERNELS[name]):
+                scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            # torch warns with one reason for every kernel that it passed over, those that are switched off included.
+            reasons = [str(w.message).partition(" (Triggered")[0] for w in said]
+            own = [reason for reason in reasons if "not used because" not in reason and "disabled" not in reason]
+            return " ".join(own) or first_line(error)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, which is the one that names the cause."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,156 @@
+"""What a model says about the attention backends that it can be set to, and what it is set to."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import modeling_flash_attention_utils as transformers_flash
+
+from cggr_flash.capabilities import is_flash
+
+# What configurations call the dropout of attention probabilities.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+_WITHOUT_DROPOUT = ("flash_attention_3", "flash_attention_4", "flash-attn3", "flash-attn4", "flex_attention")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a PEFT wrapper, or ``model`` itself.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    get_base_model = getattr(model, "get_base_model", None)
+    base = get_base_model() if callable(get_base_model) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel or a PEFT wrapper of one, got {type(model).__name__}"
+        )
+    return base
+
+
+def current(model: PreTrainedModel) -> str:
+    """The backend that the model's text part runs on."""
+    return model.config.get_text_config()._attn_implementation
+
+
+def is_switchable(model: PreTrainedModel) -> bool:
+    """Whether every part reads its backend when it runs; the others built it in when they were made."""
+    return all(part._can_set_attn_implementation() for part in _models(model))
+
+
+def model_obstacle(model: PreTrainedModel, backend: str) -> tuple[str, str] | None:
+    """Why a model cannot run on a backend, whatever the machine.
+
+    Args:
+        model: The model.
+        backend: Its name.
+
+    Returns:
+        The reason and what to do, or ``None``. Image and audio towers are not asked: they keep their backend where
+        they cannot take the new one (:func:`request`).
+    """
+    for part in _text_models(model):
+        reason = _class_obstacle(type(part), backend)
+        if reason is not None:
+            return reason
+    if not is_switchable(model) and backend != current(model):
+        built = next(type(part).__name__ for part in _models(model) if not part._can_set_attn_implementation())
+        return (
+            f"{built} builds its attention in when it is made, here {current(model)!r}",
+            f"load it anew: load_model_with_flash_attention(path, backend={backend!r})",
+        )
+    return dropout_obstacle(model.config, backend)
+
+
+def _class_obstacle(model_class: type[PreTrainedModel], backend: str) -> tuple[str, str] | None:
+    name: Any = model_class.__name__
+    other = "take backend='auto', which finds what it has"
+    if is_flash(backend):
+        supported, what = model_class._supports_flash_attn, "flash attention"
+        compatible = getattr(model_class, "_compatible_flash_implementations", None)
+        if supported and compatible and backend not in compatible:
+            listed = ", ".join(repr(each) for each in compatible)
+            return f"{name} works with {listed} only among the flash attentions", f"take one of these, or {other[5:]}"
+    elif backend == "sdpa":
+        supported, what = model_class._supports_sdpa, "sdpa"
+    elif backend == "flex_attention":
+        supported, what = model_class._supports_flex_attn, "flex_attention"
+    else:
+        return None
+    return None if supported else (f"{name} has no {what} in transformers", other)
+
+
+def class_obstacle(model_class: type[PreTrainedModel], config: Any, backend: str) -> tuple[str, str] | None:
+    """As :func:`model_obstacle`, for a model that is not made yet."""
+    return _class_obstacle(model_class, backend) or dropout_obstacle(config, backend)
+
+
+def dropout_obstacle(config: Any, backend: str) -> tuple[str, str] | None:
+    """Attention dropout, which some backends do not have: training would leave it out in silence, or fail."""
+    if not any(backend.endswith(name) for name in _WITHOUT_DROPOUT):
+        return None
+    text = config.get_text_config()
+    for name in _DROPOUTS:
+        value = getattr(text, name, None)
+        if isinstance(value, float) and value > 0.0:
+            return (
+                f"it has no dropout, and the model's configuration has {name}={value}",
+                f"load the model with {name}=0.0, or take backend='sdpa'",
+            )
+    return None
+
+
+def request(model: PreTrainedModel, backend: str) -> tuple[str | dict[str, str], list[str]]:
+    """What to ask ``set_attn_implementation`` for, so that towers without the backend keep theirs.
+
+    Args:
+        model: The model.
+        backend: What its text part is to run on.
+
+    Returns:
+        The backend, or one for each part of the configuration; and what stays, for people.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    wanted, kept = {"": backend}, []
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is None:
+            continue
+        wanted[key] = backend
+        owners = [each for each in _models(model) if each.config is part]
+        reasons = [reason for owner in owners if (reason := _class_obstacle(type(owner), backend)) is not None]
+        if part is not text and reasons:
+            wanted[key] = part._attn_implementation
+            kept.append(f"{key} stays on {part._attn_implementation!r} ({reasons[0][0]})")
+    return (wanted, kept) if len(wanted) > 1 else (backend, kept)
+
+
+class Implementations:
+    """The backends that all (sub)configurations of a model are set to, to go back to."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = {id(part.config): part.config for part in _models(model)}
+        waiting: list[Any] = [model.config]
+        while waiting:
+            config = waiting.pop()
+            found[id(config)] = config
+            waiting.extend(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)
+        self._before = [(config, config._attn_implementation_internal) for config in found.values()]
+
+    def restore(self) -> None:
+        """Set all of them back."""
+        for config, name in self._before:
+            # The internal attribute: the public setter walks over the sub-configurations, and may refuse.
+            config._attn_implementation_internal = name
+        # transformers 5.17 takes a flash library whose import failed for loaded when it is asked again.
+        transformers_flash._loaded_implementation = None
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _text_models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    text = model.config.get_text_config()
+    return [model, *(part for part in _models(model) if part.config is text and part is not model)]

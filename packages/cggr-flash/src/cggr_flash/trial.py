@@ -1,0 +1,170 @@
+"""One tiny forward and backward on a loaded model: what says that a backend works, rather than that it imports."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_ROWS, _TOKENS = 2, 16
+# Relative error that half of the tokens may have against eager attention. Reordered sums in low precision stay
+# below it in deep models, a few tokens that change experts do not count, and other computations are above it.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+_HALF_TOLERANCE = 0.2
+
+
+class TrialError(RuntimeError):
+    """A model does not run on the few inputs that can be made up for it, or gives numbers that are wrong."""
+
+
+def trial(model: PreTrainedModel) -> list[Tensor]:
+    """Run the model on a few made-up tokens, and its image towers on made-up pixels, forward and backward.
+
+    In evaluation mode, without a cache, with gradients to the inputs alone: no parameter's ``grad``, no random
+    generator and no training flag is changed.
+
+    Args:
+        model: The model, on its device.
+
+    Returns:
+        Outputs and gradients, float32, in an order that is the same in every trial of this model.
+
+    Raises:
+        TrialError: If no part of the model takes tokens or pixels, or a result is not finite.
+    """
+    results: list[Tensor] = []
+    with _evaluation(model), torch.inference_mode(False), torch.enable_grad():
+        for part in _parts(model):
+            run = _run_on_pixels if part.main_input_name == "pixel_values" else _run_on_tokens
+            results.extend(result.detach().float() for result in run(part))
+    if not results:
+        raise TrialError(f"no part of {type(model).__name__} takes input_ids, or pixel_values of a known size, alone")
+    if not all(bool(torch.isfinite(result).all()) for result in results):
+        raise TrialError("the results of a tiny forward and backward are not finite")
+    return results
+
+
+def disagreement(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str:
+    """How results differ from those of eager attention, or ``""`` where the difference is one of rounding.
+
+    Args:
+        found: Of :func:`trial`.
+        expected: Of a trial of the same model on eager attention.
+        dtype: That the model computes in.
+    """
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    for result, reference in zip(found, expected, strict=True):
+        result, reference = result.flatten(0, -2), reference.to(result.device).flatten(0, -2)
+        size = reference.norm(dim=-1)
+        error = ((result - reference).norm(dim=-1) / size.clamp(min=1e-3 * float(size.max()) + 1e-30)).median()
+        if not error <= tolerance:
+            return f"its results differ from eager attention's by {float(error):.2g} of their size"
+    return ""
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _parts(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The outermost models that take tokens, and the outermost image towers, in those and beside them."""
+    if isinstance(module, PreTrainedModel):
+        if module.main_input_name == "input_ids":
+            yield module
+            yield from _towers(module)
+            return
+        if _is_tower(module):
+            yield module
+            return
+    for child in module.children():
+        yield from _parts(child)
+
+
+def _towers(module: nn.Module) -> Iterator[PreTrainedModel]:
+    for child in module.children():
+        if _is_tower(child):
+            assert isinstance(child, PreTrainedModel)
+            yield child
+        else:
+            yield from _towers(child)
+
+
+def _is_tower(module: nn.Module) -> bool:
+    return (
+        isinstance(module, PreTrainedModel)
+        and module.main_input_name == "pixel_values"
+        and isinstance(getattr(module.config, "image_size", None), int)
+        and not any(isinstance(inner, PreTrainedModel) and _takes_tokens(inner) for inner in module.modules())
+    )
+
+
+def _takes_tokens(module: PreTrainedModel) -> bool:
+    return module.main_input_name == "input_ids"
+
+
+def _run_on_tokens(model: PreTrainedModel) -> Iterator[Tensor]:
+    embeddings: Any = model.get_input_embeddings()
+    leaves: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    tokens = _tokens(model.config).to(embeddings.weight.device)
+    arguments: dict[str, Any] = {"input_ids": tokens}
+    if getattr(model.config, "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = tokens
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    hook = embeddings.register_forward_hook(cut)
+    try:
+        output = model(**arguments)[0]
+    finally:
+        hook.remove()
+    yield output
+    yield from torch.autograd.grad(_loss(output), leaves)
+
+
+def _run_on_pixels(model: PreTrainedModel) -> Iterator[Tensor]:
+    config: Any = model.config
+    shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+    pixels = _wave(shape, next(model.parameters()).device).to(model.dtype).requires_grad_()
+    output = model(pixel_values=pixels)[0]
+    yield output
+    yield from torch.autograd.grad(_loss(output), [pixels])
+
+
+def _tokens(config: Any) -> Tensor:
+    """int64 ``[2, 16]`` of ordinary tokens: those with a meaning of their own (padding, images) change the forward."""
+    text = config.get_text_config()
+    special = {
+        value
+        for part in (config, text)
+        for name, value in vars(part).items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    ordinary = [token for token in range(min(text.vocab_size, 64)) if token not in special][:_TOKENS] or [0]
+    row = torch.tensor(ordinary).repeat(-(-_TOKENS // len(ordinary)))[:_TOKENS]
+    return torch.stack([row, row.flip(0)][:_ROWS])
+
+
+def _loss(output: Tensor) -> Tensor:
+    # Not a plain sum: behind a layer norm, that has no gradient.
+    weights = _wave(output.shape, output.device) / output.shape[-1] ** 0.5
+    return (output.float() * weights).sum()
+
+
+def _wave(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
+    """Fixed numbers in [-1, 1] of no particular pattern, which no random generator is asked for."""
+    count = torch.Size(shape).numel()
+    return torch.cos(torch.arange(count, device=device, dtype=torch.float64) ** 2 * 0.37).float().reshape(shape)
