@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 
 class JsonlLog:
     """Appends records to a file that is also readable while the run goes on.
+
+    A last line that a kill cut short is taken off first, or the next record would be lost with it.
 
     Args:
         path: The file; its folder must exist.
@@ -24,6 +27,8 @@ class JsonlLog:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(_line(record) for record in records), encoding="utf-8")
             temporary.replace(path)
+        elif path.exists() and not (written := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, written.rfind(b"\n") + 1)
 
     def write(self, **record: Any) -> None:
         """Append one record; numbers that are not finite become null."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -18,7 +20,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest number of bytes held so far.
+    """Largest number of bytes held so far, or since :func:`reset_peak_memory`.
 
     On a CPU this is the peak resident set. Linux hands a child process its parent's peak through
     ``getrusage``, so it is read from ``/proc/self/status``, which starts at zero with the new program.
@@ -26,6 +28,22 @@ def peak_memory(device: torch.device) -> int:
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     return _from_status("VmHWM") or _max_resident()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` start anew from what is in use; without effect on CPUs other than Linux's.
+
+    On a CPU, memory that was freed but is still held by the C library goes back to the system first: what a run uses of
+    it would not show in the resident set.
+    """
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
+        _CLEAR.write_text("5", encoding="ascii")  # sets VmHWM to VmRSS, see proc(5)
 
 
 def _from_status(key: str) -> int | None:

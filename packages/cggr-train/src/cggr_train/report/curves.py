@@ -43,7 +43,7 @@ def draw_learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Non
     heldout = [record for record in records if record.get("event") == "heldout"]
     steps = [record["step"] for record in train]
     losses = [record["loss"] for record in train]
-    with _figure(7.5, 5.5) as figure:
+    with new_figure(7.5, 5.5) as figure:
         loss_axes, keep_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
         loss_axes.plot(steps, losses, color=COLOURS["cggr"], alpha=0.35, linewidth=1, label="training, as logged")
         loss_axes.plot(steps, _smooth(losses), color=COLOURS["cggr"], linewidth=2, label="training, smoothed")
@@ -68,7 +68,7 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels:
         labels: Method name to its name in the legend.
         path: PNG file to write; replaced as a whole.
     """
-    with _figure(10, 4.4) as figure:
+    with new_figure(10, 4.4) as figure:
         by_time, by_tokens = figure.subplots(1, 2, sharey=True)
         for name, points in curves.items():
             loss = [point["heldout_loss"] for point in points]
@@ -95,8 +95,8 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    # without pyplot: no global state, and no display is ever looked for
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches in the reports' style, without pyplot: no global state, no display looked for."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

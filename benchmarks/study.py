@@ -1,0 +1,148 @@
+"""``cggr study`` on real text: what selection, ratio and gradient mode do to learning, with every control beside them.
+
+``scratch`` trains a small Llama-type model on the source of Python's standard library, ``finetune`` goes on from the
+standard run of that study with a JSON Lines file of questions and answers (GSM8K's, say), ``batch`` compares standard
+training at batch 1, CGGR at batch 4 and standard training at batch 4 for the same time.
+
+Steps are timed with nothing else running; runs then train side by side on one device, and equal time means equal steps
+times measured step time. A study that was stopped goes on where it was when the same command is given again.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import _record
+from cggr_train.demo import write_corpus
+from cggr_train.learner import Routing
+from cggr_train.settings import TrainSettings
+from cggr_train.study import StudySettings, resume_study, start_study
+from cggr_train.study.analysis import Outcome
+from cggr_train.study.intervals import Interval
+from cggr_train.study.settings import STUDY
+
+SELECTIONS = ("topk", "stratified", "sequence_aware", "random", "sampled")
+SHAPE = {"vocab_size": 2048, "length": 256, "batch_size": 32, "precision": "float32", "eval_sequences": 64}
+
+
+def settings(arguments: argparse.Namespace) -> StudySettings:
+    """The study of one experiment."""
+    corpus = arguments.work / "corpus"
+    paths = corpus / "corpus.jsonl", corpus / "heldout.jsonl"
+    if arguments.experiment != "finetune" and not paths[1].exists():
+        write_corpus(corpus, max_characters=arguments.characters)
+    shape: dict[str, Any] = {**SHAPE, "device": arguments.device, "steps": arguments.steps}
+    shared: dict[str, Any] = {"parallel": arguments.parallel, "seeds": arguments.seeds,
+                              "calibration_seconds": arguments.calibration_seconds}  # fmt: skip
+    grid = {"gradients": ("kv", "exact"), "ratios": (0.125, 0.25, 0.5), "selections": SELECTIONS}
+    if arguments.experiment == "finetune":
+        if arguments.data is None:
+            raise SystemExit("give the JSON Lines file of the fine-tuning text with --data")
+        model = arguments.work / "scratch" / "runs" / "standard-seed0" / "model"
+        train = TrainSettings(
+            data=(str(arguments.data),), field=arguments.field, model=str(model), learning_rate=5e-4, **shape
+        )
+        return StudySettings(train=train, **grid, **shared, equal=("tokens",), draws=4)
+    train = TrainSettings(
+        data=(str(paths[0]),), heldout=(str(paths[1]),), config=arguments.config, learning_rate=2e-3, **shape
+    )
+    if arguments.experiment == "scratch":
+        return StudySettings(train=train, **grid, **shared, equal=("tokens",), draws=4)
+    train = dataclasses.replace(
+        train, steps=None, seconds=arguments.seconds, batch_size=4, length=256, routing=Routing()
+    )
+    return StudySettings(train=train, **shared, batch_sizes=(1,), equal=("time",))
+
+
+def rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """Every arm's figures in the form of the results; the loss at equal time leads."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm in outcome.arms:
+        name = arm.name
+        last = [points[-1] for points in outcome.curves[name]]
+        middle, low, high = outcome.step_seconds[name]
+        losses = [
+            next(p["heldout_loss"] for p in points if p["step"] == _step(outcome, name, points))
+            for points in outcome.curves[name]
+        ]
+        found[name] = {
+            **_record.summary(losses),
+            "unit": "nat",
+            "label": arm.label,
+            "role": arm.role,
+            "batch": arm.batch_size,
+            "loss": {reading: _interval(by[name].loss) for reading, by in outcome.comparisons.items()},
+            "less_control": {
+                reading: {control: _interval(value) for control, value in by[name].against.items()}
+                for reading, by in outcome.comparisons.items()
+            },
+            "step": {"median": middle, "spread": [low, high], "unit": "s"},
+            "steps_per_second": 1 / middle,
+            "steps_at_equal_time": _step(outcome, name, outcome.curves[name][0]),
+            "last": [{key: point[key] for key in ("step", "tokens", "kept_tokens", "heldout_loss")} for point in last],
+            "memory": {**outcome.memory[name], "unit": "B"},
+            "engine": outcome.engines[name],
+            "gradients": {at: by[name] for at, by in outcome.gradients.items() if name in by},
+            "kept": outcome.kept.get(name, {}),
+        }
+    return found
+
+
+def _step(outcome: Outcome, name: str, points: list[dict[str, float]]) -> int:
+    seconds = outcome.amounts["time"]
+    return int(min(points[1:], key=lambda point: abs(point["seconds"] - seconds))["step"])
+
+
+def _interval(value: Interval) -> dict[str, float | None]:
+    return value._asdict()
+
+
+def main() -> None:
+    """Run or resume one experiment and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=("scratch", "finetune", "batch"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of the studies; goes on with what is there")
+    parser.add_argument("--name", help="name of the result; study_EXPERIMENT by default")
+    parser.add_argument("--results", type=Path, default=_record.RESULTS, help="folder of the result")
+    parser.add_argument("--data", type=Path, help="JSON Lines file for finetune")
+    parser.add_argument("--field", default="question,answer", help="its keys")
+    parser.add_argument("--config", default="tiny")
+    parser.add_argument("--characters", type=int, default=20_000_000, help="of the standard library's source")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each run of batch")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int)
+    parser.add_argument("--calibration-seconds", type=float, default=1.0)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    console = Console(width=150)
+    folder = arguments.work / arguments.experiment
+    if (folder / STUDY).exists():
+        result = resume_study(folder, console)
+    else:
+        result = start_study(settings(arguments), folder, console)
+    if result.outcome is None:
+        raise SystemExit(result.exit_code)
+    asked = StudySettings.load(folder)
+    train = {name: value for name, value in dataclasses.asdict(asked.train).items() if name not in ("data", "heldout")}
+    train["model"] = "the standard run of study_scratch, seed 0" if train["model"] else None
+    noted = {
+        **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
+        "seed": asked.train.seed,
+        "train": train,
+        "text": arguments.field if arguments.experiment == "finetune" else "source of Python's standard library",
+        "amounts": result.outcome.amounts,
+        "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",
+    }
+    path = _record.write(
+        arguments.name or f"study_{arguments.experiment}", rows(result.outcome), settings=noted, control="standard",
+        device="cuda" if arguments.device != "cpu" else "cpu", folder=arguments.results,
+    )  # fmt: skip
+    console.print(f"result {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""``cggr demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cggr_train.commands import options
+from cggr_train.commands.ends import plain_errors
+from cggr_train.errors import InputError
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("cggr-demo"),
+    seconds: Annotated[float, typer.Option(help="Training time of each run, on one core.")] = 20.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
+    gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
+    ratio: Annotated[float, typer.Option(help="Keep ratio of random and CGGR.")] = 0.25,
+    selection: Annotated[str, typer.Option(help="How CGGR chooses from the scores.")] = "stratified",
+    scoring: Annotated[str, typer.Option(help="Which score.")] = "gradnorm",
+    router_depth: options.RouterDepth = None,
+    config: Annotated[str, typer.Option(help="Model size: nano, micro, tiny, …")] = "micro",
+    vocab_size: options.VocabSize = 1024,
+    length: options.Length = 256,
+    batch_size: options.BatchSize = 8,
+    learning_rate: options.LearningRate = 2e-3,
+    seed: Annotated[int, typer.Option(help="First of the seeds.")] = 0,
+    characters: Annotated[int, typer.Option(help="How much of the standard library's source to use.")] = 4_000_000,
+) -> None:
+    """Train a small model on Python's own source in four ways, the same time each, and compare.
+
+    Writes report.html, passage.html and results.jsonl; about three minutes on two CPU cores.
+    """
+    with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {out}"):
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
+
+        from cggr_train.demo import run_demo, write_corpus
+        from cggr_train.learner import Routing
+        from cggr_train.settings import TrainSettings
+        from cggr_train.study import StudySettings
+
+        if (out / "study.json").exists():
+            raise InputError(f"{out} already holds a study; continue it with cggr study --resume {out}, or give --out")
+        disable_progress_bar()
+        console = Console()
+
+        def settings(corpus: Path, heldout: Path) -> StudySettings:
+            train = TrainSettings(
+                data=(str(corpus),),
+                heldout=(str(heldout),),
+                config=config,
+                vocab_size=vocab_size,
+                routing=Routing(router_depth=router_depth),
+                length=length,
+                batch_size=batch_size,
+                seconds=seconds,
+                learning_rate=learning_rate,
+                seed=seed,
+                device="cpu",
+            )
+            return StudySettings(
+                train=train,
+                gradients=(gradient,),
+                ratios=(ratio,),
+                selections=(selection,),
+                scorings=(scoring,),
+                seeds=seeds,
+                equal=("time",),
+            )
+
+        settings(out, out)  # refuses numbers that cannot be used before anything is written
+        console.print("reading the standard library's source …", highlight=False)
+        result = run_demo(settings(*write_corpus(out, max_characters=characters)), out, console)
+        if result.exit_code:
+            console.print(f"stopped; go on with: cggr study --resume {out}", highlight=False, soft_wrap=True)
+            raise typer.Exit(result.exit_code)

@@ -1,0 +1,15 @@
+"""``cggr doctor``."""
+
+from __future__ import annotations
+
+from cggr_train.commands.ends import plain_errors
+
+
+def doctor() -> None:
+    """Show versions, devices, attention backends, which kernel serves which operation, and what to install for more."""
+    with plain_errors(interrupted="stopped"):
+        from rich.console import Console
+
+        from cggr_train.doctor import show_report
+
+        show_report(Console())

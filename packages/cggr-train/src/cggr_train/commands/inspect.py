@@ -1,0 +1,40 @@
+"""``cggr inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cggr_train.commands import options
+from cggr_train.commands.ends import plain_errors
+
+
+def inspect(
+    model: Annotated[str, typer.Option(help="Directory of a Hugging Face model.", show_default=False)],
+    text: Annotated[str, typer.Option(help="The passage, or the path of a text file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("inspect.html"),
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory, where it is not the model's own.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Directory of a reference model of the same tokenizer, for the score 'excess'.")
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Keep ratio of the strategies.")] = 0.25,
+    router_depth: options.RouterDepth = None,
+    length: Annotated[int, typer.Option(help="Most tokens of the passage.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the selections that draw.")] = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Show what a model makes of a passage: an HTML page coloured by each score, with what each strategy would keep."""
+    with plain_errors(interrupted="stopped; nothing was written"):
+        from rich.console import Console
+
+        from cggr_train.inspection import inspect_text, read_passage
+        from cggr_train.report.inspection_page import write_inspection_page
+
+        found = inspect_text(
+            model, read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
+            router_depth=router_depth, length=length, seed=seed, device=device,
+        )  # fmt: skip
+        write_inspection_page(out, found)
+        Console().print(f"{len(found.tokens):,} tokens · page {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,35 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    list[Path] | None, typer.Argument(help="Text, .jsonl or .parquet files to train on.", show_default=False)
+]
+Model = Annotated[str | None, typer.Option(help="Directory of a Hugging Face model to train on.")]
+Config = Annotated[
+    str | None, typer.Option(help="Train from scratch: nano, micro, tiny, small, base, large, or a config.json.")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Tokenizer directory; without it the model's own, or one trained on the data.")
+]
+VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the data.")]
+Field = Annotated[str, typer.Option(help="Key or column that holds the text; a,b joins two.")]
+Heldout = Annotated[list[Path] | None, typer.Option(help="Files held out, instead of a share of the data.")]
+HeldoutFraction = Annotated[float, typer.Option(help="Share of the documents held out.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count lines that are unusable.")]
+RouterDepth = Annotated[
+    int | None, typer.Option(help="Score with the first N layers only; without it with all of them.")
+]
+Length = Annotated[int, typer.Option(help="Tokens of a sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+WeightDecay = Annotated[float, typer.Option(help="Weight decay of matrices.")]
+Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 switches clipping off.")]
+EvalSequences = Annotated[int, typer.Option(help="Held-out sequences per evaluation.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")]

@@ -1,0 +1,132 @@
+"""``cggr study``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cggr_train.commands import options
+from cggr_train.commands.ends import only_with_resume, plain_errors
+from cggr_train.errors import InputError
+
+
+def study(
+    context: typer.Context,
+    data: options.Data = None,
+    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("cggr-study"),
+    resume: Annotated[Path | None, typer.Option(help="Go on with the study in this folder.")] = None,
+    model: options.Model = None,
+    config: options.Config = None,
+    tokenizer: options.Tokenizer = None,
+    vocab_size: options.VocabSize = 8192,
+    field: options.Field = "text",
+    heldout: options.Heldout = None,
+    heldout_fraction: options.HeldoutFraction = 0.02,
+    skip_bad: options.SkipBad = False,
+    gradient: Annotated[str, typer.Option(help="Gradient modes to study: kv,exact,…")] = "kv",
+    ratio: Annotated[str, typer.Option(help="Keep ratios: 0.125,0.25,…")] = "0.25",
+    selection: Annotated[str, typer.Option(help="stratified,sampled,…; random comes along.")] = "stratified",
+    scoring: Annotated[str, typer.Option(help="Scores: gradnorm,combined,…")] = "gradnorm",
+    router_depth: options.RouterDepth = None,
+    control_batch: Annotated[str, typer.Option(help="Further standard arms, in sequences per step: 1,2,…")] = "",
+    seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
+    equal: Annotated[str, typer.Option(help="What every run must reach: tokens,time.")] = "tokens,time",
+    steps: Annotated[int | None, typer.Option(help="Steps of the standard run.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Or its seconds of training.")] = None,
+    length: options.Length = 512,
+    batch_size: options.BatchSize = 8,
+    learning_rate: options.LearningRate = 1e-3,
+    weight_decay: options.WeightDecay = 0.1,
+    clip: options.Clip = 1.0,
+    seed: Annotated[int, typer.Option(help="First of the seeds, of weights, data order and selections.")] = 0,
+    evaluations: Annotated[int, typer.Option(help="Points of each curve.")] = 8,
+    eval_sequences: options.EvalSequences = 64,
+    draws: Annotated[int, typer.Option(help="Gradients drawn of each arm and held-out batch; 0: none.")] = 8,
+    gradient_batches: Annotated[int, typer.Option(help="Held-out batches on which gradients are compared.")] = 2,
+    parallel: Annotated[int | None, typer.Option(help="Runs at a time on one device.")] = None,
+    calibration_seconds: Annotated[float, typer.Option(help="How long each arm's step is timed.")] = 4.0,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+) -> None:
+    """Find out on your own data whether CGGR pays: settings and controls side by side, over several seeds.
+
+    Every combination of --gradient, --ratio, --selection and --scoring is trained, and with them standard training,
+    standard training with the batch of equal cost, and random tokens at the same ratio. Writes results.jsonl and
+    report.html. Ctrl-C stops after the current steps and saves (exit code 130); --resume goes on.
+    """
+    with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {resume or out}"):
+        if resume is not None:
+            only_with_resume(context, (), what="study")
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
+
+        from cggr_train.learner import Routing
+        from cggr_train.settings import TrainSettings
+        from cggr_train.study import StudySettings, resume_study, start_study
+
+        disable_progress_bar()  # its bars for saving a model would break ours
+        console = Console()
+        if resume is not None:
+            result = resume_study(resume, console)
+        else:
+            settings = StudySettings(
+                train=TrainSettings(
+                    data=tuple(map(str, data or ())),
+                    model=model,
+                    config=config,
+                    tokenizer=tokenizer,
+                    vocab_size=vocab_size,
+                    field=field,
+                    heldout=tuple(map(str, heldout or ())),
+                    heldout_fraction=heldout_fraction,
+                    skip_bad=skip_bad,
+                    routing=Routing(router_depth=router_depth),
+                    length=length,
+                    batch_size=batch_size,
+                    steps=steps,
+                    seconds=seconds,
+                    learning_rate=learning_rate,
+                    weight_decay=weight_decay,
+                    clip=clip,
+                    seed=seed,
+                    eval_sequences=eval_sequences,
+                    device=device,
+                    precision=precision,
+                ),
+                gradients=split("--gradient", gradient),
+                ratios=split("--ratio", ratio, float),
+                selections=split("--selection", selection),
+                scorings=split("--scoring", scoring),
+                batch_sizes=split("--control-batch", control_batch, int),
+                seeds=seeds,
+                equal=split("--equal", equal),
+                evaluations=evaluations,
+                draws=draws,
+                gradient_batches=gradient_batches,
+                parallel=parallel,
+                calibration_seconds=calibration_seconds,
+            )
+            result = start_study(settings, out, console)
+        if result.exit_code:
+            console.print(f"stopped; go on with: cggr study --resume {resume or out}", highlight=False, soft_wrap=True)
+            raise typer.Exit(result.exit_code)
+
+
+def split(option: str, text: str, kind: Callable[[str], Any] = str) -> tuple[Any, ...]:
+    """The parts of a comma-separated option, each once.
+
+    Raises:
+        InputError: If a part is not of that kind.
+
+    Example:
+        >>> split("--ratio", "0.25, 0.5,0.25", float)
+        (0.25, 0.5)
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return tuple(dict.fromkeys(kind(part) for part in parts))
+    except ValueError as error:
+        raise InputError(f"{option} is {text!r}: give numbers separated by commas") from error

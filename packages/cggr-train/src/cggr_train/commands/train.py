@@ -1,0 +1,116 @@
+"""``cggr train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cggr_train.commands import options
+from cggr_train.commands.ends import only_with_resume, plain_errors
+
+
+def train(
+    context: typer.Context,
+    data: options.Data = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, log, curve.")] = Path("cggr-run"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder; only --steps and --seconds may go with it.")
+    ] = None,
+    model: options.Model = None,
+    config: options.Config = None,
+    tokenizer: options.Tokenizer = None,
+    vocab_size: options.VocabSize = 8192,
+    field: options.Field = "text",
+    heldout: options.Heldout = None,
+    heldout_fraction: options.HeldoutFraction = 0.02,
+    skip_bad: options.SkipBad = False,
+    method: Annotated[str, typer.Option(help="cggr, random (same keep ratio, no score) or standard.")] = "cggr",
+    gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
+    ratio: Annotated[float, typer.Option(help="Keep ratio: kept tokens / countable tokens.")] = 0.25,
+    selection: Annotated[str, typer.Option(help="How kept tokens are chosen from the scores.")] = "stratified",
+    scoring: Annotated[str, typer.Option(help="Which score.")] = "gradnorm",
+    router_depth: options.RouterDepth = None,
+    ratio_warmup_steps: Annotated[int, typer.Option(help="Steps from keep ratio 1 down to --ratio.")] = 0,
+    length: options.Length = 512,
+    batch_size: options.BatchSize = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all. No budget: one pass.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds of training in all.")] = None,
+    learning_rate: options.LearningRate = 1e-3,
+    lr_warmup: Annotated[float, typer.Option(help="Share of the budget spent warming up.")] = 0.05,
+    weight_decay: options.WeightDecay = 0.1,
+    clip: options.Clip = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and selections.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps between two log records.")] = 10,
+    eval_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 100,
+    eval_sequences: options.EvalSequences = 64,
+    save_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 200,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints to keep.")] = 2,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+) -> None:
+    """Train a causal language model on text, JSON Lines or Parquet files.
+
+    Ctrl-C stops after the current step and saves a checkpoint (exit code 130); a second one stops at once.
+    """
+    with plain_errors(interrupted="stopped; nothing was saved"):
+        if resume is not None:
+            only_with_resume(context, ("steps", "seconds"), what="run")
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
+
+        from cggr_train.learner import Routing
+        from cggr_train.run import resume_run, start_run
+        from cggr_train.settings import TrainSettings
+
+        disable_progress_bar()  # its bars for saving a model would break ours
+        console = Console()
+        if resume is not None:
+            result = resume_run(resume, console, steps=steps, seconds=seconds)
+            folder = resume
+        else:
+            settings = TrainSettings(
+                data=tuple(map(str, data or ())),
+                model=model,
+                config=config,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                field=field,
+                heldout=tuple(map(str, heldout or ())),
+                heldout_fraction=heldout_fraction,
+                skip_bad=skip_bad,
+                method=method,
+                routing=Routing(gradient, ratio, selection, scoring, router_depth, ratio_warmup_steps),
+                length=length,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                steps=steps,
+                seconds=seconds,
+                learning_rate=learning_rate,
+                lr_warmup=lr_warmup,
+                weight_decay=weight_decay,
+                clip=clip,
+                seed=seed,
+                log_every=log_every,
+                eval_every=eval_every,
+                eval_sequences=eval_sequences,
+                save_every=save_every,
+                keep=keep,
+                device=device,
+                precision=precision,
+            )
+            result = start_run(settings, out, console)
+            folder = out
+        where = f"checkpoint {result.checkpoint} · log and curve in {folder}"
+        if result.exit_code:
+            console.print(
+                f"stopped at step {result.progress.step:,} · {where}\ncontinue with: cggr train --resume {folder}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            raise typer.Exit(result.exit_code)
+        console.print(
+            f"done: {result.progress.step:,} steps, held-out loss {result.heldout_loss:.4f} · {where}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+"""``cggr doctor``: what is installed, what the machine has, which kernel serves which operation, what to install."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cggr_train.display import format_bytes
+
+PROJECT = ("cggr", "cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train")
+AROUND = ("torch", "triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "lightning", "flash-attn")
+
+
+class Advice(NamedTuple):
+    """Something worth installing.
+
+    Attributes:
+        package: What to install.
+        gain: What it brings.
+    """
+
+    package: str
+    gain: str
+
+
+def versions(packages: tuple[str, ...] = (*PROJECT, *AROUND)) -> dict[str, str]:
+    """Installed versions, of Python too; packages that are not installed are left out.
+
+    Example:
+        >>> "torch" in versions()
+        True
+    """
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Name of an accelerator, or how many cores the CPU has.
+
+    Example:
+        >>> device_name(torch.device("cpu")).startswith("CPU")
+        True
+    """
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    module = torch.get_device_module(device)
+    return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else str(device)
+
+
+def devices() -> list[tuple[str, str, str]]:
+    """Every device torch can use: its name in torch, its name for people, and what is to be known about it."""
+    rows = [("cpu", device_name(torch.device("cpu")), f"{torch.get_num_threads()} threads in torch")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    for number in range(torch.accelerator.device_count() if accelerator is not None else 0):
+        assert accelerator is not None
+        device = torch.device(accelerator.type, number)
+        facts = []
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            facts = [f"{format_bytes(properties.total_memory)} memory",
+                     f"compute capability {properties.major}.{properties.minor}"]  # fmt: skip
+        rows.append((str(device), device_name(device), ", ".join(facts)))
+    return rows
+
+
+def attention_backends() -> list[tuple[str, bool, str, str]] | None:
+    """Name, whether it works here, why, and what to do about it, as cggr-flash finds them; None where that is missing."""
+    try:
+        flash: Any = importlib.import_module("cggr_flash")
+    except ModuleNotFoundError as error:
+        if error.name != "cggr_flash":
+            raise
+        return None
+    return [(row.name, row.available, row.reason, row.fix) for row in flash.attention_backends()]
+
+
+def operations() -> list[tuple[str, str, str, str]]:
+    """Operation, device type, what serves it, and why."""
+    # the modules that own an operation register its reference when they are imported
+    import cggr_core.model  # noqa: F401
+    from cggr_core import backends
+
+    return [tuple(map(str, row)) for row in backends.report()]  # type: ignore[misc]
+
+
+def advice(installed: dict[str, str], accelerator: str | None) -> list[Advice]:
+    """What to install for more on this machine.
+
+    Args:
+        installed: What :func:`versions` found.
+        accelerator: Type of the machine's accelerator, None if it has none.
+
+    Example:
+        >>> [item.package for item in advice({"cggr-flash": "0.1"}, "cuda")]
+        ['cggr[cuda]']
+    """
+    found = []
+    if "cggr-kernels" not in installed and accelerator in ("cuda", "xpu"):
+        found.append(Advice("cggr[cuda]", "Triton kernels for scoring, selection, the loss and routed attention"))
+    if "cggr-flash" not in installed:
+        found.append(Advice("cggr[flash]", "models loaded with the best attention backend, and the list of them here"))
+    return found
+
+
+def show_report(console: Console) -> None:
+    """Print everything."""
+    installed = versions()
+    _print(console, "Versions", ("package", "version"), list(installed.items()))
+    _print(console, "Devices", ("device", "name", ""), devices())
+    found = attention_backends()
+    if found is not None:
+        rows = [(name, "yes" if works else "no", reason, fix) for name, works, reason, fix in found]
+        _print(console, "Attention backends", ("backend", "works", "because", "to change that"), rows)
+    _print(console, "Operations", ("operation", "device", "served by", "why"), operations())
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    items = advice(installed, accelerator.type if accelerator is not None else None)
+    if items:
+        _print(console, "For more", ("install", "brings"), [tuple(item) for item in items])
+    else:
+        console.print("Nothing more to install for this machine.", highlight=False)
+
+
+def _print(console: Console, title: str, headings: tuple[str, ...], rows: list[Any]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,198 @@
+"""``cggr inspect``: a passage token by token, with every score, and what every strategy would keep by each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cggr_train.device import pick_device
+from cggr_train.errors import InputError
+from cggr_train.presets import load_model
+from cggr_train.tokenizer import check_vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIGURES = ("nll", "entropy", "confidence", "margin", "gradnorm")
+SCORINGS = ("gradnorm", "loss", "entropy", "margin", "combined")
+STRATEGIES = ("stratified", "sampled", "random", "topk", "sequence_aware")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A passage as a model reads it; the first token is predicted by nothing and has no figures.
+
+    The score at position t is about the token at t+1; here everything stands on that token.
+
+    Attributes:
+        model: The model's folder.
+        tokens: Characters of each token; empty where several tokens share a character.
+        guesses: The likeliest token at each place, from the second token on.
+        figures: ``nll``, ``entropy`` (nats), ``confidence``, ``margin``, ``gradnorm`` of each token from the second on.
+        scores: By scoring, of each token from the second on; higher is more worth learning from.
+        ranks: Rank of each score in the passage, from 0 (lowest) to 1 (highest).
+        weights: By scoring and strategy, the weight in the loss of each token from the second on; 0 if not kept.
+        ratio: Keep ratio asked for.
+        router_depth: Layers that scored, None for all.
+    """
+
+    model: str
+    tokens: list[str]
+    guesses: list[str]
+    figures: dict[str, list[float]]
+    scores: dict[str, list[float]]
+    ranks: dict[str, list[float]]
+    weights: dict[str, dict[str, list[float]]]
+    ratio: float
+    router_depth: int | None
+
+
+def read_passage(text: str) -> str:
+    """The passage: ``text`` itself, or what is in the file of that name.
+
+    Raises:
+        InputError: If it is empty, or the file cannot be read as UTF-8.
+    """
+    path = Path(text)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long or too odd for a path
+        is_file = False
+    if is_file:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the text file {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise InputError(
+            f"--text {path if is_file else repr(text)} is empty; give a passage or the path of a text file"
+        )
+    return text
+
+
+@torch.no_grad()
+def inspect_text(
+    model: str,
+    text: str,
+    *,
+    tokenizer: str | None = None,
+    reference: str | None = None,
+    ratio: float = 0.25,
+    router_depth: int | None = None,
+    length: int = 1024,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Inspection:
+    """Score a passage and select from it as training steps would.
+
+    Args:
+        model: Directory written by ``save_pretrained``.
+        text: The passage.
+        tokenizer: Directory of its tokenizer; None is the model's own.
+        reference: Directory of a reference model; adds the score ``excess``.
+        ratio: Keep ratio in (0, 1].
+        router_depth: Score with so many layers; None with all.
+        length: Most tokens; the passage is cut there, or at the model's positions.
+        seed: Seed of the selections.
+        device: As for ``cggr train``.
+
+    Raises:
+        InputError: If something given cannot be used.
+    """
+    place = pick_device(device)
+    net = load_model(model).to(place).eval()  # pyright: ignore[reportArgumentType]
+    own = load_tokenizer(tokenizer or model)
+    embedding: Any = net.get_input_embeddings()
+    check_vocabulary(own, embedding.weight.shape[0], name=f"the tokenizer in {tokenizer or model}")
+    length = min(length, getattr(net.config, "max_position_embeddings", None) or length)
+    ids, pieces = _encode(own, text, length)
+    try:
+        logits = _logits(net, ids.to(place), router_depth)
+        reference_nll = None
+        if reference is not None:
+            other = load_model(reference).to(place).eval()  # pyright: ignore[reportArgumentType]
+            rows: Any = other.get_input_embeddings()
+            check_vocabulary(own, rows.weight.shape[0], name=f"the tokenizer in {tokenizer or model}")
+            reference_nll = _statistics(_logits(other, ids.to(place), None), ids).nll
+        return _inspection(model, own, ids, pieces, logits, reference_nll, ratio, router_depth, seed)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple[Tensor, list[str]]:
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"][:length], encoded["offset_mapping"][:length]
+    if len(ids) < 2:
+        raise InputError(f"the passage has {len(ids)} token(s); at least 2 are needed to predict one from the other")
+    return torch.tensor([ids]), _pieces(text, offsets)
+
+
+def _pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
+    """Characters of each token; one that several tokens share goes to the first of them."""
+    pieces, done = [], 0
+    for start, end in offsets:
+        pieces.append(text[max(start, done) : max(end, done)])
+        done = max(done, end)
+    return pieces
+
+
+def _logits(model: Any, input_ids: Tensor, router_depth: int | None) -> Tensor:
+    from cggr_core import create_truncated_router
+
+    if router_depth is None:
+        return model(input_ids=input_ids, use_cache=False).logits
+    found = create_truncated_router(model, num_layers=router_depth)(input_ids)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def _statistics(logits: Tensor, input_ids: Tensor) -> Any:
+    from cggr_core import token_statistics
+
+    return token_statistics(logits[0, :-1].float(), input_ids[0, 1:].to(logits.device))
+
+
+def _inspection(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    pieces: list[str],
+    logits: Tensor,
+    reference_nll: Tensor | None,
+    ratio: float,
+    router_depth: int | None,
+    seed: int,
+) -> Inspection:
+    from cggr_core import score, select
+
+    statistics = _statistics(logits, ids)
+    scorings = (*SCORINGS, "excess") if reference_nll is not None else SCORINGS
+    scores = {
+        name: score(statistics, scoring=name, reference_nll=reference_nll if name == "excess" else None)
+        for name in scorings
+    }
+    countable = torch.ones(1, ids.shape[1] - 1, dtype=torch.bool, device=logits.device)
+    weights: dict[str, dict[str, list[float]]] = {}
+    for name, values in scores.items():
+        weights[name] = {}
+        for strategy in STRATEGIES:
+            chosen = select(values[None], countable, ratio=ratio, selection=strategy, seed=seed)
+            spread = torch.zeros_like(values).scatter_(0, chosen.index[0], (chosen.weight * chosen.valid)[0])
+            weights[name][strategy] = spread.tolist()
+    last = max(ids.shape[1] - 2, 1)
+    return Inspection(
+        model=model,
+        tokens=pieces,
+        guesses=[str(tokenizer.decode([guess])) for guess in logits[0, :-1].argmax(-1).tolist()],
+        figures={name: getattr(statistics, name).tolist() for name in FIGURES},
+        scores={name: values.tolist() for name, values in scores.items()},
+        # by rank: a young model's scores lie so close together that shades by value would all look alike
+        ranks={name: (values.argsort(stable=True).argsort() / last).tolist() for name, values in scores.items()},
+        weights=weights,
+        ratio=ratio,
+        router_depth=router_depth,
+    )

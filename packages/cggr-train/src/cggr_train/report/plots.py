@@ -1,0 +1,150 @@
+"""A study's plots, as PNG bytes for its page."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cggr_train.report.curves import FAINT, INK, new_figure
+from cggr_train.study.intervals import interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from cggr_train.study.analysis import Outcome
+    from cggr_train.study.arms import Arm
+
+SELECTION_COLOURS = {
+    "random": "#e69f00",
+    "stratified": "#009e73",
+    "sampled": "#56b4e9",
+    "sequence_aware": "#cc79a7",
+    "topk": "#d55e00",
+}
+"""From the Okabe-Ito palette, like those of the standard arms: told apart by colour-blind readers too."""
+ROLE_COLOURS = {"standard": INK, "equal_cost": "#0072b2", "batch": "#8a8a8a"}
+SCORING_LINES = ("-", "--", ":", "-.")
+
+
+def draw_losses(outcome: Outcome) -> bytes:
+    """Held-out loss over training time and over tokens: one row for each gradient mode and ratio, with its controls."""
+    groups = _groups(outcome)
+    with new_figure(10, 0.6 + 3.2 * len(groups)) as figure:
+        grid = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey=True)
+        for row, (title, arms) in zip(grid, groups, strict=True):
+            _curves(row[0], outcome, arms, lambda point: point["seconds"])
+            _curves(row[1], outcome, arms, lambda point: point["tokens"] / 1000)
+            row[0].set_title(f"{title}: over training time")
+            row[1].set_title("the same runs over tokens seen")
+            row[0].set_ylabel("held-out loss, nats")
+            row[0].legend(fontsize=8)
+            row[0].axvline(outcome.amounts["time"], color=FAINT, linewidth=1, linestyle=":")
+            row[1].axvline(outcome.amounts["tokens"] / 1000, color=FAINT, linewidth=1, linestyle=":")
+        grid[-1][0].set_xlabel("seconds: steps times the step's time, measured alone")
+        grid[-1][1].set_xlabel("thousand tokens")
+        # the untrained model, first of each curve, would squeeze the rest
+        later = [point["heldout_loss"] for runs in outcome.curves.values() for points in runs for point in points[1:]]
+        room = 0.06 * (max(later) - min(later)) + 0.01
+        grid[0][0].set_ylim(min(later) - room, max(later) + room)
+        return _png(figure)
+
+
+def draw_costs(outcome: Outcome) -> bytes:
+    """Time of a step with its quartiles, and the memory that training adds, as bars."""
+    arms = outcome.arms
+    with new_figure(10, 1.0 + 0.3 * len(arms)) as figure:
+        time, memory = figure.subplots(1, 2, sharey=True)
+        places = list(range(len(arms)))
+        found = [outcome.step_seconds[arm.name] for arm in arms]
+        middle = [1000 * values[0] for values in found]
+        spread = [
+            [max(0.0, 1000 * (values[0] - values[1])) for values in found],
+            [max(0.0, 1000 * (values[2] - values[0])) for values in found],
+        ]
+        colours = [_colour(arm) for arm in arms]
+        time.barh(places, middle, xerr=spread, color=colours, height=0.65, error_kw={"linewidth": 1, "ecolor": INK})
+        adds = [outcome.memory[a.name]["peak_bytes"] - outcome.memory[a.name]["start_bytes"] for a in arms]
+        memory.barh(places, [max(0, value) / 2**20 for value in adds], color=colours, height=0.65)
+        time.set_yticks(places, [arm.label for arm in arms], fontsize=8)
+        time.invert_yaxis()
+        time.set_title("Time of a step, scoring included")
+        time.set_xlabel("ms (median and quartiles)")
+        memory.set_title("Memory that training adds")
+        memory.set_xlabel("MiB at the peak, less what the model held before")
+        return _png(figure)
+
+
+def draw_kept(outcome: Outcome) -> bytes:
+    """Kept share by place in the sequence, by frequency of the token and by score: one row for each ratio."""
+    rows: dict[float, dict[str, Arm]] = {}
+    for arm in outcome.arms:
+        if arm.name in outcome.kept:
+            # the gradient mode has no part in the choice
+            key = arm.label.split(",")[0]
+            rows.setdefault(arm.routing.ratio, {}).setdefault(key, arm)
+    titles = {
+        "position": ("kept by place", "first tenth of the sequence … last"),
+        "frequency": ("by frequency of the token", "rarest tenth … most frequent"),
+        "score": ("by score", "lowest tenth … highest"),
+    }
+    with new_figure(10, 0.6 + 2.8 * len(rows)) as figure:
+        grid = figure.subplots(len(rows), 3, squeeze=False, sharey="row")
+        for row, (ratio, arms) in zip(grid, sorted(rows.items()), strict=True):
+            for axes, (name, (title, ends)) in zip(row, titles.items(), strict=True):
+                for label, arm in arms.items():
+                    shares = [100 * share for share in outcome.kept[arm.name][name]]
+                    axes.plot(range(1, len(shares) + 1), shares, label=label, **_line(arm, outcome))
+                axes.set_ylim(0, None)
+                axes.set_xlabel(ends)
+                axes.set_xticks([])
+                axes.set_title(title if name != "position" else f"Ratio {ratio:g}: {title}", fontsize=10)
+            row[0].set_ylabel("kept, %")
+            row[0].legend(fontsize=8)
+        return _png(figure)
+
+
+def _groups(outcome: Outcome) -> list[tuple[str, list[Arm]]]:
+    """Routed arms of one gradient mode and ratio, with the standard arms that they are held against."""
+    standard = [arm for arm in outcome.arms if arm.role in ("standard", "batch")]
+    groups: dict[tuple[str, float], list[Arm]] = {}
+    for arm in outcome.arms:
+        if arm.method != "standard":
+            groups.setdefault((arm.routing.gradient, arm.routing.ratio), []).append(arm)
+    found = []
+    for (gradient, ratio), arms in groups.items():
+        equal = dict.fromkeys(arm.equal_cost for arm in arms if arm.equal_cost != "standard")
+        controls = [*standard, *(outcome.arm(name) for name in equal)]
+        found.append((f"{gradient}, keep ratio {ratio:g}", [*controls, *arms]))
+    return found
+
+
+def _curves(axes: Axes, outcome: Outcome, arms: Sequence[Arm], where: Callable[[dict[str, float]], float]) -> None:
+    for arm in arms:
+        runs = outcome.curves[arm.name]
+        across = list(zip(*runs, strict=True))
+        x = [statistics.fmean(where(point) for point in points) for points in across]
+        found = [interval([point["heldout_loss"] for point in points]) for points in across]
+        axes.plot(x, [value.mean for value in found], label=arm.label, marker="o", markersize=2.5,
+                  **_line(arm, outcome))  # fmt: skip
+        if found[0].low is not None:
+            low, high = ([value.low for value in found], [value.high for value in found])
+            axes.fill_between(x, low, high, color=_colour(arm), alpha=0.12, linewidth=0)  # pyright: ignore[reportArgumentType]
+
+
+def _colour(arm: Arm) -> str:
+    return ROLE_COLOURS[arm.role] if arm.method == "standard" else SELECTION_COLOURS[arm.routing.selection]
+
+
+def _line(arm: Arm, outcome: Outcome) -> dict[str, Any]:
+    scorings = list(dict.fromkeys(other.routing.scoring for other in outcome.arms if other.role == "asked"))
+    style = SCORING_LINES[scorings.index(arm.routing.scoring) % len(SCORING_LINES)] if arm.role == "asked" else "-"
+    return {"color": _colour(arm), "linestyle": style, "linewidth": 1.7}
+
+
+def _png(figure: Figure) -> bytes:
+    target = io.BytesIO()
+    figure.savefig(target, dpi=130, format="png")
+    return target.getvalue()

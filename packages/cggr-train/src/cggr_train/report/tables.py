@@ -1,0 +1,135 @@
+"""A study's tables: the same cells for the terminal and for the page."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from cggr_train.display import format_bytes
+from cggr_train.report.text import count, difference, duration, loss
+
+if TYPE_CHECKING:
+    from cggr_train.study.analysis import Outcome
+
+READING_NAMES = {"time": "equal time", "tokens": "equal tokens", "kept": "equal kept tokens"}
+
+
+class Cells(NamedTuple):
+    """A table, cell by cell.
+
+    Attributes:
+        title: Above it.
+        note: Below it.
+        headings: Of the columns, the arm's first.
+        rows: Name of the arm, then the cells.
+        best: Column numbers and arms of the cells that are lowest in their column.
+    """
+
+    title: str
+    note: str
+    headings: list[str]
+    rows: list[tuple[str, list[str]]]
+    best: frozenset[tuple[str, int]]
+
+
+def study_cells(outcome: Outcome) -> list[Cells]:
+    """The tables of a study."""
+    found = [_losses(outcome), _differences(outcome)]
+    return [*found, _gradients(outcome)] if outcome.gradients else found
+
+
+def comparison_tables(outcome: Outcome) -> list[Table]:
+    """The tables for a terminal."""
+    tables = []
+    for cells in study_cells(outcome):
+        table = Table(
+            title=cells.title, caption=cells.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+            pad_edge=False, collapse_padding=True,
+        )  # fmt: skip
+        for number, heading in enumerate(cells.headings):
+            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for name, row in cells.rows:
+            table.add_row(
+                outcome.arm(name).label,
+                *(f"[bold]{cell}[/]" if (name, n) in cells.best else cell for n, cell in enumerate(row)),
+            )
+        tables.append(table)
+    return tables
+
+
+def _losses(outcome: Outcome) -> Cells:
+    rows = []
+    for arm in outcome.arms:
+        name, memory = arm.name, outcome.memory[arm.name]
+        rows.append(
+            (
+                name,
+                [
+                    duration(outcome.step_seconds[name][0]),
+                    format_bytes(memory["peak_bytes"]),
+                    format_bytes(max(0, memory["peak_bytes"] - memory["start_bytes"])),
+                    *(loss(outcome.comparisons[reading][name].loss) for reading in READING_NAMES),
+                ],
+            )
+        )
+    best = {
+        (min(table, key=lambda name: table[name].loss.mean), 3 + number)
+        for number, table in enumerate(outcome.comparisons[reading] for reading in READING_NAMES)
+    }
+    amounts = outcome.amounts
+    seeds = f"{outcome.seeds} seeds" if outcome.seeds > 1 else "one seed"
+    return Cells(
+        f"Held-out loss, nats per token ({seeds}, ± half of the 95% interval)",
+        f"Read at {duration(amounts['time'])} of training (steps times the step's time, measured alone), "
+        f"{count(amounts['tokens'])} tokens seen, {count(amounts['kept'])} tokens kept.",
+        ["arm", "step", "peak memory", "training adds", *READING_NAMES.values()],
+        rows,
+        frozenset(best),
+    )
+
+
+def _differences(outcome: Outcome) -> Cells:
+    rows = []
+    for arm in outcome.arms:
+        if arm.role in ("standard", "batch", "equal_cost"):
+            continue
+        found = outcome.comparisons["time"][arm.name].against
+        equal = found.get(arm.equal_cost) if arm.equal_cost != "standard" else None
+        random = found.get(arm.random) if arm.random else None
+        rows.append((arm.name, [difference(found["standard"]), difference(equal), difference(random)]))
+    return Cells(
+        "The same time: loss of each arm less that of its controls, seed by seed",
+        "Below zero is better than the control. In brackets the 95% interval; one that holds zero shows no difference.",
+        ["arm", "standard", "batch of equal cost", "random, same ratio"],
+        rows,
+        frozenset(),
+    )
+
+
+def _gradients(outcome: Outcome) -> Cells:
+    places = list(outcome.gradients)
+    rows = []
+    for arm in outcome.arms:
+        cells = []
+        for place in places:
+            found = outcome.gradients[place].get(arm.name)
+            if found is not None:
+                cells += [
+                    f"{statistics.fmean(found['cosine']):.3f}",
+                    f"{statistics.fmean(found['variance']):.3g}",
+                    f"{statistics.fmean(found['bias']):.3g}",
+                ]
+        if cells:
+            rows.append((arm.name, cells))
+    headings = [f"{what}, {place}" for place in places for what in ("cosine", "variance", "squared bias")]
+    return Cells(
+        "One step's gradient against the full gradient of the same held-out batch",
+        "Cosine of a draw, variance over draws and squared bias (both over the full gradient's squared norm), at the "
+        "start and at the end of the standard run. A squared bias within its error can come out below zero.",
+        ["arm", *headings],
+        rows,
+        frozenset(),
+    )

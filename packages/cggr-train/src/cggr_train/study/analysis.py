@@ -1,0 +1,146 @@
+"""What a study's records say: losses at equal tokens, kept tokens and time, and differences to the controls."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cggr_train.study.arms import Arm
+from cggr_train.study.intervals import Interval, interval
+from cggr_train.study.plan import READINGS, Plan
+
+PLACES = ("start", "end")
+"""Where gradients are compared: on the weights that the standard run starts from, and on those it ends with."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm in one reading.
+
+    Attributes:
+        loss: Held-out loss over seeds, nats per token.
+        against: Difference to a control at the same seed (this arm less the control), by the control's name; seeds
+            share their start, data order and held-out text, so differences spread less than losses.
+    """
+
+    loss: Interval
+    against: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that tables, plots and the verdict show.
+
+    Attributes:
+        arms: In order.
+        amounts: See :class:`cggr_train.study.plan.Plan`.
+        step_seconds: Seconds of a step and its quartiles, by arm.
+        memory: ``peak_bytes`` and ``start_bytes`` of an arm.
+        engines: Engine of each routed arm.
+        comparisons: For each reading (``tokens``, ``kept``, ``time``), each arm's.
+        curves: For each arm the runs' points, ``seconds`` added.
+        gradients: By place (``start``, ``end``), then by arm; see
+            :func:`cggr_train.study.estimators.compare_gradients`.
+        kept: See :func:`cggr_train.study.kept.kept_shares`.
+        seeds: Runs of each arm.
+    """
+
+    arms: list[Arm]
+    amounts: dict[str, float]
+    step_seconds: dict[str, tuple[float, float, float]]
+    memory: dict[str, dict[str, int]]
+    engines: dict[str, str]
+    comparisons: dict[str, dict[str, Comparison]]
+    curves: dict[str, list[list[dict[str, float]]]]
+    gradients: dict[str, dict[str, dict[str, Any]]]
+    kept: dict[str, dict[str, list[float]]]
+    seeds: int
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def controls(arm: Arm) -> list[str]:
+    """Names of the arms that an arm is held against, each once: standard, its equal-cost batch, its random control."""
+    names = ["standard", arm.equal_cost, arm.random]
+    return [name for name in dict.fromkeys(names) if name is not None and name != arm.name]
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return middle, low, high
+
+
+def step_times(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float, float]]:
+    """Median and quartiles of each arm's seconds per step, over the turns in which it was timed."""
+    samples: dict[str, list[float]] = {}
+    for record in records:
+        if record["event"] == "timing":
+            samples.setdefault(record["arm"], []).extend(record["step_seconds"])
+    return {name: quartiles(values) for name, values in samples.items()}
+
+
+def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]], *, seeds: int) -> Outcome:
+    """Bring a study's records together.
+
+    Args:
+        arms: All arms.
+        plan: Where curves are read.
+        records: Of the study's log: ``timing``, ``run``, ``gradients`` and ``kept``; every run must be there.
+        seeds: Runs of each arm.
+    """
+    times = step_times(records)
+    runs = {(record["arm"], record["seed"]): record for record in records if record["event"] == "run"}
+    seed_numbers = sorted({seed for _, seed in runs})
+    curves = {
+        arm.name: [
+            [{**point, "seconds": point["step"] * times[arm.name][0]} for point in runs[arm.name, seed]["points"]]
+            for seed in seed_numbers
+        ]
+        for arm in arms
+    }
+    comparisons: dict[str, dict[str, Comparison]] = {}
+    for reading in READINGS:
+        losses = {
+            arm.name: [_loss_at(points, plan.readings[arm.name][reading]) for points in curves[arm.name]]
+            for arm in arms
+        }
+        comparisons[reading] = {
+            arm.name: Comparison(
+                interval(losses[arm.name]),
+                {
+                    name: interval([own - other for own, other in zip(losses[arm.name], losses[name], strict=True)])
+                    for name in controls(arm)
+                },
+            )
+            for arm in arms
+        }
+    timings = [record for record in records if record["event"] == "timing"]
+    # the last turn's: the first one also loads code and libraries
+    memory = {record["arm"]: {key: record[key] for key in ("peak_bytes", "start_bytes")} for record in timings}
+    return Outcome(
+        arms=list(arms),
+        amounts=dict(plan.amounts),
+        step_seconds=times,
+        memory=memory,
+        engines={record["arm"]: record["engine"] for record in timings},
+        comparisons=comparisons,
+        curves=curves,
+        gradients={
+            record["at"]: record["arms"]
+            for record in sorted(records, key=lambda record: PLACES.index(record.get("at", PLACES[0])))
+            if record["event"] == "gradients"
+        },
+        kept=next((record["arms"] for record in records if record["event"] == "kept"), {}),
+        seeds=seeds,
+    )
+
+
+def _loss_at(points: Sequence[Mapping[str, float]], step: int) -> float:
+    return next(point["heldout_loss"] for point in points if point["step"] == step)

@@ -1,0 +1,97 @@
+"""How good a gradient estimate an arm's step is: against the gradient of the full loss, on held-out batches."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_train.data.batches import in_order
+from cggr_train.learner import Learner, build_learner
+from cggr_train.study.arms import Arm
+from cggr_train.study.bench import Bench
+
+
+def compare_gradients(bench: Bench, arms: list[Arm], *, weights: Path | None, seed: int) -> dict[str, dict[str, Any]]:
+    """Draw gradients of every arm and compare them with the full gradient of the same batch.
+
+    A standard arm with a smaller batch draws that many sequences of the batch, so that the batch of equal cost is
+    measured as an estimator like the others.
+
+    Args:
+        bench: The study; its settings say how many batches and draws.
+        arms: The arms.
+        weights: Folder of the model at which gradients are taken; None takes the start of ``seed``.
+        seed: Of the draws.
+
+    Returns:
+        For each arm, over all draws of all batches: ``cosine`` (each draw's, to the full gradient), and for each
+        batch ``variance`` (mean squared distance from the mean over draws) and ``bias`` (squared distance of that mean
+        from the full gradient, less the variance it still has), both over the full gradient's squared norm.
+    """
+    settings = bench.settings
+    train = settings.train
+    batches = in_order(
+        bench.tokens.heldout, length=train.length, batch_size=train.batch_size,
+        limit=settings.gradient_batches * train.batch_size,
+    )  # fmt: skip
+    model = bench.model(seed, folder=weights).train()
+    found: dict[str, dict[str, Any]] = {arm.name: {"cosine": [], "variance": [], "bias": []} for arm in arms}
+    full = build_learner(model, "standard", arms[0].routing, seed=seed)
+    learners = {arm.name: build_learner(model, arm.method, arm.routing, seed=seed) for arm in arms}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        truth = _gradient(bench, full, batch)
+        for arm in arms:
+            drawn = _Draws(truth)
+            for _ in range(settings.draws):
+                rows = batch
+                if arm.method == "standard" and arm.batch_size < len(batch):
+                    rows = batch[torch.randperm(len(batch), generator=generator)[: arm.batch_size]]
+                drawn.add(_gradient(bench, learners[arm.name], rows))
+            for name, value in drawn.result().items():
+                found[arm.name][name] += value
+    return found
+
+
+def _gradient(bench: Bench, learner: Learner, batch: Tensor) -> Tensor:
+    """All gradients of the model in one float32 vector ``[N]``."""
+    input_ids = batch.to(bench.device)
+    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.bfloat16):
+        loss = learner.loss(input_ids)
+    loss.backward()
+    parts = []
+    for parameter in learner.model.parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad
+            parts.append((torch.zeros_like(parameter) if gradient is None else gradient).flatten().float())
+            parameter.grad = None
+    return torch.cat(parts)
+
+
+class _Draws:
+    """Sums over draws, so that none has to be kept."""
+
+    def __init__(self, truth: Tensor) -> None:
+        self.truth, self.square = truth, truth.double().square().sum()
+        self.sum = torch.zeros_like(truth)
+        self.squares: list[float] = []
+        self.cosines: list[float] = []
+
+    def add(self, gradient: Tensor) -> None:
+        self.sum += gradient
+        square = gradient.double().square().sum()
+        self.squares.append((square / self.square).item())
+        product = (gradient.double() @ self.truth.double()) / (square * self.square).sqrt().clamp(min=1e-30)
+        self.cosines.append(product.item())
+
+    def result(self) -> dict[str, list[float]]:
+        draws = len(self.squares)
+        mean = self.sum / draws
+        mean_square = (mean.double().square().sum() / self.square).item()
+        variance = max(0.0, (statistics.fmean(self.squares) - mean_square) * draws / (draws - 1))
+        distance = ((mean - self.truth).double().square().sum() / self.square).item()
+        return {"cosine": self.cosines, "variance": [variance], "bias": [distance - variance / draws]}

@@ -1,0 +1,90 @@
+"""Which tokens an arm keeps: share by place in the sequence, by frequency of the token, by score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cggr_train.data.batches import in_order
+from cggr_train.learner import Routing
+from cggr_train.study.arms import Arm
+from cggr_train.study.bench import Bench
+
+BINS = 10
+DRAWS = 4
+
+
+@torch.no_grad()
+def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Select from held-out batches as each arm would and count what is kept.
+
+    Args:
+        bench: The study.
+        arms: Routed arms.
+        weights: Folder of the model that scores.
+        seed: Of the selections.
+
+    Returns:
+        For each arm the kept share in ten bins of equal count: ``position`` (first to last), ``frequency`` (of the
+        token to be predicted in the training text, rarest to most frequent) and ``score`` (lowest to highest; by the
+        gradient norm for arms that look at no score).
+    """
+    from cggr_core import score, select
+
+    train = bench.settings.train
+    model = bench.model(seed, folder=weights).eval()
+    limit = min(train.eval_sequences, 4 * train.batch_size)
+    batches = in_order(bench.tokens.heldout, length=train.length, batch_size=train.batch_size, limit=limit)
+    counts = torch.from_numpy(np.bincount(bench.tokens.train, minlength=len(bench.tokenizer)))
+    sums = {arm.name: {name: torch.zeros(2, BINS) for name in ("position", "frequency", "score")} for arm in arms}
+    for number, batch in enumerate(batches):
+        input_ids = batch.to(bench.device)
+        targets = input_ids[:, 1:]
+        countable = torch.ones_like(targets, dtype=torch.bool)
+        bins = {
+            "position": _bins(torch.arange(targets.shape[1]).expand(targets.shape)),
+            "frequency": _bins(counts[targets.cpu()]),
+        }
+        known: dict[tuple[str, int | None], Tensor] = {}
+        for arm in arms:
+            key = (arm.routing.scoring, arm.routing.router_depth)
+            if key not in known:
+                known[key] = score(_statistics(bench, model, arm.routing, input_ids), scoring=arm.routing.scoring)
+            scores = known[key]
+            bins["score"] = _bins(scores.cpu())
+            for draw in range(DRAWS):
+                mask = select(
+                    scores, countable, ratio=arm.routing.ratio, selection=arm.routing.selection, seed=seed,
+                    draw=number * DRAWS + draw,
+                ).mask.cpu()  # fmt: skip
+                for name, where in bins.items():
+                    kept = torch.bincount(where[mask], minlength=BINS)
+                    sums[arm.name][name] += torch.stack([kept, torch.bincount(where.flatten(), minlength=BINS)])
+    return {
+        arm: {name: (kept / seen.clamp(min=1)).tolist() for name, (kept, seen) in by.items()}
+        for arm, by in sums.items()
+    }
+
+
+def _statistics(bench: Bench, model: Any, routing: Routing, input_ids: Tensor) -> Any:
+    """Token statistics ``[B, S - 1]`` by the arm's router, or by the whole model."""
+    from cggr_core import create_truncated_router, token_statistics
+
+    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.bfloat16):
+        if routing.router_depth is None:
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        else:
+            found = create_truncated_router(model, num_layers=routing.router_depth)(input_ids)
+            logits = found if isinstance(found, Tensor) else found.logits
+    return token_statistics(logits[:, :-1].float(), input_ids[:, 1:])
+
+
+def _bins(values: Tensor) -> Tensor:
+    """Bin of each value, 0 to 9, of about equal count; equal values fall together."""
+    values = values.to(torch.float64)
+    edges = torch.quantile(values.flatten(), torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1])
+    return torch.bucketize(values, edges, right=True)

@@ -1,0 +1,101 @@
+"""What a study shows while it runs: one row for each arm on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cggr_train.display import format_bytes
+from cggr_train.report.text import duration
+from cggr_train.study.arms import Arm
+from cggr_train.study.pool import Request
+
+
+class LiveTable:
+    """Follows the records of a study and the progress of its runs.
+
+    Args:
+        console: Where to.
+        arms: The rows.
+        seeds: Runs of each arm.
+    """
+
+    def __init__(self, console: Console, arms: Sequence[Arm], seeds: int) -> None:
+        self.console, self.seeds = console, seeds
+        self.arms = {arm.name: arm for arm in arms}
+        self._stage = ""
+        self._times: dict[str, list[float]] = {name: [] for name in self.arms}
+        self._memory: dict[str, int] = {}
+        self._losses: dict[str, list[float]] = {name: [] for name in self.arms}
+        self._running: dict[tuple[str, int], tuple[float, float]] = {}
+        self._live = (
+            Live(console=console, get_renderable=self._table, refresh_per_second=4) if console.is_terminal else None
+        )
+
+    def __enter__(self) -> LiveTable:
+        """Show the table."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the table as it is and give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+
+    def stage(self, name: str) -> None:
+        """What is being done now."""
+        self._stage = name
+        if self._live is None:
+            self.console.print(f"{name} …", highlight=False)
+
+    def progress(self, request: Request, values: Mapping[str, Any]) -> None:
+        """A run tells where it stands."""
+        key = (request.fields["arm"], request.fields["seed"])
+        self._running[key] = (values["step"] / values["steps"], values["loss"])
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """A measurement is done."""
+        if record["event"] == "timing":
+            self._times[record["arm"]] += record["step_seconds"]
+            self._memory.setdefault(record["arm"], record["peak_bytes"])
+        elif record["event"] == "run":
+            self._running.pop((record["arm"], record["seed"]), None)
+            loss = record["points"][-1]["heldout_loss"]
+            self._losses[record["arm"]].append(loss)
+            if self._live is None:
+                label = self.arms[record["arm"]].label
+                self.console.print(f"{label}, seed {record['seed']}: held-out loss {loss:.4f}", highlight=False)
+
+    def _table(self) -> Table:
+        done = sum(map(len, self._losses.values()))
+        total = len(self.arms) * self.seeds
+        table = Table(
+            title=f"{self._stage} · {done} of {total} runs done", title_justify="left", box=box.SIMPLE_HEAD,
+            pad_edge=False, collapse_padding=True,
+        )  # fmt: skip
+        table.add_column("arm", no_wrap=True)
+        for heading in ("step", "peak memory", "runs", "now", "training loss", "held-out loss"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, arm in self.arms.items():
+            times, losses = self._times[name], self._losses[name]
+            running = [state for (other, _), state in self._running.items() if other == name]
+            table.add_row(
+                arm.label,
+                duration(statistics.median(times)) if times else "",
+                format_bytes(self._memory[name]) if name in self._memory else "",
+                f"{len(losses)}/{self.seeds}",
+                " ".join(f"{share:.0%}" for share, _ in running),
+                f"{statistics.fmean(loss for _, loss in running):.3f}" if running else "",
+                f"{statistics.fmean(losses):.4f}" if losses else "",
+            )
+        return table

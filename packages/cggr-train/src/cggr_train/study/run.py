@@ -1,0 +1,214 @@
+"""A study from beginning to end.
+
+```
+<study>/settings.json, study.json, arms.json   what was asked for, and what is compared
+<study>/tokenizer/, tokens/                     shared by all runs
+<study>/results.jsonl                           one record per measurement, as soon as it is done
+<study>/runs/<arm>-seed<n>/                     of runs in flight: checkpoints; of the first standard run: its model
+<study>/report.html                             tables, plots, verdict
+```
+
+Every record is written when its measurement is complete, so a study that was killed goes on with what is missing, and
+runs in flight go on from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from cggr_train.errors import InputError
+from cggr_train.interrupt import StopRequest
+from cggr_train.learner import build_learner
+from cggr_train.log import JsonlLog, read_log
+from cggr_train.prepare import prepare
+from cggr_train.study.analysis import PLACES, Outcome, analyse, step_times
+from cggr_train.study.arms import Arm, plan_arms
+from cggr_train.study.live import LiveTable
+from cggr_train.study.plan import Plan, make_plan
+from cggr_train.study.pool import Pool, Request, places
+from cggr_train.study.settings import STUDY, StudySettings
+
+RESULTS, REPORT = "results.jsonl", "report.html"
+TURNS = 2
+"""How often each arm is timed; arms take turns, so that a machine that slows down slows all of them."""
+
+
+class StudyResult(NamedTuple):
+    """How a study ended."""
+
+    outcome: Outcome | None
+    """None if it was stopped before its end."""
+    exit_code: int
+    """0 at the end; 130 or 143 after a clean stop by a signal."""
+
+
+def start_study(settings: StudySettings, folder: Path, console: Console) -> StudyResult:
+    """Run a study from the beginning.
+
+    Args:
+        settings: What to compare.
+        folder: The study's folder; made if missing, refused if it already holds a study.
+        console: Where progress, table and verdict are shown.
+
+    Raises:
+        InputError: If anything given cannot be used; nothing is measured then.
+        RunError: If a run fails.
+    """
+    if (folder / STUDY).exists():
+        raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")
+    where = places(settings.train.device, settings.parallel)
+    model, _, _ = prepare(settings.train, folder, console)
+    arms = plan_arms(
+        settings.train.routing, gradients=settings.gradients, ratios=settings.ratios, selections=settings.selections,
+        scorings=settings.scorings, batch_size=settings.train.batch_size, batch_sizes=settings.batch_sizes,
+        num_layers=model.config.num_hidden_layers,
+    )  # fmt: skip
+    for arm in arms:  # refuses what cannot be used before anything is measured
+        build_learner(model, arm.method, arm.routing, seed=0)
+    (folder / "arms.json").write_text(json.dumps([dataclasses.asdict(arm) for arm in arms], indent=1) + "\n")
+    JsonlLog(folder / RESULTS).write(event="study", **_environment(where))
+    settings.save(folder)
+    return _Study(settings, folder, console).run(where)
+
+
+def resume_study(folder: Path, console: Console) -> StudyResult:
+    """Measure what is missing in ``folder`` and report on all of it; a complete study is only reported on.
+
+    Raises:
+        InputError: If the folder holds no study.
+        RunError: If a run fails.
+    """
+    settings = StudySettings.load(folder)
+    study = _Study(settings, folder, console)
+    done = sum(record["event"] == "run" for record in study.records)
+    console.print(f"resuming {folder}: {done} of {len(study.arms) * settings.seeds} runs are done", highlight=False)
+    return study.run(places(settings.train.device, settings.parallel))
+
+
+class _Study:
+    def __init__(self, settings: StudySettings, folder: Path, console: Console) -> None:
+        self.settings, self.folder, self.console = settings, folder, console
+        arms = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
+        self.arms = [Arm.from_dict(values) for values in arms]
+        self.log = JsonlLog(folder / RESULTS)
+        self.records = read_log(folder / RESULTS)
+        first = settings.train.seed
+        self.seeds = range(first, first + settings.seeds)
+        self.weights = folder / "runs" / f"{self.arms[0].name}-seed{first}" / "model"
+
+    def run(self, where: list[tuple[torch.device, int]]) -> StudyResult:
+        with StopRequest() as stop, Pool(self.folder, where) as pool:
+            with LiveTable(self.console, self.arms, self.settings.seeds) as table:
+                self.table, self.pool, self.stop = table, pool, stop
+                for record in self.records:
+                    table.take(record)
+                self._time()
+                if not stop.requested:
+                    plan = make_plan(self.settings, self.arms, {k: v[0] for k, v in step_times(self.records).items()})
+                    self._train(plan)
+                if not stop.requested:
+                    self._look_closer()
+            if stop.requested:
+                return StudyResult(None, stop.exit_code)
+        return StudyResult(self._report(plan), 0)
+
+    def _do(self, requests: Iterable[Request], *, alone: bool = False) -> None:
+        """Run what is not on record yet, and put it there."""
+        known = {_identity(record["event"], record) for record in self.records}
+        missing = [request for request in requests if _identity(request.event, request.fields) not in known]
+        if not missing:
+            return
+        for request, result in self.pool.run(
+            missing, on_progress=self.table.progress, stop=lambda: self.stop.requested, alone=alone
+        ):
+            record = {"event": request.event, **request.fields, **result}
+            self.log.write(**record)
+            self.records.append(record)
+            self.table.take(record)
+
+    def _time(self) -> None:
+        self.table.stage("timing every arm's step, alone")
+        seconds = self.settings.calibration_seconds / TURNS
+        self._do(
+            (
+                Request("timing", {"arm": arm.name, "turn": turn},
+                        {"do": "time", "arms": [arm.name], "seconds": seconds})
+                for turn in range(TURNS)
+                for arm in self.arms
+            ),
+            alone=True,
+        )  # fmt: skip
+
+    def _train(self, plan: Plan) -> None:
+        self.table.stage("training")
+        self._do(
+            Request(
+                "run",
+                {"arm": arm.name, "seed": seed},
+                {
+                    "do": "train",
+                    "arms": [arm.name],
+                    "seed": seed,
+                    "points": plan.points[arm.name],
+                    "warmup_steps": plan.warmup_steps,
+                    "eval_sequences": plan.eval_sequences,
+                    "save_model": arm is self.arms[0] and seed == self.seeds[0],
+                },
+            )
+            for seed in self.seeds
+            for arm in self.arms
+        )
+
+    def _look_closer(self) -> None:
+        """Gradients at the start and at the end of the standard run, and what each arm keeps there."""
+        self.table.stage("comparing gradients and kept tokens")
+        seed, weights = self.seeds[0], str(self.weights)
+        requests = []
+        if self.settings.draws:
+            names = [arm.name for arm in self.arms if arm is not self.arms[0] and arm.role != "batch"]
+            for at, place in zip(PLACES, (None, weights), strict=True):
+                body = {"do": "gradients", "arms": names, "weights": place, "seed": seed}
+                requests.append(Request("gradients", {"at": at}, body))
+        routed = [arm.name for arm in self.arms if arm.method != "standard" and arm.routing.gradient != "sequence"]
+        if routed:
+            requests.append(Request("kept", {}, {"do": "kept", "arms": routed, "weights": weights, "seed": seed}))
+        self._do(requests)
+
+    def _report(self, plan: Plan) -> Outcome:
+        from cggr_train.report.study_page import write_study_page
+        from cggr_train.report.tables import comparison_tables
+        from cggr_train.report.verdict import verdict
+
+        outcome = analyse(self.arms, plan, self.records, seeds=self.settings.seeds)
+        lines = verdict(outcome)
+        page = self.folder / REPORT
+        write_study_page(page, outcome=outcome, verdict=lines, settings=self.settings, study=self.records[0])
+        for table in comparison_tables(outcome):
+            self.console.print(table)
+        for line in lines:
+            self.console.print(line, highlight=False)
+        self.console.print(f"page {page} · records {self.folder / RESULTS}", highlight=False, soft_wrap=True)
+        return outcome
+
+
+def _identity(event: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What no two records share; a request and the record it becomes are alike in it."""
+    return (event, *(fields.get(name) for name in ("arm", "seed", "turn", "at")))
+
+
+def _environment(where: list[tuple[torch.device, int]]) -> dict[str, Any]:
+    from cggr_train.doctor import device_name, versions
+
+    return {
+        "devices": [device_name(device) for device in dict.fromkeys(device for device, _ in where)],
+        "workers": len(where),
+        "threads": where[0][1],
+        "versions": versions(),
+    }

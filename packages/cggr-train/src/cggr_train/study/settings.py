@@ -1,0 +1,99 @@
+"""What defines a study, as it is written into its folder: ``study.json`` beside the ``settings.json`` of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cggr_train.errors import InputError
+from cggr_train.settings import TrainSettings
+
+EQUAL = ("tokens", "time")
+TRAINING, STUDY = "settings.json", "study.json"
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a study; see ``cggr study --help`` for each.
+
+    Attributes:
+        train: What all arms share: data, model, sizes, learning rate. ``steps`` or ``seconds`` are those of the
+            standard arm; ``seed`` is the first of the seeds; ``routing`` holds what the four lists leave open.
+        gradients: Gradient modes of the arms asked for.
+        ratios: Their keep ratios.
+        selections: Their strategies.
+        scorings: Their scores.
+        batch_sizes: Further standard arms, in sequences per step.
+        seeds: Runs of each arm.
+        equal: What every run must reach: the standard arm's ``tokens``, its ``time``, or both.
+        evaluations: Points of each curve.
+        draws: Gradient estimates of each arm on each held-out batch; 0 leaves the gradients out.
+        gradient_batches: Held-out batches on which gradients are compared.
+        parallel: Runs at a time on one device; None is one on an accelerator and one per core on a CPU.
+        calibration_seconds: How long each arm's step is timed, in two turns.
+
+    Raises:
+        InputError: If a number is out of range or a list is empty.
+    """
+
+    train: TrainSettings
+    gradients: tuple[str, ...] = ("kv",)
+    ratios: tuple[float, ...] = (0.25,)
+    selections: tuple[str, ...] = ("stratified",)
+    scorings: tuple[str, ...] = ("gradnorm",)
+    batch_sizes: tuple[int, ...] = ()
+    seeds: int = 3
+    equal: tuple[str, ...] = EQUAL
+    evaluations: int = 8
+    draws: int = 8
+    gradient_batches: int = 2
+    parallel: int | None = None
+    calibration_seconds: float = 4.0
+
+    def __post_init__(self) -> None:
+        if (self.train.steps is None) == (self.train.seconds is None):
+            raise InputError("give the length of the standard run: either --steps or --seconds")
+        if self.train.accumulate != 1:
+            raise InputError(f"a study takes one batch per step; --accumulate is {self.train.accumulate}")
+        for name in ("gradients", "ratios", "selections", "scorings", "equal"):
+            if not getattr(self, name):
+                raise InputError(f"--{name.removesuffix('s')} is empty; give at least one")
+        unknown = [name for name in self.equal if name not in EQUAL]
+        if unknown:
+            raise InputError(f"--equal is {unknown[0]!r}: give {', '.join(EQUAL)} or both")
+        minimum: dict[str, float] = {"seeds": 1, "evaluations": 1, "draws": 0, "gradient_batches": 1}
+        for name, least in minimum.items():
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.draws == 1:
+            raise InputError("--draws is 1: a variance takes at least 2 (0 leaves the gradients out)")
+        if self.parallel is not None and self.parallel < 1:
+            raise InputError(f"--parallel must be at least 1, got {self.parallel}")
+        if self.calibration_seconds <= 0:
+            raise InputError(f"--calibration-seconds must be positive, got {self.calibration_seconds}")
+        if any(size < 1 for size in self.batch_sizes):
+            raise InputError(f"--control-batch must be at least 1, got {min(self.batch_sizes)}")
+
+    def save(self, folder: Path) -> None:
+        """Write both files into the study's folder."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "train"}
+        self.train.save(folder / TRAINING)
+        (folder / STUDY).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> StudySettings:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: If a file is missing or not of this version.
+        """
+        train = TrainSettings.load(folder / TRAINING)
+        try:
+            values: dict[str, Any] = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+            lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            return cls(train=train, **{**values, **lists})
+        except (OSError, json.JSONDecodeError, TypeError) as error:
+            raise InputError(f"{folder} holds no study that can be resumed ({error})") from error

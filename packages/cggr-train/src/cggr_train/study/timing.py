@@ -1,0 +1,59 @@
+"""Time and memory of an arm's step, measured with nothing else running."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from cggr_train.loop import Clock, Progress, train_steps
+from cggr_train.memory import memory_in_use, peak_memory, reset_peak_memory
+from cggr_train.study.arms import Arm
+from cggr_train.study.bench import Bench
+
+WARMUP_STEPS = 3
+BLOCK = 4
+"""Steps between two looks at the clock: waiting after each would keep an accelerator from being fed ahead."""
+
+
+def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
+    """Train for a few seconds and throw the weights away.
+
+    Args:
+        bench: The study.
+        arm: What to time.
+        seconds: How long; at least two blocks of steps are timed.
+
+    Returns:
+        ``step_seconds`` (mean of each block), ``peak_bytes``, ``start_bytes`` (held before the first step) and
+        ``engine``.
+    """
+    training = bench.training(arm, bench.settings.train.seed)
+    device, progress = bench.device, Progress()
+    reset_peak_memory(device)
+    start_bytes = memory_in_use(device)
+    clock = Clock(device)
+    blocks: list[float] = []
+    started = 0.0
+
+    def on_step(loss: torch.Tensor, rate: float) -> None:
+        nonlocal started
+        timed = progress.step - WARMUP_STEPS
+        if timed >= 0 and timed % BLOCK == 0:
+            with clock.paused():
+                now = time.perf_counter()
+                if timed:
+                    blocks.append((now - started) / BLOCK)
+                started = now
+
+    train_steps(
+        training.learner, training.optimizer, training.batches, bench.loop(10**6, warmup_steps=1), progress, clock,
+        on_step=on_step, stop=lambda: len(blocks) >= 2 and sum(blocks) * BLOCK >= seconds,
+    )  # fmt: skip
+    return {
+        "step_seconds": blocks,
+        "peak_bytes": peak_memory(device),
+        "start_bytes": start_bytes,
+        "engine": str(training.learner.metrics.get("engine", "")),
+    }

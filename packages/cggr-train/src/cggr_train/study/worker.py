@@ -1,0 +1,90 @@
+"""A process that does a study's measurements one after the other, as it is told on its standard input.
+
+``python -m cggr_train.study.worker FOLDER DEVICE THREADS`` reads one JSON object per line, each with ``do`` and the
+arguments of that measurement, and prints JSON objects: any number of ``{"event": "progress", …}``, then
+``{"event": "result", …}``, ``{"event": "stopped"}`` or ``{"event": "error", …}``. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from cggr_train.errors import InputError, RunError
+from cggr_train.interrupt import StopRequest
+from cggr_train.study.bench import Bench
+from cggr_train.study.estimators import compare_gradients
+from cggr_train.study.kept import kept_shares
+from cggr_train.study.timing import time_steps
+from cggr_train.study.training import train_run
+
+Tell = Callable[..., None]
+
+
+def serve(bench: Bench, requests: TextIO, tell: Tell, stop: Callable[[], bool]) -> None:
+    """Answer every request; see the module's description."""
+    for line in requests:
+        request: dict[str, Any] = json.loads(line)
+        try:
+            result = answer(bench, request, tell, stop)
+        except (InputError, RunError) as error:
+            tell("error", kind="input" if isinstance(error, InputError) else "run", message=str(error))
+            continue
+        if result is None:
+            tell("stopped")
+            return
+        tell("result", result=result)
+
+
+def answer(bench: Bench, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]) -> dict[str, Any] | None:
+    """Do what one request asks for."""
+    arms = [bench.arms[name] for name in request["arms"]]
+    weights = Path(request["weights"]) if request.get("weights") else None
+    match request["do"]:
+        case "time":
+            return time_steps(bench, arms[0], seconds=request["seconds"])
+        case "train":
+            return train_run(
+                bench, arms[0], request["seed"], points=request["points"], warmup_steps=request["warmup_steps"],
+                eval_sequences=request["eval_sequences"],
+                save_model=request["save_model"], stop=stop,
+                tell=lambda **values: tell("progress", **values),
+            )  # fmt: skip
+        case "gradients":
+            return {"arms": compare_gradients(bench, arms, weights=weights, seed=request["seed"])}
+        case "kept":
+            assert weights is not None
+            return {"arms": kept_shares(bench, arms, weights=weights, seed=request["seed"])}
+        case unknown:
+            raise ValueError(f"the request {unknown!r} is not one of time, train, gradients and kept")
+
+
+def main(folder: str, device: str, threads: str) -> None:
+    """Serve the study in ``folder`` until the standard input ends."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    # whatever a library prints goes to the errors: the standard output is the answers' alone
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    torch.set_num_threads(int(threads))
+
+    def tell(event: str, **values: Any) -> None:
+        answers.write(json.dumps({"event": event, **values}) + "\n")
+        answers.flush()
+
+    with StopRequest() as stop:
+        try:
+            serve(Bench(Path(folder), torch.device(device)), sys.stdin, tell, lambda: stop.requested)
+        except BrokenPipeError:
+            sys.exit(1)  # whoever asked is gone
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

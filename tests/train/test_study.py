@@ -1,0 +1,243 @@
+"""A study's measurements, in this process; tests/e2e runs whole ones in processes of their own."""
+
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from cggr_train.errors import InputError, RunError
+from cggr_train.settings import TrainSettings
+from cggr_train.study import StudySettings, resume_study, start_study
+from cggr_train.study import run as run_module
+from cggr_train.study.arms import Arm
+from cggr_train.study.bench import Bench
+from cggr_train.study.estimators import compare_gradients
+from cggr_train.study.kept import BINS, kept_shares
+from cggr_train.study.pool import Pool, Request, places
+from cggr_train.study.timing import time_steps
+from cggr_train.study.training import train_run
+from cggr_train.study.worker import answer
+
+CPU = torch.device("cpu")
+
+
+class OwnPool:
+    """Answers requests in this process."""
+
+    def __init__(self, folder, where):
+        self.folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def run(self, requests, *, on_progress, stop, alone=False):
+        for request in requests:
+            if stop():
+                return
+            result = answer(
+                Bench(self.folder, CPU), request.body, lambda event, **values: on_progress(request, values), stop
+            )
+            if result is not None:
+                yield request, result
+
+
+@pytest.fixture(autouse=True)
+def _own_pool(monkeypatch):
+    monkeypatch.setattr(run_module, "Pool", OwnPool)
+
+
+def settings(data_files, **values):
+    train = TrainSettings(
+        data=tuple(map(str, data_files)), config="nano", vocab_size=300, length=32, batch_size=4, steps=6,
+        heldout_fraction=0.3, eval_sequences=8, device="cpu",
+    )  # fmt: skip
+    given = {"seeds": 2, "evaluations": 2, "draws": 2, "gradient_batches": 1, "calibration_seconds": 0.01}
+    return StudySettings(train=train, **{**given, "equal": ("tokens",), **values})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, texts):
+    """A complete study, its outcome and what it printed."""
+    folder = tmp_path_factory.mktemp("study")
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    console = Console(file=io.StringIO(), width=160)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "Pool", OwnPool)
+        result = start_study(settings([data]), folder / "study", console)
+    return folder / "study", result, console.file.getvalue()
+
+
+@pytest.fixture
+def study(finished, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(finished[0], tmp_path / "study")
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_study_from_beginning_to_end(finished):
+    folder, result, text = finished
+    assert result.exit_code == 0
+    outcome = result.outcome
+    names = ["standard", "standard-b2", "kv-0.25-random", "kv-0.25-stratified-gradnorm"]
+    assert [arm.name for arm in outcome.arms] == names
+    found = records(folder)
+    kinds = [record["event"] for record in found]
+    assert [kinds.count(kind) for kind in ("study", "timing", "run", "gradients", "kept")] == [1, 8, 8, 2, 1]
+    runs = {(record["arm"], record["seed"]): record for record in found if record["event"] == "run"}
+    for seed in (0, 1):
+        starts = {runs[name, seed]["points"][0]["heldout_loss"] for name in names}
+        assert len(starts) == 1, "all start from the same weights"
+        ends = {runs[name, seed]["points"][-1]["tokens"] for name in names}
+        assert ends == {6 * 4 * 32}
+        for name in names:
+            points = runs[name, seed]["points"]
+            assert points[-1]["heldout_loss"] < points[0]["heldout_loss"]
+            share = points[-1]["kept_tokens"] / (6 * 4 * 31)
+            assert share == pytest.approx(1.0 if "standard" in name else 0.25, abs=0.02)
+    assert "Held-out loss, nats per token" in text
+    assert "page " in text
+    assert (folder / "report.html").exists()
+    assert (folder / "runs" / "standard-seed0" / "model" / "model.safetensors").exists()
+    assert [path.name for path in (folder / "runs").iterdir()] == ["standard-seed0"], "no leftovers"
+
+
+def test_a_study_that_was_cut_short_measures_only_what_is_missing(study, console, monkeypatch):
+    folder = study
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["event"] != "kept"]
+    kept.remove(next(line for line in kept if '"run"' in line and '"seed": 1' in line))
+    (folder / "results.jsonl").write_text("\n".join(kept) + '\n{"event": "run", "arm": "kv-0.25-ra')
+    asked = []
+    original = OwnPool.run
+
+    def run(self, requests, **options):
+        asked.extend((request.event, *request.fields.values()) for request in requests)
+        yield from original(self, requests, **options)
+
+    monkeypatch.setattr(OwnPool, "run", run)
+    before = {(r["arm"], r["seed"]): r["points"] for r in map(json.loads, lines) if r["event"] == "run"}
+    result = resume_study(folder, console)
+    assert asked == [("run", "standard", 1), ("kept",)]
+    assert result.exit_code == 0
+    assert "7 of 8 runs are done" in console.file.getvalue()
+    again = next(r for r in run_module.read_log(folder / "results.jsonl")[::-1] if r["event"] == "run")
+    assert again["points"] == before["standard", 1], "the same run gives the same losses"
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(study):
+    folder = study
+    bench = Bench(folder, CPU)
+    arm = bench.arms["kv-0.25-stratified-gradnorm"]
+    options = {"points": [3, 6], "warmup_steps": 1, "eval_sequences": 8, "save_model": False}
+    whole = train_run(bench, arm, 5, **options, tell=lambda **values: None)
+    asked = iter([False] * 4 + [True])
+    assert train_run(bench, arm, 5, **options, tell=lambda **values: None, stop=lambda: next(asked)) is None
+    assert (folder / "runs" / f"{arm.name}-seed5" / "checkpoints" / "step-00000004").is_dir()
+    resumed = train_run(bench, arm, 5, **options, tell=lambda **values: None)
+    assert resumed["points"] == whole["points"]
+    assert not (folder / "runs" / f"{arm.name}-seed5").exists()
+
+
+def test_bad_settings_leave_nothing_to_resume(tmp_path, data_files, console):
+    with pytest.raises(InputError, match="stratifed"):
+        start_study(settings(data_files, selections=("stratifed",)), tmp_path / "a", console)
+    assert not (tmp_path / "a" / "study.json").exists()
+    with pytest.raises(InputError, match="holds no run that can be resumed"):
+        resume_study(tmp_path / "a", console)
+
+
+def test_a_folder_holds_one_study(study, data_files, console):
+    with pytest.raises(InputError, match="already holds a study; continue it with --resume"):
+        start_study(settings(data_files), study, console)
+
+
+def test_the_exact_estimators_are_told_from_the_biased_ones(study):
+    """Of everything kept the gradient is the full one; exact sampling has no bias; fewer tokens vary more."""
+    folder = study
+    bench = Bench(folder, CPU)
+    bench.settings = dataclasses.replace(bench.settings, draws=24)
+
+    def arm(name, gradient, ratio, selection="random"):
+        routing = dataclasses.replace(bench.arms["kv-0.25-random"].routing, gradient=gradient, ratio=ratio)
+        return Arm(name, name, "random", "cggr", 4, dataclasses.replace(routing, selection=selection))
+
+    drawn = [
+        arm("all", "exact", 1.0), arm("half", "exact", 0.5), arm("quarter", "exact", 0.25),
+        arm("detached", "detached", 0.25), arm("top", "exact", 0.25, "topk"), bench.arms["standard-b2"],
+    ]  # fmt: skip
+    weights = folder / "runs" / "standard-seed0" / "model"
+    found = compare_gradients(bench, drawn, weights=weights, seed=0)
+    cosine = {name: sum(values["cosine"]) / len(values["cosine"]) for name, values in found.items()}
+    variance = {name: values["variance"][0] for name, values in found.items()}
+    bias = {name: values["bias"][0] for name, values in found.items()}
+    assert cosine["all"] == pytest.approx(1, abs=1e-6)
+    assert variance["all"] == pytest.approx(0, abs=1e-6)
+    assert cosine["quarter"] < cosine["half"] < 1
+    assert variance["half"] < variance["quarter"]
+    # unbiased: within four standard errors of nothing (the variance over draws, spread over many directions)
+    for name in ("half", "quarter", "standard-b2"):
+        assert abs(bias[name]) < 0.35 * variance[name], name
+    assert variance["top"] == pytest.approx(0, abs=1e-6), "the same tokens each time"
+    assert bias["top"] > 0.05
+    assert bias["detached"] > bias["quarter"]
+
+
+def test_kept_shares_follow_the_strategy(study):
+    folder = study
+    bench = Bench(folder, CPU)
+    asked = bench.arms["kv-0.25-stratified-gradnorm"]
+    top = dataclasses.replace(asked, name="top", routing=dataclasses.replace(asked.routing, selection="topk"))
+    shares = kept_shares(
+        bench, [asked, top, bench.arms["kv-0.25-random"]],
+        weights=folder / "runs" / "standard-seed0" / "model", seed=0,
+    )  # fmt: skip
+    for by in shares.values():
+        assert set(by) == {"position", "frequency", "score"}
+        assert all(len(values) == BINS and all(0 <= value <= 1 for value in values) for values in by.values())
+        assert sum(by["position"]) / BINS == pytest.approx(0.25, abs=0.03)
+    assert shares["top"]["score"][-1] > 0.7
+    assert shares["top"]["score"][0] < 0.1
+    assert shares["kv-0.25-random"]["score"][-1] == pytest.approx(0.25, abs=0.12)
+
+
+def test_steps_are_timed_and_memory_is_the_arms_own(study):
+    folder = study
+    bench = Bench(folder, CPU)
+    found = time_steps(bench, bench.arms["standard"], seconds=0.01)
+    assert len(found["step_seconds"]) >= 2
+    assert all(value > 0 for value in found["step_seconds"])
+    assert found["peak_bytes"] >= found["start_bytes"] > 0
+
+
+def test_places_for_workers(monkeypatch):
+    monkeypatch.setattr("cggr_train.study.pool.cores", lambda: 4)
+    assert places("cpu", None) == [(CPU, 1)] * 4
+    assert places("cpu", 2) == [(CPU, 2)] * 2
+    with pytest.raises(InputError, match="--device nowhere cannot be used"):
+        places("nowhere", None)
+
+
+def test_a_worker_says_what_is_wrong_and_ends(study):
+    """One real process: an answer, an error that is told, and a failure that is not."""
+    folder = study
+    with Pool(folder, [(CPU, 1)]) as pool:
+        request = Request("timing", {}, {"do": "time", "arms": ["standard"], "seconds": 0.01})
+        ((_, result),) = pool.run([request], alone=True)
+        assert result["engine"] == ""
+        nowhere = {"do": "gradients", "arms": ["standard-b2"], "seed": 0, "weights": str(folder / "nowhere")}
+        with pytest.raises(InputError, match="the model directory .*nowhere does not exist"):
+            list(pool.run([Request("gradients", {}, nowhere)]))
+        with pytest.raises(RunError, match=r"a worker ended with status 1: KeyError: 'nobody'.*worker-0.errors.txt"):
+            list(pool.run([Request("run", {}, {"do": "time", "arms": ["nobody"], "seconds": 1})]))
+    assert (folder / "worker-0.errors.txt").exists()
