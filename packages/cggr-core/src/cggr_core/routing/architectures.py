@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
+_MAKES_POSITIONS = "create_position_ids_from_input_ids"
 # Layer types that keep a state of their own instead of keys and values.
 _STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
 
@@ -38,6 +40,9 @@ class Architecture:
         shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
         obstacle: Why keys and values cannot be routed, or ``None`` where they can.
         forward_parameters: Names that the model's forward accepts.
+        configured: The modules that hold a config, in which the attention implementation stands.
+        checkpointing: The modules that carry transformers' switch for gradient checkpointing.
+        position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
     """
 
     layers: nn.ModuleList
@@ -45,6 +50,9 @@ class Architecture:
     shifted: bool
     obstacle: str | None
     forward_parameters: frozenset[str]
+    configured: tuple[nn.Module, ...]
+    checkpointing: tuple[nn.Module, ...]
+    position_maker: Any
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -75,6 +83,8 @@ def describe(model: nn.Module) -> Architecture:
         )
     text_config = config.get_text_config()
     layers, owner = _find_layers(base, text_config.num_hidden_layers)
+    # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
+    modules = list(model.modules())
     return Architecture(
         layers=layers,
         head=_find_head(base, text_config),
@@ -83,6 +93,9 @@ def describe(model: nn.Module) -> Architecture:
         if layers
         else f"the layers of {type(base).__name__} were not found",
         forward_parameters=frozenset(inspect.signature(base.forward).parameters),
+        configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
+        checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),
+        position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
     )
 
 
@@ -132,11 +145,14 @@ def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:
     return None
 
 
-def default_position_ids(model: nn.Module, input_ids: Tensor | None, like: Tensor, padding: Tensor | None) -> Tensor:
+def default_position_ids(
+    model: nn.Module, architecture: Architecture, input_ids: Tensor | None, like: Tensor, padding: Tensor | None
+) -> Tensor:
     """The position ids that the model would make up itself, made explicit so that kept tokens can carry theirs.
 
     Args:
         model: The model.
+        architecture: Its description.
         input_ids: ``[B, S]`` int64, or ``None`` when embeddings are given.
         like: ``[B, S, ...]``, gives shape and device.
         padding: ``[B, S]``, the attention mask (0 = padding), or ``None``.
@@ -144,17 +160,14 @@ def default_position_ids(model: nn.Module, input_ids: Tensor | None, like: Tenso
     Returns:
         int64 ``[B, S]``.
     """
-    base = unwrapped(model)
     batch, length = like.shape[:2]
     positions = torch.arange(length, device=like.device).expand(batch, length)
-    if base.config.model_type == "opt" and padding is not None:
+    if unwrapped(model).config.model_type == "opt" and padding is not None:
         seen = padding.long()
         return seen.cumsum(1) * seen - 1
-    module: Any
-    for module in base.modules():
-        # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
-        if hasattr(module, "create_position_ids_from_input_ids"):
-            if input_ids is None:
-                return positions + module.padding_idx + 1
-            return module.create_position_ids_from_input_ids(input_ids, module.padding_idx)
-    return positions
+    maker = architecture.position_maker
+    if maker is None:
+        return positions
+    if input_ids is None:
+        return positions + maker.padding_idx + 1
+    return maker.create_position_ids_from_input_ids(input_ids, maker.padding_idx)

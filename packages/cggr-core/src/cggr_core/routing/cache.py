@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cggr_core.routing.rows import merge_rows, replace_rows
+from cggr_core.routing.rows import Places, merge_rows, replace_rows
 
 KeyValue = tuple[Tensor, Tensor]
 OptionalKeyValue = tuple[Tensor | None, Tensor | None]
@@ -82,8 +82,8 @@ class OtherTokensCache(PassCache):
     def __init__(self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool, last_layer: int) -> None:
         super().__init__(queries=index.shape[1], length=length)
         self._last_layer = last_layer
-        self._index = index
-        self._kept_index = kept_index
+        self._others = Places(index, length)
+        self._keeps = Places(kept_index, length)
         self._keep_graph = keep_graph
         self.recorded: dict[int, KeyValue] = {}
         self.kept: KeyValue | None = None
@@ -99,7 +99,7 @@ class OtherTokensCache(PassCache):
         if self.kept is None:
             raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
         keys, values = (
-            merge_rows(other, kept, other_index=self._index, kept_index=self._kept_index)
+            merge_rows(other, kept, others=self._others, keeps=self._keeps)
             for other, kept in zip(constant, self.kept, strict=True)
         )
         self.merged = keys, values
@@ -132,12 +132,13 @@ class RoutedCache(PassCache):
         keep_graph: bool,
     ) -> None:
         super().__init__(queries=index.shape[1], length=length)
-        self._index = index
-        self._valid = valid
+        self._replacing = Places(index, length, valid)
+        # In mode "detached", a filler slot is a constant to the kept tokens, like any other token. In mode "kv" its
+        # keys and values take gradients, and its hidden state is stopped where the layer begins.
+        self._merging = Places(index, length, None if keep_graph else valid)
+        self._other_places = None if other_index is None else Places(other_index, length)
         self._recorded = recorded
-        self._other_index = other_index
         self._others = others
-        self._keep_graph = keep_graph
         self.updated: set[int] = set()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
@@ -148,24 +149,15 @@ class RoutedCache(PassCache):
         fresh = key_states, value_states
         if layer_idx in self._recorded:
             keys, values = (
-                replace_rows(full, kept, index=self._index, valid=self._valid)
+                replace_rows(full, kept, keeps=self._replacing)
                 for full, kept in zip(self._recorded[layer_idx], fresh, strict=True)
             )
             return keys, values
-        if self._others is None or self._other_index is None:
+        if self._others is None or self._other_places is None:
             return fresh  # every position is in the pass, in order
         others, merged = self._others(layer_idx, (key_states.detach(), value_states.detach()))
         keys, values = (
-            merge_rows(
-                other,
-                kept,
-                other_index=self._other_index,
-                kept_index=self._index,
-                # In mode "detached", a filler slot is a constant to the kept tokens, like any other token. In mode
-                # "kv" its keys and values take gradients, and its hidden state is stopped where the layer begins.
-                passes=None if self._keep_graph else self._valid,
-                merged=whole,
-            )
+            merge_rows(other, kept, others=self._other_places, keeps=self._merging, merged=whole)
             for other, kept, whole in zip(others, fresh, merged, strict=True)
         )
         return keys, values

@@ -98,9 +98,9 @@ def context_pass(
     for number, layer in enumerate(architecture.layers):
         replacements[layer] = partial(run, layer.forward) if number < depth else skip
     with (
-        without_checkpointing(model),
+        without_checkpointing(architecture),
         without_autocast_cache(),
-        _context_masks(model, inputs),
+        _context_masks(model, architecture, inputs),
         replaced_forwards(replacements),
     ):
         output = model(**inputs.arguments(), **inputs.quiet, past_key_values=cache, use_cache=True)
@@ -112,14 +112,14 @@ def context_pass(
 
 
 @contextmanager
-def _context_masks(model: nn.Module, inputs: TokenInputs) -> Iterator[None]:
+def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[None]:
     # transformers looks for packed documents only where no cache is passed, so they are put into the mask here;
     # without padding and packing its own shortcuts (plain causal attention) stay in force.
     if inputs.segment is None and inputs.padding is None:
         yield
         return
     choose = implementation(model, inputs.position_ids.device.type)
-    with attention_implementation(model, choose), routed_masks(inputs.visibility()):
+    with attention_implementation(architecture, choose), routed_masks(inputs.visibility()):
         yield
 
 

@@ -94,7 +94,7 @@ def gradient_pass(
         checkpointed = uses_checkpointing(layer)
         if checkpointed:
             # Inside the layer's hooks, as transformers does it.
-            forward = partial(checkpoint, partial(_run_plainly, layer, attention, forward), use_reentrant=False)
+            forward = partial(checkpoint, partial(_run_plainly, architecture, attention, forward), use_reentrant=False)
         if keep_graph and number >= context.depth:
             forward = partial(_run_with_fillers, forward, selection.valid)
         if checkpointed or keep_graph:
@@ -102,9 +102,9 @@ def gradient_pass(
     if read_head is not None:
         replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
     with (
-        without_checkpointing(model),
+        without_checkpointing(architecture),
         without_autocast_cache(),
-        attention_implementation(model, attention),
+        attention_implementation(architecture, attention),
         routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
         replaced_forwards(replacements),
     ):
@@ -116,10 +116,10 @@ def gradient_pass(
 
 
 def _run_plainly(
-    layer: nn.Module, attention: Callable[[str], str], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    architecture: Architecture, attention: Callable[[str], str], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     # Recomputed during backward, when the changes around the pass have been undone.
-    with without_checkpointing(layer), attention_implementation(layer, attention):
+    with without_checkpointing(architecture), attention_implementation(architecture, attention):
         return forward(*args, **kwargs)
 
 
@@ -180,9 +180,9 @@ class _OtherTokens:
         replacements: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(architecture.layers, note)
         replacements[architecture.head.module] = partial(read_in_place_of_head, ignore_head)
         with (
-            without_checkpointing(model),
+            without_checkpointing(architecture),
             without_autocast_cache(),
-            attention_implementation(model, attention),
+            attention_implementation(architecture, attention),
             routed_masks(inputs.visibility(self.index)),
             replaced_forwards(replacements),
         ):

@@ -102,7 +102,7 @@ def token_inputs(
         )
     segment = None
     if position_ids is None:
-        position_ids = default_position_ids(model, input_ids, like, attention_mask)
+        position_ids = default_position_ids(model, architecture, input_ids, like, attention_mask)
     else:
         if tuple(position_ids.shape) not in (shape, (1, shape[1])):
             raise ValueError(f"position_ids must have shape {list(shape)}, got {list(position_ids.shape)}")

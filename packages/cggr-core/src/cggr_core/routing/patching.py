@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cggr_core.routing.architectures import Architecture
+
 
 @contextmanager
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
@@ -41,10 +43,10 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
+def without_checkpointing(architecture: Architecture) -> Iterator[None]:
     """Switch Hugging Face's own gradient checkpointing off: it drops the cache, through which routing works."""
     switched: list[Any] = [
-        module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True
+        module for module in architecture.checkpointing if module.__dict__.get("gradient_checkpointing") is True
     ]
     try:
         for module in switched:
@@ -76,11 +78,9 @@ def without_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, choose: Callable[[str], str]) -> Iterator[None]:
+def attention_implementation(architecture: Architecture, choose: Callable[[str], str]) -> Iterator[None]:
     """Run every (sub)config of the model on another attention implementation for the length of the block."""
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
+    configs: dict[int, Any] = {id(module.config): module.config for module in architecture.configured}
     before = {
         key: config._attn_implementation for key, config in configs.items() if hasattr(config, "_attn_implementation")
     }

@@ -121,7 +121,7 @@ def _plain_forward(
         architecture.head.module.register_forward_pre_hook(lambda module, args: head_inputs.append(args[0])),
     ]
     try:
-        with without_checkpointing(model):
+        with without_checkpointing(architecture):
             logits = model(**inputs.arguments(), use_cache=False).logits
     finally:
         for hook in hooks:

@@ -1,59 +1,103 @@
 """Rows of keys, values and hidden states put together and told apart, with just the gradients that a mode lets through.
 
-Written as autograd functions because their backward passes are single gathers: autograd's own, for the same scatters,
-copies the full-length gradient several times.
+Written as autograd functions because their backward passes are single copies of rows: autograd's own, for the same
+scatters, copies the full-length gradient several times. Keys and values are ``[B, H, S, D]`` to their models, and lie
+in memory by position, as the projections left them: rows are taken and written in that order, and stay in it, so
+that neither the attention nor the projections' backward has to copy them into another.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where some rows of a batch stand; made once for all layers of a pass.
+
+    Attributes:
+        index: Distinct positions, int64 ``[B, K]``.
+        length: Positions ``S`` of a full row.
+        valid: bool ``[B, K]``, the slots that hold kept tokens rather than fillers; ``None`` for all.
+    """
+
+    index: Tensor
+    length: int
+    valid: Tensor | None = None
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Places in the flattened batch, int64 ``[B * K]``."""
+        rows = torch.arange(self.index.shape[0], device=self.index.device)
+        return (self.index + rows[:, None] * self.length).flatten()
+
+    @cached_property
+    def fresh(self) -> Tensor:
+        """Mask ``[B, S, 1, 1]``, true where a valid slot stands."""
+        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+        none = torch.zeros(self.index.shape[0], self.length, dtype=torch.bool, device=self.index.device)
+        return none.scatter(1, self.index, valid)[:, :, None, None]
+
+    def take(self, full: Tensor) -> Tensor:
+        """The rows ``[B, K, ...]`` of ``full`` ``[B, S, ...]``."""
+        batch, slots = self.index.shape
+        return full.reshape(batch * self.length, -1).index_select(0, self.flat).view(batch, slots, *full.shape[2:])
+
+    def write(self, rows: Tensor, full: Tensor) -> None:
+        """Put ``rows`` ``[B, K, ...]`` into ``full`` ``[B, S, ...]``, which is contiguous."""
+        flat = full.view(full.shape[0] * self.length, -1)
+        flat.index_copy_(0, self.flat, rows.reshape(self.flat.shape[0], -1))
+
+    def only_valid(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[B, K, H, D]``, 0 at fillers."""
+        return rows if self.valid is None else torch.where(self.valid[:, :, None, None], rows, rows.new_zeros(()))
+
+
 class _MergeRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        other: Tensor,
-        kept: Tensor,
-        other_index: Tensor,
-        kept_index: Tensor,
-        passes: Tensor | None,
-        merged: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(other_index, kept_index, passes)
+    def forward(ctx: Any, other: Tensor, kept: Tensor, others: Places, keeps: Places, merged: Tensor | None) -> Tensor:
+        ctx.others, ctx.keeps = others, keeps
         if merged is not None:
             return merged.view_as(merged)
-        length = other.shape[2] + kept.shape[2]
-        merged = kept.new_empty(*kept.shape[:2], length, kept.shape[3])
-        merged.scatter_(2, _rows(other_index, other), other)
-        return merged.scatter_(2, _rows(kept_index, kept), kept)
+        batch, heads, _, size = kept.shape
+        full = kept.new_empty(batch, keeps.length, heads, size)
+        others.write(other.transpose(1, 2), full)
+        keeps.write(kept.transpose(1, 2), full)
+        return full.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        other_index, kept_index, passes = ctx.saved_tensors
+        grad = grad.transpose(1, 2)
         other_grad = kept_grad = None
         if ctx.needs_input_grad[0]:
-            other_grad = grad.gather(2, _rows(other_index, grad))
+            other_grad = ctx.others.take(grad).transpose(1, 2)
         if ctx.needs_input_grad[1]:
-            kept_grad = grad.gather(2, _rows(kept_index, grad))
-            kept_grad = kept_grad if passes is None else kept_grad.masked_fill(~passes[:, None, :, None], 0)
-        return other_grad, kept_grad, None, None, None, None
+            kept_grad = ctx.keeps.only_valid(ctx.keeps.take(grad)).transpose(1, 2)
+        return other_grad, kept_grad, None, None, None
 
 
 class _ReplaceRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, full: Tensor, kept: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-        ctx.save_for_backward(index, valid)
-        return full.scatter(2, _rows(index, kept), kept)
+    def forward(ctx: Any, full: Tensor, kept: Tensor, keeps: Places) -> Tensor:
+        ctx.keeps = keeps
+        by_position = full.transpose(1, 2)
+        replaced = torch.empty_like(by_position, memory_format=torch.contiguous_format).copy_(by_position)
+        keeps.write(kept.transpose(1, 2), replaced)
+        return replaced.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        index, valid = ctx.saved_tensors
-        rows, valid = _rows(index, grad), valid[:, None, :, None]
-        kept = grad.gather(2, rows)
-        full_grad = grad.scatter(2, rows, kept.masked_fill(valid, 0)) if ctx.needs_input_grad[0] else None
-        return full_grad, kept.masked_fill(~valid, 0) if ctx.needs_input_grad[1] else None, None, None
+        keeps: Places = ctx.keeps
+        grad = grad.transpose(1, 2)
+        full_grad = kept_grad = None
+        if ctx.needs_input_grad[0]:
+            full_grad = torch.where(keeps.fresh, grad.new_zeros(()), grad).transpose(1, 2)
+        if ctx.needs_input_grad[1]:
+            kept_grad = keeps.only_valid(keeps.take(grad)).transpose(1, 2)
+        return full_grad, kept_grad, None
 
 
 class _StopGradient(torch.autograd.Function):
@@ -68,50 +112,36 @@ class _StopGradient(torch.autograd.Function):
         return grad.masked_fill(~passes[:, :, None], 0), None
 
 
-def merge_rows(
-    other: Tensor,
-    kept: Tensor,
-    *,
-    other_index: Tensor,
-    kept_index: Tensor,
-    passes: Tensor | None = None,
-    merged: Tensor | None = None,
-) -> Tensor:
+def merge_rows(other: Tensor, kept: Tensor, *, others: Places, keeps: Places, merged: Tensor | None = None) -> Tensor:
     """Put two disjoint sets of rows that cover all positions in order.
 
     Args:
         other: ``[B, H, M, D]``.
         kept: ``[B, H, K, D]``.
-        other_index: Positions of ``other``, ``[B, M]``.
-        kept_index: Positions of ``kept``, ``[B, K]``.
-        passes: bool ``[B, K]``, the rows of ``kept`` that take a gradient; ``None`` for all.
+        others: Places of ``other``.
+        keeps: Places of ``kept``; slots that are not valid take no gradient.
         merged: The result, where it is at hand; it then only gets its gradients.
 
     Returns:
         ``[B, H, M + K, D]``, differentiable in ``other`` and ``kept``.
     """
-    return _MergeRows.apply(other, kept, other_index, kept_index, passes, merged)
+    return _MergeRows.apply(other, kept, others, keeps, merged)
 
 
-def replace_rows(full: Tensor, kept: Tensor, *, index: Tensor, valid: Tensor) -> Tensor:
+def replace_rows(full: Tensor, kept: Tensor, *, keeps: Places) -> Tensor:
     """Full-length rows with the kept ones fresh.
 
     Args:
         full: ``[B, H, S, D]``.
         kept: ``[B, H, K, D]``; slots that are not valid hold what ``full`` holds.
-        index: Positions of ``kept``, ``[B, K]``.
-        valid: bool ``[B, K]``. Gradients of valid slots go to ``kept``, all others to ``full``.
+        keeps: Places of ``kept``. Gradients of valid slots go to ``kept``, all others to ``full``.
 
     Returns:
         ``[B, H, S, D]``.
     """
-    return _ReplaceRows.apply(full, kept, index, valid)
+    return _ReplaceRows.apply(full, kept, keeps)
 
 
 def stop_gradient(hidden: Tensor, *, passes: Tensor) -> Tensor:
     """``hidden`` ``[B, K, H]`` itself, with gradients only at ``passes`` ``[B, K]``."""
     return _StopGradient.apply(hidden, passes)
-
-
-def _rows(index: Tensor, like: Tensor) -> Tensor:
-    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
