@@ -13,7 +13,7 @@ PACKAGES = Path(__file__).parents[2] / "packages"
 ALLOWED = {
     "cggr_core": {"torch", "transformers"},  # transformers: routing/ alone, see below
     "cggr_kernels": {"torch", "triton"},
-    "cggr_flash": {"torch", "transformers"},
+    "cggr_flash": {"torch", "transformers", "safetensors"},
     "cggr_moe": {"torch", "cggr_core"},
     "cggr": {"cggr_core"},
 }

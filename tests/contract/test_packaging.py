@@ -21,7 +21,7 @@ VERSIONS = {
 MODULES = {
     "cggr-core": {"torch>=2.11"},
     "cggr-kernels": {"torch>=2.11", "triton>=3.6", "triton-windows>=3.6"},
-    "cggr-flash": {"torch>=2.11", "transformers>=5.17"},
+    "cggr-flash": {"safetensors>=0.8", "torch>=2.11", "transformers>=5.17"},
     "cggr-moe": {"cggr-core<0.2,>=0.1", "torch>=2.11"},
     "cggr": {"cggr-core<0.2,>=0.1"},
 }

@@ -150,7 +150,7 @@ def is_flash(name: str) -> bool:
 def _gpu_obstacle(name: str, library: _Library | None, machine: Machine) -> AttentionBackend | None:
     """What no installation helps against: the device, its generation, the dtype."""
     if machine.device.type != "cuda" or (machine.capability is None and name != "flash_attention_2"):
-        reason = f"needs an NVIDIA GPU, and the device is {_device(machine)}"
+        reason = f"needs an NVIDIA GPU, and the device is {machine.where}"
         fix = "put the model on a GPU (device_map='cuda', or model.to('cuda')), or take backend='sdpa'"
         return AttentionBackend(name, False, reason, fix)
     if library is not None and machine.capability is not None and machine.capability < library.capability:
@@ -160,7 +160,7 @@ def _gpu_obstacle(name: str, library: _Library | None, machine: Machine) -> Atte
         )
         return AttentionBackend(name, False, reason, "take backend='sdpa', whose kernels include older GPUs")
     if machine.dtype not in HALF:
-        reason = f"computes in float16 and bfloat16 only, and the model is in {_dtype(machine)}"
+        reason = f"computes in float16 and bfloat16 only, and the model is in {machine.dtype_name}"
         fix = "load the model with dtype=torch.bfloat16, or take backend='sdpa'"
         return AttentionBackend(name, False, reason, fix)
     return None
@@ -205,24 +205,16 @@ def _sdpa(machine: Machine) -> AttentionBackend:
     running = [name for name in SDPA_KERNELS if not machine.sdpa_kernels[name]]
     if running:
         return AttentionBackend("sdpa", True, f"in torch {torch.__version__}; its kernels here: {', '.join(running)}")
-    reason = f"none of its kernels runs on {_device(machine)} in {_dtype(machine)}"
+    reason = f"none of its kernels runs on {machine.where} in {machine.dtype_name}"
     return AttentionBackend("sdpa", False, reason, "take backend='eager'")
 
 
 def _flex_attention(machine: Machine) -> AttentionBackend:
     name = "flex_attention"
     if machine.device.type != "cuda":
-        reason = f"torch has its backward pass on GPUs only, and the device is {_device(machine)}"
+        reason = f"torch has its backward pass on GPUs only, and the device is {machine.where}"
         return AttentionBackend(name, False, reason, "put the model on a GPU, or take backend='sdpa'")
     if "triton" not in machine.packages or "triton" in machine.import_errors:
         reason = machine.import_errors.get("triton", "the package triton, which compiles it, is not installed")
         return AttentionBackend(name, False, reason, "install a CUDA build of torch, which brings triton")
     return AttentionBackend(name, True, f"compiled by triton {machine.packages['triton']} for every new shape")
-
-
-def _device(machine: Machine) -> str:
-    return str(machine.device) if machine.device.type != "cuda" else f"{machine.device} ({machine.device_name})"
-
-
-def _dtype(machine: Machine) -> str:
-    return str(machine.dtype).removeprefix("torch.")

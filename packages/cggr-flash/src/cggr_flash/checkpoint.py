@@ -2,9 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import (
@@ -19,28 +17,31 @@ _PICKLED = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def check_folder(folder: Path, options: Mapping[str, Any]) -> None:
-    """Raise unless a folder holds a configuration and weights that are whole.
+def check_configuration(folder: Path) -> None:
+    """Raise ``FileNotFoundError`` unless a folder holds the configuration of a model."""
+    if (folder / CONFIG_NAME).is_file():
+        return
+    if (folder / _ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds a PEFT adapter without its base model; load the base model, then "
+            "peft.PeftModel.from_pretrained(model, path)"
+        )
+    raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}{_nested(folder)}; it holds {_listing(folder)}")
+
+
+def check_weights(folder: Path, *, variant: str | None, use_safetensors: bool | None) -> None:
+    """Raise unless a folder holds weights that are whole and, if so asked, safe to read.
 
     Args:
-        folder: With the model, or the parent of ``options["subfolder"]``.
-        options: Of ``from_pretrained``; ``subfolder``, ``variant`` and ``use_safetensors`` are read.
+        folder: With the files of a model.
+        variant: Of ``from_pretrained``.
+        use_safetensors: Likewise.
 
     Raises:
-        FileNotFoundError: If the configuration, the weights, or a part of them is missing.
+        FileNotFoundError: If the weights or a part of them is missing, or they are pickles.
         ValueError: If a file of the weights is damaged.
     """
-    folder = folder / options.get("subfolder", "")
-    if not (folder / CONFIG_NAME).is_file() and "config" not in options:
-        if (folder / _ADAPTER_CONFIG).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds a PEFT adapter without its base model; load the base model, then "
-                "peft.PeftModel.from_pretrained(model, path)"
-            )
-        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}{_nested(folder)}; it holds {_listing(folder)}")
-    if options.get("gguf_file") is not None:
-        return
-    for path in _weights(folder, options):
+    for path in _weights(folder, variant, use_safetensors):
         check_whole(path)
 
 
@@ -74,20 +75,19 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1
 
 
-def _weights(folder: Path, options: Mapping[str, Any]) -> list[Path]:
+def _weights(folder: Path, variant: str | None, use_safetensors: bool | None) -> list[Path]:
     def varied(name: str) -> str:
-        variant = options.get("variant")
         stem, dot, rest = name.partition(".")
         return name if variant is None else f"{stem}.{variant}{dot}{rest}"
 
     whole, index = folder / varied(SAFE_WEIGHTS_NAME), folder / varied(SAFE_WEIGHTS_INDEX_NAME)
-    if options["use_safetensors"] is not False:
+    if use_safetensors is not False:
         if whole.is_file():
             return [whole]
         if index.is_file():
             return _shards(index)
     pickled = [name for name in _PICKLED if (folder / varied(name)).is_file()]
-    if pickled and options["use_safetensors"]:
+    if pickled and use_safetensors:
         raise FileNotFoundError(
             f"{folder} holds its weights as {varied(pickled[0])} only, a pickle, which runs code when it is loaded; "
             "convert it to safetensors (save_pretrained does), or pass use_safetensors=False if you trust it"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cggr_flash.capabilities import HALF, ORDER, check_backend, is_flash, judge_backend
+from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
 from cggr_flash.machine import Machine, first_line, inspect_machine
 from cggr_flash.model_support import Implementations, current, is_switchable, model_obstacle, request, unwrapped
 from cggr_flash.trial import TrialError, disagreement, trial
@@ -67,8 +67,11 @@ class PassedOver(NamedTuple):
 
 
 def listed(passed_over: Sequence[PassedOver]) -> str:
-    """All reasons, on one line."""
-    return "; ".join(f"not {each.name}: {each.reason}" for each in passed_over)
+    """All reasons on one line, each once."""
+    names: dict[str, list[str]] = {}
+    for each in passed_over:
+        names.setdefault(each.reason, []).append(each.name)
+    return "; ".join(f"not {', '.join(group)}: {reason}" for reason, group in names.items())
 
 
 def explained(backend: str, model_name: str, reason: str, fix: str) -> str:
@@ -182,8 +185,11 @@ def _tried(
 def _log_choice(
     model: PreTrainedModel, name: str, machine: Machine, passed_over: Sequence[PassedOver], kept: list[str]
 ) -> None:
-    where = f"{machine.device} ({machine.device_name}, {str(machine.dtype).removeprefix('torch.')})"
     notes = [repr(name), *([listed(passed_over)] if passed_over else []), *kept]
+    accelerator = default_device()
+    if machine.device.type == "cpu" and accelerator.type != "cpu":
+        notes.append(f"on {accelerator} it could be another: move the model there and call enable_flash_attention")
     # What should have worked and did not is worth a warning; what is not installed is not.
     level = logging.WARNING if any(each.tried for each in passed_over) else logging.INFO
-    _logger.log(level, "%s on %s runs on %s", type(model).__name__, where, "; ".join(notes))
+    text = f"{type(model).__name__} on {machine.where} in {machine.dtype_name} runs on {'; '.join(notes)}"
+    _logger.log(level, text)

@@ -1,6 +1,7 @@
 """Loading a Hugging Face model onto the fastest attention backend that works on it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import CONFIG_NAME, cached_file
 
 from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
-from cggr_flash.checkpoint import check_folder, looks_like_path, missing_path
+from cggr_flash.checkpoint import check_configuration, check_weights, looks_like_path, missing_path
 from cggr_flash.enabling import PassedOver, check_dtype, choose, explained, listed
 from cggr_flash.machine import Machine, first_line, inspect_machine
 from cggr_flash.model_support import class_obstacle
@@ -75,6 +76,7 @@ def load_model_with_flash_attention(
     options = {"use_safetensors": True, "trust_remote_code": False, **from_pretrained}
     name = _checked_name(name_or_path, options)
     config, options = _config(name, options)
+    _check_files(name, config, options)
     model_class = _model_class(config, options["trust_remote_code"])
     machine = inspect_machine(_planned_device(device_map), _planned_dtype(backend, dtype, config))
     candidates, passed_over = _candidates(backend, model_class, config, machine)
@@ -117,13 +119,14 @@ def _candidates(backend: str, model_class: Any, config: Any, machine: Machine) -
 
 
 def _checked_name(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> str:
-    """The name, once the files of a folder have been looked at."""
+    """The name, if it can be one of the hub, or is a folder with a configuration."""
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(f"name_or_path must be a string or a path, got {type(name_or_path).__name__}")
     name = os.fspath(name_or_path)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        check_folder(folder, options)
+        if "config" not in options:
+            check_configuration(folder / options.get("subfolder", ""))
         return str(folder)
     if folder.exists():
         raise FileNotFoundError(f"{name!r} is a file; give the folder that holds it")
@@ -143,14 +146,24 @@ def _config(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     shared = {key: options.pop(key) for key in (*_WHERE, "trust_remote_code", "quantization_config") if key in options}
     where = {key: value for key, value in shared.items() if key != "quantization_config"}
     try:
-        config, rest = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **where, **options)
+        found: Any = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **where, **options)
     except OSError as error:
         if Path(name).is_dir():
             raise
         raise FileNotFoundError(
             f"{missing_path(name)}; nor does the hub give a model of that name: {first_line(error)}"
         ) from error
+    config, rest = found
     return config, {**rest, **shared}
+
+
+def _check_files(name: str, config: Any, options: Mapping[str, Any]) -> None:
+    """Look at the weights of a folder, if they are where they usually are."""
+    folder = Path(name) / options.get("subfolder", "")
+    elsewhere = options.get("gguf_file") or getattr(config, "transformers_weights", None)
+    # A folder of torch.distributed.checkpoint has a file of that name.
+    if folder.is_dir() and not elsewhere and not (folder / ".metadata").is_file():
+        check_weights(folder, variant=options.get("variant"), use_safetensors=options["use_safetensors"])
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -206,7 +219,8 @@ def _load(model_class: Any, name: str, arguments: dict[str, Any]) -> PreTrainedM
         where = {key: arguments[key] for key in _WHERE if key in arguments and key != "force_download"}
         path = cached_file(name, CONFIG_NAME, **{**where, "local_files_only": True})
         if path is not None:
-            check_folder(Path(path).parent, {key: arguments.get(key) for key in ("variant", "use_safetensors")})
+            asked = {"variant": arguments.get("variant"), "use_safetensors": arguments["use_safetensors"]}
+            check_weights(Path(path).parent, **asked)
         raise ValueError(f"the weights of {name!r} are damaged: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:

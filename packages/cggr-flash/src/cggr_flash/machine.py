@@ -54,6 +54,16 @@ class Machine:
     sdpa_kernels: Mapping[str, str]
     kernels_versions: tuple[str, str] = (KERNELS_MIN_VERSION, KERNELS_MAX_VERSION)
 
+    @property
+    def where(self) -> str:
+        """The device for people, with its name where it is a GPU."""
+        return f"{self.device} ({self.device_name})" if self.device.type == "cuda" else str(self.device)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype for people."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def inspect_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Read the facts: installed packages are imported, and SDPA's kernels run on a few random numbers.

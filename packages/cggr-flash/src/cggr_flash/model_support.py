@@ -8,6 +8,7 @@ from transformers import modeling_flash_attention_utils as transformers_flash
 
 from cggr_flash.capabilities import is_flash
 
+_SOFTCAP = "attn_logit_softcapping"
 # What configurations call the dropout of attention probabilities.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 _WITHOUT_DROPOUT = ("flash_attention_3", "flash_attention_4", "flash-attn3", "flash-attn4", "flex_attention")
@@ -30,7 +31,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def current(model: PreTrainedModel) -> str:
     """The backend that the model's text part runs on."""
-    return model.config.get_text_config()._attn_implementation
+    config: Any = model.config.get_text_config()
+    return config._attn_implementation
 
 
 def is_switchable(model: PreTrainedModel) -> bool:
@@ -59,7 +61,7 @@ def model_obstacle(model: PreTrainedModel, backend: str) -> tuple[str, str] | No
             f"{built} builds its attention in when it is made, here {current(model)!r}",
             f"load it anew: load_model_with_flash_attention(path, backend={backend!r})",
         )
-    return dropout_obstacle(model.config, backend)
+    return _config_obstacle(model.config, backend)
 
 
 def _class_obstacle(model_class: type[PreTrainedModel], backend: str) -> tuple[str, str] | None:
@@ -82,14 +84,17 @@ def _class_obstacle(model_class: type[PreTrainedModel], backend: str) -> tuple[s
 
 def class_obstacle(model_class: type[PreTrainedModel], config: Any, backend: str) -> tuple[str, str] | None:
     """As :func:`model_obstacle`, for a model that is not made yet."""
-    return _class_obstacle(model_class, backend) or dropout_obstacle(config, backend)
+    return _class_obstacle(model_class, backend) or _config_obstacle(config, backend)
 
 
-def dropout_obstacle(config: Any, backend: str) -> tuple[str, str] | None:
-    """Attention dropout, which some backends do not have: training would leave it out in silence, or fail."""
+def _config_obstacle(config: Any, backend: str) -> tuple[str, str] | None:
+    """What a model computes and a backend leaves out, in silence or by failing once it trains."""
+    text = config.get_text_config()
+    cap = getattr(text, _SOFTCAP, None)
+    if backend == "sdpa" and cap is not None:
+        return f"it has no softcap, and the model's configuration has {_SOFTCAP}={cap}", "take backend='eager'"
     if not any(backend.endswith(name) for name in _WITHOUT_DROPOUT):
         return None
-    text = config.get_text_config()
     for name in _DROPOUTS:
         value = getattr(text, name, None)
         if isinstance(value, float) and value > 0.0:
