@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_two_ranks_equal_one(tmp_path):
+
+@pytest.mark.parametrize("worker", ["ddp_worker.py", "fsdp_worker.py"])
+def test_two_ranks_equal_one(tmp_path, worker):
     folder = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONWARNINGS": "default"}
-    command = [sys.executable, str(folder / "ddp_worker.py")]
+    command = [sys.executable, str(folder / worker)]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(tmp_path / "store")],

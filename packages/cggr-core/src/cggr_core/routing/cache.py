@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cggr_core.routing.ordering import backward_in_turn
 from cggr_core.routing.rows import Places, merge_rows, replace_rows
 
 KeyValue = tuple[Tensor, Tensor]
@@ -118,6 +119,7 @@ class RoutedCache(PassCache):
         others: ``(layer, kept key and value)`` to the other tokens' key and value, and the two put together if they
             are at hand, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
+        in_turn: Whether the recorded keys and values have their backward pass inside the layer's.
     """
 
     def __init__(
@@ -130,8 +132,10 @@ class RoutedCache(PassCache):
         other_index: Tensor | None,
         others: Callable[[int, KeyValue], tuple[KeyValue, OptionalKeyValue]] | None,
         keep_graph: bool,
+        in_turn: bool,
     ) -> None:
         super().__init__(queries=index.shape[1], length=length)
+        self._in_turn = in_turn
         self._replacing = Places(index, length, valid)
         # In mode "detached", a filler slot is a constant to the kept tokens, like any other token. In mode "kv" its
         # keys and values take gradients, and its hidden state is stopped where the layer begins.
@@ -148,9 +152,11 @@ class RoutedCache(PassCache):
         self.updated.add(layer_idx)
         fresh = key_states, value_states
         if layer_idx in self._recorded:
+            recorded = self._recorded[layer_idx]
+            if self._in_turn:
+                recorded = backward_in_turn(recorded, before=key_states)
             keys, values = (
-                replace_rows(full, kept, keeps=self._replacing)
-                for full, kept in zip(self._recorded[layer_idx], fresh, strict=True)
+                replace_rows(full, kept, keeps=self._replacing) for full, kept in zip(recorded, fresh, strict=True)
             )
             return keys, values
         if self._others is None or self._other_places is None:

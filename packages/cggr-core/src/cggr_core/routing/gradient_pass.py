@@ -30,6 +30,7 @@ from cggr_core.routing.context_pass import (
 )
 from cggr_core.routing.inputs import TokenInputs, other_positions
 from cggr_core.routing.masks import routed_masks
+from cggr_core.routing.ordering import shards_layers
 from cggr_core.routing.patching import (
     attention_implementation,
     replaced_forwards,
@@ -87,6 +88,7 @@ def gradient_pass(
         other_index=None if others is None else others.index,
         others=None if others is None else others.run,
         keep_graph=keep_graph,
+        in_turn=keep_graph and shards_layers(architecture.layers),
     )
     replacements: dict[nn.Module, Callable[..., Any]] = {}
     for number, layer in enumerate(architecture.layers):

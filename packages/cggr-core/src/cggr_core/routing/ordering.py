@@ -1,0 +1,45 @@
+"""Which part of a backward pass runs before which."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def shards_layers(layers: nn.ModuleList) -> bool:
+    """Whether ``fully_shard`` (FSDP2) was applied to the layers."""
+    return any(hasattr(layer, "set_reshard_after_backward") for layer in layers)
+
+
+class _BackwardInTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, values: list[Tensor]) -> tuple[Tensor, ...]:
+        ctx.values = values
+        return tuple(value.detach() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        torch.autograd.backward(ctx.values, grads)
+        return None, None
+
+
+def backward_in_turn(values: Sequence[Tensor], *, before: Tensor) -> tuple[Tensor, ...]:
+    """Run the backward pass of ``values`` as soon as their gradients are there, and ahead of that of ``before``.
+
+    Autograd visits what was computed first last: the graph of a context pass after all layers of the gradient pass.
+    FSDP2 has reduced a layer's gradients and freed its weights by then, so there the keys and values that a context
+    pass left have their backward inside the layer's own.
+
+    Args:
+        values: Tensors with graphs of their own.
+        before: A tensor that the layer computed from its input.
+
+    Returns:
+        The same numbers; tensors without a graph are handed back as they are.
+    """
+    graphs = [value for value in values if value.requires_grad]
+    if not graphs:
+        return tuple(values)
+    replaced = iter(_BackwardInTurn.apply(before, graphs))
+    return tuple(next(replaced) if value.requires_grad else value for value in values)

@@ -1,0 +1,69 @@
+"""One rank of :mod:`test_distributed`: half of the batch through FSDP2, gradients compared with the whole batch."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from cggr_core import CGGRModel, create_truncated_router
+from model_steps import checkpoint_activations
+from reference_routing import gradients, relative_error
+from tiny_models import ROUTABLE, VOCAB
+
+SETTINGS = (
+    {"gradient": "exact"},
+    {"gradient": "kv", "engine": "interleaved", "selection": "random"},
+    {"gradient": "kv", "selection": "supervised"},
+    {"gradient": "kv", "engine": "two_pass"},
+    {"gradient": "kv", "router": 1},
+    {"gradient": "detached", "engine": "interleaved", "selection": "random"},
+    {"gradient": "detached", "engine": "two_pass"},
+    {"gradient": "detached", "router": 1},
+    {"gradient": "sequence", "min_tokens_ratio": 1.0},
+)
+
+
+def main(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    input_ids = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[0, :7] = -100
+    count = (labels[:, 1:] != -100).sum()
+    mine = slice(2 * rank, 2 * rank + 2)
+
+    def build(settings: dict, *, checkpointed: bool) -> CGGRModel:
+        model = ROUTABLE["llama"]().train()
+        if checkpointed:
+            checkpoint_activations(model)
+        depth = settings.get("router")
+        router = None if depth is None else create_truncated_router(model, num_layers=depth)
+        return CGGRModel(model, **{**settings, "router": router}).train()
+
+    for checkpointed in (False, True):
+        for settings in SETTINGS:
+            whole = build(settings, checkpointed=checkpointed)
+            whole(input_ids, labels=labels, draw=0).backward()
+            wanted = gradients(whole.model)
+            routed = build(settings, checkpointed=checkpointed)
+            model = routed.model
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh, reshard_after_forward=checkpointed)
+            with routed.in_place():
+                # FSDP2 takes the mean over ranks, so each divides by its share of the global count.
+                loss = model(
+                    input_ids=input_ids[mine], labels=labels[mine], num_items=count / 2, draw=0, first_row=mine.start
+                )
+            loss.backward()
+            found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+            error = relative_error(found, wanted)
+            assert error <= 1e-5, (settings, checkpointed, error)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
