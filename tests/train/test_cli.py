@@ -14,7 +14,7 @@ def cggr(*arguments):
 
 def test_help_and_version():
     assert f"cggr-train {__version__}" in cggr("--version").output
-    for arguments in (["--help"], ["train", "--help"], ["demo", "--help"]):
+    for arguments in (["--help"], *([name, "--help"] for name in ("train", "study", "inspect", "demo", "doctor"))):
         result = cggr(*arguments)
         assert result.exit_code == 0
         assert "Usage" in result.output
@@ -65,6 +65,9 @@ def test_settings_cannot_go_with_resume(tmp_path, option, name):
     result = cggr("train", *option, "--resume", tmp_path)
     assert result.exit_code == 2
     assert f"{name} cannot go with --resume" in result.output
+    result = cggr("study", *option, "--resume", tmp_path)
+    assert result.exit_code == 2
+    assert f"{name} cannot go with --resume: a study continues with the settings" in result.output
 
 
 @pytest.mark.parametrize(
@@ -79,3 +82,59 @@ def test_other_ends(tmp_path, data_files, monkeypatch, error, code):
     result = cggr("train", *data_files, *SMALL, "--steps", 1, "--out", tmp_path / "run")
     assert result.exit_code == code
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.txt"], "give the length of the standard run: either --steps or --seconds"),
+        (["none.txt", "--steps", "1", "--ratio", "0.25,a"], "--ratio is '0.25,a': give numbers separated by commas"),
+        (["none.txt", "--steps", "1", "--equal", "epochs"], "--equal is 'epochs'"),
+        (["none.txt", "--steps", "1"], "the data file none.txt does not exist"),
+        (["bad.jsonl", "--steps", "1"], "bad.jsonl, line 2: not JSON"),
+        (["empty.jsonl", "--steps", "1"], "hold no text"),
+    ],
+)
+def test_bad_input_of_a_study_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    result = cggr("study", "--config", "nano", "--vocab-size", "300", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "cggr-study").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, texts):
+    from cggr_train.presets import build_config, build_model
+    from cggr_train.tokenizer import train_tokenizer
+
+    build_model(build_config("nano", vocab_size=len(tokenizer), length=64), seed=0).save_pretrained(tmp_path / "model")
+    train_tokenizer(texts, vocab_size=400).save_pretrained(tmp_path / "other")
+    for command in (
+        ["study", tmp_path / "a.txt", "--steps", 1, "--out", tmp_path / "out"],
+        ["inspect", "--text", "x y"],
+    ):
+        (tmp_path / "a.txt").write_text("text " * 100)
+        result = cggr(*command, "--model", tmp_path / "model", "--tokenizer", tmp_path / "other")
+        assert result.exit_code == 2
+        assert "does not match the model: its ids go up to" in result.output
+
+
+def test_inspect_writes_its_page(tmp_path, tokenizer):
+    from cggr_train.presets import build_config, build_model
+
+    build_model(build_config("nano", vocab_size=len(tokenizer), length=64), seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "page.html"
+    result = cggr("inspect", "--model", tmp_path / "model", "--text", "def f(a):\n    return a\n", "--out", out)
+    assert result.exit_code == 0
+    assert f"tokens · page {out}" in result.output
+    assert "What a model makes of a passage" in out.read_text(encoding="utf-8")
+
+
+def test_doctor_reports():
+    result = cggr("doctor")
+    assert result.exit_code == 0
+    assert "Operations" in result.output

@@ -1,6 +1,7 @@
 """A study's measurements, in this process; tests/e2e runs whole ones in processes of their own."""
 
 import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -41,8 +42,9 @@ class OwnPool:
         for request in requests:
             if stop():
                 return
+            tell = functools.partial(on_progress, request)
             result = answer(
-                Bench(self.folder, CPU), request.body, lambda event, **values: on_progress(request, values), stop
+                Bench(self.folder, CPU), request.body, lambda event, tell=tell, **values: tell(values), stop
             )
             if result is not None:
                 yield request, result
@@ -236,7 +238,7 @@ def test_a_worker_says_what_is_wrong_and_ends(study):
         ((_, result),) = pool.run([request], alone=True)
         assert result["engine"] == ""
         nowhere = {"do": "gradients", "arms": ["standard-b2"], "seed": 0, "weights": str(folder / "nowhere")}
-        with pytest.raises(InputError, match="the model directory .*nowhere does not exist"):
+        with pytest.raises(InputError, match=r"the model directory .*nowhere does not exist"):
             list(pool.run([Request("gradients", {}, nowhere)]))
         with pytest.raises(RunError, match=r"a worker ended with status 1: KeyError: 'nobody'.*worker-0.errors.txt"):
             list(pool.run([Request("run", {}, {"do": "time", "arms": ["nobody"], "seconds": 1})]))

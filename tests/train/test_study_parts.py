@@ -147,5 +147,5 @@ def test_settings_come_back(tmp_path):
 
 def test_lists_on_the_command_line():
     assert split("--selection", "topk, random,topk") == ("topk", "random")
-    with pytest.raises(InputError, match="--ratio is '0.25,x': give numbers separated by commas"):
+    with pytest.raises(InputError, match=r"--ratio is '0\.25,x': give numbers separated by commas"):
         split("--ratio", "0.25,x", float)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cggr_train.display import format_bytes
@@ -77,7 +78,7 @@ def devices() -> list[tuple[str, str, str]]:
 
 
 def attention_backends() -> list[tuple[str, bool, str, str]] | None:
-    """Name, whether it works here, why, and what to do about it, as cggr-flash finds them; None where that is missing."""
+    """Name, whether it works, why, and what to do about it, as cggr-flash finds them; None where that is missing."""
     try:
         flash: Any = importlib.import_module("cggr_flash")
     except ModuleNotFoundError as error:
@@ -138,5 +139,5 @@ def _print(console: Console, title: str, headings: tuple[str, ...], rows: list[A
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)

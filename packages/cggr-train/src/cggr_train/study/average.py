@@ -38,7 +38,7 @@ class RunningAverage:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._values = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()

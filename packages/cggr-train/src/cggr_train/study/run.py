@@ -102,6 +102,9 @@ class _Study:
         first = settings.train.seed
         self.seeds = range(first, first + settings.seeds)
         self.weights = folder / "runs" / f"{self.arms[0].name}-seed{first}" / "model"
+        if not self.weights.is_dir():  # later measurements need them: that run is done again
+            whose = ("run", self.arms[0].name, first)
+            self.records = [r for r in self.records if (r["event"], r.get("arm"), r.get("seed")) != whose]
 
     def run(self, where: list[tuple[torch.device, int]]) -> StudyResult:
         with StopRequest() as stop, Pool(self.folder, where) as pool:
@@ -110,12 +113,13 @@ class _Study:
                 for record in self.records:
                     table.take(record)
                 self._time()
+                plan = None
                 if not stop.requested:
                     plan = make_plan(self.settings, self.arms, {k: v[0] for k, v in step_times(self.records).items()})
                     self._train(plan)
                 if not stop.requested:
                     self._look_closer()
-            if stop.requested:
+            if plan is None or stop.requested:
                 return StudyResult(None, stop.exit_code)
         return StudyResult(self._report(plan), 0)
 
