@@ -95,7 +95,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def interpret(session: nox.Session) -> None:
     """Run the kernels' tests on the CPU, in Triton's interpreter."""
-    install(session, *TEST_TOOLS[:3], packages=("cggr-core", "cggr-kernels"))
+    install(session, *TEST_TOOLS[:3], packages=("cggr-core", "cggr-kernels", "cggr-moe"))
     session.run("pytest", *(session.posargs or ["-n", "2", "tests/kernels"]), env=QUIET | {"TRITON_INTERPRET": "1"})
 
 

@@ -31,7 +31,7 @@ MAX_ROWS = 2**30  # twice as many are numbered in int32
 
 
 class Blocks(NamedTuple):
-    """Tile of one program, and how it is run."""
+    """Tile of one program, and how it is run; ``share`` programs share a multiprocessor."""
 
     m: int
     n: int
@@ -40,6 +40,11 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     flatten: bool = False
+    share: int = 1
+
+    def grid(self, device: torch.device) -> tuple[int]:
+        """Programs of a persistent launch."""
+        return (self.share * _multiprocessors(device),)
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of a launch."""
@@ -48,7 +53,7 @@ class Blocks(NamedTuple):
             "BLOCK_N": self.n,
             "BLOCK_K": self.k,
             "GROUP_M": self.group,
-            "PROGRAMS": _programs(device),
+            "PROGRAMS": self.grid(device)[0],
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -66,8 +71,8 @@ FLOAT_BLOCKS = dict.fromkeys(HALF_BLOCKS, Blocks(64, 64, 32, 8, 4, 2))
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
-    """Programs of a persistent launch; few in the interpreter, but more than one."""
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device; in the interpreter few, but more than one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -91,7 +96,7 @@ def _up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, 
     h_PI = x_PH.new_empty(P, I)
     z_2PI = x_PH.new_empty(2 * P if save else 0, I)
     out = (blocks.m, blocks.n)
-    up_kernel[(_programs(x_PH.device),)](
+    up_kernel[blocks.grid(x_PH.device)](
         _described(x_PH, blocks.m, blocks.k),
         _described(gate_up.view(2 * E, I, H), 2, blocks.n, blocks.k),
         _described(z_2PI if save else h_PI, *out),
@@ -115,7 +120,7 @@ def _row_product(name: str, a: Tensor, w: Tensor, plan: Plan, planes: int, trans
     N = w.shape[1] if transposed else w.shape[2]
     blocks = _blocks(name, a)
     out = a.new_empty(P, N)
-    row_product_kernel[(_programs(a.device),)](
+    row_product_kernel[blocks.grid(a.device)](
         _described(a, blocks.m, blocks.k),
         _described(w, 1, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))),
         _described(out, blocks.m, blocks.n // 2),
@@ -143,7 +148,7 @@ def _down_gradient(
     wh_PI = g_PH.new_empty(P, I)
     partial = g_PH.new_empty(triton.cdiv(I, blocks.n), P, dtype=torch.float32)
     part = (blocks.m, blocks.n // 4)
-    down_gradient_kernel[(_programs(g_PH.device),)](
+    down_gradient_kernel[blocks.grid(g_PH.device)](
         _described(g_PH, blocks.m, blocks.k),
         _described(down, 1, blocks.k, blocks.n),
         _described(z_2PI, *part),
@@ -168,7 +173,7 @@ def _group_product(a: Tensor, b: Tensor, plan: Plan, planes: int) -> Tensor:
     E, M, N = plan.used.shape[0], a.shape[1], b.shape[1]
     blocks = _blocks("group", a)
     out = a.new_empty(E * planes, M, N)
-    group_product_kernel[(_programs(a.device),)](
+    group_product_kernel[blocks.grid(a.device)](
         _described(a, blocks.k, blocks.m),
         _described(b, blocks.k, blocks.n),
         _described(out, 1, blocks.m, blocks.n // 2),

@@ -17,9 +17,9 @@ from cggr_kernels._library import register
 from cggr_kernels.moe_details._route import route_gradient_kernel, route_kernel, route_statistics_kernel
 
 MAX_EXPERTS = 1024
-_TILE = 8192  # logits that one program holds
+_TILE = 4096  # logits that one program holds
 _MOST_TOKENS = 64
-_STATISTICS_TILE = 8192
+_STATISTICS_TILE = 4096
 
 
 def _blocks(E: int) -> dict[str, int]:

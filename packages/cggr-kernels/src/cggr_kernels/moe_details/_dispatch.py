@@ -92,12 +92,12 @@ def place_kernel(
         row += tl.load(segment_ptr + expert, mask=known, other=0)
         tl.store(row_ptr + at, tl.where(known, row, -1), mask=mask)
     else:
-        expert = program - blocks
-        first = tl.load(segment_ptr + expert) // SEGMENT
-        last = tl.load(segment_ptr + expert + 1) // SEGMENT
+        owner = program - blocks
+        first = tl.load(segment_ptr + owner) // SEGMENT
+        last = tl.load(segment_ptr + owner + 1) // SEGMENT
         for start in range(first, last, BLOCK):
             tile = start + tl.arange(0, BLOCK)
-            tl.store(tile_expert_ptr + tile, tl.zeros([BLOCK], tl.int32) + expert, mask=tile < last)
+            tl.store(tile_expert_ptr + tile, tl.zeros([BLOCK], tl.int32) + owner, mask=tile < last)
 
 
 @triton.jit
@@ -126,15 +126,17 @@ def expand_kernel(
         expert = program // PAD_PROGRAMS
         first = tl.load(segment_ptr + expert) + tl.load(used_ptr + expert)
         last = tl.load(segment_ptr + expert + 1)
+        # Fewer than 128 rows: no offset from the first that int32 cannot hold.
         out_ptr += first.to(tl.int64) * H
-        for row in range(program % PAD_PROGRAMS, last - first, PAD_PROGRAMS):
-            if HAS_WEIGHT:
-                tl.store(row_weight_ptr + first + row, 0.0)
-            for start in range(0, H, BLOCK):
-                h = start + tl.arange(0, BLOCK)
-                zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-                # Fewer than 128 rows: no offset from the first that int32 cannot hold.
-                tl.store(out_ptr + row * H + h, zeros, mask=h < H)
+        rows: tl.constexpr = SEGMENT // PAD_PROGRAMS
+        pad = program % PAD_PROGRAMS * rows + tl.arange(0, rows)
+        inside = pad < last - first
+        if HAS_WEIGHT:
+            tl.store(row_weight_ptr + first + pad, tl.zeros([rows], tl.float32), mask=inside)
+        for start in range(0, H, BLOCK):
+            h = start + tl.arange(0, BLOCK)
+            zeros = tl.zeros([rows, BLOCK], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + pad[:, None] * H + h, zeros, mask=inside[:, None] & (h < H))
     else:
         t = (program - E * PAD_PROGRAMS).to(tl.int64)
         for start in range(0, H, BLOCK):
