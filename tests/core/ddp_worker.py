@@ -1,12 +1,14 @@
 """One rank of :mod:`test_distributed`: half of the batch through DDP, gradients compared with the whole batch."""
 
 import sys
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cggr_core import CGGRModel, Selection
+from cggr_core import CGGRModel, LearnedRouter, Selection
 from reference_routing import gradients, relative_error
 from tiny_models import ROUTABLE, VOCAB
 
@@ -41,7 +43,38 @@ def main(rank: int, store: str) -> None:
         loss.backward()
         error = relative_error(gradients(model), wanted)
         assert error <= 1e-5, (settings, error)
+    check_learned_router(rank, input_ids, labels)
     dist.destroy_process_group()
+
+
+def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+    """Two halves teach the router what the whole batch does, so the next selections are those of one rank too."""
+    parts = [slice(0, 4), slice(0, 2) if rank == 0 else slice(2, 4)]
+    settings = {"selection": "sampled", "min_tokens_ratio": 0.4, "seed": 3}
+    found, count = [], (labels[:, 1:] != -100).sum()
+    for ranks, rows in enumerate(parts, start=1):
+        model = ROUTABLE["llama"]()
+        wrapped = CGGRModel(model, LearnedRouter(1, width=8, learning_rate=1e-2), **settings)
+        with nothing_shared() if ranks == 1 else nullcontext():
+            for draw in range(4):
+                more = {"labels": labels[rows], "draw": draw, "first_row": rows.start, "num_items": count}
+                wrapped(input_ids[rows], **more).backward()
+        total = gradients(model)
+        if ranks == 2:
+            for value in total.values():
+                dist.all_reduce(value)
+        found.append((total, wrapped.router))
+    error = relative_error(found[1][0], found[0][0])
+    assert error <= 1e-5, error
+    for one, two in zip(found[0][1].parameters(), found[1][1].parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)  # every step moves them by up to 1e-2
+
+
+@contextmanager
+def nothing_shared():
+    """Let this rank compute as if it were alone."""
+    with mock.patch("cggr_core.collectives.world_size", return_value=1):
+        yield
 
 
 if __name__ == "__main__":

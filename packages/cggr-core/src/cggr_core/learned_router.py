@@ -26,7 +26,7 @@ class LearnedRouter(nn.Module):
     ``sequence_aware`` have no probabilities: there the head learns about the tokens that they keep).
 
     The prediction is ``mean + std * f(h, e)``, with the running mean and spread of the observed scores and, for
-    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · [gelu(a + b + d), a * b] + c0``; it is
+    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · [gelu(a + b + d), a * b]``; it is
     the same for all tokens until something was observed.
 
     The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, not the
@@ -220,13 +220,13 @@ class LearnedRouter(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """``c · [gelu(a + b + d), a * b] + c0`` with ``a``, ``b`` projections of a hidden state and a target embedding.
+    """``c · [gelu(a + b + d), a * b]`` with ``a``, ``b`` projections of a hidden state and a target embedding.
 
     Args:
         hidden_size: Length of a hidden state.
         embedding_size: Length of an embedding.
         width: Length of both projections.
-        seed: Of the projections; ``c``, ``c0`` and ``d`` start at 0.
+        seed: Of the projections; ``c`` and ``d`` start at 0.
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, width: int, *, seed: int) -> None:
@@ -235,7 +235,7 @@ class RegressionHead(nn.Module):
         linear = partial(nn.utils.skip_init, nn.Linear, device="cpu", dtype=torch.float32)
         self.hidden: nn.Linear = linear(hidden_size, width)
         self.target: nn.Linear = linear(embedding_size, width, bias=False)
-        self.out: nn.Linear = linear(2 * width, 1)
+        self.out: nn.Linear = linear(2 * width, 1, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():

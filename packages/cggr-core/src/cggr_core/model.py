@@ -1,5 +1,6 @@
 """CGGRModel: a Hugging Face model whose training step spends its backward pass on the kept tokens."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -304,7 +305,7 @@ class CGGRModel(nn.Module):
         if self._draw_on_device is not None:
             state["draws"] = int(self._draw_on_device)
         if isinstance(self.router, LearnedRouter):
-            state["router"] = self.router.state_dict()
+            state["router"] = copy.deepcopy(self.router.state_dict())  # it goes on learning
         return state
 
     def load_routing_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from cggr_core.checks import (
     count_bad_targets,
     values_are_free,
 )
+from cggr_core.learned_router import LearnedRouter
 from cggr_core.monitor import Monitor
 from cggr_core.router import TruncatedRouter, router_statistics
 from cggr_core.schedule import Schedule
@@ -84,6 +85,8 @@ class CGGRScorer(nn.Module):
         super().__init__()
         if not callable(router):
             raise TypeError(f"router must be callable, got {type(router).__name__}")
+        if isinstance(router, LearnedRouter):
+            raise TypeError("a LearnedRouter works in CGGRModel, where it learns; here it would have no hidden states")
         self.router = router
         self.scoring = check_choice("scoring", scoring, SCORINGS)
         self.selection = check_choice("selection", selection, SELECTIONS)

@@ -167,7 +167,7 @@ class TrainingStep:
         if unbiased == config.unbiased:
             return selection
         self.inverse_probability = selection.weight
-        plain = countable.sum() / selection.valid.sum().clamp(min=1) * selection.valid
+        plain = countable.sum(1, keepdim=True) / selection.valid.sum(1, keepdim=True).clamp(min=1) * selection.valid
         return dataclasses.replace(selection, weight=plain.float())
 
     def _inverse_probability(self, selection: Selection) -> Tensor:

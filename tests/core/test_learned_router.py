@@ -1,0 +1,168 @@
+"""The head of a learned router by itself: what it learns, from what, and what of it is saved."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from cggr_core import LearnedRouter, select
+
+HIDDEN, EMBEDDING = 16, 12
+
+
+def attached(**settings) -> LearnedRouter:
+    router = LearnedRouter(1, **{"width": 8, **settings})
+    router.attach(layers=4, hidden_size=HIDDEN, embedding_size=EMBEDDING)
+    return router
+
+
+def batch(size: int = 256, seed: int = 0):
+    """Hidden states, embeddings, and a score that is the product of a feature of each, around 3."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(size, HIDDEN, generator=generator)
+    target = torch.randn(size, EMBEDDING, generator=generator)
+    return hidden, target, 3.0 + hidden[:, 0] * target[:, 0]
+
+
+def test_learns_a_score_that_depends_on_both_inputs():
+    router = attached(width=16, learning_rate=1e-2)
+    correlations = []
+    for step in range(200):
+        hidden, target, score = batch(seed=step)
+        correlations.append(router.observe(hidden, target, score, torch.ones(256))["router_correlation"].item())
+    assert correlations[0] == 0.0, "before anything was observed all predictions are alike"
+    assert sum(correlations[-20:]) / 20 > 0.8
+    hidden, target, score = batch(seed=1000)
+    predicted = router(hidden, target)
+    assert predicted.dtype == torch.float32
+    assert (predicted - score).square().mean() < 0.5 * score.var()
+
+
+def test_the_scale_of_the_scores_is_that_of_the_predictions():
+    router = attached()
+    hidden, target, score = batch()
+    assert torch.equal(router(hidden, target), torch.zeros(256))
+    router.observe(hidden, target, 100.0 + 5.0 * score, torch.ones(256))
+    assert (router(hidden, target).mean() - 115.0).abs() < 1.0
+
+
+def test_weights_correct_for_the_selection():
+    """Over many draws of kept tokens, the weighted gradient is that of all tokens."""
+    hidden, target, score = batch(64)
+    countable = torch.ones(1, 64, dtype=torch.bool)
+
+    def movement(draw: int | None, weighted: bool = True) -> torch.Tensor:
+        router = attached()
+        router.observe(hidden, target, score, torch.ones(64))
+        router.moments.mul_(1e6)  # what is observed from here on does not move the scale
+        chosen, weight = slice(None), torch.ones(64)
+        if draw is not None:
+            kept = select(score[None].abs(), countable, ratio=0.25, selection="sampled", draw=draw)
+            chosen, weight = kept.index[0], kept.weight[0]
+            weight = weight if weighted else torch.full_like(weight, 4.0)
+        found = []
+        router._step = lambda parameters, gradients: found.append(torch.cat([part.flatten() for part in gradients]))
+        router.observe(hidden[chosen], target[chosen], score[chosen], weight)
+        return found[0] * weight.sum() / 64  # the loss is divided by the sum of the weights
+
+    def errors_in_standard_errors(weighted: bool) -> torch.Tensor:
+        draws = torch.stack([movement(draw, weighted) for draw in range(120)])
+        return (draws.mean(0) - movement(None)).abs() / (draws.std(0) / 120**0.5 + 1e-6)
+
+    assert errors_in_standard_errors(weighted=True).max() <= 4.5
+    assert errors_in_standard_errors(weighted=False).max() > 10
+
+
+def test_what_does_not_count_teaches_nothing():
+    hidden, target, score = batch()
+    weight = torch.ones(256)
+    weight[::2] = 0.0
+    whole, part = attached(), attached()
+    spoiled = score.clone()
+    spoiled[::2] = torch.tensor([float("nan"), float("inf")]).repeat(64)
+    for _ in range(3):
+        part.observe(hidden[1::2], target[1::2], score[1::2], torch.ones(128))
+        whole.observe(hidden, target, spoiled, weight)
+    torch.testing.assert_close(whole(hidden, target), part(hidden, target))
+    nothing = attached()
+    found = nothing.observe(hidden, target, spoiled, torch.zeros(256))
+    assert found["router_correlation"] == 0
+    assert torch.equal(nothing(hidden, target), torch.zeros(256))
+
+
+def test_a_score_that_does_not_vary():
+    router = attached()
+    hidden, target, _ = batch()
+    for _ in range(3):
+        found = router.observe(hidden, target, torch.full((256,), 7.0), torch.ones(256))
+    assert found["router_correlation"] == 0
+    torch.testing.assert_close(router(hidden, target), torch.full((256,), 7.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_state_round_trip(updates):
+    """Through a file, and with the optimizer's moments: the copy goes on as the original does."""
+    router = attached(learning_rate=1e-2)
+    for step in range(updates):
+        router.observe(*batch(seed=step), torch.ones(256))
+    file = io.BytesIO()
+    torch.save(router.state_dict(), file)
+    file.seek(0)
+    again = attached(seed=5, learning_rate=1e-2)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy(router)
+    for step in range(updates, updates + 3):
+        for other in (router, again, copied):
+            other.observe(*batch(seed=step), torch.ones(256))
+    hidden, target, _ = batch(seed=99)
+    assert torch.equal(router(hidden, target), again(hidden, target))
+    assert torch.equal(router(hidden, target), copied(hidden, target))
+
+
+def test_low_precision_inputs_are_learned_from_in_float32():
+    router = attached()
+    hidden, target, score = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        router.observe(hidden.bfloat16(), target.bfloat16(), score, torch.ones(256))
+        predicted = router(hidden.bfloat16(), target.bfloat16())
+    assert predicted.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in router.parameters())
+
+
+def test_the_same_seed_makes_the_same_weights_and_draws_from_no_one_else():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first, second, other = attached(seed=1), attached(seed=1), attached(seed=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"depth": 0}, ValueError, "depth must be at least 1"),
+        ({"depth": 1.5}, TypeError, "depth must be an integer"),
+        ({"depth": 1, "width": 0}, ValueError, "width must be at least 1"),
+        ({"depth": 1, "learning_rate": -1.0}, ValueError, "learning_rate must be a finite number of at least 0"),
+        ({"depth": 1, "observed_tokens": 0}, ValueError, "observed_tokens must be at least 1"),
+    ],
+)
+def test_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        LearnedRouter(**settings)
+
+
+def test_a_model_that_does_not_fit():
+    router = attached()
+    router.attach(layers=4, hidden_size=HIDDEN, embedding_size=EMBEDDING)
+    with pytest.raises(ValueError, match="make a LearnedRouter for each model"):
+        router.attach(layers=4, hidden_size=HIDDEN + 1, embedding_size=EMBEDDING)
+    with pytest.raises(ValueError, match=r"depth=4.* and the model has 4"):
+        LearnedRouter(4).attach(layers=4, hidden_size=HIDDEN, embedding_size=EMBEDDING)
+    with pytest.raises(ValueError, match="the router has no weights yet"):
+        LearnedRouter(1)(torch.zeros(1, HIDDEN), torch.zeros(1, EMBEDDING))
+    with pytest.raises(ValueError, match=r"weights were cast to torch\.bfloat16"):
+        nn.Sequential(router).bfloat16()[0](torch.zeros(1, HIDDEN), torch.zeros(1, EMBEDDING))
