@@ -2,9 +2,9 @@
 
 The model has the sizes of Llama-3.2-1B and random weights, in bfloat16. ``forward`` runs all tokens without gradients
 and makes the logits of the last position; ``forward + backward`` trains on all tokens, with a loss that needs no logits
-tensor (cggr-core's) and without activation checkpointing. Each backend is set by ``enable_flash_attention``, so its
-tiny trial against eager attention has passed; ``sdpa`` is also pinned to each kernel behind it. Times are medians of
-CUDA events around single calls in turns, memory is the peak beyond what was there before the call. What could not be
+tensor (cggr-core's) and without activation checkpointing. Each backend was set once by ``enable_flash_attention``, so
+its tiny trial against eager attention has passed; ``sdpa`` is also pinned to each kernel behind it. Times are medians
+of CUDA events around single calls in turns, memory is the peak beyond what was there before the call. What could not be
 measured stands in the settings with its reason.
 """
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,10 @@ SIZES = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": True,
 }
-TINY = SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 1}
+# The same heads, so that what is compiled for it is found again.
+TINY = SIZES | {"vocab_size": 512, "intermediate_size": 512, "num_hidden_layers": 1}
 # Sequence length -> (batch, timed rounds)
-SHAPES = {2048: (4, 8), 8192: (1, 8), 32768: (1, 4)}
+SHAPES = {2048: (4, 5), 8192: (1, 5), 32768: (1, 3)}
 PASSES = ("forward", "forward + backward")
 PINNED = {
     "sdpa, cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -73,15 +75,18 @@ def step(model: LlamaForCausalLM, tokens: torch.Tensor, what: str) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def candidates(device: str, chosen: list[str] | None) -> Iterator[tuple[str, str, Context]]:
-    """Name, backend and kernel context of what works here."""
+def candidates(model: LlamaForCausalLM, device: str, chosen: list[str] | None) -> dict[str, tuple[str, Context]]:
+    """Name → backend and kernel context, of what works here."""
     works = [row.name for row in attention_backends(device) if row.available]
+    found: dict[str, tuple[str, Context]] = {}
     for name in works if chosen is None else chosen:
         if not name.startswith("sdpa/"):
-            yield name, name, nullcontext
+            enable_flash_attention(model, name)
+            found[name] = (name, nullcontext)
     for name, kernel in PINNED.items() if chosen is None else ():
         if name.replace(", ", "/") in works:
-            yield name, "sdpa", lambda kernel=kernel: sdpa_kernel(kernel)
+            found[name] = ("sdpa", partial(sdpa_kernel, kernel))
+    return found
 
 
 class Clock:
@@ -123,31 +128,37 @@ def measure(
     length: int,
     batch: int,
     rounds: int,
-    device: str,
-    chosen: list[str] | None,
+    works: dict[str, tuple[str, Context]],
     not_measured: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
     """The rows of one sequence length."""
-    clock, rows = Clock(device), {}
-    tokens = torch.randint(model.config.vocab_size, (batch, length), device=device)
+    clock, rows = Clock(model.device.type), {}
+    tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
     for what in PASSES:
         calls: dict[str, tuple[str, Callable[[], None]]] = {}
         peaks: dict[str, int] = {}
-        for name, backend, context in candidates(device, chosen):
+        model.set_attn_implementation(CONTROL)
+        step(model, tokens, what)  # libraries take their workspaces
+        for name, (backend, context) in works.items():
 
             def call(context: Context = context, what: str = what) -> None:
                 with context():
                     step(model, tokens, what)
 
             label = f"{what}, S {length}, {name}"
-            try:
-                enable_flash_attention(model, backend)
-                call()  # compiles
-                peaks[name] = clock.peak(call)
-            except torch.OutOfMemoryError:
-                not_measured[label] = "out of memory"
-            except RuntimeError as error:
-                not_measured[label] = str(error).splitlines()[0][:300]
+            model.set_attn_implementation(backend)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    if backend == "flex_attention":
+                        call()  # compiles
+                    peaks[name] = clock.peak(call)
+                except torch.OutOfMemoryError:
+                    not_measured[label] = "out of memory"
+                except RuntimeError as error:
+                    # torch warns with one reason for every kernel that it passed over.
+                    reasons = [str(each.message).partition(" (Triggered")[0] for each in said]
+                    not_measured[label] = " ".join([str(error), *reasons])
             if name in peaks:
                 calls[name] = (backend, call)
             else:
@@ -221,11 +232,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(TINY if arguments.tiny else SIZES, device)
     shapes = {length: SHAPES.get(length, (1, 4)) for length in arguments.lengths}
+    works = candidates(model, device, arguments.backends)
     rows: dict[str, dict[str, Any]] = {}
     not_measured: dict[str, str] = {}
     for length, (batch, rounds) in shapes.items():
         rounds = arguments.rounds or rounds
-        rows |= measure(model, length, batch, rounds, device, arguments.backends, not_measured)
+        rows |= measure(model, length, batch, rounds, works, not_measured)
         settings = {
             "seed": SEED,
             "dtype": "bfloat16",

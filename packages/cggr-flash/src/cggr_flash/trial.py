@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 _ROWS, _TOKENS = 2, 16
 # Relative error that half of the tokens may have against eager attention. Reordered sums in low precision stay
 # below it in deep models, a few tokens that change experts do not count, and other computations are above it.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
 _HALF_TOLERANCE = 0.2
 
 
@@ -113,26 +113,35 @@ def _takes_tokens(module: PreTrainedModel) -> bool:
 
 
 def _run_on_tokens(model: PreTrainedModel) -> Iterator[Tensor]:
-    embeddings: Any = model.get_input_embeddings()
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    tokens = _tokens(model.config).to(embeddings.weight.device)
+    embeddings = _embeddings(model)
+    tokens = _tokens(model.config).to(next(embeddings[0].parameters()).device)
     arguments: dict[str, Any] = {"input_ids": tokens}
     if getattr(model.config, "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = tokens
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    hook = embeddings.register_forward_hook(cut)
+    hooks = [module.register_forward_hook(cut) for module in embeddings]
     try:
         output = model(**arguments)[0]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     yield output
     yield from torch.autograd.grad(_loss(output), leaves)
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """Where tokens enter; an encoder and its decoder have a module each."""
+    owners = [model]
+    if getattr(model.config, "is_encoder_decoder", False):
+        owners += [model.get_encoder(), model.get_decoder()]
+    return list({id(module): module for owner in owners if (module := owner.get_input_embeddings())}.values())
 
 
 def _run_on_pixels(model: PreTrainedModel) -> Iterator[Tensor]:
