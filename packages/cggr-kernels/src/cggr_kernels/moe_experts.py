@@ -54,6 +54,7 @@ class Blocks(NamedTuple):
             "BLOCK_K": self.k,
             "GROUP_M": self.group,
             "PROGRAMS": self.grid(device)[0],
+            "FLATTEN": self.flatten,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -108,7 +109,6 @@ def _up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, 
         H,
         SAVE=save,
         PRECISION=_precision(),
-        FLATTEN=blocks.flatten,
         **blocks.options(x_PH.device),
     )
     return h_PI, z_2PI
@@ -132,7 +132,6 @@ def _row_product(name: str, a: Tensor, w: Tensor, plan: Plan, planes: int, trans
         PLANES=planes,
         TRANSPOSED=transposed,
         PRECISION=_precision(),
-        FLATTEN=blocks.flatten,
         **blocks.options(a.device),
     )
     return out
@@ -162,7 +161,6 @@ def _down_gradient(
         I,
         H,
         PRECISION=_precision(),
-        FLATTEN=blocks.flatten,
         **blocks.options(g_PH.device),
     )
     return dz_2PI, wh_PI, partial

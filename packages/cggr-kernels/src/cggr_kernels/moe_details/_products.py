@@ -198,6 +198,7 @@ def group_product_kernel(
     PLANES: tl.constexpr,
     PRECISION: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -209,7 +210,7 @@ def group_product_kernel(
     """
     num_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     num_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), E * PLANES * num_m * num_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), E * PLANES * num_m * num_n, PROGRAMS, flatten=FLATTEN):
         group = tile // (num_m * num_n)
         m, n = _place(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         expert, plane = group // PLANES, group % PLANES
