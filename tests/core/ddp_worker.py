@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from unittest import mock
 
 import torch
@@ -12,9 +13,11 @@ from cggr_core import CGGRModel, LearnedRouter, Selection
 from reference_routing import gradients, relative_error
 from tiny_models import ROUTABLE, VOCAB
 
+TIMEOUT = timedelta(minutes=2)  # a rank that dies must not leave the other waiting
+
 
 def main(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=TIMEOUT)
     torch.set_num_threads(1)
     input_ids = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
     labels = input_ids.clone()
