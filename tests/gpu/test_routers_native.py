@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_model_native import gradients, model, relative_error, tokens
 
 from cggr_core import CGGRModel, LearnedRouter, RememberedScores
+from tests.gpu.test_model_native import gradients, model, relative_error, tokens
 
 pytestmark = pytest.mark.gpu
 
