@@ -1,5 +1,7 @@
 """`from cggr import ...` is `from cggr_core import ...`, and optional names say which extra brings them."""
 
+from importlib import import_module
+
 import pytest
 
 import cggr
@@ -32,3 +34,10 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         ImportError, match=r"cggr\.absent comes from the package cggr_absent: pip install 'cggr\[moe\]'"
     ):
         from cggr import absent  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("cggr_moe", "PersistentTRMLP"), ("cggr_moe", "create_persistent_tr_mlp")]
+)
+def test_optional_names_are_those_of_their_package(module, name):
+    assert getattr(cggr, name) is getattr(import_module(module), name)

@@ -111,8 +111,9 @@ def test_extras_of_the_metapackage(extra, expected):
     assert {requirement.name for requirement in required("cggr", extra)} == expected
 
 
-def test_core_takes_transformers_as_an_option():
-    assert [str(r.specifier) for r in required("cggr-core", "transformers")] == [">=5.17"]
+@pytest.mark.parametrize("package", ["cggr-core", "cggr-moe"])
+def test_transformers_is_an_option(package):
+    assert [str(r.specifier) for r in required(package, "transformers")] == [">=5.17"]
 
 
 def test_entry_points():

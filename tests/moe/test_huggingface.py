@@ -1,5 +1,7 @@
 """Hugging Face blocks there and back: outputs and gradients of both, and the refusals."""
 
+import sys
+
 import pytest
 import torch
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
@@ -80,3 +82,9 @@ def test_refusals():
         layer.to_hf("olmo")
     with pytest.raises(ValueError, match="router bias"):
         PersistentTRMLP(16, 24, num_experts=4, top_k=2, router_bias=True).to_hf()
+
+
+def test_a_missing_transformers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'cggr-moe\[transformers\]'"):
+        PersistentTRMLP(16, 24, num_experts=4, top_k=2).to_hf()

@@ -91,6 +91,7 @@ def to_hf_block(layer: PersistentTRMLP, kind: str = "qwen3_moe") -> nn.Module:
         The block, in the layer's training mode, computing with transformers' own code.
 
     Raises:
+        ImportError: If transformers is not installed.
         ValueError: If the kind is unknown or cannot say what the layer does: no router bias in any of them, no
             ``norm_topk_prob=False`` in Mixtral.
 
@@ -103,9 +104,14 @@ def to_hf_block(layer: PersistentTRMLP, kind: str = "qwen3_moe") -> nn.Module:
         raise ValueError("the layer has a router bias, which no Hugging Face block of these kinds has")
     if chosen.always_normalised and not layer.norm_topk_prob:
         raise ValueError("kind='mixtral' always normalises the weights, and the layer has norm_topk_prob=False")
+    try:
+        transformers = import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "a Hugging Face block needs transformers >= 5.17: python -m pip install 'cggr-moe[transformers]'"
+        ) from error
     module: Any = import_module(f"transformers.models.{chosen.folder}.modeling_{chosen.folder}")
-    config_type = getattr(import_module("transformers"), f"{chosen.prefix}Config")
-    config = config_type(
+    config = getattr(transformers, f"{chosen.prefix}Config")(
         hidden_size=layer.hidden_dim,
         num_experts_per_tok=layer.top_k,
         hidden_act="silu",

@@ -22,7 +22,10 @@ __all__ = [
 ]
 
 # name -> (module that has it, extra that installs the module)
-_OPTIONAL: dict[str, tuple[str, str]] = {}
+_OPTIONAL: dict[str, tuple[str, str]] = {
+    "PersistentTRMLP": ("cggr_moe", "moe"),
+    "create_persistent_tr_mlp": ("cggr_moe", "moe"),
+}
 
 
 def __getattr__(name: str) -> object:
