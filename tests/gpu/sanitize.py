@@ -12,6 +12,8 @@ import torch
 from cggr_kernels.difficulty import difficulty
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy
 from cggr_kernels.linear_difficulty import linear_difficulty
+from cggr_kernels.moe_experts import moe_experts
+from cggr_kernels.moe_route import moe_route
 from cggr_kernels.routed_attention import routed_attention
 from cggr_kernels.select import STRATEGIES, select
 
@@ -39,6 +41,14 @@ def main() -> None:
     score = torch.rand(3, 1501, device=device)
     for strategy in STRATEGIES:
         select(score, score > 0.1, 0.3, strategy, 451)
+    for T, H, I, E, K in ((1, 8, 8, 1, 1), (203, 72, 136, 7, 3)):
+        x, gate_up, down = (
+            torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for size in ((T, H), (E, 2 * I, H), (E, H, I))
+        )
+        logits = torch.randn(T, E, device=device, requires_grad=True)
+        route_weight, index, balance, *_ = moe_route(logits, None, torch.arange(T, device=device) % 3 != 1, K, True)
+        (moe_experts(x, gate_up, down, index, route_weight).sum() + balance).backward()
     torch.cuda.synchronize()
     print("sanitize: done")
 
