@@ -25,35 +25,41 @@ from cggr_train.study.intervals import Interval
 from cggr_train.study.settings import STUDY
 
 SELECTIONS = ("topk", "stratified", "sequence_aware", "random", "sampled")
+GRIDS: dict[str, dict[str, Any]] = {
+    "selections": {"gradients": ("kv", "exact"), "ratios": (0.25,), "selections": SELECTIONS},
+    "ratios": {"gradients": ("kv", "exact"), "ratios": (0.125, 0.5), "selections": ("stratified",)},
+}
 SHAPE = {"vocab_size": 2048, "length": 256, "batch_size": 32, "precision": "float32", "eval_sequences": 64}
+CORPUS = ("corpus.jsonl", "heldout.jsonl")
 
 
 def settings(arguments: argparse.Namespace) -> StudySettings:
     """The study of one experiment."""
-    corpus = arguments.work / "corpus"
-    paths = corpus / "corpus.jsonl", corpus / "heldout.jsonl"
-    if arguments.experiment != "finetune" and not paths[1].exists():
-        write_corpus(corpus, max_characters=arguments.characters)
     shape: dict[str, Any] = {**SHAPE, "device": arguments.device, "steps": arguments.steps}
-    shared: dict[str, Any] = {"parallel": arguments.parallel, "seeds": arguments.seeds,
-                              "calibration_seconds": arguments.calibration_seconds}  # fmt: skip
-    grid = {"gradients": ("kv", "exact"), "ratios": (0.125, 0.25, 0.5), "selections": SELECTIONS}
+    shared: dict[str, Any] = {
+        "seeds": arguments.seeds,
+        "parallel": arguments.parallel,
+        "cuda_graph": arguments.cuda_graph,
+        "calibration_seconds": arguments.calibration_seconds,
+        "draws": 4,
+    }
     if arguments.experiment == "finetune":
-        if arguments.data is None:
-            raise SystemExit("give the JSON Lines file of the fine-tuning text with --data")
-        model = arguments.work / "scratch" / "runs" / "standard-seed0" / "model"
+        if arguments.data is None or arguments.model is None:
+            raise SystemExit("give the JSON Lines file with --data and the model to go on from with --model")
         train = TrainSettings(
-            data=(str(arguments.data),), field=arguments.field, model=str(model), learning_rate=5e-4, **shape
+            data=(str(arguments.data),), field=arguments.field, model=str(arguments.model), learning_rate=5e-4, **shape
         )
-        return StudySettings(train=train, **grid, **shared, equal=("tokens",), draws=4)
+        return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=("tokens",))
+    corpus, heldout = (arguments.work / "corpus" / name for name in CORPUS)
+    if not heldout.exists():
+        write_corpus(corpus.parent, max_characters=arguments.characters)
     train = TrainSettings(
-        data=(str(paths[0]),), heldout=(str(paths[1]),), config=arguments.config, learning_rate=2e-3, **shape
-    )
+        data=(str(corpus),), heldout=(str(heldout),), config=arguments.config, tokenizer=arguments.tokenizer,
+        learning_rate=2e-3, **shape,
+    )  # fmt: skip
     if arguments.experiment == "scratch":
-        return StudySettings(train=train, **grid, **shared, equal=("tokens",), draws=4)
-    train = dataclasses.replace(
-        train, steps=None, seconds=arguments.seconds, batch_size=4, length=256, routing=Routing()
-    )
+        return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=("tokens",))
+    train = dataclasses.replace(train, steps=None, seconds=arguments.seconds, batch_size=4, routing=Routing())
     return StudySettings(train=train, **shared, batch_sizes=(1,), equal=("time",))
 
 
@@ -105,9 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("scratch", "finetune", "batch"))
     parser.add_argument("--work", type=Path, required=True, help="folder of the studies; goes on with what is there")
-    parser.add_argument("--name", help="name of the result; study_EXPERIMENT by default")
+    parser.add_argument("--name", help="name of the result, instead of the experiment's")
     parser.add_argument("--results", type=Path, default=_record.RESULTS, help="folder of the result")
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="selections", help="all selections, or more ratios")
     parser.add_argument("--data", type=Path, help="JSON Lines file for finetune")
+    parser.add_argument("--model", type=Path, help="folder of the model that finetune goes on from")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer, instead of training one")
     parser.add_argument("--field", default="question,answer", help="its keys")
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--characters", type=int, default=20_000_000, help="of the standard library's source")
@@ -115,11 +124,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each run of batch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int)
+    parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--calibration-seconds", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     console = Console(width=150)
-    folder = arguments.work / arguments.experiment
+    name = arguments.name or "_".join(
+        ["study", arguments.experiment, *([arguments.grid] if arguments.experiment != "batch" else [])]
+    )
+    folder = arguments.work / name
     if (folder / STUDY).exists():
         result = resume_study(folder, console)
     else:
@@ -128,9 +141,12 @@ def main() -> None:
         raise SystemExit(result.exit_code)
     asked = StudySettings.load(folder)
     train = {name: value for name, value in dataclasses.asdict(asked.train).items() if name not in ("data", "heldout")}
-    train["model"] = "the standard run of study_scratch, seed 0" if train["model"] else None
+    train["model"] = "the standard run of study_scratch_selections, seed 0" if train["model"] else None
     noted = {
-        **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
+        **{
+            name: getattr(asked, name)
+            for name in ("seeds", "equal", "parallel", "draws", "gradient_batches", "cuda_graph")
+        },
         "seed": asked.train.seed,
         "train": train,
         "text": arguments.field if arguments.experiment == "finetune" else "source of Python's standard library",
@@ -138,7 +154,7 @@ def main() -> None:
         "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",
     }
     path = _record.write(
-        arguments.name or f"study_{arguments.experiment}", rows(result.outcome), settings=noted, control="standard",
+        name, rows(result.outcome), settings=noted, control="standard",
         device="cuda" if arguments.device != "cpu" else "cpu", folder=arguments.results,
     )  # fmt: skip
     console.print(f"result {path}", highlight=False)

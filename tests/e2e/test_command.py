@@ -108,18 +108,51 @@ def test_a_line_that_does_not_parse_is_named(tmp_path, data):
     assert "1 bad lines left out" in done.stdout
 
 
-def test_the_demo_compares_four_runs_in_processes_of_their_own(tmp_path):
+def records(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals end a process so on POSIX only")
+def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
+    out = tmp_path / "study"
+    settings = ["--steps", 40, "--seeds", 2, "--parallel", 1, "--draws", 0, "--calibration-seconds", 0.1]
+    start = cggr("study", data, *SMALL, *settings, "--equal", "tokens", "--device", "cpu", "--out", out)
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        for line in process.stdout:
+            if "held-out loss" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    assert f"go on with: cggr study --resume {out}" in output
+    assert "Traceback" not in errors
+    stopped = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
+    assert 1 <= len(stopped) < 8
+
+    done = finish(cggr("study", "--resume", out))
+    assert done.returncode == 0, done.stderr
+    assert f"{len(stopped)} of 8 runs are done" in done.stdout
+    runs = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
+    assert runs[: len(stopped)] == stopped
+    assert len(runs) == len(set(runs)) == 8
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "settings.json", "study.json", "arms.json", "tokenizer", "tokens", "results.jsonl", "runs", "report.html",
+    }  # fmt: skip
+    assert [path.name for path in (out / "runs").iterdir()] == ["standard-seed0"]
+
+
+def test_the_demo_is_a_study_of_four_methods(tmp_path):
     out = tmp_path / "demo"
     size = ["--config", "nano", "--vocab-size", 400, "--length", 64, "--batch-size", 4, "--characters", 400_000]
-    done = finish(cggr("demo", "--out", out, "--seconds", 1, *size))
+    done = finish(cggr("demo", "--out", out, "--seconds", 0.5, "--seeds", 2, *size))
     assert done.returncode == 0, done.stderr
-    for name in ("standard", "half the batch", "random tokens", "CGGR"):
-        assert name in done.stdout
+    for label in ("standard, batch 4", "standard, batch 2", "random 0.25, kv", "stratified 0.25 by"):
+        assert label in done.stdout
     assert "Lowest held-out loss in the same time" in done.stdout
-    results = json.loads((out / "results.json").read_text())["results"]
-    assert len({result["peak_bytes"] for result in results}) > 1
-    for result in results:
-        assert result["steps"] >= 1
-        assert result["heldout_loss"] < result["curve"][0]["heldout_loss"]
-    names = {path.name for path in out.iterdir()}
-    assert names == {"comparison.png", "demo.html", "results.json", "model", "tokens"}, "no leftovers of the runs"
+    runs = [record for record in records(out) if record["event"] == "run"]
+    assert len(runs) == 8
+    for run in runs:
+        assert run["points"][-1]["heldout_loss"] < run["points"][0]["heldout_loss"]
+    assert (out / "report.html").exists()
+    assert "What a model makes of a passage" in (out / "passage.html").read_text(encoding="utf-8")

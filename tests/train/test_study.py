@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cggr_train.errors import InputError, RunError
+from cggr_train.errors import InputError
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study, start_study
 from cggr_train.study import run as run_module
@@ -18,7 +18,6 @@ from cggr_train.study.arms import Arm
 from cggr_train.study.bench import Bench
 from cggr_train.study.estimators import compare_gradients
 from cggr_train.study.kept import BINS, kept_shares
-from cggr_train.study.pool import Pool, Request, places
 from cggr_train.study.timing import time_steps
 from cggr_train.study.training import train_run
 from cggr_train.study.worker import answer
@@ -220,26 +219,3 @@ def test_steps_are_timed_and_memory_is_the_arms_own(study):
     assert len(found["step_seconds"]) >= 2
     assert all(value > 0 for value in found["step_seconds"])
     assert found["peak_bytes"] >= found["start_bytes"] > 0
-
-
-def test_places_for_workers(monkeypatch):
-    monkeypatch.setattr("cggr_train.study.pool.cores", lambda: 4)
-    assert places("cpu", None) == [(CPU, 1)] * 4
-    assert places("cpu", 2) == [(CPU, 2)] * 2
-    with pytest.raises(InputError, match="--device nowhere cannot be used"):
-        places("nowhere", None)
-
-
-def test_a_worker_says_what_is_wrong_and_ends(study):
-    """One real process: an answer, an error that is told, and a failure that is not."""
-    folder = study
-    with Pool(folder, [(CPU, 1)]) as pool:
-        request = Request("timing", {}, {"do": "time", "arms": ["standard"], "seconds": 0.01})
-        ((_, result),) = pool.run([request], alone=True)
-        assert result["engine"] == ""
-        nowhere = {"do": "gradients", "arms": ["standard-b2"], "seed": 0, "weights": str(folder / "nowhere")}
-        with pytest.raises(InputError, match=r"the model directory .*nowhere does not exist"):
-            list(pool.run([Request("gradients", {}, nowhere)]))
-        with pytest.raises(RunError, match=r"a worker ended with status 1: KeyError: 'nobody'.*worker-0.errors.txt"):
-            list(pool.run([Request("run", {}, {"do": "time", "arms": ["nobody"], "seconds": 1})]))
-    assert (folder / "worker-0.errors.txt").exists()
