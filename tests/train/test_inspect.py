@@ -91,7 +91,7 @@ def test_what_cannot_be_inspected(folder, tmp_path):
 def browser():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
-        assert os.environ.get("CGGR_BROWSER") != "required", "no Chromium, though .ci/run said there is one"
+        assert os.environ.get("CGGR_BROWSER") != "required", "no Chromium, and CGGR_BROWSER=required"
         pytest.skip("no Chromium on this machine (Debian's package chromium; .ci/run installs it)")
     return path
 
