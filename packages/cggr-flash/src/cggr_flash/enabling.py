@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
 from cggr_flash.machine import Machine, first_line, inspect_machine
-from cggr_flash.model_support import Implementations, current, is_switchable, model_obstacle, request, unwrapped
+from cggr_flash.model_support import Implementations, current, is_switchable, model_obstacle, set_backend, unwrapped
 from cggr_flash.trial import TrialError, disagreement, trial
 
 _logger = logging.getLogger("cggr_flash")
@@ -153,7 +153,7 @@ def _known_obstacle(model: PreTrainedModel, name: str, machine: Machine) -> tupl
 
 def _results_on_eager(model: PreTrainedModel, before: Implementations) -> list[Tensor]:
     try:
-        model.set_attn_implementation(request(model, "eager")[0])
+        set_backend(model, "eager")
         return trial(model)
     except Exception as error:
         raise RuntimeError(
@@ -168,10 +168,10 @@ def _tried(
     model: PreTrainedModel, name: str, expected: list[Tensor] | None, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
     """Why a backend does not work on the model, ``""`` where it does and stays set; and which towers keep theirs."""
-    wanted, kept = request(model, name)
+    kept: list[str] = []
     try:
         if expected is not None:
-            model.set_attn_implementation(wanted)
+            kept = set_backend(model, name)
         if current(model) != name:
             return f"transformers set {current(model)!r} in its place", kept
         found = trial(model)

@@ -80,7 +80,7 @@ def load_model_with_flash_attention(
     model_class = _model_class(config, options["trust_remote_code"])
     machine = inspect_machine(_planned_device(device_map), _planned_dtype(backend, dtype, config))
     candidates, passed_over = _candidates(backend, model_class, config, machine)
-    arguments = {**options, "dtype": dtype, "device_map": device_map}
+    arguments = {**options, "config": config, "dtype": dtype, "device_map": device_map}
     if not _builds_attention_in(model_class):
         model = _load(model_class, name, arguments)
         choose(model, backend)

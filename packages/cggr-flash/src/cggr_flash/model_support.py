@@ -49,7 +49,7 @@ def model_obstacle(model: PreTrainedModel, backend: str) -> tuple[str, str] | No
 
     Returns:
         The reason and what to do, or ``None``. Image and audio towers are not asked: they keep their backend where
-        they cannot take the new one (:func:`request`).
+        they cannot take the new one (:func:`set_backend`).
     """
     for part in _text_models(model):
         reason = _class_obstacle(type(part), backend)
@@ -105,16 +105,30 @@ def _config_obstacle(config: Any, backend: str) -> tuple[str, str] | None:
     return None
 
 
-def request(model: PreTrainedModel, backend: str) -> tuple[str | dict[str, str], list[str]]:
-    """What to ask ``set_attn_implementation`` for, so that towers without the backend keep theirs.
+def set_backend(model: PreTrainedModel, backend: str) -> list[str]:
+    """Set a model to a backend; towers that do not have it keep theirs.
 
     Args:
-        model: The model.
+        model: The model, which can be switched.
         backend: What its text part is to run on.
 
     Returns:
-        The backend, or one for each part of the configuration; and what stays, for people.
+        What keeps its backend, for people.
+
+    Raises:
+        Exception: Whatever transformers, a library that it imports or the hub raises.
     """
+    wanted, kept = _request(model, backend)
+    model.set_attn_implementation(wanted)
+    for part in _models(model):
+        # transformers 5.17 passes over an encoder and a decoder that have copies of the whole configuration.
+        if type(part.config) is type(model.config) and part.config._attn_implementation != backend:
+            part.set_attn_implementation(backend)
+    return kept
+
+
+def _request(model: PreTrainedModel, backend: str) -> tuple[str | dict[str, str], list[str]]:
+    """What to ask transformers for: the backend, or one for each part of the configuration; and what stays."""
     config: Any = model.config
     text = config.get_text_config()
     wanted, kept = {"": backend}, []
