@@ -15,7 +15,10 @@ EXAMPLES = [
     "docs/index.md",
     "docs/getting-started.md",
     "docs/guides/own-loop.md",
-    "docs/guides/fine-tuning.md",
+    "docs/recipes/pretraining.md",
+    "docs/recipes/long-prompts.md",
+    "docs/recipes/lora.md",
+    "docs/recipes/memory-bound.md",
 ]
 
 
@@ -34,6 +37,7 @@ def small_model():
     return LlamaForCausalLM(config)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by PEFT
 @pytest.mark.parametrize("document", EXAMPLES)
 def test_examples_run_in_order(document, monkeypatch):
     """The Python blocks of a page run one after the other, on a tiny model in place of the reader's own."""
