@@ -16,6 +16,7 @@ import torch
 
 from cggr_train.errors import InputError, SaveError
 from cggr_train.loop import Progress
+from cggr_train.ranks import ALONE, Ranks
 from cggr_train.state_file import load_state, save_state
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def save_checkpoint(
     """
     from safetensors import SafetensorError
 
-    final = folder / f"step-{state.progress.step:08d}"
+    final = checkpoint_path(folder, state.progress.step)
     temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +102,11 @@ def load_training_state(checkpoint: Path) -> TrainingState:
         raise InputError(f"the checkpoint {checkpoint} was written by another version ({error})") from error
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return folder / f"step-{step:08d}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
@@ -113,19 +119,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """States of torch's generators, for dropout and the like."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+def random_state(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """States of torch's generators, for dropout and the like; of several ranks, a list of each."""
+    states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    gathered = {name: ranks.gather(state) for name, state in states.items()}
+    return {name: found if ranks.size > 1 else found[0] for name, found in gathered.items()}
 
 
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what :func:`random_state` took."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and "device" in state:
-        torch.get_device_module(device).set_rng_state(state["device"], device)
+def restore_random_state(state: dict[str, Any], device: torch.device, ranks: Ranks = ALONE) -> None:
+    """Put back what :func:`random_state` took; another number of ranks goes on with its own."""
+    states = {name: found if isinstance(found, list) else [found] for name, found in state.items()}
+    if len(states["cpu"]) != ranks.size:
+        return
+    torch.set_rng_state(states["cpu"][ranks.rank])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"][ranks.rank], device)
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from torch.nn import functional
 
 @torch.no_grad()
 def heldout_loss(
-    model: torch.nn.Module, batches: Sequence[Tensor], *, device: torch.device, bfloat16: bool = False
+    model: torch.nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    device: torch.device,
+    bfloat16: bool = False,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> float:
     """Mean negative log-likelihood per predicted token, in nats.
 
@@ -20,6 +25,7 @@ def heldout_loss(
         batches: Token ids, int64 ``[B, S]`` each; every sequence predicts its last ``S - 1`` tokens.
         device: Where the model is.
         bfloat16: Evaluate under bfloat16 autocast.
+        reduce: Adds a float64 tensor on the CPU up over all ranks, where each evaluates its share of the batches.
 
     Raises:
         ValueError: If there is no token to predict.
@@ -38,6 +44,7 @@ def heldout_loss(
             count += targets.numel()
     finally:
         model.train(training)
-    if count == 0:
+    loss, tokens = reduce(torch.tensor([total.item(), count], dtype=torch.float64)).tolist()
+    if tokens == 0:
         raise ValueError("batches holds no token to predict; give at least one sequence of two tokens")
-    return total.item() / count
+    return loss / tokens

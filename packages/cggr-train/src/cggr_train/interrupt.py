@@ -16,6 +16,9 @@ SHOW_CURSOR = b"\x1b[?25h"
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that the training loop reads between two steps.
 
+    ``torchrun`` passes a Ctrl-C on as SIGTERM to processes that have had it from the terminal already. Where a launcher
+    started this one (``launched``), a SIGTERM is therefore never taken for a second request.
+
     The second one finds the operating system's own behaviour restored and ends the process there and then,
     even inside a long tensor operation. Checkpoints are renamed into place when complete, so nothing that was
     saved is lost. Outside the main thread, where Python allows no handlers, signals are left as they are.
@@ -26,7 +29,8 @@ class StopRequest:
         False
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool = False, quiet: bool = False) -> None:
+        self._launched, self._quiet = launched, quiet
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -56,9 +60,12 @@ class StopRequest:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self.received = self.received or number
         for known in SIGNALS:
-            signal.signal(known, signal.SIG_DFL)
+            repeated = signal.SIG_IGN if self._launched and known == signal.SIGTERM else signal.SIG_DFL
+            signal.signal(known, repeated)
+        if self._quiet:
+            return
         # os.write, since a handler may run in the middle of a print; the cursor, since a second signal gives the
         # progress display no chance to bring it back
         cursor = SHOW_CURSOR if sys.stderr.isatty() else b""

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_train.errors import InputError
 
@@ -41,12 +41,16 @@ class Learner(Protocol):
     """The side of a method that the training loop sees."""
 
     model: PreTrainedModel
+    wrapped: nn.Module
 
-    def loss(self, input_ids: Tensor, *, num_items: int | None = None) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, *, num_items: float | None = None, draw: int | None = None, first_row: int = 0
+    ) -> Tensor:
         """Loss of next-token prediction on ``input_ids`` ``[B, S]``, float32 scalar with a graph.
 
-        ``num_items`` is the number of countable tokens to divide by, of all micro-batches of an accumulated step
-        together; None divides by this batch's own.
+        It goes through ``wrapped``: the model itself, or what averages its gradients over the ranks. ``num_items`` is
+        the number of countable tokens to divide by, of all micro-batches of an accumulated step together; None divides
+        by this batch's own. ``draw`` and ``first_row`` number the step's random choices, and the rows within it.
         """
         ...
 
@@ -73,13 +77,16 @@ class StandardLearner:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.wrapped: nn.Module = model
         self._countable = 0
 
-    def loss(self, input_ids: Tensor, *, num_items: int | None = None) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, *, num_items: float | None = None, draw: int | None = None, first_row: int = 0
+    ) -> Tensor:
         """See :class:`Learner`."""
         self._countable = input_ids.shape[0] * (input_ids.shape[1] - 1)
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        return self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
+        return self.wrapped(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
 
     def step(self) -> None:
         """Nothing to do."""
@@ -113,6 +120,7 @@ class RoutedLearner:
         from cggr_core import CGGRModel, create_truncated_router
 
         self.model = model
+        self.wrapped: nn.Module = model
         try:
             router = None
             if routing.router_depth is not None and routing.selection != "random":
@@ -130,10 +138,14 @@ class RoutedLearner:
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
-    def loss(self, input_ids: Tensor, *, num_items: int | None = None) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, *, num_items: float | None = None, draw: int | None = None, first_row: int = 0
+    ) -> Tensor:
         """See :class:`Learner`."""
+        place = {"draw": draw, "first_row": first_row}
         try:
-            return self.routed(input_ids, labels=input_ids, num_items=num_items)
+            with self.routed.in_place():
+                return self.wrapped(input_ids=input_ids, labels=input_ids, num_items=num_items, **place)
         except ValueError as error:  # a mode that this architecture cannot have, or logits that are NaN
             raise InputError(str(error)) from error
 

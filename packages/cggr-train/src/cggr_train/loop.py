@@ -14,6 +14,7 @@ from torch import Tensor
 from cggr_train.data import Batches
 from cggr_train.errors import InputError
 from cggr_train.learner import Learner
+from cggr_train.ranks import ALONE, Ranks, without_averaging
 
 
 @dataclass
@@ -147,6 +148,7 @@ def train_steps(
     *,
     on_step: Callable[[Tensor, float], None],
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train until the budget is spent or ``stop()`` says so, between two steps.
 
@@ -158,14 +160,22 @@ def train_steps(
         progress: Updated in place, so that a checkpoint taken in ``on_step`` knows where it stands.
         clock: Counts the training time into ``progress.seconds``.
         on_step: Called after every step with the detached loss (a tensor on the device, summed over the
-            accumulated batches) and the learning rate. Work that is no training belongs under ``clock.paused()``.
+            accumulated batches; the mean over all ranks is the step's) and the learning rate. Work that is no training
+            belongs under ``clock.paused()``.
         stop: Asked before every step.
+        ranks: The processes that share the step; every rank trains on its rows of each batch.
     """
     learner.model.train()
     per_batch = batches.batch_size * (batches.length - 1)
-    num_items = None if settings.accumulate == 1 else per_batch * settings.accumulate
+    # Gradients are averaged over the ranks, so each divides by its share.
+    whole = settings.accumulate == 1 and ranks.size == 1
+    num_items = None if whole else per_batch * settings.accumulate / ranks.size
+    rows = ranks.rows(batches.batch_size)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    while not stop():
+    while True:
+        stopping, progress.seconds = ranks.agree(stop(), progress.seconds)
+        if stopping:
+            break
         spent = settings.budget.spent(progress)
         if spent >= 1:
             break
@@ -174,10 +184,13 @@ def train_steps(
             group["lr"] = rate
         total: Tensor | None = None
         for micro in range(settings.accumulate):
-            input_ids = batches.get(progress.step * settings.accumulate + micro).to(clock.device, non_blocking=True)
-            with torch.autocast(clock.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-                loss = learner.loss(input_ids, num_items=num_items)
-            loss.backward()
+            batch = batches.get(progress.step * settings.accumulate + micro)[rows]
+            input_ids = batch.to(clock.device, non_blocking=True)
+            first_row = micro * batches.batch_size + rows.start
+            with without_averaging(learner.wrapped, last=micro == settings.accumulate - 1):
+                with torch.autocast(clock.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+                    loss = learner.loss(input_ids, num_items=num_items, draw=progress.step, first_row=first_row)
+                loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         if settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -186,6 +199,6 @@ def train_steps(
         learner.step()
         progress.step += 1
         progress.tokens += batches.batch_size * batches.length * settings.accumulate
-        progress.seconds = clock.seconds
+        _, progress.seconds = ranks.agree(False, clock.seconds)
         assert total is not None
         on_step(total, rate)

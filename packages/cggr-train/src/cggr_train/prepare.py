@@ -66,6 +66,12 @@ def prepare(
     return model, tokenizer, tokens
 
 
+def prepared(settings: TrainSettings, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenStore]:
+    """What :func:`prepare` has made in the run's folder, for the other processes of the run."""
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    return _model(settings, tokenizer), tokenizer, TokenStore.open(folder / "tokens")
+
+
 def _tokenizer(settings: TrainSettings, documents: Documents, console: Console) -> PreTrainedTokenizerBase:
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)

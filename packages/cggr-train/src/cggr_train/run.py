@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cggr_train.checkpoint import (
     TrainingState,
+    checkpoint_path,
     latest_checkpoint,
     load_training_state,
     random_state,
@@ -31,7 +32,7 @@ from cggr_train.checkpoint import (
 )
 from cggr_train.data import Batches, TokenStore
 from cggr_train.data.batches import in_order
-from cggr_train.device import pick_device, uses_bfloat16
+from cggr_train.device import uses_bfloat16
 from cggr_train.display import Display, numbers
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.evaluate import heldout_loss
@@ -40,8 +41,9 @@ from cggr_train.learner import build_learner
 from cggr_train.log import JsonlLog, read_log
 from cggr_train.loop import Budget, Clock, LearningRate, LoopSettings, Progress, build_optimizer, train_steps
 from cggr_train.memory import memory_in_use, peak_memory
-from cggr_train.prepare import prepare
+from cggr_train.prepare import prepare, prepared
 from cggr_train.presets import load_model
+from cggr_train.ranks import Ranks, joined_ranks
 from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import load_tokenizer
 
@@ -76,14 +78,16 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}, or give another --out")
     if settings.steps is not None or settings.seconds is not None:
         Budget(settings.steps, settings.seconds)
-    device = pick_device(settings.device)
-    model, tokenizer, tokens = prepare(settings, folder, console)
-    if settings.steps is None and settings.seconds is None:
-        sequences = len(tokens.train) // settings.length
-        settings = dataclasses.replace(settings, steps=-(-sequences // (settings.batch_size * settings.accumulate)))
-    settings.save(folder / "settings.json")
-    run = _Run(settings, folder, console, device, model, tokenizer, tokens)
-    return run.train()
+    with joined_ranks(settings.device, batch_size=settings.batch_size) as (ranks, device):
+        console.quiet = console.quiet or not ranks.main
+        made = ranks.on_first(lambda: prepare(settings, folder, console)) or prepared(settings, folder)
+        model, tokenizer, tokens = made
+        if settings.steps is None and settings.seconds is None:
+            sequences = len(tokens.train) // settings.length
+            settings = dataclasses.replace(settings, steps=-(-sequences // (settings.batch_size * settings.accumulate)))
+        ranks.on_first(lambda: settings.save(folder / "settings.json"))
+        run = _Run(settings, folder, console, ranks, device, model, tokenizer, tokens)
+        return run.train()
 
 
 def resume_run(folder: Path, console: Console, *, steps: int | None = None, seconds: float | None = None) -> RunResult:
@@ -109,14 +113,15 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{folder} holds no checkpoint to resume from; start it anew with --out")
-    device = pick_device(settings.device)
-    state = load_training_state(checkpoint)
-    tokens = TokenStore.open(folder / "tokens")
-    model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
-    run = _Run(settings, folder, console, device, model, tokenizer, tokens)
-    run.restore(state)
-    console.print(f"resuming {folder} from step {state.progress.step:,}", highlight=False)
-    return run.train()
+    with joined_ranks(settings.device, batch_size=settings.batch_size) as (ranks, device):
+        console.quiet = console.quiet or not ranks.main
+        state = load_training_state(checkpoint)
+        tokens = TokenStore.open(folder / "tokens")
+        model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
+        run = _Run(settings, folder, console, ranks, device, model, tokenizer, tokens)
+        run.restore(state)
+        console.print(f"resuming {folder} from step {state.progress.step:,}", highlight=False)
+        return run.train()
 
 
 class _Run:
@@ -125,15 +130,20 @@ class _Run:
         settings: TrainSettings,
         folder: Path,
         console: Console,
+        ranks: Ranks,
         device: torch.device,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tokens: TokenStore,
     ) -> None:
-        self.settings, self.folder, self.console, self.device = settings, folder, console, device
+        self.settings, self.folder, self.console = settings, folder, console
+        self.ranks, self.device = ranks, device
         self.model, self.tokenizer = model, tokenizer
         torch.nn.Module.to(model, device)
         self.learner = build_learner(self.model, settings.method, settings.routing, seed=settings.seed)
+        self.learner.wrapped = ranks.wrap(self.model, device)
+        if ranks.size > 1:
+            torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations
         self.optimizer = build_optimizer(self.model, weight_decay=settings.weight_decay)
         size = {"length": settings.length, "batch_size": settings.batch_size}
         self.batches = Batches(tokens.train, **size, seed=settings.seed)
@@ -155,26 +165,30 @@ class _Run:
         self.progress = state.progress
         self.optimizer.load_state_dict(state.optimizer)
         self.learner.load_state_dict(state.learner)
-        restore_random_state(state.random, self.device)
+        restore_random_state(state.random, self.device, self.ranks)
         self._window_start = dataclasses.replace(self.progress)
-        self.saved = (self.progress.step, self.folder / "checkpoints" / f"step-{self.progress.step:08d}")
+        self.saved = (self.progress.step, checkpoint_path(self.folder / "checkpoints", self.progress.step))
 
     def train(self) -> RunResult:
         settings = self.settings
-        self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step)
-        with StopRequest() as stop, Display(self.console, settings.method, self.loop.budget) as display:
+        alone, main = self.ranks.size == 1, self.ranks.main
+        self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step) if main else None
+        shown = Display(self.console, settings.method, self.loop.budget)
+        with StopRequest(launched=not alone, quiet=not main) as stop, shown as display:
             self.display = display
             self.clock = Clock(self.device, elapsed=self.progress.seconds)
             train_steps(
                 self.learner, self.optimizer, self.batches, self.loop, self.progress, self.clock,
-                on_step=self._after_step, stop=lambda: stop.requested,
+                on_step=self._after_step, stop=lambda: stop.requested, ranks=self.ranks,
             )  # fmt: skip
             self._log_window()
-            if not stop.requested:
+            stopped, code = self.ranks.agree(stop.requested, stop.exit_code if stop.requested else 0)
+            if not stopped:
                 self._evaluate()
             checkpoint = self._save()
-            self._draw()
-        return RunResult(checkpoint, self.progress, self.heldout_loss, stop.exit_code if stop.requested else 0)
+            if self.ranks.main:
+                self._draw()
+        return RunResult(checkpoint, self.progress, self.heldout_loss, int(code))
 
     def _after_step(self, loss: Tensor, rate: float) -> None:
         step = self.progress.step
@@ -193,14 +207,12 @@ class _Run:
     def _log_window(self) -> None:
         if not self._window:
             return
-        loss = torch.stack(self._window).mean().item()
+        (loss,) = self.ranks.mean([torch.stack(self._window).mean().item()])
         progress, before = self.progress, self._window_start
         rate = (progress.tokens - before.tokens) / max(progress.seconds - before.seconds, 1e-9)
-        metrics = {
-            name: value.item() if isinstance(value, Tensor) else value for name, value in self.learner.metrics.items()
-        }
+        metrics = self._metrics()
         memory = memory_in_use(self.device)
-        self.log.write(
+        self._write(
             event="train",
             step=progress.step,
             loss=loss,
@@ -223,11 +235,33 @@ class _Run:
         )
         self._window, self._window_start = [], dataclasses.replace(progress)
 
+    def _metrics(self) -> dict[str, Any]:
+        """The learner's, as plain values, of all ranks together; each has the same number of countable tokens."""
+        found = {
+            name: value.item() if isinstance(value, Tensor) else value for name, value in self.learner.metrics.items()
+        }
+        numbers = {name: float(value) for name, value in found.items() if not isinstance(value, str)}
+        if self.ranks.size > 1:
+            found |= dict(zip(numbers, self.ranks.mean(list(numbers.values())), strict=True))
+            for name in ("kept_tokens", "countable_tokens"):
+                found[name] = round(found[name] * self.ranks.size)
+        return found
+
+    def _write(self, **record: Any) -> None:
+        if self.log is not None:
+            self.log.write(**record)
+
     def _evaluate(self) -> None:
         with self.clock.paused():
-            self.heldout_loss = heldout_loss(self.model, self.heldout, device=self.device, bfloat16=self.loop.bfloat16)
+            self.heldout_loss = heldout_loss(
+                self.model,
+                self.heldout[self.ranks.rank :: self.ranks.size],
+                device=self.device,
+                bfloat16=self.loop.bfloat16,
+                reduce=self.ranks.sum,
+            )
         progress = self.progress
-        self.log.write(
+        self._write(
             event="heldout",
             step=progress.step,
             heldout_loss=self.heldout_loss,
@@ -239,13 +273,14 @@ class _Run:
     def _save(self) -> Path:
         if self.saved is not None and self.saved[0] == self.progress.step:
             return self.saved[1]
+        folder = self.folder / "checkpoints"
         with self.clock.paused():
-            state = TrainingState(
-                self.progress, self.optimizer.state_dict(), self.learner.state_dict(), random_state(self.device)
+            random = random_state(self.device, self.ranks)
+            state = TrainingState(self.progress, self.optimizer.state_dict(), self.learner.state_dict(), random)
+            self.ranks.on_first(
+                lambda: save_checkpoint(folder, self.model, self.tokenizer, state, keep=self.settings.keep)
             )
-            path = save_checkpoint(
-                self.folder / "checkpoints", self.model, self.tokenizer, state, keep=self.settings.keep
-            )
+        path = checkpoint_path(folder, self.progress.step)
         self.saved = (self.progress.step, path)
         return path
 

@@ -1,0 +1,148 @@
+"""The processes of one run: started by ``torchrun`` or ``accelerate launch``, or a single one.
+
+A run on several ranks is the run on one: every batch is split by rows, gradients are averaged by
+``DistributedDataParallel``, and everything that decides what happens next (the clock, a stop, an error) is agreed on.
+Rank 0 alone prepares, writes and shows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cggr_train.device import pick_device
+from cggr_train.errors import InputError, RunError
+
+T = TypeVar("T")
+
+# While rank 0 prepares the text, the others wait.
+_PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: From 0 on.
+        size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prepares, writes and shows."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """This rank's rows of a batch."""
+        share = batch_size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model as it is called in training: gradients are averaged over the ranks."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """The mean of each number over all ranks."""
+        return (self.sum(torch.tensor(values, dtype=torch.float64)) / self.size).tolist()
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """A tensor on the CPU, of the same shape on every rank, from all of them."""
+        if self.size == 1:
+            return [value]
+        found = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(found, value)
+        return found
+
+    def agree(self, any_rank: bool, largest: float) -> tuple[bool, float]:
+        """Whether it is so on any rank, and the largest of the ranks' numbers."""
+        if self.size == 1:
+            return any_rank, largest
+        both = torch.tensor([float(any_rank), largest], dtype=torch.float64)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return bool(both[0]), float(both[1])
+
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 while the others wait.
+
+        Returns:
+            What ``work`` returned on rank 0, ``None`` on the others.
+
+        Raises:
+            BaseException: On rank 0 what ``work`` raised.
+            RunError: On the others, if it did.
+        """
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except BaseException as raised:  # Ctrl-C too: the others must not wait for ever
+                error = raised
+        failed, _ = self.agree(error is not None, 0.0)
+        if error is not None:
+            raise error
+        if failed:
+            raise RunError(f"rank {self.rank} stops because rank 0 could not go on")
+        return result
+
+
+ALONE = Ranks()
+
+
+def without_averaging(model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    """Put off averaging the gradients until the last micro-batch of a step."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+@contextmanager
+def joined_ranks(device: str, *, batch_size: int) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the other processes of this run, if it was started with any.
+
+    Args:
+        device: ``auto`` or the name of a device; without an index every process takes its own.
+        batch_size: Rows that are to be split.
+
+    Yields:
+        This process among the others, and its device.
+
+    Raises:
+        InputError: If the device cannot be used, or the rows cannot be split evenly.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    picked = pick_device(device)
+    if size == 1:
+        yield ALONE, picked
+        return
+    if batch_size % size:
+        raise InputError(f"--batch-size is {batch_size}, which {size} processes cannot share evenly; give a multiple")
+    if picked.type != "cpu":
+        if picked.index is not None and device != "auto":
+            raise InputError(f"--device {device} is one device and there are {size} processes; give {picked.type}")
+        picked = torch.device(picked.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(picked.index)
+    # Without a backend's name: gloo for tensors on the CPU, the device's own (nccl) for those on it.
+    dist.init_process_group(timeout=_PATIENCE)
+    yield Ranks(dist.get_rank(), size), picked
+    # Not after an error: the others may be inside a collective, and their ends are the launcher's business.
+    dist.destroy_process_group()

@@ -1,0 +1,129 @@
+"""Two processes train as one does, through the Trainer and through ``cggr train``; real processes, gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cggr_train.checkpoint import latest_checkpoint
+from cggr_train.cli import app
+from cggr_train.errors import InputError, RunError
+from cggr_train.presets import load_model
+from cggr_train.ranks import ALONE, Ranks, joined_ranks
+from tests.train.trainer_worker import SETTINGS, run
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "4", "--heldout-fraction", "0.2",
+         "--device", "cpu", "--precision", "float32"]  # fmt: skip
+
+
+def two_ranks(*arguments: object) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launch, *map(str, arguments)]
+
+
+def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def here(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    texts = (f"for n in range({n}):\n    print(n, {n} * n)\n" * 4 for n in range(60))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_the_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
+    for name in SETTINGS:
+        _, found = run(name, tmp_path / "alone", per_device_train_batch_size=4)
+        torch.save(found, tmp_path / f"{name}.pt")
+    finish(two_ranks(ROOT / "tests" / "train" / "trainer_worker.py", tmp_path))
+
+
+def test_cggr_train_on_two_ranks_is_cggr_train_on_one(tmp_path, data):
+    command = ["train", data, *SMALL, "--steps", 4, "--accumulate", 2, "--log-every", 1, "--eval-every", 2, "--out"]
+    here(*command, tmp_path / "one")
+    done = finish(two_ranks("-m", "cggr_train.cli", *command, tmp_path / "two"))
+    assert done.stdout.count("done: 4 steps") == 1, "rank 0 alone speaks"
+    one, two = (dict(load_model(str(latest_checkpoint(tmp_path / name / "checkpoints"))).named_parameters())
+                for name in ("one", "two"))  # fmt: skip
+    assert all((two[name] - parameter).abs().max() <= 1e-5 for name, parameter in one.items())
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]  # fmt: skip
+    assert len(logs[0]) == len(logs[1])
+    for alone, together in zip(*logs, strict=True):
+        for key in ("step", "tokens", "event"):
+            assert together[key] == alone[key]
+        for key in {"loss", "heldout_loss"} & alone.keys():
+            assert together[key] == pytest.approx(alone[key], rel=1e-5)
+    # Goes on, on one process, where two have stopped.
+    assert "done: 5 steps" in here("train", "--resume", tmp_path / "two", "--steps", 5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups and their signals are POSIX's")
+def test_ctrl_c_in_a_terminal_saves_and_stops_every_rank(tmp_path, data):
+    out = tmp_path / "run"
+    command = two_ranks(
+        "-m", "cggr_train.cli", "train", data, *SMALL, "--steps", 100_000, "--log-every", 1, "--out", out
+    )
+    # A terminal's Ctrl-C reaches the launcher and both ranks; the launcher then sends the ranks SIGTERM as well.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                          start_new_session=True) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "continue with: cggr train --resume" in output, errors
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step-")) >= 3
+    assert (checkpoint / "training_state.json").exists()
+
+
+class TestRanks:
+    def test_one_process_is_its_own_world(self, monkeypatch):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        with joined_ranks("cpu", batch_size=3) as (ranks, device):
+            assert ranks == ALONE
+            assert device.type == "cpu"
+        assert ranks.main and ranks.rows(3) == slice(0, 3)
+        assert ranks.agree(True, 2.5) == (True, 2.5)
+        assert ranks.on_first(lambda: 7) == 7
+
+    def test_rows_that_cannot_be_shared_are_refused(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with (
+            pytest.raises(InputError, match="--batch-size is 3, which 2 processes cannot share"),
+            joined_ranks("cpu", batch_size=3),
+        ):
+            pass
+
+    def test_an_error_on_rank_0_ends_all(self, monkeypatch):
+        def fail():
+            raise OSError("full")
+
+        monkeypatch.setattr(Ranks, "agree", lambda self, any_rank, largest: (True, largest))
+        with pytest.raises(OSError, match="full"):
+            Ranks(0, 2).on_first(fail)
+        with pytest.raises(RunError, match="rank 1 stops because rank 0 could not go on"):
+            Ranks(1, 2).on_first(fail)

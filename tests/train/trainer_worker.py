@@ -1,0 +1,46 @@
+"""One rank of :mod:`test_distributed`: CGGRTrainer on half of each batch, compared with what one process did."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from cggr_train import CGGRConfig
+from tests.train.trainer_kit import change, relative_error, tiny_model, trainer
+
+SETTINGS = {
+    "default": CGGRConfig(),
+    "exact, sampled": CGGRConfig(gradient="exact", selection="sampled"),
+    "interleaved, random": CGGRConfig(selection="random"),
+    "detached, topk": CGGRConfig(gradient="detached", selection="topk"),
+}
+
+
+def run(name: str, folder: Path, **split: int):
+    made = trainer(folder, SETTINGS[name], **split)
+    made.train()
+    return made, {
+        "change": change(tiny_model(), made.model),
+        "log": [record for record in made.state.log_history if "loss" in record],
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name in SETTINGS:
+        wanted = torch.load(folder / f"{name}.pt")
+        for split in ({"per_device_train_batch_size": 2},
+                      {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}):  # fmt: skip
+            made, found = run(name, folder / "run", **split)
+            assert made.accelerator.num_processes == 2
+            error = relative_error(found["change"], wanted["change"])
+            assert error <= 1e-5, (name, split, error)
+            for mine, whole in zip(found["log"], wanted["log"], strict=True):
+                for key in ("kept_tokens", "countable_tokens"):
+                    assert mine[key] == whole[key], (name, key, mine[key], whole[key])
+                for key in {"loss", "score_kept", "full_loss"} & whole.keys():
+                    assert abs(mine[key] - whole[key]) <= 1e-3 * abs(whole[key]), (name, key, mine[key], whole[key])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
