@@ -14,7 +14,7 @@ import argparse
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -130,29 +130,28 @@ def measure(
     rounds: int,
     works: dict[str, tuple[str, Context]],
     not_measured: dict[str, str],
-) -> dict[str, dict[str, Any]]:
-    """The rows of one sequence length."""
-    clock, rows = Clock(model.device.type), {}
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """The rows of one sequence length, after every round of either pass."""
+    clock = Clock(model.device.type)
+    rows: dict[str, dict[str, Any]] = {}
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
+    model.set_attn_implementation(CONTROL)
+    step(model, tokens, PASSES[0])  # libraries take their workspaces
     for what in PASSES:
         calls: dict[str, tuple[str, Callable[[], None]]] = {}
         peaks: dict[str, int] = {}
-        model.set_attn_implementation(CONTROL)
-        step(model, tokens, what)  # libraries take their workspaces
         for name, (backend, context) in works.items():
 
             def call(context: Context = context, what: str = what) -> None:
                 with context():
                     step(model, tokens, what)
 
-            label = f"{what}, S {length}, {name}"
+            label = f"{what}, {name}"
             model.set_attn_implementation(backend)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 try:
-                    if backend == "flex_attention":
-                        call()  # compiles
-                    peaks[name] = clock.peak(call)
+                    peaks[name] = clock.peak(call)  # and what is still to be compiled
                 except torch.OutOfMemoryError:
                     not_measured[label] = "out of memory"
                 except RuntimeError as error:
@@ -162,7 +161,7 @@ def measure(
             if name in peaks:
                 calls[name] = (backend, call)
             else:
-                print(f"{label}: {not_measured[label]}", flush=True)
+                print(f"{label}, S {length}: {not_measured[label]}", flush=True)
                 model.zero_grad(set_to_none=True)
                 gc.collect()
                 if clock.cuda:
@@ -172,51 +171,50 @@ def measure(
             for name, (backend, call) in calls.items():
                 model.set_attn_implementation(backend)
                 seconds[name].append(clock(call))
-        for name, samples in seconds.items():
-            row = _record.summary(samples) | {"unit": "s"}
-            row["ratio"] = _record.summary([c / s for c, s in zip(seconds[CONTROL], samples, strict=True)])
-            row["tokens_per_second"] = batch * length / row["median"]
-            row["peak_bytes"] = peaks[name]
-            rows[f"{what}, S {length}, {name}"] = row
+            for name, samples in seconds.items():
+                row = _record.summary(samples) | {"unit": "s"}
+                row["ratio"] = _record.summary([c / s for c, s in zip(seconds[CONTROL], samples, strict=True)])
+                row["tokens_per_second"] = batch * length / row["median"]
+                row["peak_bytes"] = peaks[name]
+                rows[f"{what}, {name}"] = row
+            yield rows
+        for name in calls:
+            row = rows[f"{what}, {name}"]
             shown = f"{row['median'] * 1e3:9.2f} ms {row['tokens_per_second']:10.0f} tokens/s"
             print(f"{what:19s} S {length:6d} {name:24s} {shown} {peaks[name] / 1e9:7.2f} GB", flush=True)
-    return rows
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """Tokens per second of both passes and memory of the second, one row of panels per sequence length."""
     from matplotlib.figure import Figure
 
-    rows, settings = result["rows"], result["settings"]
-    lengths = [int(length) for length in settings["shapes"]]
-    names = list(dict.fromkeys(name.split(", ", 2)[2] for name in rows))
-    figure = Figure(figsize=(11.5, 0.8 + 0.27 * len(names) * len(lengths)), layout="constrained")
-    panels = figure.subplots(len(lengths), 3, sharey=True, squeeze=False)
-    for length, line in zip(lengths, panels, strict=True):
+    names = list(dict.fromkeys(row.split(", ", 1)[1] for result in results.values() for row in result["rows"]))
+    figure = Figure(figsize=(11.5, 0.8 + 0.27 * len(names) * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 3, sharey=True, squeeze=False)
+    for (length, result), line in zip(results.items(), panels, strict=True):
         for what, field, scale, unit, axes in (
             (PASSES[0], "tokens_per_second", 1e3, "thousand tokens/s", line[0]),
             (PASSES[1], "tokens_per_second", 1e3, "thousand tokens/s", line[1]),
             (PASSES[1], "peak_bytes", 1e9, "peak memory above the model, GB", line[2]),
         ):
             for place, name in enumerate(names):
-                key = f"{what}, S {length}, {name}"
-                row = rows.get(key)
+                key = f"{what}, {name}"
+                row = result["rows"].get(key)
                 value = row[field] / scale if row else 0.0
-                why = settings["not_measured"].get(key, "")
+                why = result["settings"]["not_measured"].get(key, "")
                 text = f" {value:.3g}" if row else " out of memory" if why == "out of memory" else " does not run"
                 axes.barh(place, value, color="0.6" if name == CONTROL else "#2a6f97", height=0.65)
                 axes.text(value, place, text, va="center", fontsize=7, color="black" if row else "0.45")
             axes.set_yticks(range(len(names)), names, fontsize=7)
             axes.margins(x=0.17)
             axes.tick_params(axis="x", labelsize=7)
-            batch = settings["shapes"][str(length)]["batch"]
+            batch = result["settings"]["batch"]
             axes.set_title(f"{what}, {batch} x {length} tokens", fontsize=8, loc="left")
             axes.set_xlabel(unit, fontsize=7)
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].invert_yaxis()
-    figure.suptitle(
-        f"Attention backends, Llama-3.2-1B sizes in bfloat16, {result['environment']['device']}", fontsize=9
-    )
+    device = next(iter(results.values()))["environment"]["device"]
+    figure.suptitle(f"Attention backends, Llama-3.2-1B sizes in bfloat16, {device}", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -233,24 +231,28 @@ def main() -> None:
     model = build(TINY if arguments.tiny else SIZES, device)
     shapes = {length: SHAPES.get(length, (1, 4)) for length in arguments.lengths}
     works = candidates(model, device, arguments.backends)
-    rows: dict[str, dict[str, Any]] = {}
-    not_measured: dict[str, str] = {}
     for length, (batch, rounds) in shapes.items():
         rounds = arguments.rounds or rounds
-        rows |= measure(model, length, batch, rounds, works, not_measured)
+        not_measured: dict[str, str] = {}
         settings = {
             "seed": SEED,
             "dtype": "bfloat16",
             "model": TINY if arguments.tiny else SIZES,
-            "shapes": {str(each): {"batch": shapes[each][0]} for each in shapes},
+            "batch": batch,
+            "sequence": length,
             "checkpointing": False,
             "loss": "cggr_core.linear_cross_entropy over all tokens, no logits tensor",
             "backends": {row.name: row.reason for row in attention_backends(device)},
             "not_measured": not_measured,
         }
-        control = next(name for name in rows if name.endswith(f", {CONTROL}"))
-        _record.write("attention", rows, settings=settings, control=control, device=device, folder=arguments.folder)
-    draw(_record.load("attention", folder=arguments.folder), arguments.folder / "attention.png")
+        control = f"{PASSES[0]}, {CONTROL}"
+        name = f"attention_{length}"
+        for rows in measure(model, length, batch, rounds, works, not_measured):
+            _record.write(name, rows, settings=settings, control=control, device=device, folder=arguments.folder)
+    found = [length for length in SHAPES if (arguments.folder / f"attention_{length}.json").exists()]
+    if found:
+        results = {length: _record.load(f"attention_{length}", folder=arguments.folder) for length in found}
+        draw(results, arguments.folder / "attention.png")
 
 
 if __name__ == "__main__":

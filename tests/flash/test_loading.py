@@ -183,12 +183,17 @@ def test_a_folder_without_weights(checkpoint):
         load_model_with_flash_attention(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"version https://git-lfs", bytes]
-)
+DAMAGES = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "a git-lfs pointer": lambda data: b"version https://git-lfs.github.com/spec/v1",
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_weights_are_named_before_a_model_is_made(checkpoint, damage, loads):
     weights = checkpoint / "model.safetensors"
-    weights.write_bytes(damage(weights.read_bytes()) if damage is not bytes else b"")
+    weights.write_bytes(DAMAGES[damage](weights.read_bytes()))
     with pytest.raises(ValueError, match=rf"{weights} is damaged \(\d+ bytes; .*git-lfs pointer: fetch it again"):
         load_model_with_flash_attention(checkpoint)
     assert loads == []

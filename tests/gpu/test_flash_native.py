@@ -167,9 +167,7 @@ def test_context_pass_on_the_backend_and_gradient_pass_routed(backend, gradient)
     length = input_ids.shape[1]
     context = [name for name, queries in calls if queries == length]
     routed = [name for name, queries in calls if queries < length]
-    if backend == "eager":
-        return
-    assert context == [backend] * 3
-    assert len(routed) == 3
-    if backend in (*FLASH, "sdpa"):
+    if backend != "eager":  # which is no entry of the registry
+        assert context == [backend] * 3
+        assert len(routed) == 3
         assert all(name.startswith("cggr_routed") for name in routed)

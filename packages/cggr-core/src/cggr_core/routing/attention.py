@@ -128,8 +128,9 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
 
     Returns:
         A function from the implementation that the model is set to, to the one to use: the op where it has a kernel
-        and the model's attention is SDPA's or flash attention's; SDPA with a mask made once for all layers, on a CPU;
-        else, for flash attention, which takes no mask, SDPA (eager attention where scores are capped).
+        and the model's attention is SDPA's, flash attention's or flex attention's (whose kernel for few queries does
+        not compile with such masks); SDPA with a mask made once for all layers, on a CPU; else, for flash attention,
+        which takes no mask, SDPA (eager attention where scores are capped).
     """
     # Without this flag, a model's attention does something of its own with the mask.
     takes_any = bool(getattr(unwrapped(model), "_supports_attention_backend", False))
@@ -140,6 +141,8 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
     def choose(name: str) -> str:
         if name == "sdpa" and (kernel or (takes_any and device_type == "cpu")):
             return ROUTED_UNCAPPED
+        if kernel and name == "flex_attention":
+            return ROUTED
         if name is None or "flash" not in name:
             return name
         if kernel:
