@@ -35,6 +35,22 @@ def test_parts_make_the_gradient_of_the_whole(gradient, selection):
     assert relative_error(gradients(model), wanted) <= 1e-6
 
 
+def test_balancing_losses_count_with_their_share_of_the_tokens():
+    input_ids, labels = batch()
+    model = ROUTABLE["mixtral"](output_router_logits=True)
+    routed = CGGRModel(model, min_tokens_ratio=1.0).train()
+    num_items = (labels[:, 1:] != -100).sum()
+    rows = [slice(0, 1), slice(1, 4)]
+    alone = []
+    for part in rows:
+        routed(input_ids[part], labels=labels[part])
+        alone.append(routed.metrics["auxiliary_loss"])
+    for part, whole in zip(rows, alone, strict=True):
+        routed(input_ids[part], labels=labels[part], num_items=num_items, first_row=part.start)
+        share = (labels[part, 1:] != -100).sum() / num_items
+        torch.testing.assert_close(routed.metrics["auxiliary_loss"], whole * share)
+
+
 class TestInPlace:
     @pytest.mark.parametrize(("gradient", "engine"), [("exact", None), ("kv", "interleaved"), ("kv", "two_pass")])
     def test_hooks_run_once_around_the_step(self, gradient, engine):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.checks import check_at_least
+from cggr_core.collectives import sum_over_ranks
 from cggr_core.learned_router import LearnedRouter
 from cggr_core.model_checks import check_inputs, check_settings, check_unused
 from cggr_core.monitor import Monitor
@@ -352,7 +353,10 @@ class CGGRModel(nn.Module):
             found = next(value for value in statistics[:-1] if value is not None)
             nan = (found.isnan() & targets.countable).sum()
             if self.schedule.dynamic_threshold:
-                confidence = self._metrics["confidence"]
+                # Of all ranks, so that they go on with the same ratio.
+                count = self._metrics["countable_tokens"]
+                total = sum_over_ranks(torch.stack([self._metrics["confidence"] * count, count.float()]))
+                confidence = total[0] / total[1]
         self._monitor.post(torch.stack([targets.invalid.float(), nan.float(), confidence]))
 
     def _next_draw(self, device: torch.device) -> int | Tensor:

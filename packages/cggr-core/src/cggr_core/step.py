@@ -185,7 +185,12 @@ class TrainingStep:
         return self._with_auxiliary(self.readout.weighted_loss(values, targets, coefficients))
 
     def _with_auxiliary(self, loss: Tensor) -> Tensor:
-        return loss if self.auxiliary_loss is None else loss + self.auxiliary_loss
+        if self.auxiliary_loss is None:
+            return loss
+        if self.num_items is not None:
+            # A mean over this batch's tokens: it counts with the batch's share of the tokens that the loss is about.
+            self.auxiliary_loss = self.auxiliary_loss * (self.targets.countable.sum() / self.num_items)
+        return loss + self.auxiliary_loss
 
     def _denominator(self) -> Tensor | float:
         return self.targets.countable.sum().clamp(min=1) if self.num_items is None else self.num_items
