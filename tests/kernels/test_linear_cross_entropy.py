@@ -1,15 +1,13 @@
 import pytest
 import torch
 
-import cggr_kernels.linear_cross_entropy as module
+import cggr_kernels._linear_cross_entropy_chunks as module
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
-@pytest.fixture(autouse=True, params=["chunks", "whole"])
-def small_chunks(request, monkeypatch, device):
-    """Several chunks of classes at the sizes the interpreter can bear, the last one not full; and sums made whole."""
-    if request.param == "chunks":
-        monkeypatch.setattr(module, "WHOLE_ELEMENTS", 0)
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks of classes at the sizes the interpreter can bear, the last one not full."""
     monkeypatch.setattr(module, "MIN_COLUMNS", 48)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
 
@@ -67,6 +65,23 @@ def test_rows_weights_softcap_and_scale(softcap, scale, reduction, device):
     check_against_truth(hidden, weight, targets, row_index, row_weight, bias, *rest, upstream=upstream)
     everywhere = torch.rand(20, device=device)
     check_against_truth(hidden, weight, targets, row_index, everywhere, None, *rest, upstream=upstream)
+
+
+@pytest.mark.parametrize(("M", "H"), [(5, 16), (16, 16), (33, 16), (50, 3)])
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
+def test_sums_with_logits_in_the_place_of_the_gradient(M, H, factor, device):
+    """All, every second, third or seventeenth chunk fits; what comes from above scales every gradient."""
+    hidden, weight, targets, bias = problem(M, H, 300, torch.float32, device, bias=True)
+    upstream = torch.tensor(factor, device=device)
+    check_against_truth(hidden, weight, targets, None, None, bias, upstream=upstream)
+
+
+def test_the_graph_of_a_sum_is_walked_once(device):
+    hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
+    loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_rows_without_weight_may_hold_anything(device):
@@ -154,6 +169,9 @@ def test_op_registration(device):
     _, lse = ops.linear_cross_entropy(hidden, weight, targets, None, None, 2.0)
     arguments = (hidden, weight, targets, None, lse, torch.rand(6, device=device), None, 2.0)
     torch.library.opcheck(ops.linear_cross_entropy_gradient.default, (*arguments, [True, True, False]))
+    arguments = (hidden, weight, targets, bias, torch.rand(6, device=device), 3.0, None)
+    for needs in ([True, True, True], [True, False, False], [False, True, False]):
+        torch.library.opcheck(ops.linear_cross_entropy_sum.default, (*arguments, needs))
 
 
 def test_compiles_as_one_graph(device, compiler):

@@ -8,19 +8,14 @@ from torch import Tensor
 
 from cggr_kernels._checks import check_device
 from cggr_kernels._library import register
-from cggr_kernels._select_reference import (
-    ROW_STARTS,
-    ROW_STRIDE,
-    compact,
-    defend,
-    inclusion_probabilities,
-    kept_counts,
-    mean_size,
-    seed_step,
-    select_reference,
-    slot_weights,
-    systematic,
-    top_mask,
+from cggr_kernels._select_reference import ROW_STRIDE, kept_counts, seed_step, select_reference, top_mask
+from cggr_kernels.select_details._compact import compact_kernel
+from cggr_kernels.select_details._sampled import (
+    capped_kernel,
+    factor_kernel,
+    probability_kernel,
+    sampled_walk_kernel,
+    size_kernel,
 )
 from cggr_kernels.select_details._stratified import plan_kernel, stratum_kernel, walk_kernel
 from cggr_kernels.select_details._uniform import uniform_kernel
@@ -63,7 +58,7 @@ def _stratified(
     keep_BS = torch.empty(B, S, dtype=torch.int8, device=device)
     weight_BS = torch.empty(B, S, dtype=torch.float32, device=device)
     if not score.numel():
-        return keep_BS.bool(), weight_BS
+        return keep_BS, weight_BS
     score_BS, position_BS = score.masked_fill(~countable, -torch.inf).sort(dim=1, descending=True, stable=True)
     blocks = triton.cdiv(S, _BLOCK)
     key_BS = torch.empty(B, S, dtype=torch.float64, device=device)
@@ -90,7 +85,68 @@ def _stratified(
         STRATA=strata,
         BLOCK=_BLOCK,
     )
-    return keep_BS.bool(), weight_BS
+    return keep_BS, weight_BS
+
+
+def _sampled(
+    score: Tensor, countable: Tensor, n: Tensor, k: Tensor, seed: int, draw: Tensor, mix: float, first_row: int
+) -> tuple[Tensor, Tensor]:
+    """Kept entries and their weights 1 / probability, both ``[B, S]``.
+
+    Sorted in float32, at half the price: what is mixed in afterwards keeps the order. Ascending, so that the sums that
+    the capping needs are the cumulated ones.
+    """
+    B, S = score.shape
+    device = score.device
+    keep_BS = torch.empty(B, S, dtype=torch.int8, device=device)
+    weight_BS = torch.empty(B, S, dtype=torch.float32, device=device)
+    if not score.numel():
+        return keep_BS, weight_BS
+    blocks = triton.cdiv(S, _BLOCK)
+    grid = (blocks, B)
+    # As torch rounds it, so that entries that are alike in the reference are alike here.
+    constants = {"MIX": mix, "BLOCK": _BLOCK, "enable_fp_fusion": False}
+    score = score.clamp(min=0.0).masked_fill(~countable, -1.0)
+    mean_B = score.clamp(min=0.0).sum(1, dtype=torch.float64) / n.clamp(min=1)
+    size_BS = torch.empty(B, S, dtype=torch.float64, device=device)
+    size_kernel[grid](score.sort(dim=1).values, mean_B, size_BS, S, **constants)
+    tail_BS = size_BS.cumsum(1)
+    partial = torch.empty(B, blocks, dtype=torch.int32, device=device)
+    capped_kernel[grid](size_BS, tail_BS, k, partial, S, blocks, BLOCK=_BLOCK, enable_fp_fusion=False)
+    factor_B2 = torch.empty(B, 2, dtype=torch.float64, device=device)
+    factor_kernel[(B,)](size_BS, tail_BS, partial.sum(1), k, factor_B2, S)
+    probability_kernel[grid](score, mean_B, factor_B2, size_BS, partial, S, blocks, **constants)
+    walk_BS, certain_B = size_BS.cumsum(1), partial.sum(1)
+    sampled_walk_kernel[grid](
+        score,
+        mean_B,
+        factor_B2,
+        walk_BS,
+        certain_B,
+        k,
+        draw,
+        keep_BS,
+        weight_BS,
+        seed_step(seed),
+        first_row,
+        S,
+        **constants,
+    )
+    return keep_BS, weight_BS
+
+
+def _compact(keep: Tensor, weight: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots ``[B, capacity]`` of the kept entries; those that are not kept have weight 0."""
+    B, S = keep.shape
+    index = torch.empty(B, capacity, dtype=torch.int64, device=keep.device)
+    valid = torch.empty(B, capacity, dtype=torch.bool, device=keep.device)
+    slot_weight = torch.empty(B, capacity, dtype=torch.float32, device=keep.device)
+    if index.numel():
+        count_BS = keep.cumsum(1)
+        compact_kernel[(triton.cdiv(S, _BLOCK), B)](
+            keep, count_BS, weight, index, valid, slot_weight, *weight.stride(), S, capacity, BLOCK=_BLOCK
+        )
+    return index, valid, slot_weight
 
 
 def _launch(
@@ -109,28 +165,21 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, S = score.shape
     n, k = kept_counts(countable, ratio, capacity, min_tokens if strategy == "sequence_aware" else 1)
+    weight_BS = None
     if strategy == "stratified":
-        keep, weight_BS = _stratified(score, countable, n, k, num_strata, seed, draw, defensive_mix, first_row)
-        index, valid = compact(keep, capacity)
-        if unbiased:
-            return index, valid, weight_BS.gather(1, index)
-        return index, valid, slot_weights(keep, valid, index, countable, None)
-    probability = None
-    if strategy == "sampled":
-        size, mean = mean_size(score.to(torch.float64), countable)
-        # Sorted in float32, at half the price: what is mixed in afterwards keeps the order.
-        ranked = score.clamp(min=0.0).masked_fill(~countable, -1.0).sort(dim=1, descending=True).values
-        descending = defend(ranked.to(torch.float64), mean, defensive_mix).masked_fill(ranked < 0.0, 0.0)
-        probability = inclusion_probabilities(defend(size, mean, defensive_mix), descending, countable, k)
-        keep = systematic(probability, k, _uniform(draw, seed, ROW_STARTS + first_row, 1, B, 1)[:, 0])
+        keep_BS, weight_BS = _stratified(score, countable, n, k, num_strata, seed, draw, defensive_mix, first_row)
+    elif strategy == "sampled":
+        keep_BS, weight_BS = _sampled(score, countable, n, k, seed, draw, defensive_mix, first_row)
     elif strategy == "random":
         noise = _uniform(draw, seed, first_row * ROW_STRIDE, ROW_STRIDE, B, S)
-        keep = top_mask(noise, countable, k)
-        probability = (k / n.clamp(min=1))[:, None].expand(B, S)
+        keep_BS = top_mask(noise, countable, k)
+        weight_BS = (n / k.clamp(min=1)).to(torch.float32)[:, None].expand(B, S)
     else:
-        keep = top_mask(score, countable, k)
-    index, valid = compact(keep, capacity)
-    return index, valid, slot_weights(keep, valid, index, countable, probability if unbiased else None)
+        keep_BS = top_mask(score, countable, k)
+    if weight_BS is None or not unbiased:
+        # Every kept token stands for as many countable ones of the whole batch.
+        weight_BS = (n.sum() / k.sum().clamp(min=1)).to(torch.float32).expand(B, S)
+    return _compact(keep_BS, weight_BS, capacity)
 
 
 def _fake(

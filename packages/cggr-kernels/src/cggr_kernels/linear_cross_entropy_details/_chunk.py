@@ -54,6 +54,7 @@ def chunk_lse_kernel(
 @triton.jit
 def chunk_gradient_kernel(
     raw_ptr,
+    out_ptr,
     targets_ptr,
     lse_ptr,
     upstream_ptr,
@@ -65,12 +66,13 @@ def chunk_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Put upstream * d nll / d raw in the place of the head's output ``raw`` [M, C]; one program per row."""
+    """Upstream * d nll / d raw of the head's output ``raw`` [M, C], in its place or elsewhere; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     upstream = tl.load(upstream_ptr + row) * scale
     lse = tl.load(lse_ptr + row)
     target = tl.load(targets_ptr + row) - column
     raw_ptr += row * C
+    out_ptr += row * C
     for start in range(0, C, BLOCK):
         place = start + tl.arange(0, BLOCK)
         raw = tl.load(raw_ptr + place, mask=place < C, other=0.0).to(tl.float32)
@@ -80,4 +82,4 @@ def chunk_gradient_kernel(
             grad = grad * (1.0 - squashed * squashed)
         # A row without weight gives 0 whatever its logits are.
         grad = tl.where(upstream == 0.0, 0.0, grad * upstream)
-        tl.store(raw_ptr + place, grad.to(raw_ptr.dtype.element_ty), mask=place < C)
+        tl.store(out_ptr + place, grad.to(out_ptr.dtype.element_ty), mask=place < C)

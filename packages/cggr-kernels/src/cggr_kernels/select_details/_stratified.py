@@ -1,14 +1,11 @@
 import triton
 import triton.language as tl
 
-from cggr_kernels.select_details._uniform import uniform
+from cggr_kernels.select_details._uniform import ROW_STRIDE, systematic_start, uniform
 
 # A stratum of at least this probability is taken whole; see the reference.
 CERTAIN: tl.constexpr = tl.constexpr(1.0 - 1e-9)
 TINY: tl.constexpr = tl.constexpr(1e-12)
-# As in the reference: positions from one row's random numbers to the next row's, and to those that each row has one of.
-ROW_STRIDE: tl.constexpr = tl.constexpr(1 << 32)
-ROW_STARTS: tl.constexpr = tl.constexpr(1 << 62)
 SMALLEST: tl.constexpr = tl.constexpr(2.2250738585072014e-308)
 
 
@@ -131,8 +128,7 @@ def walk_kernel(
             before += tl.minimum(tl.maximum(rank - start, 0), end - start).to(tl.float64) * p
             total += (end - start).to(tl.float64) * p
             last = end
-    u = uniform(first_row + b + ROW_STARTS, draw_ptr, seed_step)
-    u = (tl.floor(u * 4294967296.0) + 0.5) * 2.3283064365386963e-10
+    u = systematic_start(first_row + b, draw_ptr, seed_step)
     limit = left.to(tl.float64)
     factor = limit / tl.maximum(total, SMALLEST)
     upper = tl.where(rank + 1 >= last, limit, tl.minimum(up_to * factor, limit))

@@ -1,6 +1,10 @@
 import triton
 import triton.language as tl
 
+# As in the reference: positions from one row's random numbers to the next row's, and to those that each row has one of.
+ROW_STRIDE: tl.constexpr = tl.constexpr(1 << 32)
+ROW_STARTS: tl.constexpr = tl.constexpr(1 << 62)
+
 
 @triton.jit
 def _mix(x):
@@ -18,6 +22,13 @@ def uniform(position, draw_ptr, seed_step):
     key = _mix(_mix(counter * golden + seed_step.to(tl.uint64)) + golden)
     bits = _mix(position.to(tl.uint64) * golden + key) >> 12
     return (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+
+
+@triton.jit
+def systematic_start(row, draw_ptr, seed_step):
+    """Where the systematic walk of a row starts, in (0, 1); not where a cumulated probability can fall by design."""
+    u = uniform(row + ROW_STARTS, draw_ptr, seed_step)
+    return (tl.floor(u * 4294967296.0) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit
