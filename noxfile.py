@@ -15,6 +15,8 @@ CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate", "trl")
 CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
+# With an option as well: core's routing, which is shut without transformers, and the loading of models.
+ONCE_MORE = {"cggr-core": ("[transformers]",), "cggr": ("[flash]",)}
 # One torch thread per test process (two processes share the machine), and no look at a model hub.
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -156,10 +158,11 @@ def alone(session: nox.Session) -> None:
         python = empty_environment(session, environment)
         (wheel,) = wheels.glob(f"{module(package)}-*.whl")
         options = ("--no-compile", "--quiet", "-c", CONSTRAINTS, "--find-links", str(wheels))
-        # core once more with its option: routing, which is shut without transformers, then has to import as well.
-        for extra in ("", "[transformers]") if package == "cggr-core" else ("",):
+        for extra in ("", *ONCE_MORE.get(package, ())):
             session.run("python", "-m", "pip", "--python", python, "install", *options, f"{wheel}{extra}")
             session.run(python, "-I", "tests/contract/import_alone.py", f"{package}{extra}", external=True)
+        if package == "cggr":
+            session.run(python, "-I", "tests/contract/load_with_flash.py", external=True)
         shutil.rmtree(environment)
 
 

@@ -25,6 +25,8 @@ __all__ = [
 _OPTIONAL: dict[str, tuple[str, str]] = {
     "PersistentTRMLP": ("cggr_moe", "moe"),
     "create_persistent_tr_mlp": ("cggr_moe", "moe"),
+    "enable_flash_attention": ("cggr_flash", "flash"),
+    "load_model_with_flash_attention": ("cggr_flash", "flash"),
 }
 
 
