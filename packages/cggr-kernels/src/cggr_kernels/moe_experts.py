@@ -11,23 +11,20 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cggr_kernels._checks import check_device, check_float, check_index
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._dispatch import SEGMENT
-from cggr_kernels.moe_details._products import (
-    down_gradient_kernel,
-    group_product_kernel,
-    row_product_kernel,
-    up_kernel,
-)
-from cggr_kernels.moe_plan import Plan, collect_weight_gradient, combine, empty_plan, expand, make_plan
+from cggr_kernels.moe_details._products import group_product_kernel, row_product_kernel, up_kernel
+from cggr_kernels.moe_details._swiglu import swiglu_gradient_kernel
+from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan
 
 ALIGNMENT = 16  # bytes between rows that the copy engine can start at
 MAX_ROWS = 2**30  # twice as many are numbered in int32
+_SWIGLU_ROWS = 8
+_SWIGLU_BLOCK = 256
 
 
 class Blocks(NamedTuple):
@@ -64,9 +61,9 @@ class Blocks(NamedTuple):
 HALF_BLOCKS = {
     "up": Blocks(128, 128, 64, 8, 8, 4, True),
     "down": Blocks(128, 256, 64, 8, 8, 4, True),
-    "down_gradient": Blocks(128, 256, 64, 8, 8, 3, True),
+    "down_gradient": Blocks(128, 256, 64, 8, 8, 4, True),
     "up_gradient": Blocks(128, 256, 64, 8, 8, 4, True),
-    "group": Blocks(128, 256, 64, 8, 8, 4),
+    "group": Blocks(128, 256, 64, 8, 8, 4, True),
 }
 FLOAT_BLOCKS = dict.fromkeys(HALF_BLOCKS, Blocks(64, 64, 32, 8, 4, 2))
 
@@ -137,33 +134,15 @@ def _row_product(name: str, a: Tensor, w: Tensor, plan: Plan, planes: int, trans
     return out
 
 
-def _down_gradient(
-    g_PH: Tensor, down: Tensor, z_2PI: Tensor, row_weight: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of gate and up [2P, I], weight times SwiGLU [P, I], and shares of the weights' gradient [tiles, P]."""
-    (P, H), I = g_PH.shape, down.shape[2]
-    blocks = _blocks("down_gradient", g_PH)
+def _swiglu_gradient(dh_PI: Tensor, z_2PI: Tensor, row_weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Gradient of gate and up [2P, I] and of the rows' weights [P]; weight times SwiGLU takes the place of ``dh``."""
+    P, I = dh_PI.shape
     dz_2PI = torch.empty_like(z_2PI)
-    wh_PI = g_PH.new_empty(P, I)
-    partial = g_PH.new_empty(triton.cdiv(I, blocks.n), P, dtype=torch.float32)
-    part = (blocks.m, blocks.n // 4)
-    down_gradient_kernel[blocks.grid(g_PH.device)](
-        _described(g_PH, blocks.m, blocks.k),
-        _described(down, 1, blocks.k, blocks.n),
-        _described(z_2PI, *part),
-        _described(dz_2PI, *part),
-        _described(wh_PI, *part),
-        row_weight,
-        partial,
-        plan.tile_expert,
-        plan.tiles,
-        P,
-        I,
-        H,
-        PRECISION=_precision(),
-        **blocks.options(g_PH.device),
+    share = torch.empty_like(row_weight)
+    swiglu_gradient_kernel[(P // _SWIGLU_ROWS,)](
+        z_2PI, dh_PI, row_weight, dz_2PI, share, plan.tiles, P, I, ROWS=_SWIGLU_ROWS, BLOCK=_SWIGLU_BLOCK, num_warps=4
     )
-    return dz_2PI, wh_PI, partial
+    return dz_2PI, share
 
 
 def _group_product(a: Tensor, b: Tensor, plan: Plan, planes: int) -> Tensor:
@@ -187,12 +166,10 @@ def _group_product(a: Tensor, b: Tensor, plan: Plan, planes: int) -> Tensor:
     return out
 
 
-def _launch(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _launch(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, ...]:
     if not index.numel():
         out, *rest = _fake(x, gate_up, down, index, weight, save)
-        return out.zero_(), *rest
+        return (out.zero_(), *rest)
     plan = make_plan(index, gate_up.shape[0])
     x_PH, _ = expand(x, plan)
     h_PI, z_2PI = _up(x_PH, gate_up, plan, save)
@@ -202,9 +179,7 @@ def _launch(
     return combine(y_PH, plan, weight), z_2PI, *plan
 
 
-def _fake(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, ...]:
     plan = empty_plan(index, gate_up.shape[0])
     rows = 2 * plan.tile_expert.shape[0] * SEGMENT.value if save else 0
     return torch.empty_like(x), x.new_empty(rows, down.shape[2]), *plan
@@ -223,21 +198,21 @@ def _launch_gradient(
     tile_expert: Tensor,
     tiles: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if not row.numel():
         grads = _fake_gradient(d_out, x, gate_up, down, weight, z, row, segment, used, tile_expert, tiles, needs)
-        d_x, d_gate_up, d_down, d_weight = (grad.zero_() for grad in grads)
-        return d_x, d_gate_up, d_down, d_weight
+        return tuple(grad.zero_() for grad in grads)
     plan = Plan(row, segment, used, tile_expert, tiles)
     E, double, H = gate_up.shape
     d_x, d_gate_up, d_down, d_weight = (tensor.new_empty(0) for tensor in (x, gate_up, down, weight))
     g_PH, row_weight = expand(d_out, plan, weight)
-    dz_2PI, wh_PI, partial = _down_gradient(g_PH, down, z, row_weight, plan)
+    h_PI = _row_product("down_gradient", g_PH, down, plan, planes=1, transposed=False)
+    dz_2PI, share = _swiglu_gradient(h_PI, z, row_weight, plan)
     if needs[2]:
-        d_down = _group_product(g_PH, wh_PI, plan, planes=1)
-    del g_PH, wh_PI
+        d_down = _group_product(g_PH, h_PI, plan, planes=1)
+    del g_PH, h_PI
     if needs[3]:
-        d_weight = collect_weight_gradient(partial, plan)
+        d_weight = collect(share, plan)
     if needs[1]:
         x_PH, _ = expand(x, plan)
         d_gate_up = _group_product(dz_2PI, x_PH, plan, planes=2).view(gate_up.shape)
@@ -261,12 +236,11 @@ def _fake_gradient(
     tile_expert: Tensor,
     tiles: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_x, d_gate_up, d_down, d_weight = (
+) -> tuple[Tensor, ...]:
+    return tuple(
         torch.empty_like(tensor) if need else tensor.new_empty(0)
         for tensor, need in zip((x, gate_up, down, weight), needs, strict=True)
     )
-    return d_x, d_gate_up, d_down, d_weight
 
 
 _forward = register(

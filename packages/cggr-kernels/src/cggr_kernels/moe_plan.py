@@ -14,19 +14,19 @@ from torch import Tensor
 
 from cggr_kernels.moe_details._dispatch import (
     SEGMENT,
+    collect_kernel,
     combine_kernel,
     count_kernel,
     expand_kernel,
     place_kernel,
     prefix_kernel,
-    weight_gradient_kernel,
 )
 
 _TILE = 8192  # elements of a [tokens, experts] tile that one program holds
 _MOST_TOKENS = 256
 _PAD_PROGRAMS = 8
 _COPY_BLOCK = 1024
-_WEIGHT_BLOCK = 512
+_COLLECT_BLOCK = 512
 
 
 class Plan(NamedTuple):
@@ -175,19 +175,18 @@ def combine(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
     return out
 
 
-def collect_weight_gradient(partial: Tensor, plan: Plan) -> Tensor:
-    """Gradient of each choice's weight.
+def collect(share: Tensor, plan: Plan) -> Tensor:
+    """What the rows of the choices hold.
 
     Args:
-        partial: ``[parts, rows]``, float32: what the column tiles have of it.
+        share: ``[rows]``, float32.
         plan: Where the rows are.
 
     Returns:
-        ``[T, K]``, float32.
+        ``[T, K]``, float32, 0 for null choices.
     """
     out = torch.empty_like(plan.row, dtype=torch.float32)
     choices = out.numel()
-    weight_gradient_kernel[(triton.cdiv(choices, _WEIGHT_BLOCK),)](
-        partial, plan.row, out, choices, partial.shape[1], PARTS=partial.shape[0], BLOCK=_WEIGHT_BLOCK, num_warps=4
-    )
+    grid = (triton.cdiv(choices, _COLLECT_BLOCK),)
+    collect_kernel[grid](share, plan.row, out, choices, BLOCK=_COLLECT_BLOCK, num_warps=4)
     return out

@@ -23,15 +23,15 @@ _STATISTICS_TILE = 4096
 
 
 def _blocks(E: int) -> dict[str, int]:
-    block_e = triton.next_power_of_2(E)
+    block_e = int(triton.next_power_of_2(E))
     return {"BLOCK_T": min(_MOST_TOKENS, _TILE // block_e), "BLOCK_E": block_e}
 
 
 def _launch(
     logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int, norm_topk_prob: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    weight, index, loss, load, bad, lse, slope = _fake(logits, bias, keep, top_k, norm_topk_prob)
+    weight, index, balance, z, entropy, load, bad, lse, slope = _fake(logits, bias, keep, top_k, norm_topk_prob)
     blocks = _blocks(E)
     count = triton.cdiv(T, blocks["BLOCK_T"])
     partial = torch.empty(count, 2 * E + 4, dtype=torch.float32, device=logits.device)
@@ -56,19 +56,30 @@ def _launch(
         )
     block_b = max(1, _STATISTICS_TILE // blocks["BLOCK_E"] // 4)
     route_statistics_kernel[(1,)](
-        partial, loss, load, bad, slope, count, E, BLOCK_B=min(block_b, 64), BLOCK_E=blocks["BLOCK_E"], num_warps=8
+        partial,
+        balance,
+        z,
+        entropy,
+        load,
+        bad,
+        slope,
+        count,
+        E,
+        BLOCK_B=min(block_b, 64),
+        BLOCK_E=blocks["BLOCK_E"],
+        num_warps=8,
     )
-    return weight, index, loss, load, bad, lse, slope
+    return weight, index, balance, z, entropy, load, bad, lse, slope
 
 
 def _fake(
     logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int, norm_topk_prob: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     T, E = logits.shape
     return (
         logits.new_empty(T, top_k, dtype=torch.float32),
         logits.new_empty(T, top_k, dtype=torch.int64),
-        logits.new_empty(3, dtype=torch.float32),
+        *(logits.new_empty((), dtype=torch.float32) for _ in range(3)),
         logits.new_empty(E, dtype=torch.int64),
         logits.new_empty((), dtype=torch.int64),
         logits.new_empty(T, dtype=torch.float32),
@@ -124,7 +135,7 @@ def _fake_gradient(
 
 _forward = register(
     "moe_route(Tensor logits, Tensor? bias, Tensor? keep, int top_k, bool norm_topk_prob)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -143,10 +154,9 @@ class _Route(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int, norm_topk_prob: bool
     ) -> tuple[Tensor, ...]:
-        weight, index, loss, load, bad, lse, slope = _forward(logits, bias, keep, top_k, norm_topk_prob)
+        weight, index, balance, z, entropy, load, bad, lse, slope = _forward(logits, bias, keep, top_k, norm_topk_prob)
         ctx.save_for_backward(logits, lse, index, slope)
         ctx.norm_topk_prob = norm_topk_prob
-        balance, z, entropy = loss.unbind()
         ctx.mark_non_differentiable(index, load, entropy, bad)
         return weight, index, balance, z, load, entropy, bad
 

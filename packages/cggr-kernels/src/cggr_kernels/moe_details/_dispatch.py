@@ -177,19 +177,8 @@ def combine_kernel(
 
 
 @triton.jit
-def weight_gradient_kernel(
-    partial_ptr,
-    row_ptr,
-    out_ptr,
-    choices,
-    rows,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sum the parts [PARTS, rows] of each choice's weight gradient in their order; 0 for null choices."""
+def collect_kernel(share_ptr, row_ptr, out_ptr, choices, BLOCK: tl.constexpr):
+    """What ``share`` [rows] holds at the row of each choice; 0 for null choices."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(row_ptr + at, mask=at < choices, other=-1).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(PARTS):
-        total += tl.load(partial_ptr + part * rows + row, mask=row >= 0, other=0.0)
-    tl.store(out_ptr + at, total, mask=at < choices)
+    row = tl.load(row_ptr + at, mask=at < choices, other=-1)
+    tl.store(out_ptr + at, tl.load(share_ptr + row, mask=row >= 0, other=0.0), mask=at < choices)

@@ -80,7 +80,9 @@ def route_kernel(
 @triton.jit
 def route_statistics_kernel(
     partial_ptr,
-    loss_ptr,
+    balance_ptr,
+    z_ptr,
+    entropy_ptr,
     load_ptr,
     bad_ptr,
     slope_ptr,
@@ -91,8 +93,8 @@ def route_statistics_kernel(
 ):
     """Losses and counts from the blocks' shares; one program.
 
-    ``loss`` is [3]: balance loss, z-loss, mean entropy. ``slope`` is [E + 1]: derivatives of the balance loss by one
-    token's probabilities, and twice the reciprocal of the number of routed tokens.
+    ``slope`` is [E + 1]: derivatives of the balance loss by one token's probabilities, and twice the reciprocal of the
+    number of routed tokens.
     """
     e = tl.arange(0, BLOCK_E)
     tail = tl.arange(0, 4)
@@ -111,9 +113,9 @@ def route_statistics_kernel(
     tokens = tl.maximum(tl.sum(tl.where(tail == 2, rest, 0.0), 0), 1.0)
     share = load / tl.maximum(tl.sum(load, 0), 1.0)
     slope = E * share / tokens
-    tl.store(loss_ptr, tl.sum(slope * p_sum, 0))
-    tl.store(loss_ptr + 1, squares / tokens)
-    tl.store(loss_ptr + 2, entropy / tokens)
+    tl.store(balance_ptr, tl.sum(slope * p_sum, 0))
+    tl.store(z_ptr, squares / tokens)
+    tl.store(entropy_ptr, entropy / tokens)
     tl.store(load_ptr + e, load.to(tl.int64), mask=e < E)
     tl.store(bad_ptr, tl.sum(tl.where(tail == 3, rest, 0.0), 0).to(tl.int64))
     tl.store(slope_ptr + e, slope, mask=e < E)
