@@ -1,6 +1,7 @@
 """Targets: labels moved to the position that predicts them, and checked."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,18 +9,47 @@ from torch import Tensor
 from cggr_core.checks import bad_targets_message, count_bad_targets, values_are_free
 
 
-class Targets(NamedTuple):
-    """Aligned targets.
+@dataclass(frozen=True)
+class Targets:
+    """Labels as targets, aligned when they are first read.
+
+    On a GPU, that is after the context pass has been launched: a step starts with the model, not with small kernels
+    that nothing waits for yet.
 
     Attributes:
-        tokens: int64 ``[B, S]``; what the logits at each position predict, ``ignore_index`` where nothing counts.
-        countable: bool ``[B, S]``.
-        invalid: 0-dim int64, labels outside the vocabulary (they are not countable).
+        labels: int64 ``[B, S]``.
+        shifted: Whether position t predicts label t + 1 (causal models) or label t (masked models).
+        vocab_size: Valid labels are 0 to ``vocab_size - 1``.
+        ignore_index: Label that is never scored, selected or counted.
     """
 
-    tokens: Tensor
-    countable: Tensor
-    invalid: Tensor
+    labels: Tensor
+    shifted: bool
+    vocab_size: int
+    ignore_index: int
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """What the logits at each position predict, int64 ``[B, S]``; ``ignore_index`` where nothing counts."""
+        outside = (self._moved < 0) | (self._moved >= self.vocab_size)
+        return torch.where(outside, self.ignore_index, self._moved)
+
+    @cached_property
+    def countable(self) -> Tensor:
+        """Bool ``[B, S]``."""
+        return self.tokens != self.ignore_index
+
+    @cached_property
+    def invalid(self) -> Tensor:
+        """Labels outside the vocabulary, which are not countable, 0-dim int64."""
+        return count_bad_targets(self._moved, self.vocab_size, self.ignore_index)
+
+    @cached_property
+    def _moved(self) -> Tensor:
+        if not self.shifted:
+            return self.labels
+        nothing = self.labels.new_full((self.labels.shape[0], 1), self.ignore_index)
+        return torch.cat([self.labels[:, 1:], nothing], dim=1)
 
 
 def align_labels(labels: Tensor, *, shifted: bool, vocab_size: int, ignore_index: int = -100) -> Targets:
@@ -47,12 +77,8 @@ def align_labels(labels: Tensor, *, shifted: bool, vocab_size: int, ignore_index
         raise TypeError(f"labels must be torch.int64, got {labels.dtype}; use labels.long()")
     if labels.dim() != 2:
         raise ValueError(f"labels must have shape [B, S], got {list(labels.shape)}")
-    tokens = labels
-    if shifted:
-        tokens = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), ignore_index)], dim=1)
-    invalid = count_bad_targets(tokens, vocab_size, ignore_index)
-    if values_are_free(labels) and invalid:
-        raise ValueError(bad_targets_message("labels", int(invalid), vocab_size, ignore_index, tokens))
-    outside = (tokens < 0) | (tokens >= vocab_size)
-    tokens = torch.where(outside, ignore_index, tokens)
-    return Targets(tokens, tokens != ignore_index, invalid)
+    targets = Targets(labels, shifted, vocab_size, ignore_index)
+    if values_are_free(labels) and targets.invalid:
+        moved = labels[:, 1:] if shifted else labels
+        raise ValueError(bad_targets_message("labels", int(targets.invalid), vocab_size, ignore_index, moved))
+    return targets

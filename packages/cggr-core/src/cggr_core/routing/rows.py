@@ -34,26 +34,38 @@ class Places:
         rows = torch.arange(self.index.shape[0], device=self.index.device)
         return (self.index + rows[:, None] * self.length).flatten()
 
+    def take(self, full: Tensor) -> Tensor:
+        """The rows ``[B, K, ...]`` of ``full`` ``[B, S, ...]``."""
+        batch, slots = self.index.shape
+        return full.flatten(0, 1).flatten(1).index_select(0, self.flat).view(batch, slots, *full.shape[2:])
+
+    def write(self, rows: Tensor, full: Tensor) -> None:
+        """Put ``rows`` ``[B, K, ...]`` into ``full`` ``[B, S, ...]``, which is contiguous."""
+        full.flatten(0, 1).flatten(1).index_copy_(0, self.flat, rows.flatten(0, 1).flatten(1))
+
+    def only_valid(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[B, K, H, D]``, 0 at fillers."""
+        return rows if self.valid is None else torch.where(self.valid[:, :, None, None], rows, self._zero(rows.dtype))
+
+    def without_fresh(self, full: Tensor) -> Tensor:
+        """``full`` ``[B, S, H, D]``, 0 where a valid slot stands."""
+        return torch.where(self._fresh, self._zero(full.dtype), full)
+
+    def _zero(self, dtype: torch.dtype) -> Tensor:
+        """A zero on the device; kept, since making one is a launch."""
+        if dtype not in self._zeros:
+            self._zeros[dtype] = torch.zeros((), dtype=dtype, device=self.index.device)
+        return self._zeros[dtype]
+
     @cached_property
-    def fresh(self) -> Tensor:
-        """Mask ``[B, S, 1, 1]``, true where a valid slot stands."""
+    def _fresh(self) -> Tensor:
         valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
         none = torch.zeros(self.index.shape[0], self.length, dtype=torch.bool, device=self.index.device)
         return none.scatter(1, self.index, valid)[:, :, None, None]
 
-    def take(self, full: Tensor) -> Tensor:
-        """The rows ``[B, K, ...]`` of ``full`` ``[B, S, ...]``."""
-        batch, slots = self.index.shape
-        return full.reshape(batch * self.length, -1).index_select(0, self.flat).view(batch, slots, *full.shape[2:])
-
-    def write(self, rows: Tensor, full: Tensor) -> None:
-        """Put ``rows`` ``[B, K, ...]`` into ``full`` ``[B, S, ...]``, which is contiguous."""
-        flat = full.view(full.shape[0] * self.length, -1)
-        flat.index_copy_(0, self.flat, rows.reshape(self.flat.shape[0], -1))
-
-    def only_valid(self, rows: Tensor) -> Tensor:
-        """``rows`` ``[B, K, H, D]``, 0 at fillers."""
-        return rows if self.valid is None else torch.where(self.valid[:, :, None, None], rows, rows.new_zeros(()))
+    @cached_property
+    def _zeros(self) -> dict[torch.dtype, Tensor]:
+        return {}
 
 
 class _MergeRows(torch.autograd.Function):
@@ -94,7 +106,7 @@ class _ReplaceRows(torch.autograd.Function):
         grad = grad.transpose(1, 2)
         full_grad = kept_grad = None
         if ctx.needs_input_grad[0]:
-            full_grad = torch.where(keeps.fresh, grad.new_zeros(()), grad).transpose(1, 2)
+            full_grad = keeps.without_fresh(grad).transpose(1, 2)
         if ctx.needs_input_grad[1]:
             kept_grad = keeps.only_valid(keeps.take(grad)).transpose(1, 2)
         return full_grad, kept_grad, None
