@@ -41,6 +41,8 @@ class Shape:
     dtype: torch.dtype
     device: str
     tied: bool = True
+    # Whether the step is bound by launches, so that capturing it as a graph is what its users would do.
+    launch_bound: bool = False
 
     def model(self) -> LlamaForCausalLM:
         """A Llama of these sizes with random weights."""
@@ -67,7 +69,7 @@ class Shape:
 SHAPES = {
     "cpu": Shape(8, 384, 1024, 6, 2, 8192, 8, 512, torch.float32, "cpu"),
     "1b": Shape(16, 2048, 8192, 32, 8, 128256, 8, 2048, torch.bfloat16, "cuda"),
-    "135m": Shape(30, 576, 1536, 9, 3, 49152, 8, 2048, torch.bfloat16, "cuda"),
+    "135m": Shape(30, 576, 1536, 9, 3, 49152, 8, 2048, torch.bfloat16, "cuda", launch_bound=True),
 }
 # Variant -> (settings of CGGRModel, whether a truncated router scores). The first three are what the bars are about.
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -82,6 +84,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
 COMPILED = ", compiled parts"
+GRAPH = ", one CUDA graph"
 
 
 def standard_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
@@ -117,8 +120,41 @@ def with_compiled_parts(model: nn.Module) -> nn.Module:
     return model
 
 
+class GraphStep:
+    """A step captured as one CUDA graph, which takes the host's launches out of it.
+
+    Args:
+        step: The step, gradients released at its end.
+        model: Whose gradients the replays write.
+    """
+
+    def __init__(self, step: Callable[[], None], model: nn.Module) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            step()
+        self._step = step  # what it works on has to outlive the graph
+        # A replay allocates nothing: the memory of the graph is what its capture took.
+        self.peak_extra_bytes = torch.cuda.max_memory_allocated() - before
+
+    def __call__(self) -> None:
+        """Replay."""
+        self._graph.replay()
+
+
 def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
     """The step of a row of the table."""
+    if variant.endswith(GRAPH):
+        return GraphStep(make_step(model, tokens, variant.removesuffix(GRAPH), ratio), model)
     if variant == "standard":
         return standard_step(model, tokens)
     if variant == "scoring and selection alone":
@@ -132,6 +168,8 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
 
 def peak_on_device(step: Callable[[], None]) -> int:
     """Peak CUDA memory of two steps above what the model and its inputs hold."""
+    if isinstance(step, GraphStep):
+        return step.peak_extra_bytes
     step()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -203,7 +241,8 @@ def main() -> None:
     cuda = shape.device == "cuda"
     main_variants = list(VARIANTS)[:2]
     compiled = ["standard, compiled", *(name + COMPILED for name in main_variants)]
-    everything = [*(compiled if cuda else []), *VARIANTS]
+    graphs = [name + GRAPH for name in ("standard", *main_variants, *compiled[1:])]
+    everything = [*(compiled if cuda else []), *(graphs if shape.launch_bound else []), *VARIANTS]
     variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
