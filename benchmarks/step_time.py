@@ -1,12 +1,13 @@
 """Time and memory of a training step: standard, compiled, and every gradient mode and engine.
 
-``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device). A step
-is forward, loss and backward; the optimiser's share is the same for all and left out. Random token ids, random weights.
+``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device; with
+``CGGR_BACKEND=torch`` and a ``--name``, the same without kernels). A step is forward, loss and backward; the optimiser's share is the same for all and left out. Random token ids, random weights.
 """
 
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,6 +254,7 @@ def main() -> None:
         rows[name]["peak_extra_bytes"] = peak
     del model, steps
     settings = {key: str(value) for key, value in vars(shape).items()} | {"ratio": options.ratio, "seed": SEED}
+    settings["backend"] = os.environ.get("CGGR_BACKEND", "auto")
     name = options.name or f"step_time_{options.shape}"
     path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)
     _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds per step")
