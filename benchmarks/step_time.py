@@ -1,7 +1,8 @@
 """Time and memory of a training step: standard, compiled, and every gradient mode and engine.
 
 ``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device; with
-``CGGR_BACKEND=torch`` and a ``--name``, the same without kernels). A step is forward, loss and backward; the optimiser's share is the same for all and left out. Random token ids, random weights.
+``CGGR_BACKEND=torch`` and a ``--name``, the same without kernels). A step is forward, loss and backward; the
+optimiser's share is the same for all and left out. Random token ids, random weights.
 """
 
 import argparse
