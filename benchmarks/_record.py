@@ -99,6 +99,7 @@ def measure(
     control: str,
     repeats: int = 10,
     warmup: int = 2,
+    calls: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """Time several candidates in one run, in turns, so that a drift of the machine reaches all of them alike.
@@ -108,11 +109,12 @@ def measure(
         control: The candidate that the others are compared with.
         repeats: Timed rounds.
         warmup: Rounds before those.
+        calls: Calls of a candidate in a row, as a training loop makes them; the device is waited for at both ends.
         device: Device that the calls run on.
 
     Returns:
-        For each name: :func:`summary` of its seconds, ``unit``, and ``ratio``: the :func:`summary` of control seconds
-        over its seconds in the same round (above 1 is faster than the control).
+        For each name: :func:`summary` of its seconds per call, ``unit``, and ``ratio``: the :func:`summary` of the
+        control's seconds over its seconds in the same round (above 1 is faster than the control).
 
     Raises:
         ValueError: If ``control`` is not one of the candidates.
@@ -124,9 +126,10 @@ def measure(
         for name, call in candidates.items():
             _wait(device)
             start = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             _wait(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / calls)
     timed = {name: samples[warmup:] for name, samples in seconds.items()}
     return {
         name: summary(samples)

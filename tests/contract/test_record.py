@@ -17,11 +17,12 @@ def test_summary_by_hand():
         _record.summary([])
 
 
-def test_candidates_take_turns_and_warm_up():
+@pytest.mark.parametrize("in_a_row", [1, 3])
+def test_candidates_take_turns_and_warm_up(in_a_row):
     calls = []
     candidates = {"one": lambda: calls.append("one"), "two": lambda: calls.append("two")}
-    rows = _record.measure(candidates, control="one", repeats=3, warmup=1)
-    assert calls == ["one", "two"] * 4
+    rows = _record.measure(candidates, control="one", repeats=3, warmup=1, calls=in_a_row)
+    assert calls == (["one"] * in_a_row + ["two"] * in_a_row) * 4
     assert rows["two"]["samples"] == rows["two"]["ratio"]["samples"] == 3
     assert rows["one"]["ratio"]["median"] == 1.0
 
