@@ -25,72 +25,82 @@ SHARES = {
     "multiprocessors": "sm__cycles_active.avg.pct_of_peak_sustained_elapsed",
 }
 CANDIDATES = ("loop", CONTROL, OURS)
+SECONDS = {"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3}
 
 
-def profiled_pass(shape: int, candidate: str, place: int) -> None:
-    """One pass, for the profiler to look at: what runs before it is left out."""
+def profiled_passes(shape: int, place: int) -> None:
+    """One pass of each candidate for the profiler to look at, what runs before left out, a sleep before each."""
     torch.manual_seed(0)
     problem = Problem(SHAPES[shape], "cuda")
     problem.spread("balanced")
-    call = problem.calls(problem.candidates(compiled=False, peers=False)[candidate])[place]
-    for _ in range(2):
+    layers = problem.candidates(compiled=False, peers=False)
+    calls = [problem.calls(layers[candidate])[place] for candidate in CANDIDATES]
+    for call in calls * 2:
         call()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
-    call()
-    torch.cuda.synchronize()
+    for call in calls:
+        torch.cuda._sleep(1000)
+        call()
+        torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()
 
 
-def measure(shape: int, candidate: str, place: int) -> dict[str, Any]:
-    """Kernels, their time, and the shares of one pass."""
+def read_kernels(text: str) -> list[dict[str, dict[str, float]]]:
+    """What ncu printed: for each candidate, kernel → metric → value, in seconds and percent."""
+    passes: list[dict[str, dict[str, float]]] = []
+    for line in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
+        if "spin_kernel" in line["Kernel Name"]:
+            if line["Metric Name"] == TIME:
+                passes.append({})
+            continue
+        value = float(line["Metric Value"].replace(",", ""))
+        kernel = passes[-1].setdefault(line["ID"], {})
+        kernel[line["Metric Name"]] = value * SECONDS.get(line["Metric Unit"], 1.0)
+    return passes
+
+
+def measure(shape: int, place: int) -> dict[str, dict[str, Any]]:
+    """Kernels, their time, and the shares of one pass of each candidate."""
     metrics = ",".join((TIME, *SHARES.values()))
     ncu = ["ncu", "--csv", "--clock-control", "none", "--profile-from-start", "off", "--metrics", metrics]
-    child = [sys.executable, "-m", "benchmarks.moe_utilisation", "--child", str(shape), candidate, str(place)]
+    child = [sys.executable, "-m", "benchmarks.moe_utilisation", "--child", str(shape), str(place)]
     done = subprocess.run([*ncu, *child], capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    if not lines:
-        raise RuntimeError(f"ncu said nothing of {candidate}: {done.stdout[-500:]}{done.stderr[-500:]}")
-    kernels: dict[str, dict[str, float]] = {}
-    for line in csv.DictReader(lines):
-        value = float(line["Metric Value"].replace(",", ""))
-        scale = {"usecond": 1e-6, "us": 1e-6, "nsecond": 1e-9, "ns": 1e-9, "msecond": 1e-3, "ms": 1e-3}
-        kernels.setdefault(line["ID"], {})[line["Metric Name"]] = value * scale.get(line["Metric Unit"], 1.0)
-    seconds = sum(kernel[TIME] for kernel in kernels.values())
-    row = _record.summary([seconds]) | {"unit": "s", "kernels": len(kernels)}
-    for name, metric in SHARES.items():
-        row[name] = sum(kernel[metric] * kernel[TIME] for kernel in kernels.values()) / seconds / 100
-    return row
+    passes = read_kernels(done.stdout)
+    if len(passes) != len(CANDIDATES):
+        raise RuntimeError(f"ncu saw {len(passes)} passes: {done.stdout[-800:]}{done.stderr[-800:]}")
+    rows = {}
+    for candidate, kernels in zip(CANDIDATES, passes, strict=True):
+        seconds = sum(kernel[TIME] for kernel in kernels.values())
+        row = _record.summary([seconds]) | {"unit": "s", "kernels": len(kernels)}
+        for name, metric in SHARES.items():
+            row[name] = sum(kernel[metric] * kernel[TIME] for kernel in kernels.values()) / seconds / 100
+        shown = f"{row['kernels']:5d} kernels {seconds * 1e3:8.2f} ms"
+        print(
+            f"{SHAPES[shape]} {PASSES[place]} {candidate:12s} {shown}", {n: f"{row[n]:.1%}" for n in SHARES}, flush=True
+        )
+        rows[f"{SHAPES[shape]}, {PASSES[place]}: {candidate}"] = row
+    base = rows[f"{SHAPES[shape]}, {PASSES[place]}: {CONTROL}"]["median"]
+    for row in rows.values():
+        row["ratio"] = _record.summary([base / row["median"]])
+    return rows
 
 
 def main() -> None:
     """Profile the candidates on the chosen shapes, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=(0, 3))
-    parser.add_argument("--passes", nargs="+", type=int, choices=(0, 1), default=(0, 1))
+    parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=(0,))
+    parser.add_argument("--passes", nargs="+", type=int, choices=(0, 1), default=(1,))
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        shape, candidate, place = arguments.child
-        profiled_pass(int(shape), candidate, int(place))
+        profiled_passes(*arguments.child)
         return
     rows: dict[str, dict[str, Any]] = {}
     for shape in arguments.shapes:
         for place in arguments.passes:
-            op = f"{SHAPES[shape]}, {PASSES[place]}"
-            for candidate in CANDIDATES:
-                if candidate == "loop" and SHAPES[shape].E > 8:
-                    continue  # thousands of kernels, each run several times by the profiler
-                row = rows[f"{op}: {candidate}"] = measure(shape, candidate, place)
-                shown = {name: f"{row[name]:.1%}" for name in SHARES}
-                print(
-                    f"{op} {candidate:12s} {row['kernels']:5d} kernels {row['median'] * 1e3:8.2f} ms {shown}",
-                    flush=True,
-                )
-    for name, row in rows.items():
-        base = rows[f"{name.rpartition(': ')[0]}: {CONTROL}"]["median"]
-        row["ratio"] = _record.summary([base / row["median"]])
+            rows |= measure(shape, place)
     settings = {"seed": 0, "tokens": TOKENS, "dtype": "bfloat16", "load": "balanced"}
     control = next(name for name in rows if name.endswith(f": {CONTROL}"))
     _record.write("moe_utilisation", rows, settings=settings, control=control, device="cuda", folder=arguments.folder)

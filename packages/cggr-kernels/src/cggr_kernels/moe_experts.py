@@ -65,7 +65,7 @@ HALF_BLOCKS = {
     "up_gradient": Blocks(128, 256, 64, 8, 8, 4, True),
     "group": Blocks(128, 256, 64, 8, 8, 4, True),
 }
-FLOAT_BLOCKS = dict.fromkeys(HALF_BLOCKS, Blocks(64, 64, 32, 8, 4, 2))
+FLOAT_BLOCKS = dict.fromkeys(HALF_BLOCKS, Blocks(64, 64, 32, 8, 4, 2)) | {"up": Blocks(64, 32, 16, 8, 4, 3)}
 
 
 @lru_cache
