@@ -99,12 +99,13 @@ class Problem:
         with torch.no_grad():
             self.block.gate.weight[:, 0] = logit_offsets(distribution, self.shape.E)
 
-    def with_experts(self, implementation: str) -> Callable[[Tensor], Tensor]:
-        """The block, computing its experts with one of transformers' implementations."""
+    def with_experts(self, implementation: str, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+        """The block, computing its experts with one of transformers' implementations, compiled or not."""
+        block = torch.compile(self.block, dynamic=False) if compiled else self.block
 
         def call(x: Tensor) -> Tensor:
             self.block.experts.config._experts_implementation = implementation
-            return self.block(x)
+            return block(x)
 
         return call
 
@@ -126,8 +127,7 @@ class Problem:
         """Name → layer, the control first."""
         found: dict[str, Callable[[Tensor], Tensor]] = {CONTROL: self.with_experts("grouped_mm")}
         if compiled:
-            self.block.experts.config._experts_implementation = "grouped_mm"
-            found["grouped_mm, compiled"] = torch.compile(self.block, dynamic=False)
+            found["grouped_mm, compiled"] = self.with_experts("grouped_mm", compiled=True)
         if peers:
             try:
                 found["Liger"] = self.with_liger()
