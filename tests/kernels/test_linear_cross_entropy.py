@@ -73,7 +73,9 @@ def test_sums_with_logits_in_the_place_of_the_gradient(M, H, factor, device):
     """All, every second, third or seventeenth chunk fits; what comes from above scales every gradient."""
     hidden, weight, targets, bias = problem(M, H, 300, torch.float32, device, bias=True)
     upstream = torch.tensor(factor, device=device)
-    check_against_truth(hidden, weight, targets, None, None, bias, upstream=upstream)
+    for max_logits in (None, M * 300):
+        rest = (None, None, -100, "sum", max_logits)
+        check_against_truth(hidden, weight, targets, None, None, bias, *rest, upstream=upstream)
 
 
 def test_the_graph_of_a_sum_is_walked_once(device):
@@ -169,7 +171,8 @@ def test_op_registration(device):
     _, lse = ops.linear_cross_entropy(hidden, weight, targets, None, None, 2.0)
     arguments = (hidden, weight, targets, None, lse, torch.rand(6, device=device), None, 2.0)
     torch.library.opcheck(ops.linear_cross_entropy_gradient.default, (*arguments, [True, True, False]))
-    arguments = (hidden, weight, targets, bias, torch.rand(6, device=device), 3.0, None)
+    torch.library.opcheck(ops.linear_cross_entropy_scale_.default, (weight, torch.tensor(0.5, device=device)))
+    arguments = (hidden, weight, targets, bias, torch.rand(6, device=device), 3.0, None, 100)
     for needs in ([True, True, True], [True, False, False], [False, True, False]):
         torch.library.opcheck(ops.linear_cross_entropy_sum.default, (*arguments, needs))
 

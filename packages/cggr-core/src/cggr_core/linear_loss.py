@@ -258,8 +258,13 @@ def chunked_linear_cross_entropy(
     scale: float | None,
     ignore_index: int,
     reduction: str,
+    max_logits: int | None = None,
 ) -> Tensor:
-    """Plain-torch op ``linear_cross_entropy``, arguments as in :func:`linear_cross_entropy`, unchecked."""
+    """Plain-torch op ``linear_cross_entropy``, arguments as in :func:`linear_cross_entropy`, unchecked.
+
+    Its chunks are of rows, so that it makes no logits twice and gains nothing from holding more: ``max_logits`` is not
+    used.
+    """
     dtype = product_dtype(hidden, weight)
     if not torch.is_grad_enabled():
         # Else the function would make gradients that nobody can ask for.
@@ -299,6 +304,7 @@ def linear_cross_entropy(
     scale: float | None = None,
     ignore_index: int = -100,
     reduction: str = "sum",
+    max_logits: int | None = None,
 ) -> Tensor:
     """Weighted cross-entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
@@ -319,6 +325,7 @@ def linear_cross_entropy(
         ignore_index: Target value of rows that count for nothing.
         reduction: "sum" for a scalar, "none" for the weighted loss of each used row. "none" makes the logits once more
             in the backward pass; "sum" does not.
+        max_logits: Logits that may be held at once where that is faster; None for a chunk of them.
 
     Returns:
         float32 (float64 for float64 operands): 0-dim, or [M].
@@ -362,4 +369,4 @@ def linear_cross_entropy(
         if row_weight.requires_grad:
             raise ValueError("row_weight requires a gradient, but it is used as a constant; pass row_weight.detach()")
     op = resolve("linear_cross_entropy", hidden.device.type, hidden.dtype)
-    return op(hidden, weight, targets, row_index, row_weight, bias, softcap, scale, ignore_index, reduction)
+    return op(hidden, weight, targets, row_index, row_weight, bias, softcap, scale, ignore_index, reduction, max_logits)

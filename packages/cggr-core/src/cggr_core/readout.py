@@ -12,6 +12,9 @@ from cggr_core.scoring import TokenStatistics, linear_token_statistics, token_st
 if TYPE_CHECKING:
     from cggr_core.routing.architectures import Head
 
+# 1 GiB of bfloat16: where a step's loss is made, the activations that it is about to free are far more.
+_MAX_LOGITS = 2**29
+
 
 class HeadReadout:
     """Statistics and losses through one head, without a logits tensor where the head is one matrix.
@@ -83,6 +86,7 @@ class HeadReadout:
             softcap=self._head.softcap,
             scale=self._head.scale,
             ignore_index=self._ignore_index,
+            max_logits=_MAX_LOGITS,
         )
 
     @property

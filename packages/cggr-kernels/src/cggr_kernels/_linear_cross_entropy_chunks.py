@@ -6,7 +6,8 @@ complete chunk by chunk: it is accumulated in float32 inside one product and wri
 weight exists. The price is that the gradients need the logits again.
 
 For a sum the gradients are made beside the loss, and the memory of the weight's gradient holds logits until it is
-written: of the chunks whose logits fit there, one in every M / H, they are not made twice.
+written: of the chunks whose logits fit there, one in every M / H, they are not made twice. Who has the memory lets all
+logits be held at once: one chunk, one matrix product of four less.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 from torch import Tensor
 
 from cggr_kernels.linear_cross_entropy_details._chunk import LOWEST, chunk_gradient_kernel, chunk_lse_kernel
+from cggr_kernels.linear_cross_entropy_details._scale import scale_kernel
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -26,6 +28,7 @@ LN2 = 0.6931471805599453
 CHUNK_ELEMENTS = 2**24
 MIN_COLUMNS = 4096
 _BLOCK = 4096
+_SCALE_STEPS = 16
 
 
 def _factors(softcap: float | None, scale: float | None) -> dict[str, Any]:
@@ -39,7 +42,9 @@ def _factors(softcap: float | None, scale: float | None) -> dict[str, Any]:
     }
 
 
-def _chunks(M: int, V: int) -> list[tuple[int, int]]:
+def _chunks(M: int, V: int, max_logits: int = 0) -> list[tuple[int, int]]:
+    if M * V <= max_logits:
+        return [(0, V)]
     columns = min(V, max(MIN_COLUMNS, CHUNK_ELEMENTS // max(M, 1) // 256 * 256))
     return [(start, min(start + columns, V)) for start in range(0, V, columns)]
 
@@ -211,12 +216,13 @@ def launch_sum(
     coefficient: Tensor,
     softcap: float | None,
     scale: float | None,
+    max_logits: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (M, H), V = rows.shape, weight.shape[0]
     gradients = _Gradients(rows, weight, needs)
     state_3M = _start(M, rows.device)
-    chunks = _chunks(M, V)
+    chunks = _chunks(M, V, max_logits)
     buffer = torch.empty(M * chunks[0][1], dtype=rows.dtype, device=rows.device)
     kept = {}
     for number, (start, end) in enumerate(chunks):
@@ -225,7 +231,7 @@ def launch_sum(
         place = gradients.d_weight.view(-1)[start * H :]
         fits = number % triton.cdiv(M, H) == 0 and place.numel() >= M * (end - start)
         raw = _raw(place if fits else buffer, rows, weight, bias, start, end)
-        if fits:
+        if fits or len(chunks) == 1:
             kept[start] = raw
         _read(raw, targets, state_3M, start, end, softcap, scale)
     nll_M, lse_M = _finish(state_3M)
@@ -244,8 +250,21 @@ def fake_sum(
     coefficient: Tensor,
     softcap: float | None,
     scale: float | None,
+    max_logits: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = (rows.shape, weight.shape, weight.shape[:1])
     d_rows, d_weight, d_bias = (rows.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
     return rows.new_empty(rows.shape[0], dtype=torch.float32), d_rows, d_weight, d_bias
+
+
+def launch_scale(x: Tensor, factor: Tensor) -> None:
+    """``x *= factor`` in place, as autograd must know of it."""
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), _SCALE_STEPS * _BLOCK),)
+        scale_kernel[grid](x, factor, x.numel(), STEPS=_SCALE_STEPS, BLOCK=_BLOCK, num_warps=8)
+    torch.autograd.graph.increment_version(x)
+
+
+def fake_scale(x: Tensor, factor: Tensor) -> None:
+    """Nothing."""

@@ -17,6 +17,7 @@ def linear_cross_entropy_reference(
     scale: float | None = None,
     ignore_index: int = -100,
     reduction: str = "sum",
+    max_logits: int | None = None,
 ) -> Tensor:
     """Plain-torch twin of :func:`cggr_kernels.linear_cross_entropy.linear_cross_entropy`, which its tests compare with.
 
@@ -31,6 +32,7 @@ def linear_cross_entropy_reference(
         scale: Factor on the logits, or ``None``.
         ignore_index: Target of rows that count for nothing.
         reduction: ``"sum"`` or ``"none"``.
+        max_logits: Not used: all logits are held.
 
     Returns:
         The weighted losses ``[M]``, or their sum.

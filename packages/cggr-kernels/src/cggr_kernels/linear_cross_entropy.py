@@ -12,9 +12,11 @@ from cggr_kernels._library import register
 from cggr_kernels._linear_cross_entropy_chunks import (
     fake_forward,
     fake_gradient,
+    fake_scale,
     fake_sum,
     launch_forward,
     launch_gradient,
+    launch_scale,
     launch_sum,
 )
 from cggr_kernels._linear_cross_entropy_reference import kept_rows, linear_cross_entropy_reference
@@ -39,10 +41,11 @@ _gradient = register(
 
 _sum = register(
     "linear_cross_entropy_sum(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, Tensor coefficient,"
-    " float? softcap, float? scale, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float? softcap, float? scale, int max_logits, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     launch_sum,
     fake_sum,
 )
+_scale = register("linear_cross_entropy_scale_(Tensor(a!) x, Tensor factor) -> ()", launch_scale, fake_scale)
 
 
 class _SumLoss(torch.autograd.Function):
@@ -58,17 +61,21 @@ class _SumLoss(torch.autograd.Function):
         coefficient: Tensor,
         softcap: float | None,
         scale: float | None,
+        max_logits: int,
     ) -> Tensor:
         needs = list(ctx.needs_input_grad[:3])
-        nll, *grads = _sum(rows, weight, targets, bias, coefficient, softcap, scale, needs)
+        nll, *grads = _sum(rows, weight, targets, bias, coefficient, softcap, scale, max_logits, needs)
         ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         return (torch.where(coefficient == 0, 0.0, nll) * coefficient).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second gradient of the weight would double the memory. Autograd notices a second walk.
-        grads = (None if grad is None else grad.mul_(upstream.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        grads = ctx.saved_tensors
+        for grad in grads:
+            if grad is not None:
+                _scale(grad, upstream)
+        return *grads, None, None, None, None, None
 
 
 def _gradients_beside(rows: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
@@ -141,6 +148,7 @@ def linear_cross_entropy(
     scale: float | None = None,
     ignore_index: int = -100,
     reduction: str = "sum",
+    max_logits: int | None = None,
 ) -> Tensor:
     """Weighted cross-entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`` on chosen rows.
 
@@ -160,6 +168,8 @@ def linear_cross_entropy(
         scale: Factor on the logits before the softcap; ``None`` for 1.
         ignore_index: Target of rows that count for nothing.
         reduction: ``"sum"`` for a scalar, ``"none"`` for the weighted loss of each used row.
+        max_logits: For a sum: hold the logits of all used rows if they are no more than that, which is faster by a
+            matrix product; ``None`` for a chunk of them at a time.
 
     Returns:
         float32, 0-dim or ``[M]``; differentiable in ``hidden``, ``weight`` and ``bias``.
@@ -190,7 +200,9 @@ def linear_cross_entropy(
         rows, targets, coefficient = kept_rows(hidden, targets, row_index, row_weight, ignore_index)
         rows, weight, targets = rows.contiguous(), weight.contiguous(), targets.contiguous()
         if _gradients_beside(rows, weight, bias, reduction):
-            return _SumLoss.apply(rows, weight, bias, targets, coefficient.contiguous(), softcap, scale)
+            return _SumLoss.apply(
+                rows, weight, bias, targets, coefficient.contiguous(), softcap, scale, max_logits or 0
+            )
         nll = _RowLoss.apply(rows, weight, bias, targets, softcap, scale)
         loss = torch.where(coefficient == 0, 0.0, nll) * coefficient
     return loss.sum() if reduction == "sum" else loss
