@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cggr_kernels.moe_experts import moe_experts
-from cggr_kernels.moe_plan import make_plan, row_bound
+from cggr_kernels.moe_plan import Plan, combine, expand, make_plan, row_bound
 from cggr_moe.grouped import moe_experts_reference
 
 
@@ -148,3 +148,22 @@ def test_compiles_as_one_graph(device, compiler):
     compiled = torch.compile(moe_experts, fullgraph=True, backend=compiler)
     for value, expected in zip(run(compiled, *operands), run(moe_experts, *operands), strict=True):
         assert torch.equal(value, expected)
+
+
+def test_rows_beyond_what_int32_counts(device):
+    """More than 2**31 elements in one buffer, of which the pages that are touched alone take memory."""
+    H = 8192
+    first = 2**31 // H
+    row = torch.tensor([[first], [first + 5], [-1]], dtype=torch.int32, device=device)
+    segment = torch.tensor([first, first + 128], dtype=torch.int32, device=device)
+    used = torch.tensor([120], dtype=torch.int32, device=device)
+    tile_expert = torch.zeros(first // 128 + 1, dtype=torch.int32, device=device)
+    plan = Plan(row, segment, used, tile_expert, tile_expert[:1])
+    x = torch.randn(3, H, device=device).half()
+    rows, _ = expand(x, plan)
+    assert rows.numel() > 2**31
+    assert torch.equal(rows[[first, first + 5]], x[:2])
+    assert (rows[first + 120 : first + 128] == 0).all()
+    out = combine(rows, plan)
+    assert torch.equal(out[:2], x[:2])
+    assert (out[2] == 0).all()
