@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import cggr_kernels.routed_attention as module
 from cggr_kernels.routed_attention import routed_attention, routed_attention_reference
 
 
@@ -118,6 +119,29 @@ def test_strided_inputs(device):
         assert torch.equal(value, same)
 
 
+def test_inputs_that_a_copy_engine_cannot_address(device):
+    """Rows of 7 elements, keys shared by the batch, and a start that is not aligned."""
+    q, k, v, position, _, d_out = problem(2, 20, 60, 4, 2, 7, torch.float32, device)
+    k = k[:1].expand(2, -1, -1, -1)
+    v = torch.cat([v.flatten(), v.flatten()[:1]])[1:].view_as(v)
+    check_against_truth(q, k, v, position, None, d_out)
+
+
+@pytest.mark.parametrize("D", [24, 72, 136])
+def test_blocks_for_much_shared_memory(D, monkeypatch, device):
+    monkeypatch.setattr(module, "_has_much_shared_memory", lambda device: True)
+    check_against_truth(*problem(1, 20, 70, 4, 2, D, torch.float16, device))
+    inputs = problem(1, 20, 70, 3, 1, D, torch.float16, device, segments=True)
+    check_against_truth(*inputs[:5], inputs[5], 30, 4.0)
+
+
+@pytest.mark.parametrize("table", [module.FORWARD_BLOCKS, module.QUERY_GRADIENT_BLOCKS, module.KEY_GRADIENT_BLOCKS])
+def test_statistics_are_written_for_every_row_that_is_read(table):
+    for limit, blocks in table.items():
+        assert module.FORWARD_BLOCKS[limit].m % blocks.m == 0
+        assert module.QUERY_GRADIENT_BLOCKS[limit].m % module.KEY_GRADIENT_BLOCKS[limit].m == 0
+
+
 def test_only_queries_want_gradients(device):
     q, k, v, position, _, d_out = problem(1, 20, 60, 4, 2, 16, torch.float32, device)
     expected = run(routed_attention, (q, k, v, position), d_out)[1]
@@ -141,6 +165,8 @@ def test_bad_input_is_named(device):
         routed_attention(q, k, v, position.int())
     with pytest.raises(ValueError, match=r"segment must have shape \(1, 40\)"):
         routed_attention(q, k, v, position, segment[:, 1:])
+    with pytest.raises(ValueError, match="k has no keys"):
+        routed_attention(q, k[:, :0], v[:, :0], position)
     with pytest.raises(ValueError, match="head dimension 512"):
         routed_attention(*(torch.zeros(1, 1, 1, 512, device=device),) * 3, position[:, :1])
     for name, value in {"window": 0, "softcap": 0.0, "scale": -1.0}.items():

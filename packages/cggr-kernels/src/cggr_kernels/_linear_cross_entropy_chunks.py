@@ -43,7 +43,7 @@ def _factors(softcap: float | None, scale: float | None) -> dict[str, Any]:
 
 
 def _chunks(M: int, V: int, max_logits: int = 0) -> list[tuple[int, int]]:
-    if M * V <= max_logits:
+    if max_logits >= M * V:
         return [(0, V)]
     columns = min(V, max(MIN_COLUMNS, CHUNK_ELEMENTS // max(M, 1) // 256 * 256))
     return [(start, min(start + columns, V)) for start in range(0, V, columns)]

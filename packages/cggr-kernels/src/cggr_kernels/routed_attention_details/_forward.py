@@ -1,7 +1,7 @@
 import triton
 import triton.language as tl
 
-from cggr_kernels.routed_attention_details._visible import capped, key_range, visible
+from cggr_kernels.routed_attention_details._visible import capped, held, key_range, visible
 
 
 @triton.jit
@@ -10,10 +10,10 @@ def _attend(
     total,
     peak,
     q,
-    k_ptr,
-    v_ptr,
-    stride_ks,
-    stride_vs,
+    k_desc,
+    v_desc,
+    b,
+    kv_head,
     segment_ptr,
     position,
     query_segment,
@@ -23,7 +23,6 @@ def _attend(
     unit,
     inner,
     window,
-    D: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_SEGMENT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -34,20 +33,9 @@ def _attend(
 ):
     """Keys [start, end) into the running softmax; ``peak`` and the exponents are in base 2."""
     n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    k_tile = n[:, None] * stride_ks + d[None, :]
-    v_tile = n[:, None] * stride_vs + d[None, :]
     for offset in range(start, end, BLOCK_N):
         key = offset + n
-        k_block = k_ptr + tl.cast(offset, tl.int64) * stride_ks
-        v_block = v_ptr + tl.cast(offset, tl.int64) * stride_vs
-        if MASKED:
-            load = (key < S)[:, None] & (d < D)[None, :]
-            k = tl.load(k_block + k_tile, mask=load, other=0.0)
-        elif D < BLOCK_D:
-            k = tl.load(k_block + k_tile, mask=(d < D)[None, :], other=0.0)
-        else:
-            k = tl.load(k_block + k_tile)
+        k = k_desc.load([b, kv_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if HAS_SOFTCAP:
             raw = capped(raw, inner)
@@ -71,12 +59,7 @@ def _attend(
         alpha = tl.exp2(peak - new_peak)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if MASKED:
-            v = tl.load(v_block + v_tile, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
-        elif D < BLOCK_D:
-            v = tl.load(v_block + v_tile, mask=(d < D)[None, :], other=0.0)
-        else:
-            v = tl.load(v_block + v_tile)
+        v = v_desc.load([b, kv_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         peak = new_peak
     return acc, total, peak
@@ -85,8 +68,8 @@ def _attend(
 @triton.jit
 def routed_attention_forward_kernel(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_desc,
+    v_desc,
     position_ptr,
     segment_ptr,
     out_ptr,
@@ -94,12 +77,7 @@ def routed_attention_forward_kernel(
     stride_qb,
     stride_qk,
     stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
+    lse_rows,
     K,
     S,
     HKV,
@@ -111,6 +89,7 @@ def routed_attention_forward_kernel(
     HAS_SEGMENT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HOLD_QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,8 +121,8 @@ def routed_attention_forward_kernel(
 
     q_row = b * stride_qb + slot.to(tl.int64) * stride_qk + head * stride_qh
     q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
-    k_ptr += b * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    if HOLD_QUERIES:
+        q = held(q, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Finite, so that rows that see no key give exponents of -inf and no NaN.
@@ -154,10 +133,10 @@ def routed_attention_forward_kernel(
             total,
             peak,
             q,
-            k_ptr,
-            v_ptr,
-            stride_ks,
-            stride_vs,
+            k_desc,
+            v_desc,
+            b.to(tl.int32),
+            kv_head,
             segment_ptr,
             position,
             query_segment,
@@ -167,7 +146,6 @@ def routed_attention_forward_kernel(
             unit,
             inner,
             window,
-            D,
             False,
             HAS_SEGMENT,
             HAS_WINDOW,
@@ -181,10 +159,10 @@ def routed_attention_forward_kernel(
         total,
         peak,
         q,
-        k_ptr,
-        v_ptr,
-        stride_ks,
-        stride_vs,
+        k_desc,
+        v_desc,
+        b.to(tl.int32),
+        kv_head,
         segment_ptr,
         position,
         query_segment,
@@ -194,7 +172,6 @@ def routed_attention_forward_kernel(
         unit,
         inner,
         window,
-        D,
         True,
         HAS_SEGMENT,
         HAS_WINDOW,
@@ -213,4 +190,5 @@ def routed_attention_forward_kernel(
         mask=row_ok[:, None] & (d < D)[None, :],
     )
     lse = tl.where(sees, peak + tl.log2(total), 0.0)
-    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * K * G + row, lse, mask=row_ok)
+    statistic_row = tl.program_id(1).to(tl.int64) * lse_rows + row
+    tl.store(lse_ptr + statistic_row, tl.where(row_ok, lse, float("inf")))

@@ -60,3 +60,13 @@ def visible(
 def capped(raw, inner):
     """tanh(raw * inner), from the exponential that every backend has."""
     return 2.0 * tl.sigmoid(2.0 * inner * raw) - 1.0
+
+
+@triton.jit
+def held(x, BLOCK_D: tl.constexpr):
+    """``x`` times the identity: the left side of a product stays in registers only if it comes out of a product.
+
+    From shared memory it would be read again for every block of keys, which a Hopper GPU has too little bandwidth for.
+    """
+    d = tl.arange(0, BLOCK_D)
+    return tl.dot(x, (d[:, None] == d[None, :]).to(x.dtype)).to(x.dtype)
