@@ -29,15 +29,20 @@ def main() -> None:
     weight = torch.randn(4999, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.tensor([1, -100, 4998, 4999, 0], device=device)
     linear_difficulty(hidden, weight, targets)
-    linear_cross_entropy(hidden, weight, targets, torch.tensor([0, 2, 3, 7], device=device)).backward()
-    q, k, v = (
-        torch.randn(1, n, h, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-        for n, h in ((37, 6), (203, 2), (203, 2))
-    )
+    for max_logits in (None, 2**20):
+        rows = torch.tensor([0, 2, 3, 7], device=device)
+        (2 * linear_cross_entropy(hidden, weight, targets, rows, max_logits=max_logits)).backward()
+    linear_cross_entropy(hidden, weight, targets, reduction="none").sum().backward()
     position = torch.randperm(203, device=device)[None, :37].sort(1).values
     segment = torch.arange(203, device=device)[None] // 50
-    for options in ({}, {"segment": segment, "window": 30}, {"key_gradient": "kept"}):
-        routed_attention(q, k, v, position, **options).sum().backward()
+    # Powers of two and other numbers of heads to a group; a row of 20 numbers is not a whole step of the copy engine.
+    for H, D in ((8, 64), (6, 128), (4, 256), (2, 20)):
+        q, k, v = (
+            torch.randn(1, n, h, D, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for n, h in ((37, H), (203, 2), (203, 2))
+        )
+        for options in ({}, {"segment": segment, "window": 30, "softcap": 9.0}, {"key_gradient": "kept"}):
+            routed_attention(q, k, v, position, **options).sum().backward()
     score = torch.rand(3, 1501, device=device)
     for strategy in STRATEGIES:
         select(score, score > 0.1, 0.3, strategy, 451)

@@ -46,6 +46,11 @@ def test_head_dimensions_and_dtypes(D, dtype, masked):
     check_attention(q, k, v, position, segment if masked else None, d_out, *((100, 20.0) if masked else ()))
 
 
+@pytest.mark.parametrize(("H", "HKV", "D"), [(6, 2, 128), (7, 1, 64), (4, 4, 80), (4, 1, 20)])
+def test_numbers_of_heads_and_rows_that_are_copied(H, HKV, D):
+    check_attention(*attention_problem(2, 150, 517, H, HKV, D))
+
+
 def test_blocks_for_little_shared_memory(monkeypatch):
     monkeypatch.setattr(attention, "_has_much_shared_memory", lambda device: False)
     for D in (64, 128, 256):
@@ -108,6 +113,51 @@ def test_linear_ops_in_bfloat16(softcap):
     for value, rival, truth in zip(values, rivals, truths, strict=True):
         error, rival_error = (value.double() - truth).norm(), (rival.double() - truth).norm()
         assert error <= rival_error + 5e-3 * truth.norm()
+
+
+def test_many_rows_of_the_largest_vocabulary():
+    """16,384 rows of 262,144 classes: every statistic and every loss, against the reference on some of the rows."""
+    torch.manual_seed(0)
+    hidden = torch.randn(16384, 64, device="cuda", dtype=torch.bfloat16)
+    weight = (torch.randn(262144, 64, device="cuda") * 0.3).bfloat16()
+    targets = torch.randint(0, 262144, (16384,), device="cuda")
+    some = torch.arange(5, 16384, 1111, device="cuda")
+    values = linear_difficulty(hidden, weight, targets)
+    truths = linear_difficulty_reference(hidden[some].float(), weight.float(), targets[some])
+    for value, truth in zip(values, truths, strict=True):
+        assert torch.isfinite(value).all()
+        torch.testing.assert_close(value[some], truth, rtol=0.02, atol=0.02)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    losses = linear_cross_entropy(*leaves, targets, reduction="none")
+    torch.testing.assert_close(losses[some], truths[3], rtol=0.02, atol=0.02)
+    loss = linear_cross_entropy(*leaves, targets)
+    torch.testing.assert_close(loss.detach(), losses.detach().sum(), rtol=1e-4, atol=0)
+    for gradient, same in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(losses.sum(), leaves), strict=True
+    ):
+        assert (gradient - same).norm() <= 0.01 * same.norm()
+
+
+def test_values_from_outside_assert_nothing_on_the_device():
+    """Rows and classes that do not exist make NaN; a failed assertion there would end the process's use of the GPU."""
+    hidden = torch.randn(8, 16, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 16, device="cuda")
+    outside = torch.tensor([0, 8, -1, 2**40], device="cuda")
+    targets = torch.tensor([1, 1000, -3, 2**40, 0, 5, -100, 9], device="cuda")
+    losses = linear_cross_entropy(hidden, weight, targets, outside, reduction="none")
+    assert losses.isnan().tolist() == [False, True, True, True]
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert difficulty(hidden.detach(), targets)[3].isnan().tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
