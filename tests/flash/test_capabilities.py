@@ -134,6 +134,12 @@ def test_this_machine():
     assert not any(rows[name].available for name in FLASH)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(RuntimeError, match=r"device cuda is not there: this PyTorch \(.*\) sees no GPU; take 'cpu'"):
+        attention_backends("cuda")
+
+
 def test_a_dtype_that_no_kernel_of_sdpa_has_is_seen_by_running_them():
     row = {row.name: row for row in attention_backends("cpu", torch.float8_e4m3fn)}["sdpa"]
     assert (row.available, row.fix) == (False, "take backend='eager'")

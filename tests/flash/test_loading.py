@@ -96,8 +96,18 @@ def test_a_model_that_builds_its_attention_in_is_made_again_without_a_download(t
         ("sdpa", False),
     ]
     (record,) = caplog.records
-    assert "FalconForCausalLM on cpu" in record.message or "FalconForCausalLM on cuda:0" in record.message
-    assert "not flash_attention_4: " in record.message
+    assert "FalconForCausalLM on cuda:0 (NVIDIA H200) in bfloat16 runs on 'sdpa'; " in record.message
+    assert "not flash_attention_4: ImportError: " in record.message
+
+
+def test_a_model_that_builds_its_attention_in_on_an_explicit_backend(tmp_path, on_machine):
+    FAMILIES["falcon"]().save_pretrained(tmp_path)
+    assert load_model_with_flash_attention(tmp_path, "eager").config._attn_implementation == "eager"
+    on_machine(H200)
+    with pytest.raises(
+        RuntimeError, match=r"backend='flash_attention_2' cannot be used for FalconForCausalLM: Import"
+    ):
+        load_model_with_flash_attention(tmp_path, "flash_attention_2", dtype="bfloat16")
 
 
 def test_a_model_of_the_hub_is_taken_from_its_cache(saved, tmp_path, loads):

@@ -16,6 +16,7 @@ from cggr_flash.trial import TrialError, disagreement, trial
 _logger = logging.getLogger("cggr_flash")
 
 Model = TypeVar("Model", bound=nn.Module)
+AUTO_GOES_ON = "take backend='auto', which goes on to the next"
 
 
 def enable_flash_attention(model: Model, backend: str = "auto") -> Model:
@@ -79,43 +80,50 @@ def explained(backend: str, model_name: str, reason: str, fix: str) -> str:
     return f"backend={backend!r} cannot be used for {model_name}: {reason}. What to do: {fix}"
 
 
-def choose(model: PreTrainedModel, backend: str, passed_before: Sequence[PassedOver] = ()) -> None:
-    """Set a model to ``backend``, or for ``"auto"`` to the first of all that works; see :func:`enable_flash_attention`.
-
-    A model that cannot be switched is tried on what it was built with. ``passed_before`` is what the caller has passed
-    over, for the log.
-    """
+def choose(model: PreTrainedModel, backend: str) -> None:
+    """Set a model to ``backend``, or for ``"auto"`` to the first that works; see :func:`enable_flash_attention`."""
     device, dtype = placement(model)
     if backend != "auto":
         check_dtype(backend, dtype)
+    passed_over: list[PassedOver] = []
+    if first_that_works(model, ORDER if backend == "auto" else (backend,), passed_over):
+        return
+    name = type(model).__name__
+    if backend == "auto":
+        raise RuntimeError(f"no attention backend works on {name} on {device}: {listed(passed_over)}")
+    failed = passed_over[-1]
+    text = explained(backend, name, failed.reason, failed.fix)
+    raise RuntimeError(f"{text}. The model is on {current(model)!r}, as before")
+
+
+def first_that_works(model: PreTrainedModel, names: Sequence[str], passed_over: list[PassedOver]) -> bool:
+    """Set a model to the first of ``names`` that works, and log that; where none does, it is as it was before.
+
+    A model that cannot be switched is tried on what it was built with. The backends that do not work are appended to
+    ``passed_over``, whose earlier entries are for the log.
+    """
+    device, dtype = placement(model)
     machine = inspect_machine(device, dtype)
     before = Implementations(model)
-    passed_over = list(passed_before)
     expected: list[Tensor] | None = None
     try:
-        for name in ORDER if backend == "auto" else (backend,):
+        for name in names:
             reason, fix = _known_obstacle(model, name, machine)
-            if not reason:
-                if expected is None and is_switchable(model):
-                    expected = _results_on_eager(model, before)
-                reason, kept = _tried(model, name, expected, dtype)
-                if not reason:
-                    _log_choice(model, name, machine, passed_over, kept)
-                    return
-                before.restore()
-                passed_over.append(
-                    PassedOver(name, reason, "take backend='auto', which goes on to the next", tried=True)
-                )
-            else:
+            if reason:
                 passed_over.append(PassedOver(name, reason, fix))
+                continue
+            if expected is None and is_switchable(model):
+                expected = _results_on_eager(model, before)
+            reason, kept = _tried(model, name, expected, dtype)
+            if not reason:
+                _log_choice(model, name, machine, passed_over, kept)
+                return True
+            before.restore()
+            passed_over.append(PassedOver(name, reason, AUTO_GOES_ON, tried=True))
     except BaseException:
         before.restore()
         raise
-    if backend == "auto":
-        raise RuntimeError(f"no attention backend works on {type(model).__name__} on {device}: {listed(passed_over)}")
-    failed = passed_over[-1]
-    text = explained(backend, type(model).__name__, failed.reason, failed.fix)
-    raise RuntimeError(f"{text}. The model is on {current(model)!r}, as before")
+    return False
 
 
 def placement(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:

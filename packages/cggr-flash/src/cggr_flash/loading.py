@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
 from cggr_flash.checkpoint import check_configuration, check_weights, looks_like_path, missing_path
-from cggr_flash.enabling import PassedOver, check_dtype, choose, explained, listed
+from cggr_flash.enabling import AUTO_GOES_ON, PassedOver, check_dtype, choose, explained, first_that_works, listed
 from cggr_flash.machine import Machine, first_line, inspect_machine
 from cggr_flash.model_support import class_obstacle
 
@@ -89,14 +89,15 @@ def load_model_with_flash_attention(
     for candidate in candidates:
         try:
             model = _load(model_class, name, {**arguments, "attn_implementation": candidate})
-            choose(model, candidate, passed_over)
-            return model
-        except (RuntimeError, ImportError) as error:
-            if backend != "auto":
-                raise
-            passed_over.append(PassedOver(candidate, first_line(error), tried=True))
-            arguments["force_download"] = False
-    raise RuntimeError(f"no attention backend works on {model_class.__name__}: {listed(passed_over)}")
+        except ImportError as error:
+            passed_over.append(PassedOver(candidate, f"ImportError: {first_line(error)}", AUTO_GOES_ON, tried=True))
+        else:
+            if first_that_works(model, (candidate,), passed_over):
+                return model
+        arguments["force_download"] = False
+    if backend == "auto":
+        raise RuntimeError(f"no attention backend works on {model_class.__name__}: {listed(passed_over)}")
+    raise RuntimeError(explained(backend, model_class.__name__, passed_over[-1].reason, passed_over[-1].fix))
 
 
 def _candidates(backend: str, model_class: Any, config: Any, machine: Machine) -> tuple[list[str], list[PassedOver]]:

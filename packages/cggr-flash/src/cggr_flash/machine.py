@@ -74,7 +74,12 @@ def inspect_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
     Returns:
         The facts.
+
+    Raises:
+        RuntimeError: If the device is a GPU, and PyTorch sees none.
     """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device} is not there: this PyTorch ({torch.__version__}) sees no GPU; take 'cpu'")
     packages = {name: version for name in MODULES if (version := _version(name)) is not None}
     is_gpu = device.type == "cuda"
     errors = {name: error for name in packages if is_gpu and (error := _import_error(MODULES[name]))}

@@ -156,14 +156,16 @@ class Implementations:
             found[id(config)] = config
             waiting.extend(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)
         self._before = [(config, config._attn_implementation_internal) for config in found.values()]
+        self._loaded = transformers_flash._loaded_implementation
 
     def restore(self) -> None:
         """Set all of them back."""
         for config, name in self._before:
             # The internal attribute: the public setter walks over the sub-configurations, and may refuse.
             config._attn_implementation_internal = name
-        # transformers 5.17 takes a flash library whose import failed for loaded when it is asked again.
-        transformers_flash._loaded_implementation = None
+        # The functions of one flash library are loaded at a time, in 5.17 even if importing it failed: load them anew.
+        if transformers_flash._loaded_implementation != self._loaded:
+            transformers_flash._loaded_implementation = None
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
