@@ -104,9 +104,7 @@ def test_a_model_that_builds_its_attention_in_on_an_explicit_backend(tmp_path, o
     FAMILIES["falcon"]().save_pretrained(tmp_path)
     assert load_model_with_flash_attention(tmp_path, "eager").config._attn_implementation == "eager"
     on_machine(H200)
-    with pytest.raises(
-        RuntimeError, match=r"backend='flash_attention_2' cannot be used for FalconForCausalLM: Import"
-    ):
+    with pytest.raises(RuntimeError, match=r"backend='flash_attention_2' cannot be used for FalconForCausalLM: Import"):
         load_model_with_flash_attention(tmp_path, "flash_attention_2", dtype="bfloat16")
 
 
