@@ -23,7 +23,7 @@ from cggr_core.readout import HeadReadout
 from cggr_core.router import router_statistics
 
 DEPTH, RATIO, SEEDS = 1, 0.25, (0, 1, 2)
-VOCAB, LENGTH, BATCH, STEPS, EVERY = 1024, 128, 16, 600, 50
+VOCAB, LENGTH, BATCH, STEPS, EVERY = 1024, 128, 8, 800, 80
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "num_attention_heads": 4}
 TRUNCATED, LEARNED = "truncated router", "learned router"
 

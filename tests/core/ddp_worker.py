@@ -47,6 +47,8 @@ def main(rank: int, store: str) -> None:
         error = relative_error(gradients(model), wanted)
         assert error <= 1e-5, (settings, error)
     check_learned_router(rank, input_ids, labels)
+    # A thread of gloo that still holds a tensor would wait for the interpreter, which waits for it.
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -57,7 +59,7 @@ def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tenso
     found, count = [], (labels[:, 1:] != -100).sum()
     for ranks, rows in enumerate(parts, start=1):
         model = ROUTABLE["llama"]()
-        wrapped = CGGRModel(model, LearnedRouter(1, width=8, learning_rate=1e-2), **settings)
+        wrapped = CGGRModel(model, LearnedRouter(1, width=8, learning_rate=1e-3), **settings)
         with nothing_shared() if ranks == 1 else nullcontext():
             for draw in range(4):
                 more = {"labels": labels[rows], "draw": draw, "first_row": rows.start, "num_items": count}
@@ -70,7 +72,7 @@ def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tenso
     error = relative_error(found[1][0], found[0][0])
     assert error <= 1e-5, error
     for one, two in zip(found[0][1].parameters(), found[1][1].parameters(), strict=True):
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)  # every step moves them by up to 1e-2
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)  # sixteen steps of up to 1e-3
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """LearnedRouter: a small head that predicts the score of every token, trained on the scores that were observed."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from cggr_core.collectives import sum_over_ranks
 
 # Of the running mean and spread of the scores: they follow training within some hundred steps.
 _DECAY = 0.99
+# Of Adam on what one forward showed: the scores move with the model, and the head has to keep up.
+_UPDATES = 4
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -21,13 +24,13 @@ class LearnedRouter(nn.Module):
     Given to :class:`~cggr_core.CGGRModel` as its router. Scoring then costs the first ``depth`` layers, which the
     interleaved engine does not compute again, and no product with the vocabulary. The head is trained online: after
     each training forward the true score of some kept tokens is read off what the gradient pass left before the
-    language-model head, and one step of Adam moves the prediction towards it. Kept tokens count with one over their
+    language-model head, and some steps of Adam move the prediction towards it. Kept tokens count with one over their
     probability of being kept, so that the regression is that over all tokens, whatever was selected (``topk`` and
     ``sequence_aware`` have no probabilities: there the head learns about the tokens that they keep).
 
     The prediction is ``mean + std * f(h, e)``, with the running mean and spread of the observed scores and, for
-    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · [gelu(a + b + d), a * b]``; it is
-    the same for all tokens until something was observed.
+    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · gelu(M [a, b, a * b])``; it is the same
+    for all tokens until something was observed.
 
     The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, not the
     norm that they are clipped to, and not ``state_dict()``, which stays the wrapped model's. Its state is part of
@@ -153,17 +156,22 @@ class LearnedRouter(nn.Module):
         totals = sum_over_ranks((weight * powers).sum(1))
         self.moments.mul_(_DECAY).add_(totals)
         mean, std = self._scale()
-        with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-            parameters = {name: value.detach().requires_grad_() for name, value in head.named_parameters()}
-            arguments = (hidden.detach().float(), target.detach().float())
-            prediction = functional_call(head, parameters, arguments)
-            error = prediction - (score - mean) / std
-            # Of the sum over ranks, so that two halves of a batch make the gradient of the whole.
-            loss = (weight * error.square()).sum() / totals[0].clamp(min=_TINY)
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-        self._step(list(head.parameters()), gradients)
+        arguments = (hidden.detach().float(), target.detach().float())
+        wanted = (score - mean) / std
+        # Of the sum over ranks, so that two halves of a batch make the gradient of the whole.
+        share = weight / totals[0].clamp(min=_TINY)
+        correlation = torch.zeros_like(mean)
+        for update in range(_UPDATES):
+            with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
+                parameters = {name: value.detach().requires_grad_() for name, value in head.named_parameters()}
+                prediction = functional_call(head, parameters, arguments)
+                loss = (share * (prediction - wanted).square()).sum()
+                gradients = torch.autograd.grad(loss, list(parameters.values()))
+            if update == 0:
+                correlation = _correlation(prediction.detach(), score, weight)
+            self._step(list(head.parameters()), gradients)
         self.updates.add_(1)
-        return {"router_correlation": _correlation(prediction.detach(), score, weight)}
+        return {"router_correlation": correlation}
 
     def _scale(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scores seen of late; 0 and 1 before the first."""
@@ -220,39 +228,42 @@ class LearnedRouter(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """``c · [gelu(a + b + d), a * b]`` with ``a``, ``b`` projections of a hidden state and a target embedding.
+    """``c · gelu(M [a, b, a * b])`` with ``a``, ``b`` projections of a hidden state and a target embedding.
 
     Args:
         hidden_size: Length of a hidden state.
         embedding_size: Length of an embedding.
-        width: Length of both projections.
-        seed: Of the projections; ``c`` and ``d`` start at 0.
+        width: Length of both projections and of the layer between.
+        seed: Of the weights; ``c`` and the biases start at 0.
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, width: int, *, seed: int) -> None:
         super().__init__()
         # Initialised here alone: nn.Linear would draw from the global generator, and change what the model draws.
-        linear = partial(nn.utils.skip_init, nn.Linear, device="cpu", dtype=torch.float32)
-        self.hidden: nn.Linear = linear(hidden_size, width)
-        self.target: nn.Linear = linear(embedding_size, width, bias=False)
-        self.out: nn.Linear = linear(2 * width, 1, bias=False)
+        linear: Callable[..., nn.Linear] = partial(
+            cast(Any, nn.utils.skip_init), nn.Linear, device="cpu", dtype=torch.float32
+        )
+        self.hidden = linear(hidden_size, width)
+        self.target = linear(embedding_size, width)
+        self.between = linear(3 * width, width)
+        self.out = linear(width, 1, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.requires_grad_(False).zero_()
-            for projection in (self.hidden, self.target):
-                bound = projection.in_features**-0.5
-                projection.weight.uniform_(-bound, bound, generator=generator)
+            for layer in (self.hidden, self.target, self.between):
+                bound = layer.in_features**-0.5
+                layer.weight.uniform_(-bound, bound, generator=generator)
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """float32 ``[...]`` from ``[..., H]`` and ``[..., E]``; the projections run in the inputs' dtype."""
-        a, b = _projected(hidden, self.hidden.weight), _projected(target, self.target.weight)
-        return self.out(torch.cat([nn.functional.gelu(a + b + self.hidden.bias), a * b], dim=-1))[..., 0]
+        a, b = _projected(hidden, self.hidden), _projected(target, self.target)
+        return self.out(nn.functional.gelu(self.between(torch.cat([a, b, a * b], dim=-1))))[..., 0]
 
 
-def _projected(value: Tensor, weight: Tensor) -> Tensor:
+def _projected(value: Tensor, layer: nn.Linear) -> Tensor:
     normed = nn.functional.layer_norm(value, value.shape[-1:])
-    return nn.functional.linear(normed, weight.to(normed.dtype)).float()
+    return nn.functional.linear(normed, layer.weight.to(normed.dtype)).float() + layer.bias
 
 
 def _varies(variance: Tensor, square: Tensor) -> Tensor:

@@ -86,19 +86,23 @@ class RememberedScores:
     @property
     def score(self) -> Tensor:
         """float16 ``[E, L]``: the last score of every token, 0 where there is none; waits for the device."""
-        self._settle(0)
+        self.flush()
         return self._score
 
     @property
     def observed(self) -> Tensor:
         """int32 ``[E, L]``: the training forward that each score was observed in, -1 for none."""
-        self._settle(0)
+        self.flush()
         return self._observed
 
     @property
     def forwards(self) -> int:
         """Training forwards so far."""
         return self._forwards
+
+    def flush(self) -> None:
+        """Wait for all that was observed, and write it; after that, every forward sees it."""
+        self._settle(0)
 
     def check_ids(self, example_ids: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """Return ``example_ids`` if they name the rows of a batch.

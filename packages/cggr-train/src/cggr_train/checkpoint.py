@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,7 @@ def save_checkpoint(
     state: TrainingState,
     *,
     keep: int = 2,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write one checkpoint and remove the oldest.
 
@@ -53,6 +55,7 @@ def save_checkpoint(
         tokenizer: Saved beside it.
         state: Optimizer, learner and random state go into ``training_state.safetensors`` and ``.json``.
         keep: Newest checkpoints to keep, at least 1.
+        also: Writes further files into the folder that it is given.
 
     Returns:
         The checkpoint's folder.
@@ -72,6 +75,8 @@ def save_checkpoint(
         tokenizer.save_pretrained(temporary)
         progress = vars(state.progress)
         save_state(temporary, "training_state", {**state._asdict(), "progress": progress})
+        if also is not None:
+            also(temporary)
         for path in temporary.iterdir():
             _flush(path)
         if final.exists():
@@ -79,7 +84,7 @@ def save_checkpoint(
         temporary.rename(final)
         _remove_unfinished(folder)
         _flush(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, SaveError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest_checkpoint(folder) if folder.is_dir() else None
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"

@@ -13,7 +13,10 @@ from cggr_train.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cggr_core import RememberedScores
+
 METHODS = ("cggr", "random", "standard")
+ROUTERS = ("full_depth", "truncated", "learned", "remembered")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Routing:
         ratio: Keep ratio, in (0, 1].
         selection: Which strategy chooses the kept tokens.
         scoring: Which score it goes by.
-        router_depth: Layers of the truncated router; None scores with the full model.
+        router: What scores: ``full_depth``, ``truncated``, ``learned`` or ``remembered``; None takes ``truncated`` if
+            ``router_depth`` is given and ``full_depth`` if not.
+        router_depth: Layers of a truncated or learned router; None takes an eighth of the model's.
         ratio_warmup_steps: Steps over which the ratio goes from 1 to ``ratio``.
     """
 
@@ -35,6 +40,7 @@ class Routing:
     scoring: str = "gradnorm"
     router_depth: int | None = None
     ratio_warmup_steps: int = 0
+    router: str | None = None
 
 
 class Learner(Protocol):
@@ -42,15 +48,24 @@ class Learner(Protocol):
 
     model: PreTrainedModel
     wrapped: nn.Module
+    memory: RememberedScores | None
+    """Scores of earlier epochs, where the method remembers them; :meth:`loss` then needs ``example_ids``."""
 
     def loss(
-        self, input_ids: Tensor, *, num_items: float | None = None, draw: int | None = None, first_row: int = 0
+        self,
+        input_ids: Tensor,
+        *,
+        num_items: float | None = None,
+        draw: int | None = None,
+        first_row: int = 0,
+        example_ids: Tensor | None = None,
     ) -> Tensor:
         """Loss of next-token prediction on ``input_ids`` ``[B, S]``, float32 scalar with a graph.
 
         It goes through ``wrapped``: the model itself, or what averages its gradients over the ranks. ``num_items`` is
         the number of countable tokens to divide by, of all micro-batches of an accumulated step together; None divides
-        by this batch's own. ``draw`` and ``first_row`` number the step's random choices, and the rows within it.
+        by this batch's own. ``draw`` and ``first_row`` number the step's random choices, and the rows within it;
+        ``example_ids``, int64 ``[B]``, says which example each row is.
         """
         ...
 
@@ -78,10 +93,17 @@ class StandardLearner:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.wrapped: nn.Module = model
+        self.memory: RememberedScores | None = None
         self._countable = 0
 
     def loss(
-        self, input_ids: Tensor, *, num_items: float | None = None, draw: int | None = None, first_row: int = 0
+        self,
+        input_ids: Tensor,
+        *,
+        num_items: float | None = None,
+        draw: int | None = None,
+        first_row: int = 0,
+        example_ids: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Learner`."""
         self._countable = input_ids.shape[0] * (input_ids.shape[1] - 1)
@@ -111,23 +133,24 @@ class RoutedLearner:
         model: A Hugging Face causal language model.
         routing: Settings of the routing.
         seed: Seed of the selections.
+        memory: For ``router="remembered"``.
 
     Raises:
         InputError: If a setting is not one that ``CGGRModel`` takes.
     """
 
-    def __init__(self, model: PreTrainedModel, routing: Routing, *, seed: int) -> None:
-        from cggr_core import CGGRModel, create_truncated_router
+    def __init__(
+        self, model: PreTrainedModel, routing: Routing, *, seed: int, memory: RememberedScores | None = None
+    ) -> None:
+        from cggr_core import CGGRModel
 
         self.model = model
         self.wrapped: nn.Module = model
+        self.memory = memory
         try:
-            router = None
-            if routing.router_depth is not None and routing.selection != "random":
-                router = create_truncated_router(model, num_layers=routing.router_depth)
             self.routed = CGGRModel(
                 model,
-                router=router,
+                router=_router(model, routing, memory),
                 gradient=routing.gradient,
                 min_tokens_ratio=routing.ratio,
                 selection=routing.selection,
@@ -139,10 +162,16 @@ class RoutedLearner:
             raise InputError(str(error)) from error
 
     def loss(
-        self, input_ids: Tensor, *, num_items: float | None = None, draw: int | None = None, first_row: int = 0
+        self,
+        input_ids: Tensor,
+        *,
+        num_items: float | None = None,
+        draw: int | None = None,
+        first_row: int = 0,
+        example_ids: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Learner`."""
-        place = {"draw": draw, "first_row": first_row}
+        place: dict[str, Any] = {"draw": draw, "first_row": first_row, "example_ids": example_ids}
         try:
             with self.routed.in_place():
                 return self.wrapped(input_ids=input_ids, labels=input_ids, num_items=num_items, **place)
@@ -167,14 +196,35 @@ class RoutedLearner:
         self.routed.load_routing_state_dict(state)
 
 
-def build_learner(model: PreTrainedModel, method: str, routing: Routing, *, seed: int) -> Learner:
+def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores | None) -> Any:
+    from cggr_core import LearnedRouter, create_truncated_router
+    from cggr_core.checks import check_choice
+
+    name = routing.router or ("full_depth" if routing.router_depth is None else "truncated")
+    check_choice("--router", name, ROUTERS)
+    if name in ("full_depth", "remembered"):
+        if routing.router_depth is not None:
+            raise InputError(f"--router-depth belongs to a truncated or learned router, and --router is {name}")
+        if name == "remembered" and memory is None:
+            raise InputError("--router remembered needs examples that come again, which cggr train alone has")
+        return memory
+    depth = routing.router_depth
+    if depth is None:
+        depth = max(1, model.config.get_text_config().num_hidden_layers // 8)
+    return LearnedRouter(depth) if name == "learned" else create_truncated_router(model, num_layers=depth)
+
+
+def build_learner(
+    model: PreTrainedModel, method: str, routing: Routing, *, seed: int, memory: RememberedScores | None = None
+) -> Learner:
     """The learner of a method.
 
     Args:
         model: A Hugging Face causal language model, already on its device.
         method: ``cggr``, ``random`` (the control at the same keep ratio) or ``standard``.
-        routing: Settings of the first two; ``random`` overrides the selection.
+        routing: Settings of the first two; ``random`` overrides the selection and needs no router.
         seed: Seed of the selections.
+        memory: Scores of earlier epochs, for ``router="remembered"``.
 
     Raises:
         InputError: If the method or a setting of it is unknown.
@@ -184,5 +234,6 @@ def build_learner(model: PreTrainedModel, method: str, routing: Routing, *, seed
     if method not in METHODS:
         raise InputError(f"--method is {method!r}: give one of {', '.join(METHODS)}")
     if method == "random":
-        routing = dataclasses.replace(routing, selection="random")
-    return RoutedLearner(model, routing, seed=seed)
+        routing = dataclasses.replace(routing, selection="random", router=None, router_depth=None)
+    remembers = method == "cggr" and routing.router == "remembered"
+    return RoutedLearner(model, routing, seed=seed, memory=memory if remembers else None)

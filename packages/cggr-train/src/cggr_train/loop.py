@@ -184,12 +184,14 @@ def train_steps(
             group["lr"] = rate
         total: Tensor | None = None
         for micro in range(settings.accumulate):
-            batch = batches.get(progress.step * settings.accumulate + micro)[rows]
-            input_ids = batch.to(clock.device, non_blocking=True)
+            number = progress.step * settings.accumulate + micro
+            input_ids = batches.get(number)[rows].to(clock.device, non_blocking=True)
+            known = {} if learner.memory is None else {"example_ids": batches.example_ids(number)[rows]}
             first_row = micro * batches.batch_size + rows.start
             with without_averaging(learner.wrapped, last=micro == settings.accumulate - 1):
                 with torch.autocast(clock.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-                    loss = learner.loss(input_ids, num_items=num_items, draw=progress.step, first_row=first_row)
+                    place = {"draw": progress.step, "first_row": first_row, **known}
+                    loss = learner.loss(input_ids, num_items=num_items, **place)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         if settings.clip is not None:

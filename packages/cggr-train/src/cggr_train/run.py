@@ -44,11 +44,14 @@ from cggr_train.memory import memory_in_use, peak_memory
 from cggr_train.prepare import prepare, prepared
 from cggr_train.presets import load_model
 from cggr_train.ranks import Ranks, joined_ranks
+from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered, save_remembered
 from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cggr_core import RememberedScores
 
 
 class RunResult(NamedTuple):
@@ -118,7 +121,7 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
         state = load_training_state(checkpoint)
         tokens = TokenStore.open(folder / "tokens")
         model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
-        run = _Run(settings, folder, console, ranks, device, model, tokenizer, tokens)
+        run = _Run(settings, folder, console, ranks, device, model, tokenizer, tokens, resumed=checkpoint)
         run.restore(state)
         console.print(f"resuming {folder} from step {state.progress.step:,}", highlight=False)
         return run.train()
@@ -135,18 +138,25 @@ class _Run:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tokens: TokenStore,
+        resumed: Path | None = None,
     ) -> None:
         self.settings, self.folder, self.console = settings, folder, console
         self.ranks, self.device = ranks, device
         self.model, self.tokenizer = model, tokenizer
         torch.nn.Module.to(model, device)
-        self.learner = build_learner(self.model, settings.method, settings.routing, seed=settings.seed)
+        size = {"length": settings.length, "batch_size": settings.batch_size}
+        self.batches = Batches(tokens.train, **size, seed=settings.seed)
+        self.memory: RememberedScores | None = None
+        if settings.routing.router == "remembered":
+            self.examples = fingerprint(self.batches.sequences)
+            self.memory = self._remembered(resumed)
+        self.learner = build_learner(
+            self.model, settings.method, settings.routing, seed=settings.seed, memory=self.memory
+        )
         self.learner.wrapped = ranks.wrap(self.model, device)
         if ranks.size > 1:
             torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations
         self.optimizer = build_optimizer(self.model, weight_decay=settings.weight_decay)
-        size = {"length": settings.length, "batch_size": settings.batch_size}
-        self.batches = Batches(tokens.train, **size, seed=settings.seed)
         self.heldout = in_order(tokens.heldout, **size, limit=settings.eval_sequences)
         self.loop = LoopSettings(
             budget=Budget(settings.steps, settings.seconds),
@@ -160,6 +170,17 @@ class _Run:
         self.heldout_loss: float | None = None
         self._window: list[Tensor] = []
         self._window_start = Progress()
+
+    def _remembered(self, resumed: Path | None) -> RememberedScores:
+        from cggr_core import RememberedScores
+
+        if resumed is not None:
+            return load_remembered(resumed / FILE_NAME, examples=self.examples)
+        return RememberedScores.empty(examples=self.batches.num_sequences, length=self.batches.length)
+
+    def _save_memory(self, checkpoint: Path) -> None:
+        assert self.memory is not None  # else nobody asks
+        save_remembered(checkpoint / FILE_NAME, self.memory, examples=self.examples)
 
     def restore(self, state: TrainingState) -> None:
         self.progress = state.progress
@@ -277,8 +298,11 @@ class _Run:
         with self.clock.paused():
             random = random_state(self.device, self.ranks)
             state = TrainingState(self.progress, self.optimizer.state_dict(), self.learner.state_dict(), random)
+            if self.memory is not None:
+                self.memory.flush()  # on every rank, so that all go on from the same scores
+            also = None if self.memory is None else self._save_memory
             self.ranks.on_first(
-                lambda: save_checkpoint(folder, self.model, self.tokenizer, state, keep=self.settings.keep)
+                lambda: save_checkpoint(folder, self.model, self.tokenizer, state, keep=self.settings.keep, also=also)
             )
         path = checkpoint_path(folder, self.progress.step)
         self.saved = (self.progress.step, path)

@@ -45,13 +45,19 @@ class Batches:
 
     def get(self, number: int) -> Tensor:
         """Token ids of batch ``number``, int64 ``[batch_size, length]``; it may span two epochs."""
-        first = number * self.batch_size
-        rows = [self._row(position) for position in range(first, first + self.batch_size)]
-        return torch.from_numpy(self.sequences[rows].astype(np.int64))
+        return torch.from_numpy(self.sequences[self._rows(number)].astype(np.int64))
+
+    def example_ids(self, number: int) -> Tensor:
+        """Which sequence each row of batch ``number`` is, int64 ``[batch_size]``, the same in every epoch."""
+        return torch.tensor(self._rows(number), dtype=torch.int64)
 
     def epochs(self, number: int) -> float:
         """Epochs completed before batch ``number``."""
         return number * self.batch_size / self.num_sequences
+
+    def _rows(self, number: int) -> list[int]:
+        first = number * self.batch_size
+        return [self._row(position) for position in range(first, first + self.batch_size)]
 
     def _row(self, position: int) -> int:
         epoch, place = divmod(position, self.num_sequences)
