@@ -15,6 +15,7 @@ EXAMPLES = [
     "docs/index.md",
     "docs/getting-started.md",
     "docs/guides/own-loop.md",
+    "docs/guides/moe.md",
     "docs/recipes/pretraining.md",
     "docs/recipes/long-prompts.md",
     "docs/recipes/lora.md",
