@@ -75,8 +75,10 @@ def attention_backends(
         dtype: Of its queries, keys and values.
 
     Returns:
-        Rows; the four kernels behind ``sdpa`` follow it as ``sdpa/cudnn``, ``sdpa/flash``, ``sdpa/memory-efficient``
-        and ``sdpa/math``.
+        Rows; the four kernels that torch has behind ``sdpa`` follow it, as ``sdpa/cudnn`` and so on.
+
+    Raises:
+        RuntimeError: If ``device`` is a GPU, and PyTorch sees none.
 
     Example:
         >>> rows = {row.name: row for row in attention_backends("cpu")}
