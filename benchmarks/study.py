@@ -18,24 +18,34 @@ from rich.console import Console
 from benchmarks import _record
 from cggr_train.demo import write_corpus
 from cggr_train.learner import Routing
+from cggr_train.log import JsonlLog, read_log
 from cggr_train.settings import TrainSettings
-from cggr_train.study import StudySettings, resume_study, start_study
+from cggr_train.study import StudySettings, resume_study
 from cggr_train.study.analysis import Outcome
 from cggr_train.study.intervals import Interval
+from cggr_train.study.run import RESULTS, prepare_study
 from cggr_train.study.settings import STUDY
 
 SELECTIONS = ("topk", "stratified", "sequence_aware", "random", "sampled")
 GRIDS: dict[str, dict[str, Any]] = {
     "selections": {"gradients": ("kv", "exact"), "ratios": (0.25,), "selections": SELECTIONS},
     "ratios": {"gradients": ("kv", "exact"), "ratios": (0.125, 0.5), "selections": ("stratified",)},
+    "all": {"gradients": ("kv", "exact"), "ratios": (0.125, 0.25, 0.5), "selections": SELECTIONS},
 }
-SHAPE = {"vocab_size": 2048, "length": 256, "batch_size": 32, "precision": "float32", "eval_sequences": 64}
 CORPUS = ("corpus.jsonl", "heldout.jsonl")
 
 
 def settings(arguments: argparse.Namespace) -> StudySettings:
     """The study of one experiment."""
-    shape: dict[str, Any] = {**SHAPE, "device": arguments.device, "steps": arguments.steps}
+    shape: dict[str, Any] = {
+        "vocab_size": arguments.vocab_size,
+        "length": arguments.length,
+        "batch_size": arguments.batch_size,
+        "steps": arguments.steps,
+        "eval_sequences": 64,
+        "precision": "float32",
+        "device": arguments.device,
+    }
     shared: dict[str, Any] = {
         "seeds": arguments.seeds,
         "parallel": arguments.parallel,
@@ -97,6 +107,15 @@ def rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
     return found
 
 
+def take_times(source: Path, folder: Path) -> None:
+    """Put the step times of one study into another whose arms have the same shapes, unless it has its own."""
+    if not any(record["event"] == "timing" for record in read_log(folder / RESULTS)):
+        log = JsonlLog(folder / RESULTS)
+        for record in read_log(source / RESULTS):
+            if record["event"] == "timing":
+                log.write(**record)
+
+
 def _step(outcome: Outcome, name: str, points: list[dict[str, float]]) -> int:
     seconds = outcome.amounts["time"]
     return int(min(points[1:], key=lambda point: abs(point["seconds"] - seconds))["step"])
@@ -113,13 +132,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the studies; goes on with what is there")
     parser.add_argument("--name", help="name of the result, instead of the experiment's")
     parser.add_argument("--results", type=Path, default=_record.RESULTS, help="folder of the result")
-    parser.add_argument("--grid", choices=sorted(GRIDS), default="selections", help="all selections, or more ratios")
+    parser.add_argument(
+        "--grid", choices=sorted(GRIDS), default="selections", help="selections, ratios, or all of both"
+    )
     parser.add_argument("--data", type=Path, help="JSON Lines file for finetune")
     parser.add_argument("--model", type=Path, help="folder of the model that finetune goes on from")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, instead of training one")
     parser.add_argument("--field", default="question,answer", help="its keys")
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--characters", type=int, default=20_000_000, help="of the standard library's source")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each run of batch")
     parser.add_argument("--seeds", type=int, default=3)
@@ -127,16 +151,21 @@ def main() -> None:
     parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--calibration-seconds", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--prepare", action="store_true", help="write what the study starts from, and stop")
+    parser.add_argument("--times-from", help="name of a study of the same shapes whose step times hold for this one")
     arguments = parser.parse_args()
     console = Console(width=150)
     name = arguments.name or "_".join(
         ["study", arguments.experiment, *([arguments.grid] if arguments.experiment != "batch" else [])]
     )
     folder = arguments.work / name
-    if (folder / STUDY).exists():
-        result = resume_study(folder, console)
-    else:
-        result = start_study(settings(arguments), folder, console)
+    if not (folder / STUDY).exists():
+        prepare_study(settings(arguments), folder, console)
+    if arguments.prepare:
+        return
+    if arguments.times_from is not None:
+        take_times(arguments.work / arguments.times_from, folder)
+    result = resume_study(folder, console)
     if result.outcome is None:
         raise SystemExit(result.exit_code)
     asked = StudySettings.load(folder)
@@ -151,6 +180,7 @@ def main() -> None:
         "train": train,
         "text": arguments.field if arguments.experiment == "finetune" else "source of Python's standard library",
         "amounts": result.outcome.amounts,
+        "times_from": arguments.times_from,
         "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",
     }
     path = _record.write(

@@ -61,6 +61,17 @@ def start_study(settings: StudySettings, folder: Path, console: Console) -> Stud
         InputError: If anything given cannot be used; nothing is measured then.
         RunError: If a run fails.
     """
+    where = places(settings.train.device, settings.parallel)
+    prepare_study(settings, folder, console)
+    return _Study(settings, folder, console).run(where)
+
+
+def prepare_study(settings: StudySettings, folder: Path, console: Console) -> None:
+    """Write everything that the workers read: settings, arms, tokenizer, tokens.
+
+    Raises:
+        InputError: If anything given cannot be used.
+    """
     if (folder / STUDY).exists():
         raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")
     where = places(settings.train.device, settings.parallel)
@@ -77,7 +88,6 @@ def start_study(settings: StudySettings, folder: Path, console: Console) -> Stud
     (folder / "arms.json").write_text(json.dumps([dataclasses.asdict(arm) for arm in arms], indent=1) + "\n")
     JsonlLog(folder / RESULTS).write(event="study", **_environment(where))
     settings.save(folder)
-    return _Study(settings, folder, console).run(where)
 
 
 def resume_study(folder: Path, console: Console) -> StudyResult:
