@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-import cggr_kernels.moe_experts as module
 import cggr_kernels.moe_plan as plan_module
-from cggr_kernels.moe_experts import Blocks, moe_experts
+import cggr_kernels.moe_products as products
+from cggr_kernels.moe_experts import moe_experts
 from cggr_kernels.moe_plan import Plan, combine, expand, make_plan, row_bound
 from cggr_moe.grouped import moe_experts_reference
 
@@ -11,8 +11,9 @@ from cggr_moe.grouped import moe_experts_reference
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Larger blocks than a device likes: what the interpreter takes time for is programs."""
-    monkeypatch.setattr(module, "FLOAT_BLOCKS", dict.fromkeys(module.FLOAT_BLOCKS, Blocks(64, 32, 16, 2, 4, 2)))
-    monkeypatch.setattr(module, "_SWIGLU_ROWS", 128)
+    blocks = products.Blocks(64, 32, 16, 2, 4, 2)
+    monkeypatch.setattr(products, "FLOAT_BLOCKS", products.Table(blocks, blocks, blocks))
+    monkeypatch.setattr(products, "_SWIGLU_ROWS", 128)
     monkeypatch.setattr(plan_module, "_PAD_PROGRAMS", 1)
 
 
