@@ -1,0 +1,41 @@
+from rich.console import Console
+
+from cggr_train.learner import Routing
+from cggr_train.study.arms import plan_arms
+from cggr_train.study.live import LiveTable
+from cggr_train.study.pool import Request
+
+ARMS = plan_arms(
+    Routing(), gradients=["kv"], ratios=[0.25], selections=["topk"], scorings=["loss"], batch_size=8, num_layers=4
+)
+
+
+def shown(terminal):
+    console = Console(force_terminal=terminal, width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with LiveTable(console, ARMS, seeds=3) as table:
+        table.stage("training")
+        table.take({"event": "timing", "arm": "standard", "step_seconds": [0.5, 0.7], "peak_bytes": 2**21})
+        table.take({"event": "run", "arm": "standard", "seed": 0, "points": [{"heldout_loss": 4.0}]})
+        for seed, step in ((1, 5), (2, 2)):
+            running = Request("run", {"arm": "standard", "seed": seed}, {})
+            table.progress(running, {"step": step, "steps": 10, "loss": 3.0 + seed})
+        table.take({"event": "run", "arm": "kv-0.25-topk-loss", "seed": 0, "points": [{"heldout_loss": 5.0}]})
+    console.file.close()
+    return console.export_text()
+
+
+def test_a_terminal_gets_a_table_of_all_arms():
+    text = shown(terminal=True)
+    assert "training · 2 of 15 runs done" in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("standard, batch 8"))
+    assert row.split()[3:] == ["600", "ms", "2", "MiB", "1/3", "50%", "20%", "4.500", "4.0000"]
+    assert all(arm.label in text for arm in ARMS)
+
+
+def test_elsewhere_every_run_gets_a_line():
+    lines = shown(terminal=False).splitlines()
+    assert lines == [
+        "training …",
+        "standard, batch 8, seed 0: held-out loss 4.0000",
+        "topk 0.25 by loss, kv, seed 0: held-out loss 5.0000",
+    ]
