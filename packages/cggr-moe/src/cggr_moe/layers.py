@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from cggr_core.checks import (
 from cggr_core.monitor import Monitor
 from cggr_moe.grouped import moe_experts_reference as moe_experts_reference  # registers the op
 from cggr_moe.routing import Routing
-
-if TYPE_CHECKING:
-    from typing import Self
 
 __all__ = ["PersistentTRMLP", "create_persistent_tr_mlp"]
 
