@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, CLIPConfig, CLIPModel
 from transformers import modeling_flash_attention_utils as transformers_flash
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -253,6 +253,15 @@ def test_an_image_tower_is_tried_and_keeps_its_backend_where_it_must(caplog):
     assert model.model.language_model.config._attn_implementation == "sdpa"
     assert model.model.vision_tower.config._attn_implementation == "eager"
     assert "vision_config stays on 'eager' (CLIPVisionModel has no sdpa in transformers)" in caplog.text
+
+
+def test_a_model_whose_whole_cannot_be_run_on_tokens_is_tried_in_its_parts():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, **sizes}
+    vision = {"image_size": 16, "patch_size": 8, **sizes}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    assert [tuple(result.shape) for result in trial(model)] == [(2, 16, 32), (2, 16, 32), (1, 5, 32), (1, 3, 16, 16)]
+    assert set_to(enable_flash_attention(model, "sdpa")) == {"sdpa"}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by peft

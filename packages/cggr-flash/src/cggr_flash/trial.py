@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _parts(module: nn.Module) -> Iterator[PreTrainedModel]:
     """The outermost models that take tokens, and the outermost image towers, in those and beside them."""
     if isinstance(module, PreTrainedModel):
-        if module.main_input_name == "input_ids":
+        if _takes_tokens(module) and _embeddings(module):
             yield module
             yield from _towers(module)
             return
@@ -138,10 +138,15 @@ def _run_on_tokens(model: PreTrainedModel) -> Iterator[Tensor]:
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """Where tokens enter; an encoder and its decoder have a module each."""
-    owners = [model]
+    owners: list[Any] = [model]
     if getattr(model.config, "is_encoder_decoder", False):
         owners += [model.get_encoder(), model.get_decoder()]
-    return list({id(module): module for owner in owners if (module := owner.get_input_embeddings())}.values())
+    found: dict[int, nn.Module] = {}
+    for owner in owners:
+        with suppress(NotImplementedError):  # said by models with several, whose parts are asked instead
+            module = owner.get_input_embeddings()
+            found |= {id(module): module} if isinstance(module, nn.Module) else {}
+    return list(found.values())
 
 
 def _run_on_pixels(model: PreTrainedModel) -> Iterator[Tensor]:
