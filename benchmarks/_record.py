@@ -26,8 +26,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         device: Device that the benchmark runs on.
 
     Returns:
-        JSON-ready mapping: date (UTC, ISO 8601), commit (with ``+`` when tracked files differ from it; where there is
-        no repository, what the variable ``CGGR_COMMIT`` says), python, system, versions of the installed packages,
+        JSON-ready mapping: date (UTC, ISO 8601), commit (what the variable ``CGGR_COMMIT`` says, for a copy that is not
+        the repository; else with ``+`` when tracked files differ from it), python, system, versions of the installed packages,
         device name, its memory in bytes, CPU cores and torch threads.
     """
     device = torch.device(device)
@@ -54,12 +54,14 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    if told := os.environ.get("CGGR_COMMIT"):
+        return told
     try:
         arguments = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **arguments).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **arguments).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CGGR_COMMIT")
+        return None
     return head + ("+" if changed else "")
 
 
