@@ -7,7 +7,16 @@ import pytest
 import cggr
 import cggr_core
 
-PUBLIC = ("CGGRLinearLoss", "CGGRLoss", "CGGRModel", "CGGRScorer", "Selection", "create_truncated_router")
+PUBLIC = (
+    "CGGRLinearLoss",
+    "CGGRLoss",
+    "CGGRModel",
+    "CGGRScorer",
+    "LearnedRouter",
+    "RememberedScores",
+    "Selection",
+    "create_truncated_router",
+)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

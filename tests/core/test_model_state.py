@@ -123,3 +123,13 @@ class TestMetrics:
         assert wrapped.metrics["engine"] == "interleaved"
         assert "router.transformer.wte.weight" in dict(wrapped.named_parameters())
         assert all(parameter.grad is None for parameter in router.parameters())
+
+    @pytest.mark.parametrize("gradient", ["exact", "kv", "detached", "sequence"])
+    def test_where_everything_is_kept_nothing_is_scored(self, gradient, monkeypatch):
+        looks = []
+        monkeypatch.setattr("cggr_core.readout.linear_token_statistics", lambda *args, **more: looks.append(args))
+        model, input_ids = ROUTABLE["llama"](), tokens()
+        wrapped = CGGRModel(model, create_truncated_router(model, 1), gradient=gradient, warmup_steps=2)
+        backward(wrapped, input_ids)
+        assert wrapped.metrics["keep_ratio"] == 1
+        assert not looks and "score_kept" not in wrapped.metrics

@@ -137,9 +137,7 @@ def test_example_ids_name_the_same_text_in_every_epoch():
 
 class TestRun:
     def test_remembers_over_epochs_and_reports_how_old_scores_are(self, tmp_path, data_files, console):
-        wanted = settings(
-            data_files, **{**REMEMBERED, "steps": 16, "batch_size": 32, "eval_every": 50, "save_every": 50}
-        )
+        wanted = settings(data_files, **REMEMBERED, steps=16, batch_size=32, eval_every=50, save_every=50)
         result = start_run(wanted, tmp_path / "run", console)
         train = [record for record in read_log(tmp_path / "run" / "log.jsonl") if record["event"] == "train"]
         assert train[0]["remembered"] < train[-1]["remembered"]

@@ -122,7 +122,9 @@ class CGGRModel(nn.Module):
             dynamic_threshold=dynamic_threshold,
             engine=engine,
         )
-        self.gradient, self.selection, self.scoring = gradient, selection, scoring
+        self.gradient = gradient
+        self.selection = selection
+        self.scoring = scoring
         self.num_strata = check_at_least("num_strata", num_strata, 1)
         self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)

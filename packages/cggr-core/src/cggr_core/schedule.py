@@ -36,7 +36,7 @@ class Schedule:
 
     Raises:
         TypeError: If an argument is not a number.
-        ValueError: If one is outside its range.
+        ValueError: If one is outside its range, or ``threshold_sensitivity`` is given without ``dynamic_threshold``.
 
     Example:
         >>> schedule = Schedule(min_tokens_ratio=0.5, warmup_steps=2)
@@ -57,6 +57,11 @@ class Schedule:
         self.warmup_steps = check_at_least("warmup_steps", warmup_steps, 0)
         self.dynamic_threshold = bool(dynamic_threshold)
         self.threshold_sensitivity = check_finite_number("threshold_sensitivity", threshold_sensitivity, minimum=0.0)
+        if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, 0.5):  # neither "off" nor the default
+            raise ValueError(
+                f"threshold_sensitivity={threshold_sensitivity} is read with dynamic_threshold=True only; switch that "
+                "on, or leave the sensitivity out"
+            )
         self._steps = 0
         # A tensor, because compiled code takes a changing Python number for a reason to compile anew.
         self._draws = torch.zeros((), dtype=torch.int64, device="cpu")

@@ -184,9 +184,14 @@ class TokenLoss(nn.Module):
         if logits:
             raise ValueError(f"in an earlier step, logits were NaN at {logits} countable position(s)")
 
+    @property
+    def _scores(self) -> bool:
+        """Whether the selection depends on scores: not a random one, and none where everything is kept."""
+        return self.selection != "random" and self.schedule.ratio < 1.0
+
     def _fields(self) -> frozenset[str]:
         """The statistics to compute; nll and confidence come almost free once any is computed."""
-        if self.selection == "random":
+        if not self._scores:
             return frozenset({"confidence"}) if self.schedule.dynamic_threshold else frozenset()
         return fields_for(self.scoring) | {"nll", "confidence"}
 
@@ -200,7 +205,9 @@ class TokenLoss(nn.Module):
     def _score(
         self, statistics: TokenStatistics | None, countable: Tensor, reference_nll: Tensor | None
     ) -> Tensor | None:
-        if self.selection == "random":
+        if reference_nll is not None and self.scoring != "excess":
+            raise ValueError(f"reference_nll is used by scoring='excess' alone, got scoring={self.scoring!r}")
+        if not self._scores:
             return None
         assert statistics is not None  # every other selection asks for fields
         scores = score(statistics, scoring=self.scoring, reference_nll=reference_nll)

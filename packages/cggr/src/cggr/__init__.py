@@ -7,7 +7,16 @@ first used; where the package is missing, the error names the extra that brings 
 from importlib import import_module
 from importlib.metadata import version
 
-from cggr_core import CGGRLinearLoss, CGGRLoss, CGGRModel, CGGRScorer, Selection, create_truncated_router
+from cggr_core import (
+    CGGRLinearLoss,
+    CGGRLoss,
+    CGGRModel,
+    CGGRScorer,
+    LearnedRouter,
+    RememberedScores,
+    Selection,
+    create_truncated_router,
+)
 
 __version__: str = version("cggr")
 
@@ -16,6 +25,8 @@ __all__ = [
     "CGGRLoss",
     "CGGRModel",
     "CGGRScorer",
+    "LearnedRouter",
+    "RememberedScores",
     "Selection",
     "__version__",
     "create_truncated_router",
