@@ -27,8 +27,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
     Returns:
         JSON-ready mapping: date (UTC, ISO 8601), commit (what the variable ``CGGR_COMMIT`` says, for a copy that is not
-        the repository; else with ``+`` when tracked files differ from it), python, system, versions of the installed packages,
-        device name, its memory in bytes, CPU cores and torch threads.
+        the repository; else with ``+`` when tracked files differ from it), python, system, versions of the installed
+        packages, device name, its memory in bytes, CPU cores and torch threads.
     """
     device = torch.device(device)
     versions = {}
