@@ -13,7 +13,7 @@ import nox
 ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
-TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate", "trl")
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate", "trl", "lightning")
 CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
 # With an option as well: core's routing, which is shut without transformers, and the loading of models.
 ONCE_MORE = {"cggr-core": ("[transformers]",), "cggr": ("[flash]",)}

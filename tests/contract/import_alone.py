@@ -14,7 +14,7 @@ from importlib.metadata import requires, version
 BLOCKABLE = {"cggr", "cggr_core", "cggr_kernels", "cggr_flash", "cggr_moe", "cggr_train", "transformers", "triton"}
 
 # Packages that need an extra: without it, importing them says which; with it, all of their modules import.
-BEHIND_EXTRA = {"cggr_core.routing": "cggr-core[transformers]"}
+BEHIND_EXTRA = {"cggr_core.routing": "cggr-core[transformers]", "cggr_train.lightning": "cggr-train[lightning]"}
 
 
 def required(distribution: str) -> set[str]:

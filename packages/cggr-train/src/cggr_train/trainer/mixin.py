@@ -201,4 +201,5 @@ def _at_least_one(num_items: Tensor | int | None) -> Any:
     # A step in which nothing is countable has a loss of 0, not of 0 / 0.
     if num_items is None:
         return None
-    return num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    # A whole number, and of a type that mixed precision does not round: FSDP2 casts what a forward is given.
+    return num_items.clamp(min=1).long() if isinstance(num_items, Tensor) else max(int(num_items), 1)

@@ -1,0 +1,112 @@
+"""The scripts under examples/ do what they say, on a tiny model and a few lines of text."""
+
+import json
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import LlamaForCausalLM
+
+from cggr_train.presets import load_model
+from tests.train.test_distributed import ENVIRONMENT, two_ranks
+from tests.train.trainer_kit import tiny_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CPU = [
+    "--use_cpu",
+    "true",
+    "--max_steps",
+    "2",
+    "--report_to",
+    "none",
+    "--save_strategy",
+    "no",
+    "--learning_rate",
+    "0.01",
+]
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path, texts):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(texts[:4]))
+    return path
+
+
+def example(name: str):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def was_trained(out: Path, model: Path) -> bool:
+    """Whether ``out`` holds the plain model with every parameter moved."""
+    trained, information = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(information[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before = dict(load_model(str(model)).named_parameters())
+    return all(not parameter.equal(before[name]) for name, parameter in trained.named_parameters())
+
+
+def test_plain_loop(tmp_path, model, text, capsys):
+    lines = (EXAMPLES / "plain_loop.py").read_text().split("def main", 1)[1].split("if __name__", 1)[0].splitlines()
+    assert len(lines) <= 30
+    example("plain_loop")(str(model), str(text), str(tmp_path / "out"), steps=20, batch_size=2, length=32)
+    assert was_trained(tmp_path / "out", model)
+    printed = capsys.readouterr().out
+    assert "step 1: loss" in printed and "kept 100%" in printed, "it starts with everything"
+    assert "kept 26%" in printed  # 8 of 31
+
+
+def test_accelerate_loop_is_the_same_on_two_ranks(tmp_path, model, text, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of whoever came first
+    sizes = {"steps": 2, "accumulate": 2, "length": 32}
+    example("accelerate_loop")(str(model), str(text), str(tmp_path / "one"), batch_size=4, **sizes)
+    script = tmp_path / "run.py"
+    path = str(EXAMPLES / "accelerate_loop.py")
+    script.write_text(
+        f"import runpy, sys\nrunpy.run_path({path!r})['main'](*sys.argv[1:], batch_size=2, **{sizes!r})\n"
+    )
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    command = two_ranks(script, model, text, tmp_path / "two")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step 2: kept") == 1
+    assert was_trained(tmp_path / "one", model)
+    one, two = (load_model(str(tmp_path / out)).parameters() for out in ("one", "two"))
+    assert max((a - b).abs().max() for a, b in zip(one, two, strict=True)) <= 1e-5
+
+
+def test_trainer_from_the_command_line_and_from_yaml(tmp_path, model, text):
+    data = ["--model", str(model), "--text", str(text), "--length", "32", "--min_tokens_ratio", "0.5"]
+    example("trainer")([*data, "--output_dir", str(tmp_path / "out"), *CPU])
+    assert was_trained(tmp_path / "out", model)
+    flags = [*data, *CPU, "--output_dir", str(tmp_path / "yaml")]
+    path = tmp_path / "settings.yaml"
+    # Quoted, a "no" is no boolean.
+    values = {
+        name[2:]: repr(value) if value == "no" else value for name, value in zip(flags[::2], flags[1::2], strict=True)
+    }
+    path.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
+    example("trainer")([str(path)])
+    one, two = (load_model(str(tmp_path / out)).parameters() for out in ("out", "yaml"))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers)[.]")  # what TRL sets by default
+def test_sft(tmp_path, model):
+    data = tmp_path / "data.jsonl"
+    rows = ({"prompt": f"{n} + {n} =", "completion": f" {2 * n}"} for n in range(32))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    example("sft")([*arguments, "--selection", "supervised", *CPU])
+    assert was_trained(tmp_path / "out", model)
