@@ -9,6 +9,14 @@ from tests.gpu.test_model_native import gradients, model, relative_error, tokens
 pytestmark = pytest.mark.gpu
 
 
+def varied(dtype: torch.dtype = torch.float32):
+    """A model whose scores differ from token to token; those of fresh weights are all but the same."""
+    base = model(dtype)
+    with torch.no_grad():
+        base.lm_head.weight.mul_(30)
+    return base
+
+
 def learned(base, gradient: str = "kv") -> CGGRModel:
     return CGGRModel(base, LearnedRouter(1, width=16, observed_tokens=96), gradient=gradient, selection="sampled")
 
@@ -16,7 +24,7 @@ def learned(base, gradient: str = "kv") -> CGGRModel:
 @pytest.mark.parametrize("gradient", ["kv", "detached", "exact"])
 def test_a_learned_router_equals_the_cpus(gradient):
     """The first selections: later ones follow predictions that differ by rounding."""
-    base, input_ids = model(), tokens()
+    base, input_ids = varied(), tokens()
     wrapped = learned(base, gradient)
     loss = wrapped(input_ids, labels=input_ids)
     loss.backward()
@@ -29,12 +37,12 @@ def test_a_learned_router_equals_the_cpus(gradient):
     torch.testing.assert_close(loss.detach().cpu(), expected.detach(), rtol=1e-4, atol=0)
     assert relative_error(found, gradients(base)) <= 1e-3
     for value, wanted in zip(weights, on_cpu.router.parameters(), strict=True):
-        assert (value - wanted).abs().max() <= 1e-4
+        assert (value - wanted).abs().max() <= 1e-3  # four steps of Adam move by up to 1.2e-2
 
 
 @pytest.mark.parametrize("router", ["learned", "remembered"])
 def test_no_host_reads_in_the_step(router):
-    base, input_ids = model(torch.bfloat16), tokens()
+    base, input_ids = varied(torch.bfloat16), tokens()
     memory = RememberedScores.empty(examples=10, length=300)
     wrapped = learned(base) if router == "learned" else CGGRModel(base, memory)
     extra = {} if router == "learned" else {"example_ids": torch.tensor([3, 0, 7])}
@@ -58,7 +66,7 @@ def test_no_host_reads_in_the_step(router):
 
 
 def test_the_step_of_a_learned_router_is_one_cuda_graph():
-    base, input_ids = model(), tokens()
+    base, input_ids = varied(), tokens()
     wrapped = learned(base)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
