@@ -202,11 +202,14 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
                 row = result["rows"].get(key)
                 value = row[field] / scale if row else 0.0
                 why = result["settings"]["not_measured"].get(key, "")
-                text = f" {value:.3g}" if row else " out of memory" if why == "out of memory" else " does not run"
+                short = why if why == "out of memory" else "does not run" if "kernel" in why else "not measured"
+                text = f" {value:.3g}" if row else f" {short}"
                 axes.barh(place, value, color="0.6" if name == CONTROL else "#2a6f97", height=0.65)
                 axes.text(value, place, text, va="center", fontsize=7, color="black" if row else "0.45")
             axes.set_yticks(range(len(names)), names, fontsize=7)
             axes.margins(x=0.17)
+            if not any(f"{what}, {name}" in result["rows"] for name in names):
+                axes.set_xlim(0, 1)
             axes.tick_params(axis="x", labelsize=7)
             batch = result["settings"]["batch"]
             axes.set_title(f"{what}, {batch} x {length} tokens", fontsize=8, loc="left")

@@ -97,7 +97,7 @@ def test_auto_takes_the_first_that_works(caplog):
     with caplog.at_level("INFO", logger="cggr_flash"):
         model = enable_flash_attention(llama())
     assert model.config._attn_implementation in WORKING[:1] or "not " + WORKING[0] in caplog.text
-    assert len(caplog.records) == 1
+    assert [record.name for record in caplog.records].count("cggr_flash") == 1
     assert f"runs on {model.config._attn_implementation!r}" in caplog.text
 
 
