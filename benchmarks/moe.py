@@ -4,7 +4,9 @@ For each shape and each distribution of the load: two dense products of the same
 with its loop over experts and with ``grouped_mm``, eager (the control) and compiled, Liger's fused experts behind the
 same router, and this project's layer. All share one set of parameters. Times are medians of CUDA events, queued behind
 a wait and taken in turns; launches are counted by the profiler; ``bar`` rows hold what is to be reached and whether it
-was. ``--compile-only`` runs everything once, so that compilers fill their caches before the measurement.
+was. ``--compile-only`` runs everything once, so that compilers fill their caches before the measurement: Liger's
+kernels are tuned over some hundred configurations, which takes minutes per shape and is kept between runs with
+``TRITON_CACHE_AUTOTUNING=1``.
 """
 
 from __future__ import annotations
@@ -259,23 +261,24 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     rows = result["rows"]
     shapes = [name for name in map(str, SHAPES) if f"{name}, {DISTRIBUTIONS[0]}, {PASSES[0]}: {OURS}" in rows]
-    names = [CONTROL, "grouped_mm, compiled", "Liger", "loop", OURS]
-    colours = ["0.55", "0.75", "#c9a227", "0.88", "#2a6f97"]
+    colours = {CONTROL: "0.55", "grouped_mm, compiled": "0.75", "Liger": "#c9a227", "loop": "0.88", OURS: "#2a6f97"}
+    names = [name for name in colours if f"{shapes[0]}, {DISTRIBUTIONS[0]}, {PASSES[0]}: {name}" in rows]
+    distributions = [name for name in DISTRIBUTIONS if f"{shapes[0]}, {name}, {PASSES[0]}: {OURS}" in rows]
     figure = Figure(figsize=(10, 2.1 * len(shapes) + 0.7), layout="constrained")
     panels = figure.subplots(len(shapes), len(PASSES), squeeze=False, sharey="row")
     for shape, line in zip(shapes, panels, strict=True):
         for what, axes in zip(PASSES, line, strict=True):
-            for place, distribution in enumerate(DISTRIBUTIONS):
+            for place, distribution in enumerate(distributions):
                 op = f"{shape}, {distribution}, {what}"
-                for offset, (name, colour) in enumerate(zip(names, colours, strict=True)):
+                for offset, name in enumerate(names):
                     if row := rows.get(f"{op}: {name}"):
                         height = row["flop_per_second"] / 1e12
-                        at = place + (offset - 2) * 0.17
-                        axes.bar(at, height, 0.16, color=colour, label=name if place == 0 else None)
+                        at = place + (offset - (len(names) - 1) / 2) * 0.17
+                        axes.bar(at, height, 0.16, color=colours[name], label=name if place == 0 else None)
                 if row := rows.get(f"{op}: {DENSE}"):
                     height = row["flop_per_second"] / 1e12
                     axes.plot([place - 0.45, place + 0.45], [height] * 2, color="#b23a48", lw=1.2)
-            axes.set_xticks(range(len(DISTRIBUTIONS)), DISTRIBUTIONS, fontsize=7)
+            axes.set_xticks(range(len(distributions)), distributions, fontsize=7)
             axes.tick_params(axis="y", labelsize=7)
             axes.set_title(f"{shape}, {what}", fontsize=8, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
@@ -288,12 +291,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace, table: Table, shapes: Sequence[Shape]) -> None:
-    """Measure the shapes one after the other; each is written as soon as it is there."""
+    """Measure the shapes one after the other; what is measured is written at once."""
     for shape in shapes:
         problem = Problem(shape, "cuda", arguments.tokens)
         layers = problem.candidates(arguments.compiled, arguments.peers)
         for distribution in arguments.distributions:
             compare(table, problem, distribution, layers)
+            if not arguments.compile_only:
+                write(arguments, table)
         compare_masked(table, problem)
         if not arguments.compile_only:
             describe(table, problem, layers)
