@@ -54,7 +54,7 @@ class Table(NamedTuple):
     group: Blocks
 
 
-# Chosen by what was measured on an H200 (see benchmarks/moe.py); fixed, so that sums are made in the same order always.
+# Chosen by what was measured on an H200; fixed, so that sums are made in the same order always.
 HALF_BLOCKS = Table(
     up=Blocks(128, 128, 64, 8, 8, 4, True),
     rows=Blocks(128, 256, 64, 8, 8, 4, True),
