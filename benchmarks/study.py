@@ -49,7 +49,6 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
     shared: dict[str, Any] = {
         "seeds": arguments.seeds,
         "parallel": arguments.parallel,
-        "cuda_graph": arguments.cuda_graph,
         "calibration_seconds": arguments.calibration_seconds,
         "draws": 4,
     }
@@ -148,7 +147,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each run of batch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int)
-    parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--calibration-seconds", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prepare", action="store_true", help="write what the study starts from, and stop")
@@ -172,10 +170,7 @@ def main() -> None:
     train = {name: value for name, value in dataclasses.asdict(asked.train).items() if name not in ("data", "heldout")}
     train["model"] = "the standard run of study_scratch_selections, seed 0" if train["model"] else None
     noted = {
-        **{
-            name: getattr(asked, name)
-            for name in ("seeds", "equal", "parallel", "draws", "gradient_batches", "cuda_graph")
-        },
+        **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
         "seed": asked.train.seed,
         "train": train,
         "text": arguments.field if arguments.experiment == "finetune" else "source of Python's standard library",

@@ -47,7 +47,6 @@ def study(
     draws: Annotated[int, typer.Option(help="Gradients drawn of each arm and held-out batch; 0: none.")] = 8,
     gradient_batches: Annotated[int, typer.Option(help="Held-out batches on which gradients are compared.")] = 2,
     parallel: Annotated[int | None, typer.Option(help="Runs at a time on one device.")] = None,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay each arm's step as a CUDA graph.")] = False,
     calibration_seconds: Annotated[float, typer.Option(help="How long each arm's step is timed.")] = 4.0,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -108,7 +107,6 @@ def study(
                 draws=draws,
                 gradient_batches=gradient_batches,
                 parallel=parallel,
-                cuda_graph=cuda_graph,
                 calibration_seconds=calibration_seconds,
             )
             result = start_study(settings, out, console)

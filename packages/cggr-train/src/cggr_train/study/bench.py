@@ -17,7 +17,6 @@ from cggr_train.learner import Learner, build_learner
 from cggr_train.loop import Budget, LearningRate, LoopSettings, build_optimizer
 from cggr_train.presets import build_config, build_model, load_model
 from cggr_train.study.arms import Arm
-from cggr_train.study.graphed import GraphedLearner
 from cggr_train.study.settings import StudySettings
 from cggr_train.tokenizer import load_tokenizer
 
@@ -75,9 +74,7 @@ class Bench:
         """Model (with the weights in a folder, where given), optimizer and data of one run."""
         model = self.model(seed, folder=weights)
         torch.manual_seed(seed)
-        learner: Learner = build_learner(model, arm.method, arm.routing, seed=seed)
-        if self.settings.cuda_graph:
-            learner = GraphedLearner(learner)
+        learner = build_learner(model, arm.method, arm.routing, seed=seed)
         optimizer = build_optimizer(learner.model, weight_decay=self.settings.train.weight_decay)
         batches = Batches(self.tokens.train, length=self.settings.train.length, batch_size=arm.batch_size, seed=seed)
         return Training(learner, optimizer, batches)

@@ -75,8 +75,6 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     if (folder / STUDY).exists():
         raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")
     where = places(settings.train.device, settings.parallel)
-    if settings.cuda_graph and where[0][0].type != "cuda":
-        raise InputError(f"--cuda-graph needs a CUDA device, and the study runs on {where[0][0]}")
     model, _, _ = prepare(settings.train, folder, console)
     arms = plan_arms(
         settings.train.routing, gradients=settings.gradients, ratios=settings.ratios, selections=settings.selections,

@@ -33,8 +33,6 @@ class StudySettings:
         draws: Gradient estimates of each arm on each held-out batch; 0 leaves the gradients out.
         gradient_batches: Held-out batches on which gradients are compared.
         parallel: Runs at a time on one device; None is one on an accelerator and one per core on a CPU.
-        cuda_graph: Record each arm's forward and backward as a CUDA graph and replay it, see
-            :class:`cggr_train.study.graphed.GraphedLearner`.
         calibration_seconds: How long each arm's step is timed, in two turns.
 
     Raises:
@@ -53,7 +51,6 @@ class StudySettings:
     draws: int = 8
     gradient_batches: int = 2
     parallel: int | None = None
-    cuda_graph: bool = False
     calibration_seconds: float = 4.0
 
     def __post_init__(self) -> None:
