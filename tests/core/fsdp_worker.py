@@ -23,6 +23,8 @@ SETTINGS = (
     {"gradient": "detached", "router": 1},
     {"gradient": "sequence", "min_tokens_ratio": 1.0},
 )
+# How Accelerate groups what stands before and after the layers, besides the plainest way.
+LAYOUTS = ("layers and root", "ends apart", "ends apart, tied")
 
 
 def main(rank: int, store: str) -> None:
@@ -35,24 +37,30 @@ def main(rank: int, store: str) -> None:
     count = (labels[:, 1:] != -100).sum()
     mine = slice(2 * rank, 2 * rank + 2)
 
-    def build(settings: dict, *, checkpointed: bool) -> CGGRModel:
-        model = ROUTABLE["llama"]().train()
-        if checkpointed:
+    def build(settings: dict, layout: str) -> CGGRModel:
+        model = ROUTABLE["llama"](tie_word_embeddings="tied" in layout).train()
+        if layout != "layers and root":
             checkpoint_activations(model)
         depth = settings.get("router")
         router = None if depth is None else create_truncated_router(model, num_layers=depth)
         return CGGRModel(model, **{**settings, "router": router}).train()
 
-    for checkpointed in (False, True):
+    for layout in LAYOUTS:
         for settings in SETTINGS:
-            whole = build(settings, checkpointed=checkpointed)
+            whole = build(settings, layout)
             whole(input_ids, labels=labels, draw=0).backward()
             wanted = gradients(whole.model)
-            routed = build(settings, checkpointed=checkpointed)
+            routed = build(settings, layout)
             model = routed.model
             for layer in model.model.layers:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-            fully_shard(model, mesh=mesh, reshard_after_forward=checkpointed)
+            if layout == "ends apart":
+                fully_shard(model.get_input_embeddings(), mesh=mesh)
+                fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+            if layout == "ends apart, tied":
+                ends = [model.model.norm, model.get_input_embeddings(), model.lm_head]
+                fully_shard(ends, mesh=mesh, reshard_after_forward=False)
+            fully_shard(model, mesh=mesh)
             with routed.in_place():
                 # FSDP2 takes the mean over ranks, so each divides by its share of the global count.
                 loss = model(
@@ -61,7 +69,7 @@ def main(rank: int, store: str) -> None:
             loss.backward()
             found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
             error = relative_error(found, wanted)
-            assert error <= 1e-5, (settings, checkpointed, error)
+            assert error <= 1e-5, (settings, layout, error)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,150 @@
+"""Tokens per second on one and on more devices: DDP and FSDP2, the standard step and CGGR's, with the optimizer.
+
+``torchrun --nproc-per-node 1 -m benchmarks.distributed 1b``, then with 2: NCCL on GPUs, gloo for the shape ``cpu``.
+Every rank has the shape's whole batch (weak scaling), and the loss is divided by the tokens of all ranks. A file for
+each number of ranks; ``tokens_per_second`` counts all ranks' tokens. The two steps of an engine are timed in turns, by
+the slowest rank.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import _record
+from benchmarks.step_time import SEED, SHAPES, Shape
+from cggr_core import CGGRModel
+
+RATIO = 0.25
+CONTROL = "standard, DDP"
+
+
+def on_this_rank(shape: Shape) -> Shape:
+    """The shape on this rank's device."""
+    device = "cpu" if shape.device == "cpu" else f"{shape.device}:{os.environ['LOCAL_RANK']}"
+    return Shape(**{**vars(shape), "device": device})
+
+
+def parallel(shape: Shape, engine: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and what averages its gradients: DDP around it, or FSDP2 in it."""
+    model = shape.model()
+    if engine == "DDP":
+        return model, DistributedDataParallel(model)
+    mesh = init_device_mesh(torch.device(shape.device).type, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, model
+
+
+def make_step(shape: Shape, engine: str, method: str, tokens: Tensor) -> Callable[[], None]:
+    """A training step of this rank."""
+    model, called = parallel(shape, engine)
+    routed = CGGRModel(model, min_tokens_ratio=RATIO, seed=SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    world = dist.get_world_size()
+    # An int: floating numbers are cast by mixed precision on their way into a model.
+    num_items = tokens.shape[0] * (tokens.shape[1] - 1) * world
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        if method == "standard":
+            more = {"use_cache": False, "num_items_in_batch": num_items}
+            loss = called(input_ids=tokens, labels=tokens, **more).loss
+        else:
+            place = {"draw": done, "first_row": dist.get_rank() * tokens.shape[0]}
+            with routed.in_place():
+                loss = called(input_ids=tokens, labels=tokens, num_items=num_items, **place)
+        (loss * world).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += 1
+
+    return step
+
+
+def slowest(seconds: float) -> float:
+    """The largest of the ranks' times."""
+    both = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return float(both)
+
+
+def measure(shape: Shape, engine: str, *, rounds: int, warmup: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of a step of both methods under one engine."""
+    generator = torch.Generator().manual_seed(SEED + dist.get_rank())
+    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length), generator=generator).to(shape.device)
+    made = {f"{method}, {engine}": make_step(shape, engine, method, tokens) for method in ("standard", "CGGR")}
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(warmup + rounds):
+        for name, step in made.items():
+            wait(shape)
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            wait(shape)
+            passed = slowest(time.perf_counter() - start) / steps
+            if turn >= warmup:
+                seconds[name].append(passed)
+                if dist.get_rank() == 0:
+                    print(f"{name}: {passed * 1e3:.1f} ms a step", flush=True)
+    return seconds
+
+
+def wait(shape: Shape) -> None:
+    """Wait for this rank's device."""
+    if torch.device(shape.device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Run one shape on the ranks of this launch; rank 0 writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a round")
+    parser.add_argument("--batch", type=int, help="sequences of a rank, instead of the shape's own")
+    parser.add_argument("--length", type=int, help="tokens of a sequence, instead of the shape's own")
+    options = parser.parse_args()
+    dist.init_process_group()
+    shape = on_this_rank(SHAPES[options.shape])
+    sizes = {name: value for name in ("batch", "length") if (value := getattr(options, name))}
+    shape = Shape(**{**vars(shape), **sizes})
+    if torch.device(shape.device).type == "cuda":
+        torch.cuda.set_device(shape.device)
+    seconds: dict[str, list[float]] = {}
+    for engine in ("DDP", "FSDP2"):
+        timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
+        seconds |= measure(shape, engine, **timing)
+    ranks = dist.get_world_size()
+    if dist.get_rank() == 0:
+        tokens = shape.batch * shape.length * ranks
+        rows = {
+            name: _record.summary(samples)
+            | {"unit": "s", "tokens_per_second": _record.summary([tokens / value for value in samples])}
+            | {"ratio": _record.summary([a / b for a, b in zip(seconds[CONTROL], samples, strict=True)])}
+            for name, samples in seconds.items()
+        }
+        settings = {
+            "ranks": ranks, "backend": dist.get_backend(), "batch_of_a_rank": shape.batch, "sequence": shape.length,
+            "layers": shape.layers, "hidden": shape.hidden, "vocabulary": shape.vocab, "dtype": str(shape.dtype),
+            "keep_ratio": RATIO, "optimizer": "AdamW", "seed": SEED, **timing,
+        }  # fmt: skip
+        name = f"distributed_{options.shape}_{ranks}"
+        path = _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
+        _record.plot(_record.load(name), path.with_suffix(".png"), field="tokens_per_second", label="tokens per second")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
