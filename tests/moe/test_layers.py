@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
+from cggr_core import CGGRScorer
 from cggr_moe import PersistentTRMLP, create_persistent_tr_mlp
 
 
@@ -68,6 +69,21 @@ def test_masked_tokens_get_zeros_and_change_nothing():
     assert (nothing == 0).all()
     assert zero == 0
     assert zero.requires_grad
+
+
+def test_takes_the_mask_of_a_scorer():
+    embedding = torch.nn.Embedding(32, 16)
+
+    def router(input_ids, **_):
+        return embedding(input_ids) @ embedding.weight.t()
+
+    input_ids = torch.randint(0, 32, (2, 16))
+    _, mask, _ = CGGRScorer(router, min_tokens_ratio=0.25)(input_ids)
+    layer = make()
+    out, _ = layer(embedding(input_ids), mask)
+    assert 0 < mask.sum() < mask.numel()
+    assert (out.abs().sum(-1) > 0).equal(mask)
+    assert layer.metrics["tokens_per_expert"].sum() == 2 * mask.sum()
 
 
 def test_losses_and_metrics():
