@@ -14,11 +14,12 @@ COLOURS = {"standard": "0.3", "equal_cost": "0.55", "batch": "0.75", "random": "
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Losses of all arms with their 95% intervals, one panel for each reading; beside the JSON file."""
-    rows = result["rows"]
+    """Losses of all arms with their 95% intervals, one panel for each reading that holds; beside the JSON file."""
+    rows, unreliable = result["rows"], result["settings"].get("unreliable", [])
+    readings = {reading: title for reading, title in READINGS.items() if reading not in unreliable}
     figure = Figure(figsize=(13, 1.4 + 0.3 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(READINGS), sharey=True)
-    for axes, (reading, title) in zip(panels, READINGS.items(), strict=True):
+    panels = figure.subplots(1, len(readings), sharey=True)
+    for axes, (reading, title) in zip(panels, readings.items(), strict=True):
         _panel(axes, rows, reading)
         axes.set_title(title, fontsize=10, loc="left")
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows.values()], fontsize=8)
@@ -27,7 +28,7 @@ def draw(result: dict[str, Any]) -> None:
     amounts = settings["amounts"]
     figure.suptitle(
         f"{result['benchmark']}: held-out loss, nats per token, {settings['seeds']} seeds, 95% intervals. "
-        f"{amounts['tokens'] / 1e3:,.0f}k tokens, {amounts['time']:.2f} s, {amounts['kept'] / 1e3:,.0f}k kept tokens. "
+        f"{amounts['tokens'] / 1e3:,.0f}k tokens, {amounts['kept'] / 1e3:,.0f}k kept tokens. "
         f"{result['environment']['device']}",
         fontsize=9, x=0.01, ha="left",
     )  # fmt: skip
@@ -51,3 +52,5 @@ if __name__ == "__main__":
         found = _record.load(path.stem)
         if "amounts" in found["settings"]:
             draw(found)
+        else:
+            _record.plot(found, path.with_suffix(".png"), label="seconds")
