@@ -29,19 +29,18 @@ ACTIVATIONS = ("swiglu",)
 
 
 class PersistentTRMLP(nn.Module):
-    r"""Token-routed MLP: each token goes to the ``top_k`` best of ``num_experts`` SwiGLU experts, and none is dropped.
+    """Token-routed MLP: each token goes to the ``top_k`` best of ``num_experts`` SwiGLU experts, and none is dropped.
 
-    With router probabilities :math:`p = \mathrm{softmax}(W_g x)` the output of a token is the sum over its experts of
-    :math:`w_e \, W^{down}_e (\mathrm{silu}(W^{gate}_e x) \odot W^{up}_e x)`, where the weights :math:`w_e` are the
-    chosen probabilities, divided by their sum if ``norm_topk_prob``. On CUDA it runs in the persistent kernels of
-    cggr-kernels: one launch per stage whatever the number of experts, nothing read back by the host, bitwise the same
-    from run to run. Elsewhere it runs in torch, with the same results.
+    With router probabilities ``p = softmax(gate.weight @ x)`` the output of a token is the sum over its experts ``e`` of
+    ``w_e · down_e (silu(gate_e x) * up_e x)``, where the weights ``w_e`` are the chosen probabilities, divided by their
+    sum if ``norm_topk_prob``. On CUDA it runs in the persistent kernels of cggr-kernels: one launch per stage whatever
+    the number of experts, nothing read back by the host, bitwise the same from run to run. Elsewhere it runs in torch,
+    with the same results.
 
     The auxiliary loss is the load-balancing loss of the Switch Transformer (Fedus et al., 2021, equations 4 to 6, taken
-    over all ``top_k`` choices): :math:`E \sum_e f_e P_e` with :math:`f_e` the share of the choices that fell on expert
-    e and :math:`P_e` its mean probability. It is 1 when the load is balanced and at most E. With ``z_loss`` > 0,
-    ``z_loss`` times the mean squared log-sum-exp of the router's logits is added (ST-MoE, Zoph et al., 2022,
-    equation 5).
+    over all ``top_k`` choices): ``E · Σ_e f_e P_e`` with ``f_e`` the share of the choices that fell on expert e and
+    ``P_e`` its mean probability. It is 1 when the load is balanced and at most E. With ``z_loss`` > 0, ``z_loss`` times
+    the mean squared log-sum-exp of the router's logits is added (ST-MoE, Zoph et al., 2022, equation 5).
 
     Loss-free balancing (Wang et al., 2024, arXiv 2408.15664) is on with ``router_bias``: a bias per expert is added to
     the probabilities for the choice, not for the weights; call :meth:`update_router_bias` after each optimizer step.
