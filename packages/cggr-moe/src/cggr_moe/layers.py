@@ -31,7 +31,7 @@ ACTIVATIONS = ("swiglu",)
 class PersistentTRMLP(nn.Module):
     """Token-routed MLP: each token goes to the ``top_k`` best of ``num_experts`` SwiGLU experts, and none is dropped.
 
-    With router probabilities ``p = softmax(gate.weight @ x)`` the output of a token is the sum over its experts ``e`` of
+    With router probabilities ``p = softmax(gate.weight @ x)`` the output of a token is the sum over its experts of
     ``w_e · down_e (silu(gate_e x) * up_e x)``, where the weights ``w_e`` are the chosen probabilities, divided by their
     sum if ``norm_topk_prob``. On CUDA it runs in the persistent kernels of cggr-kernels: one launch per stage whatever
     the number of experts, nothing read back by the host, bitwise the same from run to run. Elsewhere it runs in torch,
