@@ -35,7 +35,7 @@ def selections(monkeypatch):
 
 
 @pytest.mark.parametrize(("gradient", "engine"), [*ROUTED, ("exact", None)])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "opt", "bert-masked", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "bert-masked", "mixtral"])
 def test_the_step_is_that_of_the_selection(name, gradient, engine, selections):
     """Loss and gradients are those of a model without a router that is given the same selection."""
     model, input_ids = ROUTABLE[name](), tokens()
@@ -54,7 +54,7 @@ def test_learns_in_every_mode(gradient):
     model, input_ids = ROUTABLE["llama"](), tokens(rows=6, length=24)
     wrapped = learned(model, gradient=gradient)
     correlations = []
-    for _ in range(40):
+    for _ in range(25):
         wrapped(input_ids, labels=input_ids)
         correlations.append(wrapped.metrics["router_correlation"].item())
     assert correlations[0] == 0
@@ -125,11 +125,11 @@ def test_observed_tokens_are_drawn_with_the_same_probability():
     slots = torch.arange(10).expand(2, 10)
     whole = Observation(slots[..., None].float(), slots, slots.float(), torch.arange(2), slots)
     counts = torch.zeros(10)
-    for draw in range(2000):
+    for draw in range(800):
         thinned = whole.thinned(6, seed=0, draw=torch.tensor(draw))
         assert thinned.targets.shape == (2, 3)
         counts[thinned.targets[0]] += 1
-    torch.testing.assert_close(counts / 2000, torch.full((10,), 0.3), rtol=0, atol=0.05)
+    torch.testing.assert_close(counts / 800, torch.full((10,), 0.3), rtol=0, atol=0.07)
     assert whole.thinned(100, seed=0, draw=torch.tensor(0)) is whole
 
 

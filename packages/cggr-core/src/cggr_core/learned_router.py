@@ -51,7 +51,7 @@ class LearnedRouter(nn.Module):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from cggr_core import CGGRModel
+        >>> from cggr_core import CGGRModel, LearnedRouter
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         ...                      num_attention_heads=4)
         >>> model = CGGRModel(LlamaForCausalLM(config), LearnedRouter(depth=1)).train()

@@ -40,7 +40,7 @@ class RememberedScores:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from cggr_core import CGGRModel
+        >>> from cggr_core import CGGRModel, RememberedScores
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=4)
         >>> memory = RememberedScores.empty(examples=100, length=16)
