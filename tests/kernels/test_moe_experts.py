@@ -76,6 +76,16 @@ def test_null_choices(device):
     assert all((value == 0).all() for value in nothing)
 
 
+def test_weights_that_begin_anywhere(device):
+    x, gate_up, down, index, weight = problem(3, 8, 8, 1, 1, torch.float32, device)
+    storage = torch.empty(gate_up.numel() + 1, device=device)
+    moved = storage[1:].view_as(gate_up).copy_(gate_up)
+    assert moved.data_ptr() % products.ALIGNMENT
+    assert products._described(moved, 1, 8, 8).base.data_ptr() % products.ALIGNMENT == 0
+    expected = moe_experts(x, gate_up, down, index, weight)
+    assert torch.equal(moe_experts(x, moved, down, index, weight), expected)
+
+
 def test_no_tokens(device):
     x, gate_up, down, index, weight = problem(2, 8, 8, 2, 1, torch.float32, device)
     values = run(moe_experts, x[:0], gate_up, down, index[:0], weight[:0])

@@ -14,9 +14,8 @@ from cggr_kernels._checks import check_device, check_float, check_index
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._dispatch import SEGMENT
 from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan
-from cggr_kernels.moe_products import group_product, row_product, swiglu_gradient, up
+from cggr_kernels.moe_products import ALIGNMENT, group_product, row_product, swiglu_gradient, up
 
-ALIGNMENT = 16  # bytes between rows that the copy engine can start at
 MAX_ROWS = 2**30  # twice as many are numbered in int32
 
 

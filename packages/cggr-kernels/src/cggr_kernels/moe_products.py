@@ -17,6 +17,7 @@ from cggr_kernels.moe_details._products import group_product_kernel, row_product
 from cggr_kernels.moe_details._swiglu import swiglu_gradient_kernel
 from cggr_kernels.moe_plan import Plan
 
+ALIGNMENT = 16  # bytes between rows that the copy engine can start at
 _SWIGLU_ROWS = 8
 _SWIGLU_BLOCK = 256
 
@@ -94,6 +95,9 @@ def _precision() -> str:
 
 
 def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """Descriptor of ``tensor``, or of a copy where it begins at an address that the copy engine cannot start at."""
+    if tensor.data_ptr() % ALIGNMENT:
+        tensor = tensor.clone()
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
