@@ -128,10 +128,11 @@ def test_inputs_that_a_copy_engine_cannot_address(device):
 
 
 @pytest.mark.parametrize("D", [24, 72, 136])
-def test_blocks_for_much_shared_memory(D, monkeypatch, device):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_blocks_for_much_shared_memory(D, dtype, monkeypatch, device):
     monkeypatch.setattr(module, "_has_much_shared_memory", lambda device: True)
-    check_against_truth(*problem(1, 20, 70, 4, 2, D, torch.float16, device))
-    inputs = problem(1, 20, 70, 3, 1, D, torch.float16, device, segments=True)
+    check_against_truth(*problem(1, 20, 70, 4, 2, D, dtype, device))
+    inputs = problem(1, 20, 70, 3, 1, D, dtype, device, segments=True)
     check_against_truth(*inputs[:5], inputs[5], 30, 4.0)
 
 
