@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import cggr_kernels.routed_attention as attention
+import cggr_kernels._routed_attention_launch as attention
 from cggr_kernels.difficulty import difficulty, difficulty_reference
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from cggr_kernels.linear_difficulty import linear_difficulty, linear_difficulty_reference

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import cggr_kernels.routed_attention as module
+import cggr_kernels._routed_attention_launch as module
 from cggr_kernels.routed_attention import routed_attention, routed_attention_reference
 
 
