@@ -100,7 +100,7 @@ def plan_arms(
         >>> arms = plan_arms(Routing(), gradients=["kv"], ratios=[0.25], selections=["topk"], scorings=["loss"],
         ...                  batch_size=8, num_layers=4)
         >>> [arm.name for arm in arms]
-        ['standard', 'standard-b5', 'kv-0.25-random', 'kv-0.25-topk-loss']
+        ['standard', 'standard-b4', 'standard-b5', 'kv-0.25-random', 'kv-0.25-topk-loss']
     """
     standard = [Arm("standard", f"standard, batch {batch_size}", "standard", "standard", batch_size)]
     equal: dict[int, Arm] = {}
