@@ -124,7 +124,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, and that every public name is fully typed."""
-    install(session, "pyright[nodejs]", "nox", "griffe", packages=PACKAGES)
+    install(session, "pyright[nodejs]", "nox", "griffe", "lightning", packages=PACKAGES)
     session.run("pyright", *session.posargs)
     for package in PACKAGES:
         arguments = ("--outputjson", "--ignoreexternal", "--verifytypes", module(package))
