@@ -115,7 +115,7 @@ def records(folder):
 @pytest.mark.skipif(os.name != "posix", reason="signals end a process so on POSIX only")
 def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     out = tmp_path / "study"
-    settings = ["--steps", 40, "--seeds", 2, "--parallel", 1, "--draws", 0, "--calibration-seconds", 0.1]
+    settings = ["--steps", 12, "--seeds", 2, "--parallel", 1, "--draws", 0, "--calibration-seconds", 0.1]
     start = cggr("study", data, *SMALL, *settings, "--equal", "tokens", "--device", "cpu", "--out", out)
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         for line in process.stdout:

@@ -88,6 +88,7 @@ def test_stopping_hands_out_nothing_more_and_lets_workers_save(pool, tmp_path):
 
 def test_places_for_workers(monkeypatch):
     monkeypatch.setattr("cggr_train.study.pool.cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert places("cpu", None) == [(CPU, 1)] * 4
     assert places("cpu", 2) == [(CPU, 2)] * 2
     with pytest.raises(InputError, match="--device nowhere cannot be used"):

@@ -49,12 +49,17 @@ def places(device: str, parallel: int | None) -> list[tuple[torch.device, int]]:
     first = pick_device(device)
     if first.type == "cpu":
         count = parallel or cores()
-        return [(first, max(1, cores() // count))] * count
+        return [(first, _threads(count))] * count
     devices = [first]
     if device == "auto":
         devices = [torch.device(first.type, number) for number in range(torch.accelerator.device_count())]
     workers = [found for _ in range(parallel or 1) for found in devices]
-    return [(found, max(1, cores() // len(workers))) for found in workers]
+    return [(found, _threads(len(workers))) for found in workers]
+
+
+def _threads(workers: int) -> int:
+    """Each worker's share of the threads that torch would take here (``OMP_NUM_THREADS`` limits them)."""
+    return max(1, torch.get_num_threads() // workers)
 
 
 def cores() -> int:
