@@ -18,6 +18,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cggr_core import CGGRModel
+
 __all__ = ["CGGRModule"]
 
 
@@ -50,6 +52,8 @@ class CGGRModule(lightning.LightningModule):
         >>> module.routed.gradient
         'kv'
     """
+
+    routed: CGGRModel
 
     def __init__(
         self,
