@@ -184,7 +184,7 @@ def launch_gradient(
     gradients = _Gradients(rows, weight, needs)
     if M:
         chunks = _chunks(M, V)
-        buffer = torch.empty(M * chunks[0][1], dtype=rows.dtype, device=rows.device)
+        raw = buffer = torch.empty(M * chunks[0][1], dtype=rows.dtype, device=rows.device)
         for start, end in chunks:
             raw = _raw(buffer, rows, weight, bias, start, end)
             gradients.add(_differentiate(raw, buffer, targets, lse, upstream, start, softcap, scale), start, end)
@@ -223,13 +223,13 @@ def launch_sum(
     gradients = _Gradients(rows, weight, needs)
     state_3M = _start(M, rows.device)
     chunks = _chunks(M, V, max_logits)
-    buffer = torch.empty(M * chunks[0][1], dtype=rows.dtype, device=rows.device)
+    raw = buffer = torch.empty(M * chunks[0][1], dtype=rows.dtype, device=rows.device)
     kept = {}
     for number, (start, end) in enumerate(chunks):
         # The logits of a chunk take the place of M / H chunks of the weight's gradient, its own first: they are used
         # up before any of those is written.
         place = gradients.d_weight.view(-1)[start * H :]
-        fits = number % triton.cdiv(M, H) == 0 and place.numel() >= M * (end - start)
+        fits = number % -(-M // H) == 0 and place.numel() >= M * (end - start)
         raw = _raw(place if fits else buffer, rows, weight, bias, start, end)
         if fits or len(chunks) == 1:
             kept[start] = raw

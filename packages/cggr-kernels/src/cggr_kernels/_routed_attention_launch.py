@@ -99,7 +99,7 @@ def _statistics(table: dict[int, Blocks], q: Tensor, HKV: int) -> Tensor:
 
 
 def _padded_dim(x: Tensor) -> int:
-    return max(16, triton.next_power_of_2(x.shape[-1]))
+    return max(16, int(triton.next_power_of_2(x.shape[-1])))
 
 
 def _arguments(
