@@ -67,13 +67,13 @@ def test_rows_weights_softcap_and_scale(softcap, scale, reduction, device):
     check_against_truth(hidden, weight, targets, row_index, everywhere, None, *rest, upstream=upstream)
 
 
-@pytest.mark.parametrize(("M", "H"), [(5, 16), (16, 16), (33, 16), (50, 3)])
-@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
+@pytest.mark.parametrize(("M", "H"), [(5, 16), (16, 16), (17, 16), (13, 5)])
+@pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_sums_with_logits_in_the_place_of_the_gradient(M, H, factor, device):
-    """All, every second, third or seventeenth chunk fits; what comes from above scales every gradient."""
-    hidden, weight, targets, bias = problem(M, H, 300, torch.float32, device, bias=True)
+    """All chunks, every second or every third fits; what comes from above scales every gradient."""
+    hidden, weight, targets, bias = problem(M, H, 200, torch.float32, device, bias=True)
     upstream = torch.tensor(factor, device=device)
-    for max_logits in (None, M * 300):
+    for max_logits in (None, M * 200):
         rest = (None, None, -100, "sum", max_logits)
         check_against_truth(hidden, weight, targets, None, None, bias, *rest, upstream=upstream)
 
