@@ -98,7 +98,8 @@ def resume_study(folder: Path, console: Console) -> StudyResult:
     settings = StudySettings.load(folder)
     study = _Study(settings, folder, console)
     done = sum(record["event"] == "run" for record in study.records)
-    console.print(f"resuming {folder}: {done} of {len(study.arms) * settings.seeds} runs are done", highlight=False)
+    runs = len(study.arms) * settings.seeds
+    console.print(f"resuming {folder}: {done} of {runs} runs are done", highlight=False, soft_wrap=True)
     return study.run(places(settings.train.device, settings.parallel))
 
 
