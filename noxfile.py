@@ -17,8 +17,16 @@ TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate", "trl
 CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
 # With an option as well: core's routing, which is shut without transformers, and the loading of models.
 ONCE_MORE = {"cggr-core": ("[transformers]",), "cggr": ("[flash]",)}
+# Bytecode is written for what is imported, also where the caller's environment says otherwise: without it every process
+# compiles torch and transformers anew, for many seconds.
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
 # One torch thread per test process (two processes share the machine), and no look at a model hub.
-QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = BYTECODE | {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests"]
@@ -78,7 +86,7 @@ def empty_environment(session: nox.Session, folder: Path) -> str:
 def demo(session: nox.Session) -> None:
     """Train a small model four ways side by side on this Python's own source, and write the report."""
     install(session, packages=("cggr-core", "cggr-train", "cggr"))
-    session.run("cggr", "demo", *session.posargs)
+    session.run("cggr", "demo", *session.posargs, env=BYTECODE)
 
 
 @nox.session
