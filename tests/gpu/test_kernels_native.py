@@ -52,7 +52,7 @@ def test_numbers_of_heads_and_rows_that_are_copied(H, HKV, D):
 
 
 def test_blocks_for_little_shared_memory(monkeypatch):
-    monkeypatch.setattr(attention, "_has_much_shared_memory", lambda device: False)
+    monkeypatch.setattr(attention, "shared_memory", lambda device: 0)
     for D in (64, 128, 256):
         check_attention(*attention_problem(1, 70, 300, 4, 2, D), 50)
 

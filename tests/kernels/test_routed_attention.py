@@ -130,7 +130,7 @@ def test_inputs_that_a_copy_engine_cannot_address(device):
 @pytest.mark.parametrize("D", [24, 72, 136])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_blocks_for_much_shared_memory(D, dtype, monkeypatch, device):
-    monkeypatch.setattr(module, "_has_much_shared_memory", lambda device: True)
+    monkeypatch.setattr(module, "shared_memory", lambda device: 2**20)
     check_against_truth(*problem(1, 20, 70, 4, 2, D, dtype, device))
     inputs = problem(1, 20, 70, 3, 1, D, dtype, device, segments=True)
     check_against_truth(*inputs[:5], inputs[5], 30, 4.0)

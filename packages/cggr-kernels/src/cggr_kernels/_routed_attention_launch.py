@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cggr_kernels._library import shared_memory
 from cggr_kernels.routed_attention_details._forward import routed_attention_forward_kernel
 from cggr_kernels.routed_attention_details._key_gradient import routed_attention_key_gradient_kernel
 from cggr_kernels.routed_attention_details._query_gradient import routed_attention_query_gradient_kernel
@@ -49,16 +49,9 @@ SMALL_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks
 _MUCH_SHARED_MEMORY = 160 * 1024
 
 
-@functools.cache
-def _has_much_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _MUCH_SHARED_MEMORY
-
-
 def _blocks(table: dict[int, Blocks], q: Tensor) -> Blocks:
     """Blocks for a head dimension, dtype and device."""
-    if not _has_much_shared_memory(q.device):
+    if shared_memory(q.device) < _MUCH_SHARED_MEMORY:
         table = SMALL_BLOCKS
     elif q.element_size() > 2:
         table = FLOAT32_BLOCKS

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cggr_kernels._library import shared_memory
 from cggr_kernels.moe_details._products import group_product_kernel, row_product_kernel, up_kernel
 from cggr_kernels.moe_details._swiglu import swiglu_gradient_kernel
 from cggr_kernels.moe_plan import Plan
@@ -77,17 +78,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@lru_cache
-def _has_much_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _MUCH_SHARED_MEMORY
-
-
 def _table(tensor: Tensor) -> Table:
     if tensor.dtype == torch.float32:
         return FLOAT_BLOCKS
-    return HALF_BLOCKS if _has_much_shared_memory(tensor.device) else SMALL_BLOCKS
+    return HALF_BLOCKS if shared_memory(tensor.device) >= _MUCH_SHARED_MEMORY else SMALL_BLOCKS
 
 
 def _precision() -> str:
