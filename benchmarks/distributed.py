@@ -106,6 +106,25 @@ def wait(shape: Shape) -> None:
         torch.cuda.synchronize()
 
 
+def write(name: str, shape: Shape, seconds: dict[str, list[float]], timing: dict[str, int]) -> None:
+    """Write what was measured so far, and its plot."""
+    ranks = dist.get_world_size()
+    tokens = shape.batch * shape.length * ranks
+    rows = {
+        row: _record.summary(samples)
+        | {"unit": "s", "tokens_per_second": _record.summary([tokens / value for value in samples])}
+        | {"ratio": _record.summary([a / b for a, b in zip(seconds[CONTROL], samples, strict=True)])}
+        for row, samples in seconds.items()
+    }
+    settings = {
+        "ranks": ranks, "backend": dist.get_backend_config(), "batch_of_a_rank": shape.batch, "sequence": shape.length,
+        "layers": shape.layers, "hidden": shape.hidden, "vocabulary": shape.vocab, "dtype": str(shape.dtype),
+        "keep_ratio": RATIO, "optimizer": "AdamW", "seed": SEED, **timing,
+    }  # fmt: skip
+    path = _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
+    _record.plot(_record.load(name), path.with_suffix(".png"), field="tokens_per_second", label="tokens per second")
+
+
 def main() -> None:
     """Run one shape on the ranks of this launch; rank 0 writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,27 +141,12 @@ def main() -> None:
     shape = Shape(**{**vars(shape), **sizes})
     if torch.device(shape.device).type == "cuda":
         torch.cuda.set_device(shape.device)
+    timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
     seconds: dict[str, list[float]] = {}
     for engine in ("DDP", "FSDP2"):
-        timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
         seconds |= measure(shape, engine, **timing)
-    ranks = dist.get_world_size()
-    if dist.get_rank() == 0:
-        tokens = shape.batch * shape.length * ranks
-        rows = {
-            name: _record.summary(samples)
-            | {"unit": "s", "tokens_per_second": _record.summary([tokens / value for value in samples])}
-            | {"ratio": _record.summary([a / b for a, b in zip(seconds[CONTROL], samples, strict=True)])}
-            for name, samples in seconds.items()
-        }
-        settings = {
-            "ranks": ranks, "backend": dist.get_backend(), "batch_of_a_rank": shape.batch, "sequence": shape.length,
-            "layers": shape.layers, "hidden": shape.hidden, "vocabulary": shape.vocab, "dtype": str(shape.dtype),
-            "keep_ratio": RATIO, "optimizer": "AdamW", "seed": SEED, **timing,
-        }  # fmt: skip
-        name = f"distributed_{options.shape}_{ranks}"
-        path = _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
-        _record.plot(_record.load(name), path.with_suffix(".png"), field="tokens_per_second", label="tokens per second")
+        if dist.get_rank() == 0:
+            write(f"distributed_{options.shape}_{dist.get_world_size()}", shape, seconds, timing)
     dist.destroy_process_group()
 
 
