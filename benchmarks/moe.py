@@ -239,20 +239,21 @@ def compare_masked(table: Table, problem: Problem) -> None:
 def describe(table: Table, problem: Problem, layers: dict[str, Callable[[Tensor], Tensor]]) -> None:
     """Peak memory, launches and the host's time of each candidate, at a balanced load."""
     problem.spread("balanced")
-    peaks = {}
+    peaks, counts = {}, {}
     for name, layer in layers.items():
         for what, call in zip(PASSES, problem.calls(layer), strict=True):
             gc.collect()
             torch.cuda.empty_cache()
             call()
             peak, launches, host = peak_bytes(call), count_launches(call), host_seconds(call)
-            peaks[what, name] = peak
+            peaks[what, name], counts[what, name] = peak, launches
             row = _record.summary([peak]) | {"unit": "B", "ratio": _record.summary([peaks[what, CONTROL] / peak])}
             table.rows[f"{problem.shape}, {what}, memory: {name}"] = row | {"launches": launches, "host_seconds": host}
             print(f"   {what:20s} {name:24s} {peak / 2**20:8.0f} MiB {launches:6d} launches, host {host * 1e3:.2f} ms")
     for what in PASSES:
-        share = peaks[what, OURS] / peaks[what, CONTROL]
-        table.bar(f"{problem.shape}, {what}", "peak memory, times grouped_mm's", share, 1.0, at_most=True)
+        for bar, found in (("peak memory", peaks), ("launches", counts)):
+            share = found[what, OURS] / found[what, CONTROL]
+            table.bar(f"{problem.shape}, {what}", f"{bar}, times grouped_mm's", share, 1.0, at_most=True)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

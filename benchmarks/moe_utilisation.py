@@ -1,89 +1,116 @@
 """How busy tensor cores and multiprocessors are in a token-routed MLP layer: Nsight Compute, kernel by kernel.
 
 The layer's forward and forward + backward, against transformers' loop over experts and its ``grouped_mm``; one pass of
-each under ``ncu``. Shares are means over the kernels, weighted by how long each ran: of a kernel's time, not of the
-time between kernels, which ``benchmarks.moe`` shows as launches and host seconds.
+each under ``ncu``, which empties the caches before every kernel. Shares are means over the kernels, weighted by how
+long each ran: of a kernel's time, not of the time between kernels, which ``benchmarks.moe`` shows as launches and host
+seconds. The kernels that took longest stand beside them by name. The loop is left out where it has thousands of
+kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import _record
-from benchmarks.moe import CONTROL, OURS, PASSES, SHAPES, TOKENS, Problem
+from benchmarks.kernels import SEED, Table
+from benchmarks.kernels_counters import TIME, read_kernels
+from benchmarks.moe import CONTROL, OURS, PASSES, SHAPES, TOKENS, Problem, Shape
 
-TIME = "gpu__time_duration.sum"
+Kernel = tuple[str, dict[str, float]]  # name and metrics, in seconds and percent
 SHARES = {
-    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "tensor cores": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "multiprocessors": "sm__cycles_active.avg.pct_of_peak_sustained_elapsed",
 }
-CANDIDATES = ("loop", CONTROL, OURS)
-SECONDS = {"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3}
+MOST_NAMES = 16
+
+
+def candidates(shape: Shape) -> tuple[str, ...]:
+    """What is profiled on a shape."""
+    return ("loop", CONTROL, OURS) if shape.E <= 8 else (CONTROL, OURS)
 
 
 def profiled_passes(shape: int, place: int) -> None:
     """One pass of each candidate for the profiler to look at, what runs before left out, a sleep before each."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     problem = Problem(SHAPES[shape], "cuda")
     problem.spread("balanced")
     layers = problem.candidates(compiled=False, peers=False)
-    calls = [problem.calls(layers[candidate])[place] for candidate in CANDIDATES]
+    calls = [problem.calls(layers[candidate])[place] for candidate in candidates(SHAPES[shape])]
     for call in calls * 2:
         call()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()
+    torch.cuda.profiler.start()
     for call in calls:
         torch.cuda._sleep(1000)
         call()
         torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()
+    torch.cuda.profiler.stop()
 
 
-def read_kernels(text: str) -> list[dict[str, dict[str, float]]]:
-    """What ncu printed: for each candidate, kernel → metric → value, in seconds and percent."""
-    passes: list[dict[str, dict[str, float]]] = []
-    for line in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
-        if "spin_kernel" in line["Kernel Name"]:
-            if line["Metric Name"] == TIME:
-                passes.append({})
-            continue
-        value = float(line["Metric Value"].replace(",", ""))
-        kernel = passes[-1].setdefault(line["ID"], {})
-        kernel[line["Metric Name"]] = value * SECONDS.get(line["Metric Unit"], 1.0)
+def split_passes(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
+    """The kernels of each candidate: those after each sleep."""
+    passes: list[list[Kernel]] = []
+    for name, metrics in kernels:
+        if "spin_kernel" in name:
+            passes.append([])
+        else:
+            passes[-1].append((re.split(r"[<(]", name.removeprefix("void "))[0], metrics))
     return passes
 
 
-def measure(shape: int, place: int) -> dict[str, dict[str, Any]]:
-    """Kernels, their time, and the shares of one pass of each candidate."""
+def summarise(kernels: Sequence[Kernel]) -> dict[str, Any]:
+    """How many kernels, their time, and the shares, weighted by time."""
+    seconds = sum(metrics[TIME] for _, metrics in kernels)
+    shares = {
+        name: sum(metrics[metric] * metrics[TIME] for _, metrics in kernels) / seconds / 100
+        for name, metric in SHARES.items()
+    }
+    return {"kernels": len(kernels), "seconds": seconds} | shares
+
+
+def by_name(kernels: Sequence[Kernel]) -> dict[str, dict[str, Any]]:
+    """The same for the kernels of each name, those that took longest first."""
+    found: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        found.setdefault(kernel[0], []).append(kernel)
+    rows = {name: summarise(group) for name, group in found.items()}
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["seconds"])[:MOST_NAMES])
+
+
+def measure(table: Table, shape: int, place: int) -> None:
+    """Kernels, their time, and the shares of one pass of each candidate; and the bar."""
     metrics = ",".join((TIME, *SHARES.values()))
     ncu = ["ncu", "--csv", "--clock-control", "none", "--profile-from-start", "off", "--metrics", metrics]
     child = [sys.executable, "-m", "benchmarks.moe_utilisation", "--child", str(shape), str(place)]
     done = subprocess.run([*ncu, *child], capture_output=True, text=True, check=False)
-    passes = read_kernels(done.stdout)
-    if len(passes) != len(CANDIDATES):
+    passes, names = split_passes(read_kernels(done.stdout)), candidates(SHAPES[shape])
+    if len(passes) != len(names):
         raise RuntimeError(f"ncu saw {len(passes)} passes: {done.stdout[-800:]}{done.stderr[-800:]}")
-    rows = {}
-    for candidate, kernels in zip(CANDIDATES, passes, strict=True):
-        seconds = sum(kernel[TIME] for kernel in kernels.values())
-        row = _record.summary([seconds]) | {"unit": "s", "kernels": len(kernels)}
-        for name, metric in SHARES.items():
-            row[name] = sum(kernel[metric] * kernel[TIME] for kernel in kernels.values()) / seconds / 100
-        shown = f"{row['kernels']:5d} kernels {seconds * 1e3:8.2f} ms"
-        print(
-            f"{SHAPES[shape]} {PASSES[place]} {candidate:12s} {shown}", {n: f"{row[n]:.1%}" for n in SHARES}, flush=True
-        )
-        rows[f"{SHAPES[shape]}, {PASSES[place]}: {candidate}"] = row
-    base = rows[f"{SHAPES[shape]}, {PASSES[place]}: {CONTROL}"]["median"]
-    for row in rows.values():
-        row["ratio"] = _record.summary([base / row["median"]])
-    return rows
+    op = f"{SHAPES[shape]}, {PASSES[place]}"
+    rows = {name: summarise(kernels) for name, kernels in zip(names, passes, strict=True)}
+    for name, kernels in zip(names, passes, strict=True):
+        row = rows[name]
+        seconds = row.pop("seconds")
+        row |= _record.summary([seconds]) | {"unit": "s", "by_name": by_name(kernels)}
+        shown = {share: f"{row[share]:.1%}" for share in SHARES}
+        print(f"{op} {name:12s} {row['kernels']:5d} kernels {seconds * 1e3:8.2f} ms {shown}", flush=True)
+        for kernel, numbers in row["by_name"].items():
+            shown = {share: f"{numbers[share]:.1%}" for share in SHARES}
+            spent = f"{numbers['kernels']:4d} launches {numbers['seconds'] * 1e6:9.1f} us"
+            print(f"   {kernel[-60:]:60s} {spent} {shown}", flush=True)
+    for name, row in rows.items():
+        row["ratio"] = _record.summary([rows[CONTROL]["median"] / row["median"]])
+        table.rows[f"{op}: {name}"] = row
+    share = next(iter(SHARES))
+    table.bar(op, f"share of the {share}, times {CONTROL}'s", rows[OURS][share] / rows[CONTROL][share], 1.0)
 
 
 def main() -> None:
@@ -97,13 +124,14 @@ def main() -> None:
     if arguments.child:
         profiled_passes(*arguments.child)
         return
-    rows: dict[str, dict[str, Any]] = {}
+    settings = {"seed": SEED, "tokens": TOKENS, "dtype": "bfloat16", "load": "balanced"}
+    table = Table(repeats=1)
     for shape in arguments.shapes:
         for place in arguments.passes:
-            rows |= measure(shape, place)
-    settings = {"seed": 0, "tokens": TOKENS, "dtype": "bfloat16", "load": "balanced"}
-    control = next(name for name in rows if name.endswith(f": {CONTROL}"))
-    _record.write("moe_utilisation", rows, settings=settings, control=control, device="cuda", folder=arguments.folder)
+            measure(table, shape, place)
+            control = next(name for name in table.rows if name.endswith(f": {CONTROL}"))
+            where = {"device": "cuda", "folder": arguments.folder}
+            _record.write("moe_utilisation", table.rows, settings=settings, control=control, **where)
 
 
 if __name__ == "__main__":
