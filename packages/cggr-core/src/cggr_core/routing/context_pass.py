@@ -92,7 +92,7 @@ def context_pass(
             resume.append(hidden)
         return layer_output(hidden)
 
-    replacements: dict[nn.Module, Callable[..., Any]] = {}
+    replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
     if read_head is not None:
         replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
     for number, layer in enumerate(architecture.layers):

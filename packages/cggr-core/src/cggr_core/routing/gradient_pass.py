@@ -90,7 +90,7 @@ def gradient_pass(
         keep_graph=keep_graph,
         in_turn=keep_graph and shards_layers(architecture.layers),
     )
-    replacements: dict[nn.Module, Callable[..., Any]] = {}
+    replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
     for number, layer in enumerate(architecture.layers):
         forward = layer.forward
         checkpointed = uses_checkpointing(layer)
@@ -121,7 +121,11 @@ def _run_plainly(
     architecture: Architecture, attention: Callable[[str], str], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     # Recomputed during backward, when the changes around the pass have been undone.
-    with without_checkpointing(architecture), attention_implementation(architecture, attention):
+    with (
+        without_checkpointing(architecture),
+        attention_implementation(architecture, attention),
+        replaced_forwards(architecture.norms),
+    ):
         return forward(*args, **kwargs)
 
 
@@ -179,7 +183,8 @@ class _OtherTokens:
             calls.append((args, kwargs))
             return layer_output(layer_input(args, kwargs))
 
-        replacements: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(architecture.layers, note)
+        replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
+        replacements.update(dict.fromkeys(architecture.layers, note))
         replacements[architecture.head.module] = partial(read_in_place_of_head, ignore_head)
         with (
             without_checkpointing(architecture),

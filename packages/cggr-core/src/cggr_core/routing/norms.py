@@ -1,0 +1,75 @@
+"""The models' root-mean-square norms by torch's own op, for the length of a pass.
+
+transformers spells the norm out: eight kernels over all hidden states forward and some twenty backward, most of them in
+float32. On a GPU that is as much time as the attention. ``torch.nn.functional.rms_norm`` is the same formula in one
+kernel each way; it rounds to the hidden states' dtype once, after the weight, where the models round before it too.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+_NAME = "RMSNorm"
+_EPSILONS = ("variance_epsilon", "eps")
+
+
+def fused_norms(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """The forwards to run in place of those of a model's norms.
+
+    Args:
+        modules: Of a model.
+
+    Returns:
+        A forward for each norm of transformers that computes ``weight * x / rms(x)``, which is tried out, class by
+        class. Others (Gemma's ``1 + weight``), and norms whose forward was replaced or compiled, are left as they are.
+    """
+    same: dict[tuple[type[nn.Module], float], bool] = {}
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    for module in modules:
+        epsilon = _epsilon(module)
+        if epsilon is None:
+            continue
+        kind = (type(module), epsilon)
+        if kind not in same:
+            same[kind] = _computes_it(module, epsilon)
+        if same[kind]:
+            forwards[module] = partial(_forward, module, epsilon)
+    return forwards
+
+
+def _forward(module: nn.Module, epsilon: float, hidden_states: Tensor) -> Tensor:
+    weight: Any = module.weight
+    if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
+        # Mixed dtypes promote in the model's own way; and in float64, it computes in float32.
+        return type(module).forward(module, hidden_states)
+    return rms_norm(hidden_states, weight.shape, weight, epsilon)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """The norm's epsilon; ``None`` for modules that are no such norm, or no longer transformers' own."""
+    kind = type(module)
+    if not kind.__name__.endswith(_NAME) or not kind.__module__.startswith("transformers."):
+        return None
+    alone = list(module._parameters) == ["weight"] and not module._buffers and not module._modules
+    own = "forward" not in module.__dict__ and module._compiled_call_impl is None
+    if not alone or not own or len(inspect.signature(kind.forward).parameters) != 2:
+        return None
+    return next((float(getattr(module, name)) for name in _EPSILONS if hasattr(module, name)), None)
+
+
+@torch.no_grad()
+def _computes_it(module: nn.Module, epsilon: float) -> bool:
+    weight: Any = module.weight
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    stand_in = type(module).__new__(type(module))
+    stand_in.__dict__.update(module.__dict__, _parameters={"weight": torch.randn(weight.shape, **options)})
+    # The second row is so small that its norm is mostly epsilon.
+    rows = torch.randn(2, weight.numel(), **options) * torch.tensor([[1.0], [epsilon**0.5]], device="cpu")
+    expected = type(module).forward(stand_in, rows)
+    return torch.allclose(rms_norm(rows, weight.shape, stand_in.weight, epsilon), expected, rtol=1e-5, atol=1e-6)
