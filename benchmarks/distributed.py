@@ -135,12 +135,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="sequences of a rank, instead of the shape's own")
     parser.add_argument("--length", type=int, help="tokens of a sequence, instead of the shape's own")
     options = parser.parse_args()
-    dist.init_process_group()
     shape = on_this_rank(SHAPES[options.shape])
     sizes = {name: value for name in ("batch", "length") if (value := getattr(options, name))}
     shape = Shape(**{**vars(shape), **sizes})
     if torch.device(shape.device).type == "cuda":
         torch.cuda.set_device(shape.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
     timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
     seconds: dict[str, list[float]] = {}
     for engine in ("DDP", "FSDP2"):

@@ -141,8 +141,9 @@ def joined_ranks(device: str, *, batch_size: int) -> Iterator[tuple[Ranks, torch
             raise InputError(f"--device {device} is one device and there are {size} processes; give {picked.type}")
         picked = torch.device(picked.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(picked.index)
-    # Without a backend's name: gloo for tensors on the CPU, the device's own (nccl) for those on it.
-    dist.init_process_group(timeout=_PATIENCE)
+    # Named for both: what the ranks agree on is on the CPU, and not every torch adds gloo to a device's own backend.
+    own = "" if picked.type == "cpu" else f",{picked.type}:{dist.get_default_backend_for_device(picked)}"
+    dist.init_process_group(f"cpu:gloo{own}", timeout=_PATIENCE)
     yield Ranks(dist.get_rank(), size), picked
     # Not after an error: the others may be inside a collective, and their ends are the launcher's business.
     dist.destroy_process_group()
