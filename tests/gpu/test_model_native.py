@@ -1,5 +1,8 @@
 """CGGRModel on a GPU: equality, no host reads, and the whole step as one CUDA graph."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,6 +111,26 @@ def test_the_step_is_one_cuda_graph(variant):
         assert relative_error(replayed_gradients, gradients(base)) <= 1e-5
     if "topk" not in VARIANTS[variant][0].values():
         assert replayed[0][0] != replayed[1][0], "every replay must draw anew"
+
+
+def test_the_recipe_for_small_models():
+    """The example of the documentation, which a CPU cannot run, trains."""
+    recipe = Path(__file__).parents[2] / "docs/recipes/small-models.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", recipe.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    base = model()
+    names = {
+        "torch": torch,
+        "model": base,
+        "cggr_model": CGGRModel(base, selection="random"),
+        "batches": iter([tokens()] * 12),
+    }
+    with torch.no_grad():
+        before = base(tokens(), labels=tokens()).loss
+    exec(compile(example, recipe.name, "exec"), names)
+    with torch.no_grad():
+        after = base(tokens(), labels=tokens()).loss
+    assert names["loss"].isfinite()
+    assert after < before
 
 
 def test_bad_labels_and_nan_logits_are_named_one_step_later():
