@@ -1,8 +1,10 @@
 """``cggr study`` on real text: what selection, ratio and gradient mode do to learning, with every control beside them.
 
-``scratch`` trains a small Llama-type model on the source of Python's standard library, ``finetune`` goes on from the
-standard run of that study with a JSON Lines file of questions and answers (GSM8K's, say), ``batch`` compares standard
-training at batch 1, CGGR at batch 4 and standard training at batch 4 for the same time.
+``scratch`` trains a small Llama-type model on the source of Python's standard library (and of installed packages, if
+named), ``finetune`` goes on from the standard run of that study with a JSON Lines file of questions and answers
+(GSM8K's, say), ``batch`` compares standard training at batch 1, CGGR at batch 4 and standard training at batch 4 for
+the same time. With ``--rates`` a study is not run: the standard arm alone is, once with each of these learning rates,
+at a seed of its own, to choose the one that all arms then get.
 
 Steps are timed with nothing else running; runs then train side by side on one device, and equal time means equal steps
 times measured step time. A study that was stopped goes on where it was when the same command is given again.
@@ -10,6 +12,9 @@ times measured step time. A study that was stopped goes on where it was when the
 
 import argparse
 import dataclasses
+import importlib.util
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +22,33 @@ from rich.console import Console
 
 from benchmarks import _record
 from cggr_train.demo import write_corpus
+from cggr_train.device import pick_device
 from cggr_train.learner import Routing
 from cggr_train.log import JsonlLog, read_log
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study
 from cggr_train.study.analysis import Outcome
+from cggr_train.study.arms import plan_arms
+from cggr_train.study.bench import WARMUP, Bench
 from cggr_train.study.intervals import Interval
 from cggr_train.study.run import RESULTS, prepare_study
 from cggr_train.study.settings import STUDY
+from cggr_train.study.training import train_run
 
 SELECTIONS = ("topk", "stratified", "sequence_aware", "random", "sampled")
 GRIDS: dict[str, dict[str, Any]] = {
     "selections": {"gradients": ("kv", "exact"), "ratios": (0.25,), "selections": SELECTIONS},
     "ratios": {"gradients": ("kv", "exact"), "ratios": (0.125, 0.5), "selections": ("stratified",)},
     "all": {"gradients": ("kv", "exact"), "ratios": (0.125, 0.25, 0.5), "selections": SELECTIONS},
+    "routers": {
+        "gradients": ("kv",),
+        "ratios": (0.25,),
+        "selections": ("stratified",),
+        "routers": ("full_depth", "truncated", "learned", "remembered"),
+    },
 }
+RATES_SEED = 1000
+"""Not one of a study's: the rate is not chosen on the figures that are reported."""
 CORPUS = ("corpus.jsonl", "heldout.jsonl")
 
 
@@ -43,8 +60,9 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
         "batch_size": arguments.batch_size,
         "steps": arguments.steps,
         "eval_sequences": 64,
-        "precision": "float32",
         "device": arguments.device,
+        "cuda_graph": arguments.cuda_graph,
+        "learning_rate": arguments.learning_rate,
     }
     shared: dict[str, Any] = {
         "seeds": arguments.seeds,
@@ -56,16 +74,18 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
         if arguments.data is None or arguments.model is None:
             raise SystemExit("give the JSON Lines file with --data and the model to go on from with --model")
         train = TrainSettings(
-            data=(str(arguments.data),), field=arguments.field, model=str(arguments.model), learning_rate=5e-4, **shape
-        )
+            data=(str(arguments.data),), heldout=(str(arguments.heldout),) if arguments.heldout else (),
+            field=arguments.field, model=str(arguments.model), **shape,
+        )  # fmt: skip
         return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=("tokens",))
     corpus, heldout = (arguments.work / "corpus" / name for name in CORPUS)
     if not heldout.exists():
-        write_corpus(corpus.parent, max_characters=arguments.characters)
+        specs = [importlib.util.find_spec(name) for name in arguments.packages]
+        roots = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
+        write_corpus(corpus.parent, max_characters=arguments.characters, roots=roots)
     train = TrainSettings(
-        data=(str(corpus),), heldout=(str(heldout),), config=arguments.config, tokenizer=arguments.tokenizer,
-        learning_rate=2e-3, **shape,
-    )  # fmt: skip
+        data=(str(corpus),), heldout=(str(heldout),), config=arguments.config, tokenizer=arguments.tokenizer, **shape
+    )
     if arguments.experiment == "scratch":
         return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=("tokens",))
     train = dataclasses.replace(train, steps=None, seconds=arguments.seconds, batch_size=4, routing=Routing())
@@ -106,6 +126,40 @@ def rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
     return found
 
 
+def add_routers(folder: Path, routers: list[str]) -> None:
+    """Give a prepared study further arms: ``kv`` at keep ratio 0.25 with other routers than the full depth."""
+    asked = StudySettings.load(folder)
+    layers = Bench(folder, pick_device("cpu")).model(0).config.num_hidden_layers
+    arms = json.loads((folder / "arms.json").read_text())
+    known = {arm["name"] for arm in arms}
+    more = plan_arms(
+        asked.train.routing, gradients=["kv"], ratios=[0.25], selections=["stratified"], scorings=asked.scorings,
+        batch_size=asked.train.batch_size, routers=routers, num_layers=layers,
+    )  # fmt: skip
+    added = [dataclasses.asdict(arm) for arm in more if arm.name not in known]
+    (folder / "arms.json").write_text(json.dumps(arms + added, indent=1) + "\n")
+
+
+def try_rates(folder: Path, rates: list[float], results: Path, name: str, device: str) -> None:
+    """Train the standard arm of a prepared study with each learning rate, and write what came of it."""
+    bench = Bench(folder, pick_device(device))
+    asked, arm = bench.settings, next(iter(bench.arms.values()))
+    steps = asked.train.steps or 1
+    found: dict[str, dict[str, Any]] = {}
+    for rate in rates:
+        bench.settings = dataclasses.replace(asked, train=dataclasses.replace(asked.train, learning_rate=rate))
+        run = train_run(
+            bench, arm, RATES_SEED, points=[steps], warmup_steps=WARMUP * steps, eval_sequences=64, save_model=False,
+            tell=lambda **values: None,
+        )  # fmt: skip
+        assert run is not None  # nobody stops it
+        loss = run["points"][-1]["heldout_loss"]
+        found[f"{rate:g}"] = {**_record.summary([loss]), "unit": "nat", "train_seconds": run["train_seconds"]}
+        print(f"learning rate {rate:g}: {loss:.4f} in {run['train_seconds']:.1f} s", flush=True)
+        noted = {"seed": RATES_SEED, "steps": steps, "batch": arm.batch_size, "sequence": asked.train.length}
+        _record.write(name, found, settings=noted, control=f"{rates[0]:g}", device=bench.device, folder=results)
+
+
 def take_times(source: Path, folder: Path) -> None:
     """Put the step times of one study into another whose arms have the same shapes, unless it has its own."""
     if not any(record["event"] == "timing" for record in read_log(folder / RESULTS)):
@@ -118,6 +172,10 @@ def take_times(source: Path, folder: Path) -> None:
 def _step(outcome: Outcome, name: str, points: list[dict[str, float]]) -> int:
     seconds = outcome.amounts["time"]
     return int(min(points[1:], key=lambda point: abs(point["seconds"] - seconds))["step"])
+
+
+def _sources(packages: list[str]) -> str:
+    return ", ".join(["source of Python's standard library", *(f"{name} {version(name)}" for name in packages)])
 
 
 def _interval(value: Interval) -> dict[str, float | None]:
@@ -135,11 +193,17 @@ def main() -> None:
         "--grid", choices=sorted(GRIDS), default="selections", help="selections, ratios, or all of both"
     )
     parser.add_argument("--data", type=Path, help="JSON Lines file for finetune")
+    parser.add_argument("--heldout", type=Path, help="another, held out; else a share of the first")
+    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose source is read as well")
+    parser.add_argument("--routers", nargs="*", default=[], help="further arms: kv 0.25, stratified, these routers")
+    parser.add_argument("--rates", type=float, nargs="*", help="only try these learning rates on the standard arm")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--model", type=Path, help="folder of the model that finetune goes on from")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, instead of training one")
     parser.add_argument("--field", default="question,answer", help="its keys")
     parser.add_argument("--config", default="tiny")
-    parser.add_argument("--characters", type=int, default=20_000_000, help="of the standard library's source")
+    parser.add_argument("--characters", type=int, default=20_000_000, help="of each library's source, at most")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -159,7 +223,11 @@ def main() -> None:
     folder = arguments.work / name
     if not (folder / STUDY).exists():
         prepare_study(settings(arguments), folder, console)
-    if arguments.prepare:
+        if arguments.routers:
+            add_routers(folder, arguments.routers)
+    if arguments.rates:
+        try_rates(folder, arguments.rates, arguments.results, f"{name}_rates", arguments.device)
+    if arguments.prepare or arguments.rates:
         return
     if arguments.times_from is not None:
         take_times(arguments.work / arguments.times_from, folder)
@@ -168,12 +236,12 @@ def main() -> None:
         raise SystemExit(result.exit_code)
     asked = StudySettings.load(folder)
     train = {name: value for name, value in dataclasses.asdict(asked.train).items() if name not in ("data", "heldout")}
-    train["model"] = "the standard run of study_scratch_selections, seed 0" if train["model"] else None
+    train["model"] = f"the standard run of {Path(train['model']).parts[-4]}, seed 0" if train["model"] else None
     noted = {
         **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
         "seed": asked.train.seed,
         "train": train,
-        "text": arguments.field if arguments.experiment == "finetune" else "source of Python's standard library",
+        "text": arguments.field if arguments.experiment == "finetune" else _sources(arguments.packages),
         "amounts": result.outcome.amounts,
         "times_from": arguments.times_from,
         "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",

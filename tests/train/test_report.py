@@ -51,7 +51,7 @@ def outcome(seeds=3, spread=0.01, selections=("stratified",), **losses):
     records.append({"event": "kept", "arms": {RANDOM: shares, ASKED: shares}})
     for at in ("end", "start"):
         figures = {"cosine": [0.5, 0.7], "variance": [1.25], "bias": [0.01]}
-        records.append({"event": "gradients", "at": at, "arms": {EQUAL: figures, RANDOM: figures, ASKED: figures}})
+        records += [{"event": "gradients", "at": at, "arm": name, **figures} for name in (EQUAL, RANDOM, ASKED)]
     return analyse(arms, plan, records, seeds=seeds)
 
 

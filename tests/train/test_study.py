@@ -94,7 +94,7 @@ def test_a_study_from_beginning_to_end(finished):
     assert [arm.name for arm in outcome.arms] == names
     found = records(folder)
     kinds = [record["event"] for record in found]
-    assert [kinds.count(kind) for kind in ("study", "timing", "run", "gradients", "kept")] == [1, 8, 8, 2, 1]
+    assert [kinds.count(kind) for kind in ("study", "timing", "run", "gradients", "kept")] == [1, 8, 8, 6, 1]
     runs = {(record["arm"], record["seed"]): record for record in found if record["event"] == "run"}
     for seed in (0, 1):
         starts = {runs[name, seed]["points"][0]["heldout_loss"] for name in names}
@@ -158,6 +158,14 @@ def test_bad_settings_leave_nothing_to_resume(tmp_path, data_files, console):
         resume_study(tmp_path / "a", console)
 
 
+def test_steps_are_recorded_on_a_gpu_alone(tmp_path, data_files, console):
+    given = settings(data_files)
+    given = dataclasses.replace(given, train=dataclasses.replace(given.train, cuda_graph=True))
+    with pytest.raises(InputError, match="--cuda-graph needs a CUDA device, and this runs on cpu"):
+        start_study(given, tmp_path / "a", console)
+    assert not (tmp_path / "a").exists(), "said before the text is read"
+
+
 def test_a_folder_holds_one_study(study, data_files, console):
     with pytest.raises(InputError, match="already holds a study; continue it with --resume"):
         start_study(settings(data_files), study, console)
@@ -178,7 +186,7 @@ def test_the_exact_estimators_are_told_from_the_biased_ones(study):
         arm("detached", "detached", 0.25), arm("top", "exact", 0.25, "topk"), bench.arms["standard-b2"],
     ]  # fmt: skip
     weights = folder / "runs" / "standard-seed0" / "model"
-    found = compare_gradients(bench, drawn, weights=weights, seed=0)
+    found = {arm.name: compare_gradients(bench, arm, weights=weights, seed=0) for arm in drawn}
     cosine = {name: sum(values["cosine"]) / len(values["cosine"]) for name, values in found.items()}
     variance = {name: values["variance"][0] for name, values in found.items()}
     bias = {name: values["bias"][0] for name, values in found.items()}
@@ -210,6 +218,26 @@ def test_kept_shares_follow_the_strategy(study):
     assert shares["top"]["score"][-1] > 0.7
     assert shares["top"]["score"][0] < 0.1
     assert shares["kv-0.25-random"]["score"][-1] == pytest.approx(0.25, abs=0.12)
+
+
+def test_routers_that_learn_and_remember_are_arms_like_others(study):
+    bench = Bench(study, CPU)
+    asked = bench.arms["kv-0.25-stratified-gradnorm"]
+    options = {"points": [6], "warmup_steps": 1, "eval_sequences": 8, "save_model": False}
+    told = {}
+    for router in ("learned", "remembered"):
+        arm = dataclasses.replace(asked, name=router, routing=dataclasses.replace(asked.routing, router=router))
+        whole = train_run(bench, arm, 3, **options, tell=lambda **values: None)
+        stop = iter([False] * 4 + [True])
+        assert (
+            train_run(bench, arm, 3, **options, tell=lambda **values: None, stop=lambda stop=stop: next(stop)) is None
+        )
+        resumed = train_run(bench, arm, 3, **options, tell=lambda **values: None)
+        assert resumed["points"] == whole["points"]
+        assert resumed["router"] == whole["router"]
+        assert resumed["engine"] == "interleaved"
+        told[router] = set(whole["router"])
+    assert told == {"learned": {"router_correlation"}, "remembered": {"remembered", "score_age_epochs"}}
 
 
 def test_steps_are_timed_and_memory_is_the_arms_own(study):

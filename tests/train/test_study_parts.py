@@ -42,12 +42,26 @@ def test_every_setting_comes_with_its_controls():
     assert Arm.from_dict({**vars(asked), "routing": vars(asked.routing)}) == asked
 
 
+def test_routers_are_arms_of_their_own():
+    found = {arm.name: arm for arm in arms(routers=["full_depth", "learned", "remembered"])}
+    base = "kv-0.25-stratified-gradnorm"
+    assert list(found)[-3:] == [f"{base}-full_depth", f"{base}-learned", f"{base}-remembered"]
+    learned, remembered = found[f"{base}-learned"], found[f"{base}-remembered"]
+    assert learned.label == "stratified 0.25 by gradnorm (learned), kv"
+    assert [arm.scores_by_its_run for arm in found.values()] == [False] * (len(found) - 2) + [True] * 2
+    assert remembered.remembers
+    assert not learned.remembers
+    assert remembered.equal_cost == found["kv-0.25-random"].equal_cost, "nothing scores"
+
+
 @pytest.mark.parametrize(
     ("routing", "cost"),
     [
         (Routing("exact", 0.25), 1.0),
         (Routing("detached", 0.25), 1.75 / 3),
         (Routing("kv", 0.25, router_depth=2), (1.5 + 0.25 / 4) / 3),
+        (Routing("kv", 0.25, router="learned"), (1.5 + 0.25 / 8) / 3),
+        (Routing("kv", 0.25, router="remembered"), 1.5 / 3),
         (Routing("sequence", 0.25), 1.75 / 3),
         (Routing("sequence", 0.25, "random"), 0.25),
     ],

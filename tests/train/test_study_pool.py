@@ -63,6 +63,15 @@ def test_every_request_comes_back_with_its_result(pool, alone, tmp_path):
         assert found == sorted(found)
 
 
+def test_alone_is_once_on_each_device(tmp_path):
+    devices = [torch.device("cuda", number) for number in (0, 1, 0, 1)]
+    with Pool(tmp_path, [(device, 1) for device in devices]) as pool:
+        for worker in pool._workers:
+            worker._command = [sys.executable, "-c", SCRIPT]
+        assert len(list(pool.run([request("result", value=n) for n in range(4)], alone=True))) == 4
+        assert [worker._process is not None for worker in pool._workers] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(("kind", "error"), [("input", InputError), ("run", RunError)])
 def test_what_a_worker_cannot_do_is_told(pool, kind, error):
     with pytest.raises(error, match="not possible"):
@@ -84,6 +93,15 @@ def test_stopping_hands_out_nothing_more_and_lets_workers_save(pool, tmp_path):
     assert found == []
     pool.__exit__(None, None, None)
     assert list(tmp_path.iterdir()) == [], "nothing is left of workers that ended well"
+
+
+def test_workers_are_spread_over_the_devices(monkeypatch):
+    monkeypatch.setattr("cggr_train.study.pool.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert places("auto", None) == [(first, 4), (second, 4)]
+    assert places("auto", 2) == [(first, 2), (second, 2)] * 2
 
 
 def test_places_for_workers(monkeypatch):

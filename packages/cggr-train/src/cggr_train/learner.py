@@ -42,6 +42,17 @@ class Routing:
     ratio_warmup_steps: int = 0
     router: str | None = None
 
+    @property
+    def scorer(self) -> str:
+        """One of :data:`ROUTERS`: ``router``, or what stands for None."""
+        return self.router or ("full_depth" if self.router_depth is None else "truncated")
+
+    def depth(self, num_layers: int) -> int | None:
+        """Layers of a truncated or learned router over a model with ``num_layers``; None for the others."""
+        if self.scorer not in ("truncated", "learned"):
+            return None
+        return self.router_depth or max(1, num_layers // 8)
+
 
 class Learner(Protocol):
     """The side of a method that the training loop sees."""
@@ -56,7 +67,7 @@ class Learner(Protocol):
         input_ids: Tensor,
         *,
         num_items: float | None = None,
-        draw: int | None = None,
+        draw: int | Tensor | None = None,
         first_row: int = 0,
         example_ids: Tensor | None = None,
     ) -> Tensor:
@@ -65,7 +76,8 @@ class Learner(Protocol):
         It goes through ``wrapped``: the model itself, or what averages its gradients over the ranks. ``num_items`` is
         the number of countable tokens to divide by, of all micro-batches of an accumulated step together; None divides
         by this batch's own. ``draw`` and ``first_row`` number the step's random choices, and the rows within it;
-        ``example_ids``, int64 ``[B]``, says which example each row is.
+        ``draw`` is a tensor (0-dim int64, on the device) where the step is recorded. ``example_ids``, int64 ``[B]``,
+        says which example each row is.
         """
         ...
 
@@ -101,7 +113,7 @@ class StandardLearner:
         input_ids: Tensor,
         *,
         num_items: float | None = None,
-        draw: int | None = None,
+        draw: int | Tensor | None = None,
         first_row: int = 0,
         example_ids: Tensor | None = None,
     ) -> Tensor:
@@ -166,7 +178,7 @@ class RoutedLearner:
         input_ids: Tensor,
         *,
         num_items: float | None = None,
-        draw: int | None = None,
+        draw: int | Tensor | None = None,
         first_row: int = 0,
         example_ids: Tensor | None = None,
     ) -> Tensor:
@@ -200,17 +212,15 @@ def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores |
     from cggr_core import LearnedRouter, create_truncated_router
     from cggr_core.checks import check_choice
 
-    name = routing.router or ("full_depth" if routing.router_depth is None else "truncated")
-    check_choice("--router", name, ROUTERS)
+    name = check_choice("--router", routing.scorer, ROUTERS)
     if name in ("full_depth", "remembered"):
         if routing.router_depth is not None:
             raise InputError(f"--router-depth belongs to a truncated or learned router, and --router is {name}")
         if name == "remembered" and memory is None:
-            raise InputError("--router remembered needs examples that come again, which cggr train alone has")
+            raise InputError("--router remembered needs examples that come again, which cggr train and study have")
         return memory
-    depth = routing.router_depth
-    if depth is None:
-        depth = max(1, model.config.get_text_config().num_hidden_layers // 8)
+    depth = routing.depth(model.config.get_text_config().num_hidden_layers)
+    assert depth is not None  # of these two routers it is known
     return LearnedRouter(depth) if name == "learned" else create_truncated_router(model, num_layers=depth)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from cggr_train.data import Batches
 from cggr_train.errors import InputError
 from cggr_train.learner import Learner
-from cggr_train.ranks import ALONE, Ranks, without_averaging
+from cggr_train.optimizer_step import OptimizerStep
+from cggr_train.ranks import ALONE, Ranks
+from cggr_train.recorded import RecordedStep
 
 
 @dataclass
@@ -119,6 +121,7 @@ class LoopSettings:
         accumulate: Batches per optimizer step.
         clip: Largest norm of the gradient; None leaves it as it is.
         bfloat16: Run the forward under bfloat16 autocast.
+        cuda_graph: Record the step and replay it; the optimizer must be capturable then.
     """
 
     budget: Budget
@@ -126,16 +129,23 @@ class LoopSettings:
     accumulate: int = 1
     clip: float | None = 1.0
     bfloat16: bool = False
+    cuda_graph: bool = False
 
 
-def build_optimizer(model: torch.nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone (not on norms and biases)."""
+def build_optimizer(model: torch.nn.Module, *, weight_decay: float, capturable: bool = False) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone (not on norms and biases).
+
+    Args:
+        model: Its trainable parameters are optimized.
+        weight_decay: Of the matrices.
+        capturable: Keep the step's number on the device and take the step in few kernels, so that it can be recorded.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), capturable=capturable, fused=capturable or None)
 
 
 def train_steps(
@@ -169,9 +179,12 @@ def train_steps(
     per_batch = batches.batch_size * (batches.length - 1)
     # Gradients are averaged over the ranks, so each divides by its share.
     whole = settings.accumulate == 1 and ranks.size == 1
-    num_items = None if whole else per_batch * settings.accumulate / ranks.size
     rows = ranks.rows(batches.batch_size)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    step = OptimizerStep(
+        learner, optimizer, clip=settings.clip, bfloat16=settings.bfloat16, batch_size=batches.batch_size,
+        num_items=None if whole else per_batch * settings.accumulate / ranks.size, ranks=ranks,
+    )  # fmt: skip
+    recorded = RecordedStep(step, clock.device) if settings.cuda_graph else None
     while True:
         stopping, progress.seconds = ranks.agree(stop(), progress.seconds)
         if stopping:
@@ -180,27 +193,23 @@ def train_steps(
         if spent >= 1:
             break
         rate = settings.learning_rate.at(spent)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        total: Tensor | None = None
-        for micro in range(settings.accumulate):
-            number = progress.step * settings.accumulate + micro
-            input_ids = batches.get(number)[rows].to(clock.device, non_blocking=True)
-            known = {} if learner.memory is None else {"example_ids": batches.example_ids(number)[rows]}
-            first_row = micro * batches.batch_size + rows.start
-            with without_averaging(learner.wrapped, last=micro == settings.accumulate - 1):
-                with torch.autocast(clock.device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-                    place = {"draw": progress.step, "first_row": first_row, **known}
-                    loss = learner.loss(input_ids, num_items=num_items, **place)
-                loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        if settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        first = progress.step * settings.accumulate
+        numbers = range(first, first + settings.accumulate)
+        taken = [_on_device(batches.get(number)[rows], clock.device) for number in numbers]
+        if recorded is not None:
+            loss = recorded(taken, rate=rate, draw=progress.step)
+        else:
+            known = None if learner.memory is None else [batches.example_ids(number)[rows] for number in numbers]
+            loss = step(taken, rate=rate, draw=progress.step, example_ids=known)
         learner.step()
         progress.step += 1
         progress.tokens += batches.batch_size * batches.length * settings.accumulate
         _, progress.seconds = ranks.agree(False, clock.seconds)
-        assert total is not None
-        on_step(total, rate)
+        on_step(loss, rate)
+
+
+def _on_device(batch: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        # From pageable memory the host would wait for the device to get there.
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)

@@ -44,6 +44,7 @@ from cggr_train.memory import memory_in_use, peak_memory
 from cggr_train.prepare import prepare, prepared
 from cggr_train.presets import load_model
 from cggr_train.ranks import Ranks, joined_ranks
+from cggr_train.recorded import check_recordable
 from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered, save_remembered
 from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import load_tokenizer
@@ -83,6 +84,8 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
         Budget(settings.steps, settings.seconds)
     with joined_ranks(settings.device, batch_size=settings.batch_size) as (ranks, device):
         console.quiet = console.quiet or not ranks.main
+        if settings.cuda_graph:
+            check_recordable(device, settings.method, settings.routing, processes=ranks.size)
         made = ranks.on_first(lambda: prepare(settings, folder, console)) or prepared(settings, folder)
         model, tokenizer, tokens = made
         if settings.steps is None and settings.seconds is None:
@@ -118,6 +121,8 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
         raise InputError(f"{folder} holds no checkpoint to resume from; start it anew with --out")
     with joined_ranks(settings.device, batch_size=settings.batch_size) as (ranks, device):
         console.quiet = console.quiet or not ranks.main
+        if settings.cuda_graph:
+            check_recordable(device, settings.method, settings.routing, processes=ranks.size)
         state = load_training_state(checkpoint)
         tokens = TokenStore.open(folder / "tokens")
         model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
@@ -156,7 +161,7 @@ class _Run:
         self.learner.wrapped = ranks.wrap(self.model, device)
         if ranks.size > 1:
             torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations
-        self.optimizer = build_optimizer(self.model, weight_decay=settings.weight_decay)
+        self.optimizer = build_optimizer(self.model, weight_decay=settings.weight_decay, capturable=settings.cuda_graph)
         self.heldout = in_order(tokens.heldout, **size, limit=settings.eval_sequences)
         self.loop = LoopSettings(
             budget=Budget(settings.steps, settings.seconds),
@@ -164,6 +169,7 @@ class _Run:
             accumulate=settings.accumulate,
             clip=settings.clip or None,
             bfloat16=uses_bfloat16(settings.precision, device),
+            cuda_graph=settings.cuda_graph,
         )
         self.progress = Progress()
         self.saved: tuple[int, Path] | None = None

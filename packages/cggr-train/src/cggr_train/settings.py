@@ -48,6 +48,7 @@ class TrainSettings:
     keep: int = 2
     device: str = "auto"
     precision: str = "auto"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config is None):

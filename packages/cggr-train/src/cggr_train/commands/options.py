@@ -33,3 +33,6 @@ Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 switches cli
 EvalSequences = Annotated[int, typer.Option(help="Held-out sequences per evaluation.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph", help="Record the step as one CUDA graph: for small models on a GPU.")
+]

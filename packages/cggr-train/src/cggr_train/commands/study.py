@@ -30,6 +30,9 @@ def study(
     ratio: Annotated[str, typer.Option(help="Keep ratios: 0.125,0.25,…")] = "0.25",
     selection: Annotated[str, typer.Option(help="stratified,sampled,…; random comes along.")] = "stratified",
     scoring: Annotated[str, typer.Option(help="Scores: gradnorm,combined,…")] = "gradnorm",
+    router: Annotated[
+        str, typer.Option(help="What scores: full_depth,truncated,learned,remembered; one by default.")
+    ] = "",
     router_depth: options.RouterDepth = None,
     control_batch: Annotated[str, typer.Option(help="Further standard arms, in sequences per step: 1,2,…")] = "",
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
@@ -50,12 +53,13 @@ def study(
     calibration_seconds: Annotated[float, typer.Option(help="How long each arm's step is timed.")] = 4.0,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    cuda_graph: options.CudaGraph = False,
 ) -> None:
     """Find out on your own data whether CGGR pays: settings and controls side by side, over several seeds.
 
-    Every combination of --gradient, --ratio, --selection and --scoring is trained, and with them standard training,
-    standard training with the batch of equal cost, and random tokens at the same ratio. Writes results.jsonl and
-    report.html. Ctrl-C stops after the current steps and saves (exit code 130); --resume goes on.
+    Every combination of --gradient, --ratio, --selection, --scoring and --router is trained, and with them standard
+    training, standard training with the batch of equal cost, and random tokens at the same ratio. Writes results.jsonl
+    and report.html. Ctrl-C stops after the current steps and saves (exit code 130); --resume goes on.
     """
     with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {resume or out}"):
         if resume is not None:
@@ -95,11 +99,13 @@ def study(
                     eval_sequences=eval_sequences,
                     device=device,
                     precision=precision,
+                    cuda_graph=cuda_graph,
                 ),
                 gradients=split("--gradient", gradient),
                 ratios=split("--ratio", ratio, float),
                 selections=split("--selection", selection),
                 scorings=split("--scoring", scoring),
+                routers=split("--router", router),
                 batch_sizes=split("--control-batch", control_batch, int),
                 seeds=seeds,
                 equal=split("--equal", equal),

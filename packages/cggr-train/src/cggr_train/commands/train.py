@@ -54,6 +54,7 @@ def train(
     keep: Annotated[int, typer.Option(help="Newest checkpoints to keep.")] = 2,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    cuda_graph: options.CudaGraph = False,
 ) -> None:
     """Train a causal language model on text, JSON Lines or Parquet files.
 
@@ -104,6 +105,7 @@ def train(
                 keep=keep,
                 device=device,
                 precision=precision,
+                cuda_graph=cuda_graph,
             )
             result = start_run(settings, out, console)
             folder = out

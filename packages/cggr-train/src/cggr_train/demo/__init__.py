@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -45,12 +46,13 @@ def run_demo(settings: StudySettings, folder: Path, console: Console) -> StudyRe
     return result
 
 
-def write_corpus(folder: Path, *, max_characters: int) -> tuple[Path, Path]:
+def write_corpus(folder: Path, *, max_characters: int, roots: Sequence[Path] = ()) -> tuple[Path, Path]:
     """Write the standard library's source as JSON Lines, every sixteenth file into the held-out part.
 
     Args:
         folder: Made if missing.
         max_characters: How much of it, see :func:`cggr_train.demo.corpus.standard_library`.
+        roots: Further folders of source, such as packages'; so much of each.
 
     Returns:
         Paths of the text to train on and of the held-out text.
@@ -59,6 +61,8 @@ def write_corpus(folder: Path, *, max_characters: int) -> tuple[Path, Path]:
         InputError: If this Python came without its source.
     """
     files = standard_library(max_characters=max_characters)
+    for root in roots:
+        files += standard_library(max_characters=max_characters, root=root)
     heldout, train = files[::HELDOUT_EVERY], [text for n, text in enumerate(files) if n % HELDOUT_EVERY]
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "corpus.jsonl", folder / "heldout.jsonl"

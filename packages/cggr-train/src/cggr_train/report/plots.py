@@ -26,7 +26,7 @@ SELECTION_COLOURS = {
 }
 """From the Okabe-Ito palette, like those of the standard arms: told apart by colour-blind readers too."""
 ROLE_COLOURS = {"standard": INK, "equal_cost": "#0072b2", "batch": "#8a8a8a"}
-SCORING_LINES = ("-", "--", ":", "-.")
+SCORE_LINES = ("-", "--", ":", "-.")
 
 
 def draw_losses(outcome: Outcome) -> bytes:
@@ -139,9 +139,13 @@ def _colour(arm: Arm) -> str:
 
 
 def _line(arm: Arm, outcome: Outcome) -> dict[str, Any]:
-    scorings = list(dict.fromkeys(other.routing.scoring for other in outcome.arms if other.role == "asked"))
-    style = SCORING_LINES[scorings.index(arm.routing.scoring) % len(SCORING_LINES)] if arm.role == "asked" else "-"
+    scores = list(dict.fromkeys(_score(other) for other in outcome.arms if other.role == "asked"))
+    style = SCORE_LINES[scores.index(_score(arm)) % len(SCORE_LINES)] if arm.role == "asked" else "-"
     return {"color": _colour(arm), "linestyle": style, "linewidth": 1.7}
+
+
+def _score(arm: Arm) -> tuple[str, str]:
+    return arm.routing.scoring, arm.routing.scorer
 
 
 def _png(figure: Figure) -> bytes:

@@ -132,14 +132,18 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
         engines={record["arm"]: record["engine"] for record in timings},
         comparisons=comparisons,
         curves=curves,
-        gradients={
-            record["at"]: record["arms"]
-            for record in sorted(records, key=lambda record: PLACES.index(record.get("at", PLACES[0])))
-            if record["event"] == "gradients"
-        },
+        gradients={place: found for place in PLACES if (found := _gradients_at(place, records))},
         kept=next((record["arms"] for record in records if record["event"] == "kept"), {}),
         seeds=seeds,
     )
+
+
+def _gradients_at(place: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        record["arm"]: {name: record[name] for name in ("cosine", "variance", "bias")}
+        for record in records
+        if record["event"] == "gradients" and record["at"] == place
+    }
 
 
 def _loss_at(points: Sequence[Mapping[str, float]], step: int) -> float:

@@ -38,6 +38,16 @@ class Arm:
     equal_cost: str = "standard"
     random: str | None = None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it is served scores that earlier epochs of the run observed."""
+        return self.method == "cggr" and self.routing.scorer == "remembered"
+
+    @property
+    def scores_by_its_run(self) -> bool:
+        """Whether its scores are made of what the run itself observed, so that other weights do not tell them."""
+        return self.method == "cggr" and self.routing.scorer in ("learned", "remembered")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Arm:
         """The arm that ``dataclasses.asdict`` took apart."""
@@ -57,8 +67,8 @@ def relative_cost(routing: Routing, *, num_layers: int) -> float:
         >>> relative_cost(Routing("kv", 0.25, "random"), num_layers=8)
         0.5
     """
-    ratio, depth = routing.ratio, routing.router_depth
-    scored = routing.selection != SCORELESS
+    ratio, depth = routing.ratio, routing.depth(num_layers)
+    scored = routing.selection != SCORELESS and routing.scorer != "remembered"
     if routing.gradient == "exact":
         return 1.0
     if routing.gradient == "sequence":
@@ -79,6 +89,7 @@ def plan_arms(
     scorings: Sequence[str],
     batch_size: int,
     batch_sizes: Sequence[int] = (),
+    routers: Sequence[str] = (),
     num_layers: int,
 ) -> list[Arm]:
     """All combinations of the settings asked for, with their controls.
@@ -91,6 +102,7 @@ def plan_arms(
         scorings: Scores.
         batch_size: Sequences per step of the standard arm and of every routed one.
         batch_sizes: Further standard arms.
+        routers: What scores; empty takes what ``base`` says.
         num_layers: Layers of the model, for the batch of equal cost.
 
     Returns:
@@ -107,19 +119,26 @@ def plan_arms(
     random: dict[str, Arm] = {}
     asked: dict[str, Arm] = {}
     for gradient, ratio in itertools.product(gradients, ratios):
-        control = dataclasses.replace(base, gradient=gradient, ratio=ratio, selection=SCORELESS, router_depth=None)
+        control = dataclasses.replace(
+            base, gradient=gradient, ratio=ratio, selection=SCORELESS, router=None, router_depth=None
+        )
         name = f"{gradient}-{ratio:g}-random"
         cost = relative_cost(control, num_layers=num_layers)
         random[name] = Arm(
             name, f"random {ratio:g}, {gradient}", "random", "random", batch_size, control,
             equal_cost=_equal_cost(cost, batch_size, equal),
         )  # fmt: skip
-        for selection, scoring in itertools.product(selections, scorings):
+        for selection, scoring, router in itertools.product(selections, scorings, routers or (None,)):
             if selection == SCORELESS:
                 continue
             routing = dataclasses.replace(base, gradient=gradient, ratio=ratio, selection=selection, scoring=scoring)
             asked_name = f"{gradient}-{ratio:g}-{selection}-{scoring}"
-            label = f"{selection} {ratio:g} by {scoring}, {gradient}"
+            by = scoring
+            if router is not None:
+                depth = base.router_depth if router in ("truncated", "learned") else None
+                routing = dataclasses.replace(routing, router=router, router_depth=depth)
+                asked_name, by = f"{asked_name}-{router}", f"{scoring} ({router.replace('_', ' ')})"
+            label = f"{selection} {ratio:g} by {by}, {gradient}"
             cost = relative_cost(routing, num_layers=num_layers)
             asked[asked_name] = Arm(
                 asked_name, label, "asked", "cggr", batch_size, routing,

@@ -16,12 +16,15 @@ from cggr_train.device import uses_bfloat16
 from cggr_train.learner import Learner, build_learner
 from cggr_train.loop import Budget, LearningRate, LoopSettings, build_optimizer
 from cggr_train.presets import build_config, build_model, load_model
+from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered
 from cggr_train.study.arms import Arm
 from cggr_train.study.settings import StudySettings
 from cggr_train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cggr_core import RememberedScores
 
 WARMUP = 0.05
 """Share of the standard arm's steps over which every arm's learning rate comes up."""
@@ -71,13 +74,22 @@ class Bench:
         return model
 
     def training(self, arm: Arm, seed: int, *, weights: Path | None = None) -> Training:
-        """Model (with the weights in a folder, where given), optimizer and data of one run."""
+        """Model (with the weights in a checkpoint, where given), optimizer and data of one run."""
         model = self.model(seed, folder=weights)
         torch.manual_seed(seed)
-        learner = build_learner(model, arm.method, arm.routing, seed=seed)
-        optimizer = build_optimizer(learner.model, weight_decay=self.settings.train.weight_decay)
-        batches = Batches(self.tokens.train, length=self.settings.train.length, batch_size=arm.batch_size, seed=seed)
+        train = self.settings.train
+        batches = Batches(self.tokens.train, length=train.length, batch_size=arm.batch_size, seed=seed)
+        memory = self._memory(batches, weights) if arm.remembers else None
+        learner = build_learner(model, arm.method, arm.routing, seed=seed, memory=memory)
+        optimizer = build_optimizer(model, weight_decay=train.weight_decay, capturable=train.cuda_graph)
         return Training(learner, optimizer, batches)
+
+    def _memory(self, batches: Batches, checkpoint: Path | None) -> RememberedScores:
+        from cggr_core import RememberedScores
+
+        if checkpoint is not None:
+            return load_remembered(checkpoint / FILE_NAME, examples=fingerprint(batches.sequences))
+        return RememberedScores.empty(examples=batches.num_sequences, length=batches.length)
 
     def loop(self, steps: int, *, warmup_steps: float) -> LoopSettings:
         """Optimisation of one run: up to a constant learning rate, see :mod:`cggr_train.study.average`."""
@@ -87,6 +99,7 @@ class Bench:
             learning_rate=LearningRate(train.learning_rate, warmup=min(0.5, warmup_steps / steps), final=1.0),
             clip=train.clip or None,
             bfloat16=self.bfloat16,
+            cuda_graph=train.cuda_graph,
         )
 
     def heldout(self, sequences: int) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +14,22 @@ from cggr_train.study.arms import Arm
 from cggr_train.study.bench import Bench
 
 
-def compare_gradients(bench: Bench, arms: list[Arm], *, weights: Path | None, seed: int) -> dict[str, dict[str, Any]]:
-    """Draw gradients of every arm and compare them with the full gradient of the same batch.
+def compare_gradients(bench: Bench, arm: Arm, *, weights: Path | None, seed: int) -> dict[str, list[float]]:
+    """Draw gradients of an arm and compare them with the full gradient of the same batch.
 
     A standard arm with a smaller batch draws that many sequences of the batch, so that the batch of equal cost is
     measured as an estimator like the others.
 
     Args:
         bench: The study; its settings say how many batches and draws.
-        arms: The arms.
+        arm: The arm; not one that scores by what its own run observed.
         weights: Folder of the model at which gradients are taken; None takes the start of ``seed``.
         seed: Of the draws.
 
     Returns:
-        For each arm, over all draws of all batches: ``cosine`` (each draw's, to the full gradient), and for each
-        batch ``variance`` (mean squared distance from the mean over draws) and ``bias`` (squared distance of that mean
-        from the full gradient, less the variance it still has), both over the full gradient's squared norm.
+        Over all draws of all batches ``cosine`` (each draw's, to the full gradient), and for each batch ``variance``
+        (mean squared distance from the mean over draws) and ``bias`` (squared distance of that mean from the full
+        gradient, less the variance it still has), both over the full gradient's squared norm.
     """
     settings = bench.settings
     train = settings.train
@@ -39,21 +38,20 @@ def compare_gradients(bench: Bench, arms: list[Arm], *, weights: Path | None, se
         limit=settings.gradient_batches * train.batch_size,
     )  # fmt: skip
     model = bench.model(seed, folder=weights).train()
-    found: dict[str, dict[str, Any]] = {arm.name: {"cosine": [], "variance": [], "bias": []} for arm in arms}
-    full = build_learner(model, "standard", arms[0].routing, seed=seed)
-    learners = {arm.name: build_learner(model, arm.method, arm.routing, seed=seed) for arm in arms}
+    found: dict[str, list[float]] = {"cosine": [], "variance": [], "bias": []}
+    full = build_learner(model, "standard", arm.routing, seed=seed)
+    learner = build_learner(model, arm.method, arm.routing, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         truth = _gradient(bench, full, batch)
-        for arm in arms:
-            drawn = _Draws(truth)
-            for _ in range(settings.draws):
-                rows = batch
-                if arm.method == "standard" and arm.batch_size < len(batch):
-                    rows = batch[torch.randperm(len(batch), generator=generator)[: arm.batch_size]]
-                drawn.add(_gradient(bench, learners[arm.name], rows))
-            for name, value in drawn.result().items():
-                found[arm.name][name] += value
+        drawn = _Draws(truth)
+        for _ in range(settings.draws):
+            rows = batch
+            if arm.method == "standard" and arm.batch_size < len(batch):
+                rows = batch[torch.randperm(len(batch), generator=generator)[: arm.batch_size]]
+            drawn.add(_gradient(bench, learner, rows))
+        for name, value in drawn.result().items():
+            found[name] += value
     return found
 
 

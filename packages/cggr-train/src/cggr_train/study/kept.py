@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cggr_train.data.batches import in_order
-from cggr_train.learner import Routing
 from cggr_train.study.arms import Arm
 from cggr_train.study.bench import Bench
 
@@ -24,7 +23,7 @@ def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> d
 
     Args:
         bench: The study.
-        arms: Routed arms.
+        arms: Routed arms, none of which scores by what its own run observed.
         weights: Folder of the model that scores.
         seed: Of the selections.
 
@@ -51,9 +50,9 @@ def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> d
         }
         known: dict[tuple[str, int | None], Tensor] = {}
         for arm in arms:
-            key = (arm.routing.scoring, arm.routing.router_depth)
+            key = (arm.routing.scoring, arm.routing.depth(model.config.get_text_config().num_hidden_layers))
             if key not in known:
-                known[key] = score(_statistics(bench, model, arm.routing, input_ids), scoring=arm.routing.scoring)
+                known[key] = score(_statistics(bench, model, key[1], input_ids), scoring=arm.routing.scoring)
             scores = known[key]
             bins["score"] = _bins(scores.cpu())
             for draw in range(DRAWS):
@@ -70,15 +69,15 @@ def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> d
     }
 
 
-def _statistics(bench: Bench, model: Any, routing: Routing, input_ids: Tensor) -> Any:
-    """Token statistics ``[B, S - 1]`` by the arm's router, or by the whole model."""
+def _statistics(bench: Bench, model: Any, depth: int | None, input_ids: Tensor) -> Any:
+    """Token statistics ``[B, S - 1]`` by the first ``depth`` layers, or by the whole model."""
     from cggr_core import create_truncated_router, token_statistics
 
     with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.bfloat16):
-        if routing.router_depth is None:
+        if depth is None:
             logits = model(input_ids=input_ids, use_cache=False).logits
         else:
-            found = create_truncated_router(model, num_layers=routing.router_depth)(input_ids)
+            found = create_truncated_router(model, num_layers=depth)(input_ids)
             logits = found if isinstance(found, Tensor) else found.logits
     return token_statistics(logits[:, :-1].float(), input_ids[:, 1:])
 

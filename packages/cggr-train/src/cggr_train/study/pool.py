@@ -106,7 +106,7 @@ class Pool:
             requests: What to do, the first ones first.
             on_progress: Called with a request and what its worker tells.
             stop: When true no request is handed out any more, and workers are asked to save and stop.
-            alone: One request at a time, on the first worker: for measurements of time.
+            alone: One request at a time on each device: for measurements of time.
 
         Raises:
             InputError: If a worker found something that the user can repair.
@@ -116,7 +116,8 @@ class Pool:
         events: queue.SimpleQueue[tuple[Request | None, dict[str, Any]]] = queue.SimpleQueue()
         for request in requests:
             waiting.put(request)
-        workers = self._workers[:1] if alone else self._workers[: max(1, len(requests))]
+        one_each = list({worker.device: worker for worker in reversed(self._workers)}.values())[::-1]
+        workers = (one_each if alone else self._workers)[: max(1, len(requests))]
         threads = [threading.Thread(target=_feed, args=(worker, waiting, events), daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
@@ -163,6 +164,7 @@ class Worker:
     """One process, see :mod:`cggr_train.study.worker`."""
 
     def __init__(self, folder: Path, number: int, device: torch.device, threads: int) -> None:
+        self.device = device
         self.errors = folder / f"worker-{number}.errors.txt"
         self._command = [
             sys.executable, "-m", "cggr_train.study.worker", str(folder), str(device), str(threads),

@@ -15,6 +15,7 @@ runs in flight go on from their checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from cggr_train.interrupt import StopRequest
 from cggr_train.learner import build_learner
 from cggr_train.log import JsonlLog, read_log
 from cggr_train.prepare import prepare
+from cggr_train.recorded import check_recordable
 from cggr_train.study.analysis import PLACES, Outcome, analyse, step_times
 from cggr_train.study.arms import Arm, plan_arms
 from cggr_train.study.live import LiveTable
@@ -72,17 +74,25 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     Raises:
         InputError: If anything given cannot be used.
     """
+    from cggr_core import RememberedScores
+
     if (folder / STUDY).exists():
         raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")
     where = places(settings.train.device, settings.parallel)
+    device = where[0][0]
+    if settings.train.cuda_graph:  # before the text is read
+        check_recordable(device, "standard", settings.train.routing)
     model, _, _ = prepare(settings.train, folder, console)
     arms = plan_arms(
         settings.train.routing, gradients=settings.gradients, ratios=settings.ratios, selections=settings.selections,
         scorings=settings.scorings, batch_size=settings.train.batch_size, batch_sizes=settings.batch_sizes,
-        num_layers=model.config.num_hidden_layers,
+        routers=settings.routers, num_layers=model.config.num_hidden_layers,
     )  # fmt: skip
     for arm in arms:  # refuses what cannot be used before anything is measured
-        build_learner(model, arm.method, arm.routing, seed=0)
+        memory = RememberedScores.empty(examples=1, length=settings.train.length) if arm.remembers else None
+        build_learner(model, arm.method, arm.routing, seed=0, memory=memory)
+        if settings.train.cuda_graph:
+            check_recordable(device, arm.method, arm.routing)
     (folder / "arms.json").write_text(json.dumps([dataclasses.asdict(arm) for arm in arms], indent=1) + "\n")
     JsonlLog(folder / RESULTS).write(event="study", **_environment(where))
     settings.save(folder)
@@ -149,7 +159,7 @@ class _Study:
             self.table.take(record)
 
     def _time(self) -> None:
-        self.table.stage("timing every arm's step, alone")
+        self.table.stage("timing every arm's step, alone on its device")
         seconds = self.settings.calibration_seconds / TURNS
         self._do(
             (
@@ -187,11 +197,17 @@ class _Study:
         seed, weights = self.seeds[0], str(self.weights)
         requests = []
         if self.settings.draws:
-            names = [arm.name for arm in self.arms if arm is not self.arms[0] and arm.role != "batch"]
-            for at, place in zip(PLACES, (None, weights), strict=True):
-                body = {"do": "gradients", "arms": names, "weights": place, "seed": seed}
-                requests.append(Request("gradients", {"at": at}, body))
-        routed = [arm.name for arm in self.arms if arm.method != "standard" and arm.routing.gradient != "sequence"]
+            drawn = [
+                arm.name for arm in self.arms
+                if arm is not self.arms[0] and arm.role != "batch" and not arm.scores_by_its_run
+            ]  # fmt: skip
+            for (at, place), name in itertools.product(zip(PLACES, (None, weights), strict=True), drawn):
+                body = {"do": "gradients", "arms": [name], "weights": place, "seed": seed}
+                requests.append(Request("gradients", {"at": at, "arm": name}, body))
+        routed = [
+            arm.name for arm in self.arms
+            if arm.method != "standard" and arm.routing.gradient != "sequence" and not arm.scores_by_its_run
+        ]  # fmt: skip
         if routed:
             requests.append(Request("kept", {}, {"do": "kept", "arms": routed, "weights": weights, "seed": seed}))
         self._do(requests)

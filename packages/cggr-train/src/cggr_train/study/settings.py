@@ -26,6 +26,7 @@ class StudySettings:
         ratios: Their keep ratios.
         selections: Their strategies.
         scorings: Their scores.
+        routers: What scores, each of :data:`cggr_train.learner.ROUTERS`; empty takes what ``train.routing`` says.
         batch_sizes: Further standard arms, in sequences per step.
         seeds: Runs of each arm.
         equal: What every run must reach: the standard arm's ``tokens``, its ``time``, or both.
@@ -44,6 +45,7 @@ class StudySettings:
     ratios: tuple[float, ...] = (0.25,)
     selections: tuple[str, ...] = ("stratified",)
     scorings: tuple[str, ...] = ("gradnorm",)
+    routers: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     seeds: int = 3
     equal: tuple[str, ...] = EQUAL

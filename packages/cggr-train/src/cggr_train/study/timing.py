@@ -9,10 +9,12 @@ import torch
 
 from cggr_train.loop import Clock, Progress, train_steps
 from cggr_train.memory import memory_in_use, peak_memory, reset_peak_memory
+from cggr_train.recorded import EAGER_STEPS
 from cggr_train.study.arms import Arm
 from cggr_train.study.bench import Bench
 
-WARMUP_STEPS = 3
+WARMUP_STEPS = EAGER_STEPS + 1
+"""Of which the last is recorded, where steps are."""
 BLOCK = 4
 """Steps between two looks at the clock: waiting after each would keep an accelerator from being fed ahead."""
 

@@ -22,11 +22,14 @@ from cggr_train.checkpoint import (
 from cggr_train.errors import DivergedError
 from cggr_train.evaluate import heldout_loss
 from cggr_train.loop import Clock, Progress, train_steps
+from cggr_train.remembered_file import FILE_NAME, fingerprint, save_remembered
 from cggr_train.study.arms import Arm
 from cggr_train.study.average import RunningAverage
 from cggr_train.study.bench import Bench, Training
 
 TELL_SECONDS, SAVE_SECONDS = 1.0, 60.0
+ROUTER_METRICS = ("router_correlation", "remembered", "score_age_epochs")
+"""Of a learned router, and of remembered scores: how well they tell the scores, and how old those are."""
 
 
 def train_run(
@@ -55,8 +58,9 @@ def train_run(
         stop: Asked before every step; a run that is stopped saves a checkpoint.
 
     Returns:
-        ``points`` (each with ``step``, ``tokens``, ``kept_tokens`` and ``heldout_loss`` in nats per token), ``engine``
-        and ``train_seconds``, the time of all steps beside whatever else ran at the time; None if it was stopped.
+        ``points`` (each with ``step``, ``tokens``, ``kept_tokens`` and ``heldout_loss`` in nats per token), ``engine``,
+        ``router`` (:data:`ROUTER_METRICS` of the last step) and ``train_seconds``, the time of all steps beside
+        whatever else ran at the time; None if it was stopped.
 
     Raises:
         DivergedError: If a loss is no longer finite.
@@ -91,6 +95,9 @@ def train_run(
     return {
         "points": run.curve,
         "engine": str(run.training.learner.metrics.get("engine", "")),
+        "router": {
+            name: float(value) for name, value in run.training.learner.metrics.items() if name in ROUTER_METRICS
+        },
         "train_seconds": run.progress.seconds,
     }
 
@@ -162,6 +169,12 @@ class _Run:
         state = TrainingState(
             self.progress, self.training.optimizer.state_dict(), learner, random_state(self.bench.device)
         )
+        also = None if self.training.learner.memory is None else self._save_memory
         with self.clock.paused():
             save_checkpoint(self.folder / "checkpoints", self.training.learner.model, self.bench.tokenizer, state,
-                            keep=1)  # fmt: skip
+                            keep=1, also=also)  # fmt: skip
+
+    def _save_memory(self, checkpoint: Path) -> None:
+        memory = self.training.learner.memory
+        assert memory is not None  # else nobody asks
+        save_remembered(checkpoint / FILE_NAME, memory, examples=fingerprint(self.training.batches.sequences))

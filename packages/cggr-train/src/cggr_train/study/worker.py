@@ -57,7 +57,7 @@ def answer(bench: Bench, request: dict[str, Any], tell: Tell, stop: Callable[[],
                 tell=lambda **values: tell("progress", **values),
             )  # fmt: skip
         case "gradients":
-            return {"arms": compare_gradients(bench, arms, weights=weights, seed=request["seed"])}
+            return compare_gradients(bench, arms[0], weights=weights, seed=request["seed"])
         case "kept":
             assert weights is not None
             return {"arms": kept_shares(bench, arms, weights=weights, seed=request["seed"])}
@@ -74,6 +74,9 @@ def main(folder: str, device: str, threads: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(int(threads))
+    where = torch.device(device)
+    if where.index is not None:
+        torch.accelerator.set_device_index(where.index)
 
     def tell(event: str, **values: Any) -> None:
         answers.write(json.dumps({"event": event, **values}) + "\n")
@@ -81,7 +84,7 @@ def main(folder: str, device: str, threads: str) -> None:
 
     with StopRequest() as stop:
         try:
-            serve(Bench(Path(folder), torch.device(device)), sys.stdin, tell, lambda: stop.requested)
+            serve(Bench(Path(folder), where), sys.stdin, tell, lambda: stop.requested)
         except BrokenPipeError:
             sys.exit(1)  # whoever asked is gone
 

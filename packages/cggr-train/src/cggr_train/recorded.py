@@ -1,0 +1,127 @@
+"""Optimizer steps recorded as one CUDA graph, which takes the host's launches out of a small model's step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cggr_train.errors import InputError, RunError
+from cggr_train.learner import Routing
+from cggr_train.optimizer_step import OptimizerStep
+
+EAGER_STEPS = 3
+"""Steps before the recording: they compile kernels, make the optimizer's state, and train like any other."""
+
+
+def check_recordable(device: torch.device, method: str, routing: Routing, *, processes: int = 1) -> None:
+    """Refuse to record what would not be the same step when it is replayed.
+
+    Args:
+        device: Where the step runs.
+        method: See :func:`cggr_train.learner.build_learner`.
+        routing: Settings of the routed methods.
+        processes: That share the step.
+
+    Raises:
+        InputError: With the reason, and what to do.
+
+    Example:
+        >>> check_recordable(torch.device("cpu"), "standard", Routing())
+        Traceback (most recent call last):
+        cggr_train.errors.InputError: --cuda-graph needs a CUDA device, and this runs on cpu; leave it out
+    """
+    if device.type != "cuda":
+        raise InputError(f"--cuda-graph needs a CUDA device, and this runs on {device.type}; leave it out")
+    if processes > 1:
+        raise InputError(
+            f"--cuda-graph records the step of one process, and this run has {processes}, whose exchange is not "
+            "recorded; leave it out"
+        )
+    if method == "standard":
+        return
+    if routing.ratio_warmup_steps:
+        raise InputError(
+            "--cuda-graph records one number of kept tokens, and --ratio-warmup-steps "
+            f"{routing.ratio_warmup_steps} changes it; leave one of both out"
+        )
+    if method == "random":
+        return
+    if routing.router == "remembered":
+        raise InputError(
+            "--cuda-graph cannot record --router remembered, whose scores the host reads and writes in every step; "
+            "leave one of both out"
+        )
+    if routing.selection == "supervised":
+        raise InputError(
+            "--cuda-graph cannot record --selection supervised, whose number of kept tokens the host reads in every "
+            "step; leave one of both out"
+        )
+
+
+class RecordedStep:
+    """Takes some steps as they are, records one, and replays it for all later ones.
+
+    Batches must have the shape of the first ones. What changes from step to step is read on the device: the batches,
+    the learning rate and the number of the draw.
+
+    Args:
+        step: The step. Its optimizer must be capturable (:func:`cggr_train.loop.build_optimizer`), and its model on a
+            CUDA device, which must be the current one.
+        device: That device.
+    """
+
+    def __init__(self, step: OptimizerStep, device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._batches: list[Tensor] | None = None
+        self._rate = torch.zeros((), device=device)
+        self._draw = torch.zeros((), dtype=torch.int64, device=device)
+        self._side = torch.cuda.Stream(device)
+        self._taken = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss: Tensor | None = None
+
+    def __call__(self, batches: Sequence[Tensor], *, rate: float, draw: int) -> Tensor:
+        """Take a step; see :meth:`OptimizerStep.__call__`.
+
+        Raises:
+            InputError: If the step cannot be taken at all.
+            RunError: If it cannot be recorded.
+        """
+        if self._batches is None:
+            self._batches = [batch.clone() for batch in batches]
+        for own, batch in zip(self._batches, batches, strict=True):
+            own.copy_(batch)
+        self._rate.fill_(rate)
+        self._draw.fill_(draw)
+        self._taken += 1
+        if self._taken <= EAGER_STEPS:
+            return self._take_eagerly(self._batches)
+        if self._graph is None:
+            self._graph = self._recorded(self._batches)
+        self._graph.replay()
+        assert self._loss is not None  # of the recording
+        return self._loss.clone()
+
+    def _take_eagerly(self, batches: Sequence[Tensor]) -> Tensor:
+        # Not on the default stream, which a recording must not meet.
+        current = torch.cuda.current_stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side), warnings.catch_warnings():
+            # Said to those who would never record; these steps go before a recording.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            loss = self._step(batches, rate=self._rate, draw=self._draw)
+        current.wait_stream(self._side)
+        return loss
+
+    def _recorded(self, batches: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._side):
+                self._loss = self._step(batches, rate=self._rate, draw=self._draw)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise RunError(f"the step cannot be recorded ({reason}); leave --cuda-graph out") from error
+        return graph
