@@ -23,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import _record
 from cggr_core import CGGRModel, create_truncated_router, score, select
 from cggr_core.readout import HeadReadout
+from cggr_core.routing import replaced_forwards
+from cggr_core.routing.norms import fused_norms
 from cggr_core.scoring import fields_for
 
 SEED = 0
@@ -87,6 +89,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "exact": ({"gradient": "exact"}, False),
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
+# The routed passes run norms through torch's fused op; this is the standard step with that alone changed.
+FUSED_NORMS = "standard, fused norms"
 COMPILED = ", compiled parts"
 GRAPH = ", one CUDA graph"
 
@@ -97,6 +101,17 @@ def standard_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def fused_norms_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """The standard step with the norms of the routed passes."""
+    forwards, standard = fused_norms(model.modules()), standard_step(model, tokens)
+
+    def step() -> None:
+        with replaced_forwards(forwards):
+            standard()
 
     return step
 
@@ -161,6 +176,8 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return GraphStep(make_step(model, tokens, variant.removesuffix(GRAPH), ratio), model)
     if variant == "standard":
         return standard_step(model, tokens)
+    if variant == FUSED_NORMS:
+        return fused_norms_step(model, tokens)
     if variant == "scoring and selection alone":
         return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
@@ -246,7 +263,7 @@ def main() -> None:
     main_variants = list(VARIANTS)[:2]
     compiled = ["standard, compiled", *(name + COMPILED for name in main_variants)]
     graphs = [name + GRAPH for name in ("standard", *main_variants, *compiled[1:])]
-    everything = [*(compiled if cuda else []), *(graphs if shape.launch_bound else []), *VARIANTS]
+    everything = [FUSED_NORMS, *(compiled if cuda else []), *(graphs if shape.launch_bound else []), *VARIANTS]
     variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}

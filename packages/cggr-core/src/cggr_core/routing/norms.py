@@ -55,7 +55,8 @@ def _epsilon(module: nn.Module) -> float | None:
     kind = type(module)
     if not kind.__name__.endswith(_NAME) or not kind.__module__.startswith("transformers."):
         return None
-    alone = list(module._parameters) == ["weight"] and not module._buffers and not module._modules
+    parameters = [name for name, value in module._parameters.items() if value is not None]
+    alone = parameters == ["weight"] and not module._buffers and not module._modules
     own = "forward" not in module.__dict__ and module._compiled_call_impl is None
     if not alone or not own or len(inspect.signature(kind.forward).parameters) != 2:
         return None
@@ -64,12 +65,17 @@ def _epsilon(module: nn.Module) -> float | None:
 
 @torch.no_grad()
 def _computes_it(module: nn.Module, epsilon: float) -> bool:
-    weight: Any = module.weight
-    generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    stand_in = type(module).__new__(type(module))
-    stand_in.__dict__.update(module.__dict__, _parameters={"weight": torch.randn(weight.shape, **options)})
+    own_weight: Any = module.weight
+    shape = own_weight.shape
+    options: dict[str, Any] = {
+        "generator": torch.Generator().manual_seed(0),
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
+    weight = torch.randn(shape, **options)
     # The second row is so small that its norm is mostly epsilon.
-    rows = torch.randn(2, weight.numel(), **options) * torch.tensor([[1.0], [epsilon**0.5]], device="cpu")
+    rows = torch.randn(2, *shape, **options) * torch.tensor([[1.0], [epsilon**0.5]], device="cpu")
+    stand_in = type(module).__new__(type(module))
+    stand_in.__dict__.update(module.__dict__, _parameters={"weight": weight})
     expected = type(module).forward(stand_in, rows)
-    return torch.allclose(rms_norm(rows, weight.shape, stand_in.weight, epsilon), expected, rtol=1e-5, atol=1e-6)
+    return torch.allclose(rms_norm(rows, weight.shape, weight, epsilon), expected, rtol=1e-5, atol=1e-6)
