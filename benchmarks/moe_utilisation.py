@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks import _record
+from benchmarks._moe import CONTROL, LOOP, OURS, PASSES, SHAPES, TOKENS, Problem, Shape
 from benchmarks.kernels import SEED, Table
 from benchmarks.kernels_counters import TIME, read_kernels
-from benchmarks.moe import CONTROL, OURS, PASSES, SHAPES, TOKENS, Problem, Shape
 
 Kernel = tuple[str, dict[str, float]]  # name and metrics, in seconds and percent
 SHARES = {
@@ -34,7 +34,7 @@ MOST_NAMES = 16
 
 def candidates(shape: Shape) -> tuple[str, ...]:
     """What is profiled on a shape."""
-    return ("loop", CONTROL, OURS) if shape.E <= 8 else (CONTROL, OURS)
+    return (LOOP, CONTROL, OURS) if shape.E <= 8 else (CONTROL, OURS)
 
 
 def profiled_passes(shape: int, place: int) -> None:
@@ -42,7 +42,7 @@ def profiled_passes(shape: int, place: int) -> None:
     torch.manual_seed(SEED)
     problem = Problem(SHAPES[shape], "cuda")
     problem.spread("balanced")
-    layers = problem.candidates(compiled=False, peers=False)
+    layers = problem.candidates(candidates(SHAPES[shape]))
     calls = [problem.calls(layers[candidate])[place] for candidate in candidates(SHAPES[shape])]
     for call in calls * 2:
         call()

@@ -23,6 +23,7 @@ from cggr_kernels.moe_details._dispatch import (
 )
 
 _TILE = 8192  # elements of a [tokens, experts] tile that one program holds
+_PREFIX_TILE = 16384  # the same of a [blocks of tokens, experts] tile
 _MOST_TOKENS = 256
 _PAD_PROGRAMS = 8
 _COPY_BLOCK = 1024
@@ -92,9 +93,9 @@ def make_plan(index: Tensor, num_experts: int) -> Plan:
     rank = torch.empty_like(plan.row)
     count = index.new_empty(blocks, E, dtype=torch.int32)
     count_kernel[(blocks,)](index, rank, count, T, E, K, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4)
-    block_b = max(1, _TILE // block_e)
+    block_b = max(1, min(triton.next_power_of_2(blocks), _PREFIX_TILE // block_e))
     prefix_kernel[(1,)](
-        count, plan.segment, plan.used, plan.tiles, blocks, E, BLOCK_B=block_b, BLOCK_E=block_e, num_warps=8
+        count, plan.segment, plan.used, plan.tiles, blocks, E, BLOCK_B=block_b, BLOCK_E=block_e, num_warps=16
     )
     place_kernel[(blocks + E,)](
         index,

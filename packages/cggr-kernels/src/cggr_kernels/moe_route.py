@@ -19,7 +19,8 @@ from cggr_kernels.moe_details._route import route_gradient_kernel, route_kernel,
 MAX_EXPERTS = 1024
 _TILE = 4096  # logits that one program holds
 _MOST_TOKENS = 64
-_STATISTICS_TILE = 4096
+_STATISTICS_TILE = 8192
+_MOST_BLOCKS = 256
 
 
 def _blocks(E: int) -> dict[str, int]:
@@ -54,7 +55,7 @@ def _launch(
             num_warps=4,
             **blocks,
         )
-    block_b = max(1, _STATISTICS_TILE // blocks["BLOCK_E"] // 4)
+    block_b = min(triton.next_power_of_2(count), _MOST_BLOCKS, _STATISTICS_TILE // blocks["BLOCK_E"])
     route_statistics_kernel[(1,)](
         partial,
         balance,
@@ -65,9 +66,9 @@ def _launch(
         slope,
         count,
         E,
-        BLOCK_B=min(block_b, 64),
+        BLOCK_B=max(1, block_b),
         BLOCK_E=blocks["BLOCK_E"],
-        num_warps=8,
+        num_warps=16,
     )
     return weight, index, balance, z, entropy, load, bad, lse, slope
 
@@ -148,24 +149,31 @@ _gradient = register(
 
 
 class _Route(torch.autograd.Function):
-    """Weights and losses, differentiable in the logits."""
+    """Gives the weights and losses that the op has made their gradient in the logits.
+
+    What has none stays outside: autograd would make zeros for it in every backward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int, norm_topk_prob: bool
+        ctx: Any,
+        logits: Tensor,
+        weight: Tensor,
+        balance: Tensor,
+        z: Tensor,
+        index: Tensor,
+        lse: Tensor,
+        slope: Tensor,
+        norm_topk_prob: bool,
     ) -> tuple[Tensor, ...]:
-        weight, index, balance, z, entropy, load, bad, lse, slope = _forward(logits, bias, keep, top_k, norm_topk_prob)
         ctx.save_for_backward(logits, lse, index, slope)
         ctx.norm_topk_prob = norm_topk_prob
-        ctx.mark_non_differentiable(index, load, entropy, bad)
-        return weight, index, balance, z, load, entropy, bad
+        return weight.view_as(weight), balance.view_as(balance), z.view_as(z)
 
     @staticmethod
-    def backward(
-        ctx: Any, d_weight: Tensor, d_index: None, d_balance: Tensor, d_z: Tensor, *rest: None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_weight: Tensor, d_balance: Tensor, d_z: Tensor) -> tuple[Tensor | None, ...]:
         upstream = (d_weight.contiguous(), d_balance.contiguous(), d_z.contiguous())
-        return _gradient(*ctx.saved_tensors, *upstream, ctx.norm_topk_prob), None, None, None, None
+        return _gradient(*ctx.saved_tensors, *upstream, ctx.norm_topk_prob), *[None] * 7
 
 
 def _check(logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int) -> None:
@@ -214,4 +222,8 @@ def moe_route(
     _check(logits, bias, keep, top_k)
     bias = None if bias is None else bias.contiguous()
     keep = None if keep is None else keep.contiguous()
-    return _Route.apply(logits.contiguous(), bias, keep, top_k, norm_topk_prob)
+    logits = logits.contiguous()
+    made = _forward(logits.detach(), bias, keep, top_k, norm_topk_prob)
+    weight, index, balance, z, entropy, load, bad, lse, slope = made
+    weight, balance, z = _Route.apply(logits, weight, balance, z, index, lse, slope, norm_topk_prob)
+    return weight, index, balance, z, load, entropy, bad
