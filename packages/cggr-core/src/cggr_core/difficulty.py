@@ -22,7 +22,7 @@ NEED_TARGETS = frozenset({"nll", "gradnorm"})
 # larger because small matrix products are slow.
 _CHUNK = 2**25
 _CPU_CHUNK = 2**18
-_CPU_HEAD_CHUNK = 2**21
+_CPU_HEAD_CHUNK = 2**22
 _TOP2_BLOCK = 128
 # exp() of it is 0 in float64 too, and 0 times it is 0, where 0 * -inf would be NaN.
 _FLOOR = -1e4
