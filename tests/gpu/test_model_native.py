@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cggr_core import CGGRModel, create_truncated_router
+from cggr_core.routing.norms import fused_norms
 
 pytestmark = pytest.mark.gpu
 
@@ -165,3 +166,20 @@ def test_flash_attention_in_the_context_pass_and_a_window():
     base.cpu()
     CGGRModel(base)(input_ids.cpu(), **{name: value.cpu() for name, value in given.items()}).backward()
     assert relative_error(found, gradients(base)) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_are_one_kernel_each_way(dtype):
+    norm = model(dtype).model.norm
+    forward = fused_norms([norm])[norm]
+    x = torch.randn(3, 257, 128, device="cuda", dtype=dtype, requires_grad=True)
+    forward(x).sum().backward()  # loads what it runs
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        y = forward(x)
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profiler.key_averages() if event.self_device_time_total]
+    assert len(kernels) == 1, kernels
+    assert y.grad_fn.name() == "FusedRmsNormBackward0"
+    truth = torch.nn.functional.rms_norm(x.double(), (128,), norm.weight.double(), norm.variance_epsilon)
+    own = (norm(x).double() - truth).norm()
+    assert (y.double() - truth).norm() <= own + 1e-7 * truth.norm()
