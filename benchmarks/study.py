@@ -248,7 +248,7 @@ def main() -> None:
     }
     path = _record.write(
         name, rows(result.outcome), settings=noted, control="standard",
-        device="cuda" if arguments.device != "cpu" else "cpu", folder=arguments.results,
+        device=pick_device(arguments.device), folder=arguments.results,
     )  # fmt: skip
     console.print(f"result {path}", highlight=False)
 
