@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,15 @@ SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-s
          "--device", "cpu", "--precision", "float32"]  # fmt: skip
 
 
-def two_ranks(*arguments: object) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launch, *map(str, arguments)]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port",
+    "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+)  # fmt: skip
+
+
+def two_ranks(*arguments: object, launcher: Sequence[str] = TORCHRUN) -> list[str]:
+    return [sys.executable, "-m", *launcher, *map(str, arguments)]
 
 
 def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -59,10 +66,11 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
     finish(two_ranks(ROOT / "tests" / "train" / "trainer_worker.py", tmp_path))
 
 
-def test_cggr_train_on_two_ranks_is_cggr_train_on_one(tmp_path, data):
+def test_cggr_train_under_accelerate_launch_is_cggr_train_on_one_rank(tmp_path, data):
+    """Two ranks; torchrun starts those of the test of Ctrl-C."""
     command = ["train", data, *SMALL, "--steps", 4, "--accumulate", 2, "--log-every", 1, "--eval-every", 2, "--out"]
     here(*command, tmp_path / "one")
-    done = finish(two_ranks("-m", "cggr_train.cli", *command, tmp_path / "two"))
+    done = finish(two_ranks("-m", "cggr_train.cli", *command, tmp_path / "two", launcher=ACCELERATE))
     assert done.stdout.count("done: 4 steps") == 1, "rank 0 alone speaks"
     one, two = (dict(load_model(str(latest_checkpoint(tmp_path / name / "checkpoints"))).named_parameters())
                 for name in ("one", "two"))  # fmt: skip

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments
 
 from cggr_train import CGGRConfig, CGGRTrainer
-from tests.train.trainer_kit import examples, pad, relative_error, tiny_model, trained, trainer
+from tests.train.trainer_kit import CHECKPOINTING, examples, pad, relative_error, tiny_model, trained, trainer
 
 SETTINGS = {
     "default": CGGRConfig(),
@@ -50,15 +50,11 @@ def test_with_everything_kept_it_is_the_plain_trainer(tmp_path, gradient):
     assert relative_error(found, plain) <= 1e-5
 
 
-OLD_NAME = "gradient_checkpointing"
-
-
 def test_checkpointing_changes_nothing(tmp_path):
     for cggr in (SETTINGS["default"], SETTINGS["random"]):
         wanted = trained(tmp_path, cggr)
-        # Named "gradient checkpointing" before transformers 5.20.
-        name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else OLD_NAME
-        found = trained(tmp_path, cggr, **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
+        settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+        found = trained(tmp_path, cggr, **settings)
         assert relative_error(found, wanted) <= 1e-6
 
 

@@ -8,6 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from cggr_train import CGGRConfig, CGGRTrainer
 
 VOCAB = 64
+# Named anew in transformers 5.20.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 def tiny_model(**settings: Any) -> LlamaForCausalLM:
