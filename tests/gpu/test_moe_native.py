@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cggr_kernels import moe_products as products
 from cggr_kernels.moe_experts import moe_experts
 from cggr_kernels.moe_plan import make_plan
 from cggr_kernels.moe_route import moe_route
@@ -43,6 +44,11 @@ def check_against_truth(*operands):
 )
 def test_experts(T, H, I, E, K, dtype):
     check_against_truth(*problem(T, H, I, E, K, dtype))
+
+
+def test_blocks_for_little_shared_memory(monkeypatch):
+    monkeypatch.setattr(products, "HALF_BLOCKS", products.SMALL_BLOCKS)
+    check_against_truth(*problem(1000, 256, 200, 8, 3, torch.bfloat16))
 
 
 @pytest.mark.parametrize("routing", ["one expert", "half empty", "null", "nothing"])
