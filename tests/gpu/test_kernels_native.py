@@ -231,6 +231,24 @@ def test_a_cuda_graph_gives_the_same_numbers():
         assert torch.equal(value, same)
 
 
+def test_a_sum_of_a_quarter_of_the_rows_needs_hardly_more_memory_than_its_gradients():
+    hidden = torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 16384, (16384,), device="cuda")
+    row_index = torch.arange(0, 16384, 4, device="cuda")
+
+    def call():
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, row_index), (hidden, weight))
+
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    outputs = 2 * (hidden.numel() + weight.numel())
+    assert torch.cuda.max_memory_allocated() - before <= outputs + 2**21
+
+
 def test_memory_does_not_hold_the_logits():
     hidden = torch.randn(8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(65536, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

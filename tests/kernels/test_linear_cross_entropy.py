@@ -78,6 +78,15 @@ def test_sums_with_logits_in_the_place_of_the_gradient(M, H, factor, device):
         check_against_truth(hidden, weight, targets, None, None, bias, *rest, upstream=upstream)
 
 
+@pytest.mark.parametrize(("N", "M", "H"), [(60, 8, 16), (32, 8, 16), (112, 32, 16), (6, 9, 16)])
+def test_sums_whose_gradients_lend_their_memory(N, M, H, device):
+    """A whole chunk fits besides the rows, half of one, with fewer chunks kept, and nothing; rows in any order."""
+    hidden, weight, targets, bias = problem(N, H, 200, torch.float32, device, bias=True)
+    row_index = torch.randperm(N, device=device)[:M] if M <= N else torch.arange(M, device=device) % N
+    row_weight = torch.rand(M, device=device)
+    check_against_truth(hidden, weight, targets, row_index, row_weight, bias)
+
+
 def test_the_graph_of_a_sum_is_walked_once(device):
     hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
     loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets)
@@ -172,7 +181,7 @@ def test_op_registration(device):
     arguments = (hidden, weight, targets, None, lse, torch.rand(6, device=device), None, 2.0)
     torch.library.opcheck(ops.linear_cross_entropy_gradient.default, (*arguments, [True, True, False]))
     torch.library.opcheck(ops.linear_cross_entropy_scale_.default, (weight, torch.tensor(0.5, device=device)))
-    arguments = (hidden, weight, targets, bias, torch.rand(6, device=device), 3.0, None, 100)
+    arguments = (hidden, weight, targets, None, bias, torch.rand(6, device=device), 3.0, None, 100)
     for needs in ([True, True, True], [True, False, False], [False, True, False]):
         torch.library.opcheck(ops.linear_cross_entropy_sum.default, (*arguments, needs))
 

@@ -50,6 +50,17 @@ def kept_rows(
     hidden: Tensor, targets: Tensor, row_index: Tensor | None, row_weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [M, H], targets [M] and coefficients [M] of the loss; 0 and zeros in rows that count for nothing."""
+    row_index, targets, coefficient = used_rows(hidden, targets, row_index, row_weight, ignore_index)
+    if row_index is not None:
+        hidden = hidden.index_select(0, row_index)
+    # Whatever a row of no weight holds must not reach the weight's gradient.
+    return hidden.masked_fill((coefficient == 0)[:, None], 0), targets, coefficient
+
+
+def used_rows(
+    hidden: Tensor, targets: Tensor, row_index: Tensor | None, row_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Index [M] of the rows of the loss, all of them inside ``hidden``, their targets [M] and coefficients [M]."""
     N = hidden.shape[0]
     kind = torch.promote_types(hidden.dtype, torch.float32)
     if row_weight is not None:
@@ -63,9 +74,6 @@ def kept_rows(
         elif row_weight.shape[0] == N and row_index.shape[0] != N:
             row_weight = row_weight.index_select(0, row_index)
         row_weight = row_weight.masked_fill(~inside, torch.nan)
-        hidden = hidden.index_select(0, row_index)
         targets = targets.index_select(0, row_index)
     ignored = targets == ignore_index
-    coefficient = (~ignored).to(kind) if row_weight is None else row_weight.masked_fill(ignored, 0)
-    # Whatever a row of no weight holds must not reach the weight's gradient.
-    return hidden.masked_fill((coefficient == 0)[:, None], 0), targets, coefficient
+    return row_index, targets, (~ignored).to(kind) if row_weight is None else row_weight.masked_fill(ignored, 0)

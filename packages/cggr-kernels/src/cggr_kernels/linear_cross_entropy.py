@@ -13,13 +13,12 @@ from cggr_kernels._linear_cross_entropy_chunks import (
     fake_forward,
     fake_gradient,
     fake_scale,
-    fake_sum,
     launch_forward,
     launch_gradient,
     launch_scale,
-    launch_sum,
 )
-from cggr_kernels._linear_cross_entropy_reference import kept_rows, linear_cross_entropy_reference
+from cggr_kernels._linear_cross_entropy_reference import kept_rows, linear_cross_entropy_reference, used_rows
+from cggr_kernels._linear_cross_entropy_sum import fake_sum, launch_sum
 
 __all__ = ["REDUCTIONS", "linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -40,8 +39,9 @@ _gradient = register(
 
 
 _sum = register(
-    "linear_cross_entropy_sum(Tensor rows, Tensor weight, Tensor targets, Tensor? bias, Tensor coefficient,"
-    " float? softcap, float? scale, int max_logits, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_index, Tensor? bias,"
+    " Tensor coefficient, float? softcap, float? scale, int max_logits, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     launch_sum,
     fake_sum,
 )
@@ -54,17 +54,18 @@ class _SumLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
+        hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        row_index: Tensor | None,
         coefficient: Tensor,
         softcap: float | None,
         scale: float | None,
         max_logits: int,
     ) -> Tensor:
         needs = list(ctx.needs_input_grad[:3])
-        nll, *grads = _sum(rows, weight, targets, bias, coefficient, softcap, scale, max_logits, needs)
+        nll, *grads = _sum(hidden, weight, targets, row_index, bias, coefficient, softcap, scale, max_logits, needs)
         ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         return (torch.where(coefficient == 0, 0.0, nll) * coefficient).sum()
 
@@ -75,13 +76,13 @@ class _SumLoss(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 _scale(grad, upstream)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
-def _gradients_beside(rows: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
+def _gradients_beside(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
     """Whether to make gradients beside the loss: not in float16, where an upstream loss scale would come too late."""
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias))
-    return reduction == "sum" and differentiable and rows.shape[0] > 0 and rows.dtype != torch.float16
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return reduction == "sum" and differentiable and hidden.dtype != torch.float16
 
 
 class _RowLoss(torch.autograd.Function):
@@ -154,7 +155,8 @@ def linear_cross_entropy(
 
     Exact: nothing is filtered or approximated. Memory beyond the gradients is a chunk of logits and three copies of the
     chosen rows; the gradient of ``weight`` is accumulated in float32 and rounded once. Except in float16, the gradients
-    of a sum are made beside it, and its graph can be walked once.
+    of a sum are made beside it, its graph can be walked once, and what its gradients will lie in holds those copies and
+    that chunk: with up to a quarter of the rows chosen, no other memory is needed.
 
     Args:
         hidden: Final hidden states, shape ``[N, H]``, float32, float16 or bfloat16.
@@ -197,12 +199,13 @@ def linear_cross_entropy(
         raise TypeError(f"weight is {weight.dtype} and hidden is {hidden.dtype}; cast them to one dtype")
     bias = None if bias is None else bias.to(hidden.dtype)
     with torch.autocast(device_type, enabled=False):
+        weight = weight.contiguous()
+        M = targets.shape[0] if row_index is None else row_index.shape[0]
+        if M and _gradients_beside(hidden, weight, bias, reduction):
+            row_index, targets, coefficient = used_rows(hidden, targets, row_index, row_weight, ignore_index)
+            rows = (targets.contiguous(), row_index, coefficient.contiguous())
+            return _SumLoss.apply(hidden, weight, bias, *rows, softcap, scale, max_logits or 0)
         rows, targets, coefficient = kept_rows(hidden, targets, row_index, row_weight, ignore_index)
-        rows, weight, targets = rows.contiguous(), weight.contiguous(), targets.contiguous()
-        if _gradients_beside(rows, weight, bias, reduction):
-            return _SumLoss.apply(
-                rows, weight, bias, targets, coefficient.contiguous(), softcap, scale, max_logits or 0
-            )
-        nll = _RowLoss.apply(rows, weight, bias, targets, softcap, scale)
+        nll = _RowLoss.apply(rows.contiguous(), weight, bias, targets.contiguous(), softcap, scale)
         loss = torch.where(coefficient == 0, 0.0, nll) * coefficient
     return loss.sum() if reduction == "sum" else loss
