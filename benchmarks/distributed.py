@@ -2,8 +2,8 @@
 
 ``torchrun --nproc-per-node 1 -m benchmarks.distributed 1b``, then with 2: NCCL on GPUs, gloo for the shape ``cpu``.
 Every rank has the shape's whole batch (weak scaling), and the loss is divided by the tokens of all ranks. A file for
-each number of ranks; ``tokens_per_second`` counts all ranks' tokens. The two steps of an engine are timed in turns, by
-the slowest rank.
+each number of ranks, drawn by ``benchmarks.distributed_figures``; ``tokens_per_second`` counts all ranks' tokens. The
+two steps of an engine are timed in turns, by the slowest rank.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def wait(shape: Shape) -> None:
 
 
 def write(name: str, shape: Shape, seconds: dict[str, list[float]], timing: dict[str, int]) -> None:
-    """Write what was measured so far, and its plot."""
+    """Write what was measured so far."""
     ranks = dist.get_world_size()
     tokens = shape.batch * shape.length * ranks
     rows = {
@@ -121,8 +121,7 @@ def write(name: str, shape: Shape, seconds: dict[str, list[float]], timing: dict
         "layers": shape.layers, "hidden": shape.hidden, "vocabulary": shape.vocab, "dtype": str(shape.dtype),
         "keep_ratio": RATIO, "optimizer": "AdamW", "seed": SEED, **timing,
     }  # fmt: skip
-    path = _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
-    _record.plot(_record.load(name), path.with_suffix(".png"), field="tokens_per_second", label="tokens per second")
+    _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
 
 
 def main() -> None:
