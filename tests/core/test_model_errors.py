@@ -31,10 +31,25 @@ class TestBadInput:
             ({"selection": "supervised", "warmup_steps": 5}, "warmup_steps=5 would change which tokens are kept"),
             ({"selection": "supervised", "router": nn.Identity()}, "reads no score; leave router=None"),
             ({"seed": -1}, "seed must be at least 0"),
+            ({"min_tokens_ratio": float("nan")}, r"min_tokens_ratio must be in \(0, 1\], got nan"),
         ],
     )
     def test_settings(self, settings, message):
         with pytest.raises(ValueError, match=message):
+            CGGRModel(ROUTABLE["llama"](), **settings)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"unbiased": "no"}, "unbiased must be True or False, got 'no' of type str"),
+            ({"dynamic_threshold": 1}, "dynamic_threshold must be True or False, got 1 of type int"),
+            ({"ignore_index": None}, "ignore_index must be an integer, got None"),
+            ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+            ({"min_tokens_ratio": "0.25"}, "min_tokens_ratio must be a number"),
+        ],
+    )
+    def test_settings_of_another_type(self, settings, message):
+        with pytest.raises(TypeError, match=message):
             CGGRModel(ROUTABLE["llama"](), **settings)
 
     def test_a_router_that_cannot_be_called(self):
@@ -70,13 +85,61 @@ class TestBadInput:
             ({"position_ids": torch.arange(11)[None]}, ValueError, "position_ids must have shape"),
             ({"token_weight": torch.ones(3)}, ValueError, "token_weight must have shape"),
             ({"reference_nll": torch.ones(3, 12)}, ValueError, "scoring='excess' only"),
+            ({"input_ids": torch.zeros(12, dtype=torch.long)}, ValueError, r"input_ids must be \[B, S\] with at least"),
+            ({"input_ids": torch.zeros(3, 0, dtype=torch.long)}, ValueError, r"at least one token, got shape \[3, 0\]"),
+            ({"input_ids": torch.zeros(3, 12)}, TypeError, "input_ids must hold integers, got dtype torch.float32"),
+            ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor, got list"),
+            ({"inputs_embeds": torch.zeros(3, 12, 32)}, ValueError, "exactly one of input_ids and inputs_embeds"),
+            ({"attention_mask": [[1] * 12] * 3}, TypeError, "attention_mask must be a tensor, got list"),
+            ({"attention_mask": torch.ones(3, 12, device="meta")}, ValueError, "attention_mask is on meta"),
+            ({"position_ids": torch.arange(12.0)[None]}, TypeError, "position_ids must hold integers"),
+            ({"token_weight": torch.ones(3, 12).long()}, TypeError, "token_weight must have a floating dtype"),
+            ({"num_items": 0}, ValueError, "num_items must be above 0, got 0"),
+            ({"num_items": torch.tensor(0)}, ValueError, "num_items must be above 0, got 0"),
+            ({"num_items": torch.ones(2)}, ValueError, r"num_items must be one number, got a tensor of shape \[2\]"),
+            ({"num_items": "12"}, TypeError, "num_items must be a number above 0, got '12'"),
+            ({"draw": 1.5}, TypeError, "draw must be an integer, got 1.5"),
+            ({"draw": torch.tensor(1.0)}, TypeError, "draw must be an integer or a 0-dim int64 tensor"),
+            ({"first_row": -1}, ValueError, "first_row must be at least 0"),
+            (
+                {"selection": torch.ones(3, 12, dtype=torch.bool)},
+                TypeError,
+                "selection must be a Selection, got Tensor",
+            ),
+            ({"use_cache": True}, ValueError, "use_cache=True: a training forward with labels returns the loss"),
+            ({"logits_to_keep": 4}, ValueError, "logits_to_keep=4: a training forward"),
+            ({"past_key_values": object()}, ValueError, "past_key_values=object: a training forward"),
         ],
     )
-    def test_inputs(self, inputs, error, message):
+    @pytest.mark.parametrize("gradient", ["kv", "sequence"])
+    def test_inputs(self, inputs, error, message, gradient):
         model, input_ids = ROUTABLE["llama"](), tokens()
+        wrapped = CGGRModel(model, gradient=gradient)
+        before = wrapped.routing_state_dict()
         with pytest.raises(error, match=message):
-            CGGRModel(model)(input_ids, **{"labels": input_ids, **inputs})
+            wrapped(**{"input_ids": input_ids, "labels": input_ids, **inputs})
         assert all(parameter.grad is None for parameter in model.parameters())
+        assert wrapped.routing_state_dict() == before
+
+    def test_what_asks_for_nothing_changes_nothing(self):
+        model, input_ids = ROUTABLE["llama"](), tokens()
+        nothing = {"use_cache": False, "output_attentions": False, "return_dict": True, "past_key_values": None}
+        wrapped = CGGRModel(model)
+        plain = wrapped(input_ids, labels=input_ids, draw=0)
+        assert wrapped(input_ids, labels=input_ids, draw=0, **nothing).equal(plain)
+
+    def test_a_model_that_is_nan_from_the_start(self):
+        model, input_ids = ROUTABLE["llama"](), tokens()
+        model.model.norm.weight.data[0] = float("nan")
+        with pytest.raises(ValueError, match="logits are NaN at 16 of the first 16 positions"):
+            CGGRModel(model)(input_ids, labels=input_ids)
+
+    def test_a_nan_weight_of_a_kept_token(self):
+        input_ids = tokens()
+        with pytest.raises(ValueError, match=r"the loss is NaN: .* or a token_weight is NaN"):
+            CGGRModel(ROUTABLE["llama"]())(
+                input_ids, labels=input_ids, token_weight=torch.full(input_ids.shape, torch.nan)
+            )
 
     def test_nan_logits_are_counted(self):
         model, input_ids = ROUTABLE["llama"](), tokens()
@@ -92,8 +155,7 @@ class TestBadInput:
         wrapped = CGGRModel(model, **settings)
         backward(wrapped, input_ids)
         model.model.norm.weight.data[0] = float("nan")
-        wrapped(input_ids, labels=input_ids)
-        with pytest.raises(ValueError, match="the last loss was NaN"):
+        with pytest.raises(ValueError, match="the loss is NaN: logits are NaN or infinite"):
             wrapped(input_ids, labels=input_ids)
 
     def test_a_selection_for_another_batch(self):

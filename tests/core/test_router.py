@@ -63,7 +63,8 @@ def test_statistics_are_those_of_its_logits(name):
     model, input_ids = ALL[name]().eval(), tokens()
     router = create_truncated_router(model, 2)
     targets = input_ids.roll(-1, 1)
-    found = router_statistics(router, {"input_ids": input_ids}, targets, fields=FIELDS)
+    given = {"input_ids": input_ids}
+    found = router_statistics(router, given, targets, shape=input_ids.shape, fields=FIELDS)
     expected = token_statistics(router(input_ids), targets)
     for value, wanted in zip(found[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
@@ -110,4 +111,4 @@ def test_bad_num_layers(num_layers, error):
 
 def test_a_router_that_returns_something_else():
     with pytest.raises(TypeError, match="router must return logits"):
-        router_statistics(lambda input_ids: "no", {"input_ids": tokens()}, None, fields=("entropy",))
+        router_statistics(lambda input_ids: "no", {"input_ids": tokens()}, None, shape=(2, 9), fields=("entropy",))

@@ -107,6 +107,13 @@ def test_a_state_with_other_keys_changes_nothing(state):
     assert schedule.steps == 1
 
 
+def test_a_state_whose_confidence_is_no_number_changes_nothing():
+    schedule = Schedule()
+    with pytest.raises(TypeError, match=r"state\['confidence'\] must be a number, got 'high'"):
+        schedule.load_state_dict({"steps": 3, "draws": 1, "confidence": "high"})
+    assert schedule.steps == 0
+
+
 def test_one_warning_after_100_forwards_of_a_warmup_without_a_step():
     schedule = Schedule(warmup_steps=10)
     for _ in range(99):

@@ -101,7 +101,7 @@ def test_bad_input():
     scorer = CGGRScorer(Router())
     with pytest.raises(ValueError, match=r"labels must have shape \(3, 16\) \(that of input_ids\), got \(3, 15\)"):
         scorer(input_ids, labels[:, 1:])
-    with pytest.raises(TypeError, match=r"labels must hold integer class indices, got dtype torch\.float32"):
+    with pytest.raises(TypeError, match=r"labels must hold integers, got dtype torch\.float32"):
         scorer(input_ids, labels.float())
     with pytest.raises(ValueError, match=r"input_ids must be \[B, S\], got shape \(16,\)"):
         scorer(input_ids[0])
@@ -115,6 +115,12 @@ def test_bad_input():
         CGGRScorer(3)
     with pytest.raises(TypeError, match=r"router must return logits \[B, S, V\] or an object with \.logits, got str"):
         CGGRScorer(lambda tokens: "no")(input_ids)
+    with pytest.raises(ValueError, match=r"router must return logits \[B, S, V\] for input tokens of shape \[3, 16\]"):
+        CGGRScorer(lambda tokens: torch.zeros(3, 5))(input_ids)
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+        scorer([[1, 2]])
+    with pytest.raises(TypeError, match="seed must be an integer, got 'a'"):
+        CGGRScorer(Router(), seed="a")
     with pytest.raises(ValueError, match=r"scope must be one of 'row', 'batch', got 'rows'; did you mean 'row'"):
         CGGRScorer(Router(), scope="rows")
     assert scorer.schedule.next_draw() == 0

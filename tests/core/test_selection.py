@@ -456,6 +456,9 @@ def test_a_kernel_is_used_where_there_is_one(monkeypatch):
         ({"block_size": 1.5}, TypeError, "block_size must be an integer, got 1.5"),
         ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
         ({"defensive_mix": 1.5}, ValueError, r"defensive_mix must be in \[0, 1\], got 1.5"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"draw": "3"}, TypeError, "draw must be an integer, got '3'"),
+        ({"draw": torch.zeros(2).long()}, TypeError, r"0-dim int64 tensor, got torch.int64 of shape \[2\]"),
     ],
 )
 def test_bad_arguments(change, error, message):

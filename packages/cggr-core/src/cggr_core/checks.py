@@ -18,8 +18,13 @@ from torch import Tensor
 __all__ = [
     "check_at_least",
     "check_choice",
+    "check_draw",
     "check_finite_number",
+    "check_flag",
     "check_float",
+    "check_integer",
+    "check_integers",
+    "check_num_items",
     "check_ratio",
     "check_same_device",
     "check_shape",
@@ -68,13 +73,52 @@ def check_finite_number(name: str, value: float, *, minimum: float = -math.inf) 
     return float(value)
 
 
-def check_at_least(name: str, value: int, minimum: int) -> int:
-    """Return ``value`` if it is an integer of at least ``minimum``."""
+def check_integer(name: str, value: int) -> int:
+    """Return ``value`` if it is an integer."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < minimum:
+    return value
+
+
+def check_at_least(name: str, value: int, minimum: int) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``."""
+    if check_integer(name, value) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return ``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def check_draw(draw: int | Tensor) -> int | Tensor:
+    """Return ``draw`` if it is an integer or a 0-dim int64 tensor."""
+    if not isinstance(draw, Tensor):
+        return check_integer("draw", draw)
+    if draw.dtype != torch.int64 or draw.dim() != 0:
+        raise TypeError(
+            f"draw must be an integer or a 0-dim int64 tensor, got {draw.dtype} of shape {list(draw.shape)}"
+        )
+    return draw
+
+
+def check_num_items(num_items: Tensor | float | None) -> None:
+    """Raise unless ``num_items`` is None or one number above 0; a tensor's value is looked at where that is free."""
+    if num_items is None:
+        return
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}; sum it")
+        if not values_are_free(num_items):
+            return
+        num_items = num_items.item()
+    if isinstance(num_items, bool) or not isinstance(num_items, int | float):
+        raise TypeError(f"num_items must be a number above 0, got {num_items!r} of type {type(num_items).__name__}")
+    if not (math.isfinite(num_items) and num_items > 0):
+        raise ValueError(f"num_items must be above 0, got {num_items!r}")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> str:
@@ -106,6 +150,15 @@ def check_float(name: str, tensor: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype} with shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def check_integers(name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` if it is a tensor of an integer dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got dtype {tensor.dtype}; use {name}.long()")
     return tensor
 
 
@@ -151,11 +204,7 @@ def check_targets(
         TypeError: If the dtype is not an integer one.
         ValueError: If the shape, the device or (on CPU, outside of ``torch.compile``) a value is wrong.
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{name} must be a tensor of class indices, got {type(targets).__name__}")
-    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integer class indices, got dtype {targets.dtype}; use {name}.long()")
-    check_shape(name, targets, shape, f"one target per row of {like_name}")
+    check_shape(name, check_integers(name, targets), shape, f"one target per row of {like_name}")
     check_same_device(name, targets, like_name, like)
     targets = targets.long()
     if values_are_free(targets):

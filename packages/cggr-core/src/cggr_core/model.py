@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.checks import check_at_least
+from cggr_core.checks import check_at_least, check_flag, check_integer, values_are_free
 from cggr_core.collectives import sum_over_ranks
 from cggr_core.learned_router import LearnedRouter
-from cggr_core.model_checks import check_inputs, check_settings, check_unused
+from cggr_core.model_checks import check_inputs, check_settings, check_unused, without_wishes
 from cggr_core.monitor import Monitor
 from cggr_core.remembered import RememberedScores
 from cggr_core.router import TruncatedRouter
@@ -128,9 +128,9 @@ class CGGRModel(nn.Module):
         self.num_strata = check_at_least("num_strata", num_strata, 1)
         self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = bool(unbiased)
+        self.unbiased = check_flag("unbiased", unbiased)
         self.seed = check_at_least("seed", seed, 0)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_integer("ignore_index", ignore_index)
         self.engine = engine
         self.schedule = Schedule(
             min_tokens_ratio=min_tokens_ratio,
@@ -194,9 +194,9 @@ class CGGRModel(nn.Module):
 
         Raises:
             ValueError: If shapes or devices do not fit, an argument would not be read, the mode is not possible for
-                this model, or (on other devices than the CPU: one step later) labels are outside the vocabulary or
-                logits are NaN.
-            TypeError: If labels are not int64.
+                this model, or (on other devices than the CPU: one step later) labels are outside the vocabulary,
+                logits are NaN or the loss is.
+            TypeError: If a dtype or the type of an argument is wrong.
         """
         arguments = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
         if labels is None or not self.training:
@@ -210,6 +210,7 @@ class CGGRModel(nn.Module):
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
+        arguments = without_wishes(arguments)
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
         self._take_what_was_found(wait=self.schedule.dynamic_threshold)
         batch = self._passes.inputs(**arguments)
@@ -219,7 +220,10 @@ class CGGRModel(nn.Module):
             labels=labels,
             token_weight=token_weight,
             reference_nll=reference_nll,
+            num_items=num_items,
             selection=selection,
+            draw=draw,
+            first_row=first_row,
             example_ids=example_ids,
         )
         self._passes.prepare(batch, routing=self.gradient in ("kv", "detached"))
@@ -348,12 +352,18 @@ class CGGRModel(nn.Module):
 
     def _watch(self, targets: Targets, statistics: TokenStatistics | None, loss: Tensor) -> None:
         """Note counts of what must not be, and the confidence, to be read without waiting."""
+        if values_are_free(loss) and bool(loss.isnan()):
+            raise ValueError(
+                "the loss is NaN: logits are NaN or infinite at a kept token, or a token_weight is NaN; look for an "
+                "overflow or a bad learning rate before this step"
+            )
         # Without statistics the number of tokens is not known: -1 stands for some.
         nan = -loss.detach().isnan().long()
         confidence = torch.full((), torch.nan, device=targets.invalid.device)
         if statistics is not None:
             found = next(value for value in statistics[:-1] if value is not None)
-            nan = (found.isnan() & targets.countable).sum()
+            count = (found.isnan() & targets.countable).sum()
+            nan = torch.where(count > 0, count, nan)
             if self.schedule.dynamic_threshold:
                 # Of all ranks, so that they go on with the same ratio.
                 count = self._metrics["countable_tokens"]

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cggr_core.checks import check_choice, check_same_device, check_shape
+from cggr_core.checks import (
+    check_at_least,
+    check_choice,
+    check_draw,
+    check_float,
+    check_num_items,
+    check_same_device,
+    check_shape,
+)
 from cggr_core.learned_router import LearnedRouter
 from cggr_core.remembered import RememberedScores
 from cggr_core.scoring import SCORINGS
@@ -14,13 +22,22 @@ if TYPE_CHECKING:
     from cggr_core.model import CGGRModel
     from cggr_core.routing import TokenInputs
 
-__all__ = ["SCORELESS", "check_inputs", "check_settings", "check_unused"]
+__all__ = ["SCORELESS", "check_inputs", "check_settings", "check_unused", "without_wishes"]
 
 GRADIENT_MODES = ("exact", "kv", "detached", "sequence")
 ENGINES = ("interleaved", "two_pass")
 MODEL_SELECTIONS = (*SELECTIONS, "supervised")
 # Selections that look at no score.
 SCORELESS = ("random", "supervised")
+# What the wrapped model could be asked for besides its loss, and the answer that asks for nothing.
+_WISHES = {
+    "past_key_values": None,
+    "use_cache": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "logits_to_keep": 0,
+    "return_dict": True,
+}
 
 
 def check_settings(
@@ -109,13 +126,16 @@ def check_inputs(
     labels: Tensor,
     token_weight: Tensor | None,
     reference_nll: Tensor | None,
+    num_items: Tensor | float | None,
     selection: Selection | None,
+    draw: int | Tensor | None,
+    first_row: int,
     example_ids: Tensor | None,
 ) -> None:
     """Raise unless the arguments of a training forward fit the batch and the settings.
 
     Raises:
-        TypeError: If ``example_ids`` has a wrong dtype.
+        TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or a device does not fit, or an argument is missing or would not be read.
     """
     per_token = {"labels": labels, "token_weight": token_weight, "reference_nll": reference_nll}
@@ -123,6 +143,13 @@ def check_inputs(
         if tensor is not None:
             check_shape(name, tensor, batch.shape, "one value for each input token")
             check_same_device(name, tensor, "the input", batch.position_ids)
+    for name, tensor in (("token_weight", token_weight), ("reference_nll", reference_nll)):
+        if tensor is not None:
+            check_float(name, tensor)
+    check_num_items(num_items)
+    check_at_least("first_row", first_row, 0)
+    if draw is not None:
+        check_draw(draw)
     if reference_nll is not None and config.scoring != "excess":
         raise ValueError(f"reference_nll is read by scoring='excess' only, and scoring is {config.scoring!r}")
     scored = selection is None and config.selection not in SCORELESS
@@ -138,6 +165,11 @@ def check_inputs(
 
 
 def _check_selection_fits(config: "CGGRModel", batch: "TokenInputs", selection: Selection) -> None:
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection must be a Selection, got {type(selection).__name__}; Selection.from_mask(mask) makes one of a "
+            "mask"
+        )
     if config.gradient == "sequence":
         raise ValueError("a selection of tokens was passed, and gradient='sequence' keeps whole sequences")
     if selection.index.shape[0] != batch.shape[0] or tuple(selection.shape) != batch.shape:
@@ -153,3 +185,20 @@ def check_unused(why: str, **arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: read in training with labels only, and {why}; leave it out")
+
+
+def without_wishes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a training forward less those that ask for nothing (``use_cache=False``).
+
+    Raises:
+        ValueError: If one asks for more than the loss.
+    """
+    for name, nothing in _WISHES.items():
+        value = arguments.get(name, nothing)
+        if value is not nothing and (type(value) is not type(nothing) or value != nothing):
+            came = type(value).__name__ if name == "past_key_values" else repr(value)
+            raise ValueError(
+                f"{name}={came}: a training forward with labels returns the loss and nothing else; leave it out, or "
+                "call the wrapped model"
+            )
+    return {name: value for name, value in arguments.items() if name not in _WISHES}

@@ -117,7 +117,13 @@ def create_truncated_router(model: nn.Module, num_layers: int = 4) -> TruncatedR
 
 @torch.no_grad()
 def router_statistics(
-    router: Any, inputs: dict[str, Any], targets: Tensor | None, *, fields: Collection[str], ignore_index: int = -100
+    router: Any,
+    inputs: dict[str, Any],
+    targets: Tensor | None,
+    *,
+    shape: tuple[int, ...],
+    fields: Collection[str],
+    ignore_index: int = -100,
 ) -> TokenStatistics:
     """Token statistics by any router.
 
@@ -126,6 +132,7 @@ def router_statistics(
             object with ``.logits``.
         inputs: Arguments of the model's forward.
         targets: Aligned targets, int64 ``[B, S]``, or ``None``.
+        shape: ``(B, S)``.
         fields: Statistics that are needed.
         ignore_index: Target that is not scored.
 
@@ -134,14 +141,16 @@ def router_statistics(
 
     Raises:
         TypeError: If the router returned neither.
+        ValueError: If it did not return logits for every token.
     """
     if isinstance(router, TruncatedRouter):
         return router.statistics(inputs, targets, fields=fields, ignore_index=ignore_index)
     output = router(**inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"router must return logits [B, S, V] or an object with .logits, got {type(output).__name__} from "
-            f"{type(router).__name__}"
+        raise TypeError(f"router must return logits [B, S, V] or an object with .logits, got {type(output).__name__}")
+    if tuple(logits.shape[:-1]) != tuple(shape):
+        raise ValueError(
+            f"router must return logits [B, S, V] for input tokens of shape {list(shape)}, got {list(logits.shape)}"
         )
     return token_statistics(logits, targets, ignore_index=ignore_index, fields=fields)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_core.checks import check_at_least, check_finite_number, check_ratio
+from cggr_core.checks import check_at_least, check_finite_number, check_flag, check_ratio
 from cggr_core.selection import slots_for
 
 __all__ = ["Schedule"]
@@ -55,7 +55,7 @@ class Schedule:
     ) -> None:
         self.min_tokens_ratio = check_ratio("min_tokens_ratio", min_tokens_ratio)
         self.warmup_steps = check_at_least("warmup_steps", warmup_steps, 0)
-        self.dynamic_threshold = bool(dynamic_threshold)
+        self.dynamic_threshold = check_flag("dynamic_threshold", dynamic_threshold)
         self.threshold_sensitivity = check_finite_number("threshold_sensitivity", threshold_sensitivity, minimum=0.0)
         if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, 0.5):  # neither "off" nor the default
             raise ValueError(
@@ -170,14 +170,18 @@ class Schedule:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: If a key is missing or unknown; nothing is changed then.
+            TypeError: If a value is not a number; nothing is changed then.
+            ValueError: If a key is missing or unknown, or a number is not accepted; nothing is changed then.
         """
         expected = {"steps", "draws", "confidence"}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
         steps = check_at_least("state['steps']", state["steps"], 0)
         draws = check_at_least("state['draws']", state["draws"], 0)
-        self._steps, self._confidence = steps, state["confidence"]
+        confidence = state["confidence"]
+        if confidence is not None:
+            check_finite_number("state['confidence']", confidence)
+        self._steps, self._confidence = steps, confidence
         self._draws.fill_(draws)
         self._awaiting_step = self._awaiting_step and steps == 0
         self._place()

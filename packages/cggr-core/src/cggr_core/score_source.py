@@ -122,8 +122,14 @@ class ScoreSource:
             if values is not None:
                 self.statistics = self._readout.statistics(values.detach(), tokens, fields=fields)
             else:
-                ignore_index = self._config.ignore_index
-                self.statistics = router_statistics(router, arguments, tokens, fields=fields, ignore_index=ignore_index)
+                self.statistics = router_statistics(
+                    router,
+                    arguments,
+                    tokens,
+                    shape=tokens.shape,
+                    fields=fields,
+                    ignore_index=self._config.ignore_index,
+                )
             self.score = score(self.statistics, scoring=self._config.scoring, reference_nll=self._reference_nll)
 
     def observe(self, seen: Observation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from cggr_core.checks import (
     bad_targets_message,
     check_at_least,
     check_choice,
+    check_flag,
+    check_integer,
+    check_integers,
     check_same_device,
     check_shape,
     count_bad_targets,
@@ -22,6 +26,7 @@ from cggr_core.router import TruncatedRouter, router_statistics
 from cggr_core.schedule import Schedule
 from cggr_core.scoring import SCORINGS, fields_for, score
 from cggr_core.selection import SCOPES, SELECTIONS, select
+from cggr_core.targets import at_predictors
 
 __all__ = ["CGGRScorer"]
 
@@ -94,9 +99,9 @@ class CGGRScorer(nn.Module):
         self.num_strata = check_at_least("num_strata", num_strata, 1)
         self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = bool(unbiased)
-        self.seed = seed
-        self.ignore_index = ignore_index
+        self.unbiased = check_flag("unbiased", unbiased)
+        self.seed = check_at_least("seed", seed, 0)
+        self.ignore_index = check_integer("ignore_index", ignore_index)
         self.schedule = Schedule(
             min_tokens_ratio=min_tokens_ratio,
             warmup_steps=warmup_steps,
@@ -141,7 +146,7 @@ class CGGRScorer(nn.Module):
             ValueError: If a shape or device does not fit, or a label is outside the vocabulary (on other devices than
                 the CPU: raised by a later call).
         """
-        if input_ids.dim() != 2:
+        if check_integers("input_ids", input_ids).dim() != 2:
             raise ValueError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}")
         shape = input_ids.shape
         per_token = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -154,18 +159,13 @@ class CGGRScorer(nn.Module):
         targets = None if labels is None else self._aligned(labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        if not isinstance(self.router, TruncatedRouter):
+        router = self.router
+        if not isinstance(router, TruncatedRouter):
             # Its first argument may have any name.
-            given, router = {key: given[key] for key in given if key != "input_ids"}, self.router
-            statistics = router_statistics(
-                lambda **rest: router(input_ids, **rest),
-                given,
-                targets,
-                fields=fields,
-                ignore_index=self.ignore_index,
-            )
-        else:
-            statistics = router_statistics(self.router, given, targets, fields=fields, ignore_index=self.ignore_index)
+            router = partial(router, given.pop("input_ids"))
+        statistics = router_statistics(
+            router, given, targets, shape=shape, fields=fields, ignore_index=self.ignore_index
+        )
         if targets is None:
             countable = torch.ones_like(input_ids, dtype=torch.bool)
             countable = countable if attention_mask is None else attention_mask.bool()
@@ -218,12 +218,8 @@ class CGGRScorer(nn.Module):
         self.schedule.observe(confidence)
 
     def _aligned(self, labels: Tensor) -> Tensor:
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise TypeError(f"labels must hold integer class indices, got dtype {labels.dtype}; use labels.long()")
+        check_integers("labels", labels)
         shifted = self._shifted
         if shifted is None:
             shifted = not isinstance(self.router, TruncatedRouter) or self.router.engine.architecture.shifted
-        if not shifted:
-            return labels
-        nothing = labels.new_full((labels.shape[0], 1), self.ignore_index)
-        return torch.cat([labels[:, 1:], nothing], dim=1)
+        return at_predictors(labels, self.ignore_index) if shifted else labels

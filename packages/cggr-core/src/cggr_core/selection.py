@@ -12,8 +12,10 @@ from cggr_core.backends import resolve
 from cggr_core.checks import (
     check_at_least,
     check_choice,
+    check_draw,
     check_finite_number,
     check_float,
+    check_integer,
     check_ratio,
     check_same_device,
     check_shape,
@@ -260,6 +262,8 @@ def select(
     check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
     check_at_least("block_size", block_size, 1)
     check_at_least("first_row", first_row, 0)
+    check_integer("seed", seed)
+    check_draw(draw)
     if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
         raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
     check_float("score", score)

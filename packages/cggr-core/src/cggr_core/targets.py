@@ -46,10 +46,13 @@ class Targets:
 
     @cached_property
     def _moved(self) -> Tensor:
-        if not self.shifted:
-            return self.labels
-        nothing = self.labels.new_full((self.labels.shape[0], 1), self.ignore_index)
-        return torch.cat([self.labels[:, 1:], nothing], dim=1)
+        return at_predictors(self.labels, self.ignore_index) if self.shifted else self.labels
+
+
+def at_predictors(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels ``[B, S]`` of a causal model at the positions that predict them: the last one predicts nothing."""
+    nothing = labels.new_full((labels.shape[0], 1), ignore_index)
+    return torch.cat([labels[:, 1:], nothing], dim=1)
 
 
 def align_labels(labels: Tensor, *, shifted: bool, vocab_size: int, ignore_index: int = -100) -> Targets:

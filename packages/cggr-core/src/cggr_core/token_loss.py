@@ -11,7 +11,10 @@ from cggr_core.checks import (
     bad_targets_message,
     check_at_least,
     check_choice,
+    check_flag,
     check_float,
+    check_integer,
+    check_num_items,
     check_same_device,
     check_shape,
     count_bad_targets,
@@ -45,7 +48,8 @@ def loss_coefficients(
         float32 [B, K], or [1, K] for a selection over the whole batch; 0 in slots that are not kept.
 
     Raises:
-        ValueError: If a shape does not fit, or ``num_items`` is a number that is not above 0.
+        TypeError: If ``num_items`` is not a number.
+        ValueError: If a shape does not fit, or ``num_items`` is not above 0.
 
     Example:
         >>> mask = torch.tensor([[True, True, False, False]])
@@ -54,10 +58,9 @@ def loss_coefficients(
         tensor([[0.5000, 0.5000]])
     """
     check_shape("countable", countable, selection.shape, "that of the selection's score")
+    check_num_items(num_items)
     if num_items is None:
         num_items = countable.sum().clamp(min=1)
-    elif not isinstance(num_items, Tensor) and not (math.isfinite(num_items) and num_items > 0):
-        raise ValueError(f"num_items must be above 0, got {num_items!r}")
     coefficients = selection.weight
     if token_weight is not None:
         check_float("token_weight", token_weight)
@@ -93,9 +96,9 @@ class TokenLoss(nn.Module):
         self.num_strata = check_at_least("num_strata", num_strata, 1)
         self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
         self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = bool(unbiased)
+        self.unbiased = check_flag("unbiased", unbiased)
         self.seed = check_at_least("seed", seed, 0)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_integer("ignore_index", ignore_index)
         self.schedule = Schedule(
             min_tokens_ratio=min_tokens_ratio,
             warmup_steps=warmup_steps,

@@ -2,13 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from cggr_core.routing.norms import fused_norms
 
 # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
@@ -46,7 +44,7 @@ class Architecture:
         configured: The modules that hold a config, in which the attention implementation stands.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
-        norms: Norms, each with the forward that the passes run in its place.
+        norms: Norms, each with the forward that the passes run in its place; none until the model was looked at.
     """
 
     layers: nn.ModuleList
@@ -57,7 +55,7 @@ class Architecture:
     configured: tuple[nn.Module, ...]
     checkpointing: tuple[nn.Module, ...]
     position_maker: Any
-    norms: Mapping[nn.Module, Callable[[Tensor], Tensor]]
+    norms: Mapping[nn.Module, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -101,7 +99,6 @@ def describe(model: nn.Module) -> Architecture:
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
         checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
-        norms=fused_norms(modules),
     )
 
 

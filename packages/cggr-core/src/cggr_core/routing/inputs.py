@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cggr_core.checks import check_float, check_integers, check_same_device
 from cggr_core.routing.architectures import Architecture, default_position_ids, unwrapped
 from cggr_core.routing.masks import Visibility, packed_segments
 
@@ -84,16 +85,25 @@ def token_inputs(
         The inputs.
 
     Raises:
-        ValueError: If a shape does not fit.
+        TypeError: If an input is no tensor, or has a wrong dtype.
+        ValueError: If a shape or a device does not fit, or there is no token.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
+    like = _checked_tokens(input_ids, inputs_embeds)
+    shape = tuple(like.shape[:2])
     given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
     per_token = {name: tensor for name in _PER_TOKEN if (tensor := given[name]) is not None}
-    like = per_token["input_ids" if input_ids is not None else "inputs_embeds"]
-    shape = tuple(like.shape[:2])
-    for name, tensor in [*per_token.items(), ("attention_mask", attention_mask)]:
-        if tensor is not None and tuple(tensor.shape[:2]) != shape:
+    beside = {"token_type_ids": token_type_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    for name, tensor in beside.items():
+        if tensor is None:
+            continue
+        if name != "attention_mask":
+            check_integers(name, tensor)
+        elif not isinstance(tensor, Tensor):
+            raise TypeError(f"attention_mask must be a tensor, got {type(tensor).__name__}")
+        check_same_device(name, tensor, "the input", like)
+        if name != "position_ids" and tuple(tensor.shape[:2]) != shape:
             raise ValueError(f"{name} must have shape {list(shape)} like the input tokens, got {list(tensor.shape)}")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
@@ -121,6 +131,18 @@ def token_inputs(
         quiet={"output_router_logits": False} if balancing else {},
         options=options or {},
     )
+
+
+def _checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of the two that is there."""
+    if input_ids is not None:
+        name, like, form = "input_ids", check_integers("input_ids", input_ids), "[B, S]"
+    else:
+        assert inputs_embeds is not None  # exactly one is given
+        name, like, form = "inputs_embeds", check_float("inputs_embeds", inputs_embeds), "[B, S, H]"
+    if like.dim() != form.count(",") + 1 or 0 in like.shape:
+        raise ValueError(f"{name} must be {form} with at least one token, got shape {list(like.shape)}")
+    return like
 
 
 def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:

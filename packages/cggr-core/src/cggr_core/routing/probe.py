@@ -14,6 +14,7 @@ from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import packed_segments
+from cggr_core.routing.norms import fused_norms
 from cggr_core.routing.patching import without_checkpointing
 from cggr_core.selection import Selection
 
@@ -29,7 +30,7 @@ class Probe:
     """What was seen.
 
     Attributes:
-        architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held.
+        architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held; and ``norms`` found.
         layer_output: Wraps a hidden state the way the model's layers return it.
         packing_obstacle: Why packed rows cannot be routed, or ``None`` where they can (or were not tried).
     """
@@ -51,11 +52,22 @@ def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, 
 
     Returns:
         The corrected description. Values are read on the host: this happens once, before the first step.
+
+    Raises:
+        ValueError: If the logits are NaN.
     """
     few = _few_tokens(inputs)
     packing_obstacle = None
+    if routing:
+        architecture = replace(architecture, norms=fused_norms(model.modules()))
     with _evaluation(model):
         layer_output, head_input, logits = _plain_forward(model, architecture, few)
+        nan = logits.isnan().any(-1)
+        if nan.any():
+            raise ValueError(
+                f"logits are NaN at {int(nan.sum())} of the first {nan.numel()} positions that the model was tried on; "
+                "look for NaN among its weights"
+            )
         head = architecture.head
         if head.fused:
             # A bias in the head's own module (GPT-J) is part of the matrix product.
