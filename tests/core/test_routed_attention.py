@@ -62,6 +62,16 @@ def test_equals_attention_with_a_mask(name, case, gradient, engine, kernel, monk
     assert relative_error(found, gradients(model)) <= 1e-5
 
 
+@pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
+def test_under_autocast_everything_has_its_dtype(engine, kernel):
+    """Rotations leave queries and keys in float32, which SDPA casts and a kernel does not."""
+    given = inputs("plain")
+    wrapped = CGGRModel(ROUTABLE["llama"](), engine=engine, selection="random")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wrapped(labels=given["input_ids"], **given).backward()
+    assert kernel and {part.dtype for args in kernel for part in args[:3]} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gptj", "bloom", "gpt-oss"])
 def test_eager_attention_is_left_as_it_was_asked_for(name, kernel):
     model = ROUTABLE[name]()

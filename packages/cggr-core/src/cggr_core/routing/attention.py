@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from cggr_core.backends import register_reference, resolve
+from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import unwrapped
 from cggr_core.routing.masks import ROUTED, ROUTED_UNCAPPED, RoutedMask
 
@@ -89,6 +90,10 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
     in_numbers, window = mask.pattern
     plain = key.shape == value.shape and all(options.get(name) is None for name in _NOT_IN_NUMBERS)
+    if autocast_active(query.device.type) and query.dtype != torch.float64:
+        # As autocast does for SDPA: rotations leave queries and keys in float32 beside the values of a projection.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (part.to(dtype) for part in (query, key, value))
     attend = resolve(_OP, query.device.type, query.dtype)
     if attend is not routed_attention_reference and in_numbers and plain and dropout == 0.0:
         heads_last = (part.transpose(1, 2) for part in (query, key, value))
