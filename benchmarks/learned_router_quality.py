@@ -1,0 +1,194 @@
+"""How well a learned router ranks the tokens, beside a truncated router of the same depth.
+
+``python -m benchmarks.learned_router_quality cpu`` (two cores, half an hour), ``... 40m`` and ``... 135m`` (one CUDA
+device). A model is trained from scratch on the standard library's own source, with the learned router choosing its
+tokens; every so many steps held-out tokens are ranked by the true score (logit-gradient norm at full depth), by the
+learned router's predictions and by the truncated router's scores. Several seeds; the bar is the truncated router.
+"""
+
+import argparse
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import _record
+from cggr_core import CGGRModel, LearnedRouter
+from cggr_core.readout import HeadReadout
+from cggr_train.data import Batches
+from cggr_train.data.batches import in_order
+from cggr_train.demo.corpus import standard_library
+from cggr_train.tokenizer import train_tokenizer
+
+RATIO, WARMUP = 0.25, 50
+TRUNCATED, LEARNED = "truncated router", "learned router"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, its text and its training."""
+
+    layers: int
+    hidden: int
+    heads: int
+    depth: int
+    vocabulary: int
+    characters: int
+    batch: int
+    length: int
+    steps: int
+    every: int
+    learning_rate: float
+    device: str
+    tied: bool = True
+
+
+SIZES = {
+    "cpu": Size(8, 128, 4, 1, 1024, 2_000_000, 8, 128, 800, 80, 2e-3, "cpu"),
+    "40m": Size(12, 512, 8, 2, 8192, 16_000_000, 16, 512, 800, 80, 1e-3, "cuda"),
+    "135m": Size(30, 576, 9, 4, 8192, 16_000_000, 8, 1024, 500, 50, 1e-3, "cuda"),
+}
+
+
+def text(size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids to train on and to rank, from the standard library's source."""
+    documents = standard_library(max_characters=size.characters)
+    tokenizer = train_tokenizer(documents[:: max(1, size.characters // 4_000_000)], vocab_size=size.vocabulary)
+    ids = [np.array(row, dtype=np.int64) for row in tokenizer(documents, add_special_tokens=False)["input_ids"]]
+    held = max(1, len(ids) // 20)
+    return np.concatenate(ids[held:]), np.concatenate(ids[:held])
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Rank of every value, in float64."""
+    order = torch.arange(len(values), dtype=torch.float64, device=values.device)
+    return torch.empty_like(order).scatter_(0, values.argsort(), order)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's; ties, which continuous scores hardly have, count as they come."""
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+@torch.no_grad()
+def rankings(wrapped: CGGRModel, depth: int, input_ids: Tensor) -> dict[str, float]:
+    """Rank correlation of both routers with the true score of held-out tokens."""
+    passes, inputs = wrapped._passes, {"input_ids": input_ids}
+    targets = torch.cat([input_ids[:, 1:], input_ids.new_full((len(input_ids), 1), -100)], dim=1)
+    countable = targets != -100
+    readout = HeadReadout(passes.architecture.head, ignore_index=-100)
+
+    def score_at(layers: int | None) -> Tensor:
+        values = passes.plain(inputs, depth=layers)[0]
+        found = readout.statistics(values, targets, fields={"gradnorm"}).gradnorm
+        assert found is not None  # asked for
+        return found[countable]
+
+    assert isinstance(wrapped.router, LearnedRouter)
+    learned = wrapped.router(passes.hidden(inputs, depth=depth), passes.embeddings(targets.clamp(min=0)))
+    truth = score_at(None)
+    found = {TRUNCATED: score_at(depth), LEARNED: learned[countable]}
+    return {name: rank_correlation(score, truth) for name, score in found.items()}
+
+
+def train(size: Size, seed: int, stream: np.ndarray, heldout: np.ndarray) -> dict[str, list[float]]:
+    """Rank correlations every so many steps of one training."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.hidden * 11 // 4,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=size.length,
+        tie_word_embeddings=size.tied,
+    )  # fmt: skip
+    with torch.device(size.device):
+        model = LlamaForCausalLM(config).train()
+    wrapped = CGGRModel(model, LearnedRouter(size.depth, seed=seed), min_tokens_ratio=RATIO, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warming = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
+    batches = Batches(stream, length=size.length, batch_size=size.batch, seed=seed)
+    ranked = torch.cat(in_order(heldout, length=size.length, batch_size=4, limit=8)).to(size.device)
+    precision = torch.autocast(size.device, dtype=torch.bfloat16, enabled=size.device != "cpu")
+    curves: dict[str, list[float]] = {TRUNCATED: [], LEARNED: []}
+    for step in range(size.steps + 1):
+        input_ids = batches.get(step).to(size.device)
+        with precision:
+            loss = wrapped(input_ids, labels=input_ids)
+        loss.backward()
+        if step % size.every == 0:
+            with precision:
+                found = rankings(wrapped, size.depth, ranked)
+            for name, value in found.items():
+                curves[name].append(value)
+            told = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+            print(f"seed {seed} step {step:4} loss {loss.detach():.3f} {told}", flush=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warming.step()
+        optimizer.zero_grad(set_to_none=True)
+    return curves
+
+
+def write(name: str, size: Size, seeds: list[int], runs: list[dict[str, list[float]]]) -> None:
+    """Write the curves of the seeds so far, and their plot."""
+    rows: dict[str, dict[str, Any]] = {}
+    for router in (TRUNCATED, LEARNED):
+        curves = [run[router] for run in runs]
+        rows[router] = _record.summary([curve[-1] for curve in curves]) | {"unit": "rank correlation", "curves": curves}
+    pairs = [zip(run[LEARNED], run[TRUNCATED], strict=True) for run in runs]
+    gains = [[learned - truncated for learned, truncated in pair] for pair in pairs]
+    # The first ranking is that of an untrained model.
+    means = [statistics.mean(gain[1:]) for gain in gains]
+    read = {"last ranking": [gain[-1] for gain in gains], "mean over rankings": means}
+    for row, chosen in read.items():
+        bar = {"every seed": 0.0, "met": min(chosen) >= 0}
+        rows[f"learned - truncated, {row}"] = _record.summary(chosen) | {"unit": "rank correlation", "bar": bar}
+    settings = asdict(size) | {"keep_ratio": RATIO, "seed": seeds[: len(runs)], "scoring": "gradnorm"}
+    settings |= {"selection": "stratified", "optimizer": "AdamW", "warmup": WARMUP}
+    path = _record.write(name, rows, settings=settings, control=TRUNCATED, device=size.device)
+    draw(_record.load(name), path.with_suffix(".png"))
+
+
+def draw(result: dict[str, Any], path: Any) -> None:
+    """Rank correlation over the steps: a line for each router, its seeds as a band."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    settings = result["settings"]
+    steps = range(0, settings["steps"] + 1, settings["every"])
+    for name, colour in ((TRUNCATED, "0.5"), (LEARNED, "#2a6f97")):
+        at_step = list(zip(*result["rows"][name]["curves"], strict=True))
+        axes.plot(steps, [statistics.median(values) for values in at_step], color=colour, label=name)
+        axes.fill_between(steps, [min(v) for v in at_step], [max(v) for v in at_step], color=colour, alpha=0.2)
+    axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("rank correlation with the true score")
+    model = f"depth {settings['depth']} of {settings['layers']} layers of {settings['hidden']}"
+    seeds = f"median and range of {len(settings['seed'])} seeds"
+    axes.set_title(f"Held-out tokens, {model}; {seeds}", fontsize=9, loc="left")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Train, rank, and write the curves after each seed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="instead of the size's own")
+    parser.add_argument("--untied", action="store_true", help="a head of its own in place of the embedding")
+    options = parser.parse_args()
+    size = SIZES[options.size]
+    size = Size(**{**asdict(size), "tied": not options.untied, "steps": options.steps or size.steps})
+    stream, heldout = text(size)
+    runs = []
+    for seed in options.seeds:
+        runs.append(train(size, seed, stream, heldout))
+        write(f"learned_router_quality_{options.size}{'_untied' * options.untied}", size, options.seeds, runs)
+
+
+if __name__ == "__main__":
+    main()
