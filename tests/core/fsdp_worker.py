@@ -23,8 +23,13 @@ SETTINGS = (
     {"gradient": "detached", "router": 1},
     {"gradient": "sequence", "min_tokens_ratio": 1.0},
 )
-# How Accelerate groups what stands before and after the layers, besides the plainest way.
-LAYOUTS = ("layers and root", "ends apart", "ends apart, tied")
+# Every mode and engine in the plainest way; those that differ in what reaches the ends of the model, also as Accelerate
+# groups what stands before and after the layers.
+LAYOUTS = {
+    "layers and root": SETTINGS,
+    "ends apart": (SETTINGS[0], SETTINGS[1], SETTINGS[3], SETTINGS[4]),
+    "ends apart, tied": (SETTINGS[0], SETTINGS[1], SETTINGS[3], SETTINGS[4]),
+}
 
 
 def main(rank: int, store: str) -> None:
@@ -45,8 +50,8 @@ def main(rank: int, store: str) -> None:
         router = None if depth is None else create_truncated_router(model, num_layers=depth)
         return CGGRModel(model, **{**settings, "router": router}).train()
 
-    for layout in LAYOUTS:
-        for settings in SETTINGS:
+    for layout, every in LAYOUTS.items():
+        for settings in every:
             whole = build(settings, layout)
             whole(input_ids, labels=labels, draw=0).backward()
             wanted = gradients(whole.model)
@@ -70,6 +75,8 @@ def main(rank: int, store: str) -> None:
             found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
             error = relative_error(found, wanted)
             assert error <= 1e-5, (settings, layout, error)
+    # A rank that leaves while the other still gathers would break its connection.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -414,8 +414,10 @@ def test_runs_without_a_device():
                 assert made.mask.shape == (3, 50)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize(("scope", "block_size"), [("row", 1), ("batch", 4)])
+@pytest.mark.parametrize(
+    ("selection", "scope", "block_size"),
+    [*((selection, "row", 1) for selection in SELECTIONS), ("stratified", "batch", 4), ("sequence_aware", "batch", 4)],
+)
 def test_compiles_as_one_graph(selection, scope, block_size):
     score, countable = batch(2, 30)
 
