@@ -7,8 +7,11 @@ learned router's predictions and by the truncated router's scores. Several seeds
 """
 
 import argparse
+import multiprocessing
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -179,15 +182,17 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="instead of the size's own")
+    parser.add_argument("--at-once", type=int, default=1, help="seeds trained side by side")
     parser.add_argument("--untied", action="store_true", help="a head of its own in place of the embedding")
     options = parser.parse_args()
     size = SIZES[options.size]
     size = Size(**{**asdict(size), "tied": not options.untied, "steps": options.steps or size.steps})
     stream, heldout = text(size)
     runs = []
-    for seed in options.seeds:
-        runs.append(train(size, seed, stream, heldout))
-        write(f"learned_router_quality_{options.size}{'_untied' * options.untied}", size, options.seeds, runs)
+    with ProcessPoolExecutor(options.at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for run in pool.map(partial(train, size, stream=stream, heldout=heldout), options.seeds):
+            runs.append(run)
+            write(f"learned_router_quality_{options.size}{'_untied' * options.untied}", size, options.seeds, runs)
 
 
 if __name__ == "__main__":

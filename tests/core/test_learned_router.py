@@ -12,24 +12,24 @@ from cggr_core import LearnedRouter, select
 HIDDEN, EMBEDDING = 16, 12
 
 
-def attached(**settings) -> LearnedRouter:
+def attached(embedding_size: int = EMBEDDING, **settings) -> LearnedRouter:
     router = LearnedRouter(1, **{"width": 8, **settings})
-    router.attach(layers=4, hidden_size=HIDDEN, embedding_size=EMBEDDING)
+    router.attach(layers=4, hidden_size=HIDDEN, embedding_size=embedding_size)
     return router
 
 
-def batch(size: int = 256, seed: int = 0):
+def batch(size: int = 256, seed: int = 0, embedding_size: int = EMBEDDING):
     """Hidden states, embeddings, and a score that is the product of a feature of each, around 3."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(size, HIDDEN, generator=generator)
-    target = torch.randn(size, EMBEDDING, generator=generator)
+    target = torch.randn(size, embedding_size, generator=generator)
     return hidden, target, 3.0 + hidden[:, 0] * target[:, 0]
 
 
 def test_learns_a_score_that_depends_on_both_inputs():
     router = attached(width=16, learning_rate=1e-2)
     correlations = []
-    for step in range(200):
+    for step in range(150):
         hidden, target, score = batch(seed=step)
         correlations.append(router.observe(hidden, target, score, torch.ones(256))["router_correlation"].item())
     assert correlations[0] == 0.0, "before anything was observed all predictions are alike"
@@ -40,6 +40,41 @@ def test_learns_a_score_that_depends_on_both_inputs():
     assert (predicted - score).square().mean() < 0.5 * score.var()
 
 
+@pytest.mark.parametrize("embedding_size", [HIDDEN, EMBEDDING])
+def test_a_few_steps_suffice_where_the_target_agrees_with_the_hidden_state(embedding_size):
+    """As in a model whose head is its embedding: the likelier the target, the lower the score."""
+    router, found = attached(embedding_size), []
+    for step in range(20):
+        hidden, target, _ = batch(seed=step, embedding_size=embedding_size)
+        score = torch.sigmoid(-(hidden[:, :EMBEDDING] * target[:, :EMBEDDING]).sum(1))
+        found.append(router.observe(hidden, target, score, torch.ones(256))["router_correlation"])
+    assert (found[-1] > 0.7) == (embedding_size == HIDDEN)
+
+
+@pytest.mark.parametrize("embedding_size", [HIDDEN, EMBEDDING])
+def test_the_scale_of_the_embeddings_is_nothing_to_it(embedding_size):
+    routers = attached(embedding_size), attached(embedding_size)
+    for step in range(3):
+        hidden, target, score = batch(seed=step, embedding_size=embedding_size)
+        for router, scale in zip(routers, (1.0, 64.0), strict=True):
+            router.observe(hidden, scale * target, score, torch.ones(256))
+    one, other = routers[0](hidden, target), routers[1](hidden, 64.0 * target)
+    torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
+
+
+def test_predictions_are_those_of_averaged_weights():
+    router = attached()
+    before = [value.clone() for value in router.averaged.parameters()]
+    router.observe(*batch(), torch.ones(256))
+    for average, start, value in zip(router.averaged.parameters(), before, router.head.parameters(), strict=True):
+        torch.testing.assert_close(average, start + (value - start) * 10 / 11)
+    router.updates.fill_(10_000)
+    before = [value.clone() for value in router.averaged.parameters()]
+    router.observe(*batch(seed=1), torch.ones(256))
+    for average, start, value in zip(router.averaged.parameters(), before, router.head.parameters(), strict=True):
+        torch.testing.assert_close(average, start + (value - start) * 0.02)
+
+
 def test_the_scale_of_the_scores_is_that_of_the_predictions():
     router = attached()
     hidden, target, score = batch()
@@ -48,8 +83,9 @@ def test_the_scale_of_the_scores_is_that_of_the_predictions():
     assert (router(hidden, target).mean() - 115.0).abs() < 1.0
 
 
-def test_weights_correct_for_the_selection():
+def test_weights_correct_for_the_selection(monkeypatch):
     """Over many draws of kept tokens, the weighted gradient is that of all tokens."""
+    monkeypatch.setattr("cggr_core.learned_router._UPDATES", 1)
     hidden, target, score = batch(64)
     countable = torch.ones(1, 64, dtype=torch.bool)
 

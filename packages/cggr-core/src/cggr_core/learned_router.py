@@ -15,6 +15,11 @@ from cggr_core.collectives import sum_over_ranks
 _DECAY = 0.99
 # Of Adam on what one forward showed: the scores move with the model, and the head has to keep up.
 _UPDATES = 4
+# Of the averaged weights that predict: some hundred steps back, and from the first steps on no more than there were.
+_AVERAGED, _AVERAGED_AT_FIRST = 0.98, 10
+# Numbers that say how hidden state and target agree. Adam moves all weights alike, so that what is large among a
+# layer's inputs is learned from first: these, of which a single one ranks tokens already.
+_AGREEMENTS, _LARGE = 8, 8.0
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -29,8 +34,11 @@ class LearnedRouter(nn.Module):
     ``sequence_aware`` have no probabilities: there the head learns about the tokens that they keep).
 
     The prediction is ``mean + std * f(h, e)``, with the running mean and spread of the observed scores and, for
-    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · gelu(M [a, b, a * b])``; it is the same
-    for all tokens until something was observed.
+    ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · gelu(M [a, b, a * b, d])``; it is the
+    same for all tokens until something was observed. ``d = D (norm(h) * e)`` are a few numbers, in units of their
+    running spread, that start near ``norm(h) · e``: what the target's logit would be if the model ended here and its
+    head were tied to its embedding. They are left out where hidden states and embeddings differ in length. The
+    regression is by the Huber loss, and predictions are made with a running mean of the weights.
 
     The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, not the
     norm that they are clipped to, and not ``state_dict()``, which stays the wrapped model's. Its state is part of
@@ -80,7 +88,8 @@ class LearnedRouter(nn.Module):
         self.observed_tokens = check_at_least("observed_tokens", observed_tokens, 1)
         self.seed = check_at_least("seed", seed, 0)
         self.head: RegressionHead | None = None
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float32))
+        self.averaged: RegressionHead | None = None
+        self.register_buffer("moments", torch.zeros(4, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._optimizer: torch.optim.Adam | None = None
         self._optimizer_device: torch.device | None = None
@@ -109,6 +118,7 @@ class LearnedRouter(nn.Module):
         sizes = (hidden_size, embedding_size)
         if self.head is None:
             self.head = RegressionHead(hidden_size, embedding_size, self.width, seed=self.seed)
+            self.averaged = RegressionHead(hidden_size, embedding_size, self.width, seed=self.seed)
         elif (self.head.hidden.in_features, self.head.target.in_features) != sizes:
             raise ValueError(
                 f"the router belongs to a model with hidden states of {self.head.hidden.in_features} and embeddings "
@@ -130,10 +140,10 @@ class LearnedRouter(nn.Module):
         Raises:
             ValueError: If the router is not part of a CGGRModel, or its weights were cast.
         """
-        head = self._head_on(hidden.device)
-        mean, std = self._scale()
+        _, averaged = self._heads_on(hidden.device)
+        mean, std, unit = self._scale()
         with torch.autocast(hidden.device.type, enabled=False):
-            return mean + std * head(hidden, target)
+            return mean + std * averaged(hidden, target, unit)
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, target: Tensor, score: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -149,38 +159,44 @@ class LearnedRouter(nn.Module):
             ``router_correlation``: of the predictions (before the step) and the scores over all tokens of this rank,
             estimated with the weights; 0 where one of both does not vary.
         """
-        head = self._head_on(hidden.device)
+        head, averaged = self._heads_on(hidden.device)
         weight = weight.float().masked_fill(~score.isfinite(), 0.0)
         score = score.float().masked_fill(weight == 0.0, 0.0)
-        powers = torch.stack([torch.ones_like(score), score, score.square()])
-        totals = sum_over_ranks((weight * powers).sum(1))
-        self.moments.mul_(_DECAY).add_(totals)
-        mean, std = self._scale()
-        arguments = (hidden.detach().float(), target.detach().float())
+        hidden, target = hidden.detach().float(), target.detach().float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            agreement = averaged.agreement(hidden, target)
+            powers = torch.stack([torch.ones_like(score), score, score.square(), agreement.square().mean(-1)])
+            totals = sum_over_ranks((weight * powers).sum(1))
+            self.moments.mul_(_DECAY).add_(totals)
+            mean, std, unit = self._scale()
+            correlation = _correlation(averaged(hidden, target, unit), score, weight)
         wanted = (score - mean) / std
         # Of the sum over ranks, so that two halves of a batch make the gradient of the whole.
         share = weight / totals[0].clamp(min=_TINY)
-        correlation = torch.zeros_like(mean)
-        for update in range(_UPDATES):
+        for _ in range(_UPDATES):
             with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
                 parameters = {name: value.detach().requires_grad_() for name, value in head.named_parameters()}
-                prediction = functional_call(head, parameters, arguments)
-                loss = (share * (prediction - wanted).square()).sum()
+                prediction = functional_call(head, parameters, (hidden, target, unit))
+                loss = (share * nn.functional.huber_loss(prediction, wanted, reduction="none")).sum()
                 gradients = torch.autograd.grad(loss, list(parameters.values()))
-            if update == 0:
-                correlation = _correlation(prediction.detach(), score, weight)
             self._step(list(head.parameters()), gradients)
         self.updates.add_(1)
+        decay = (self.updates / (self.updates + _AVERAGED_AT_FIRST)).clamp(max=_AVERAGED)
+        for average, parameter in zip(averaged.parameters(), head.parameters(), strict=True):
+            average.lerp_(parameter, 1.0 - decay)
         return {"router_correlation": correlation}
 
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scores seen of late; 0 and 1 before the first."""
-        count, first, second = self.moments
+    def _scale(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation of the scores seen of late, and the unit of agreements; 0, 1, 1 at first."""
+        count, first, second, agreement = self.moments
         mean, square = first / count.clamp(min=_TINY), second / count.clamp(min=_TINY)
-        return mean, torch.where(_varies(square - mean.square(), square), (square - mean.square()).sqrt(), 1.0)
+        std = torch.where(_varies(square - mean.square(), square), (square - mean.square()).sqrt(), 1.0)
+        unit = torch.where(agreement > 0, (agreement / count.clamp(min=_TINY)).sqrt() / _LARGE, 1.0)
+        return mean, std, unit
 
-    def _head_on(self, device: torch.device) -> "RegressionHead":
-        if self.head is None:
+    def _heads_on(self, device: torch.device) -> "tuple[RegressionHead, RegressionHead]":
+        """The head that learns and the one that predicts."""
+        if self.head is None or self.averaged is None:
             raise ValueError("the router has no weights yet: give it to CGGRModel(model, router)")
         if self.moments.dtype != torch.float32:
             raise ValueError(
@@ -190,7 +206,7 @@ class LearnedRouter(nn.Module):
         if self.moments.device != device:
             # The model may have been moved by itself.
             self.to(device)
-        return self.head
+        return self.head, self.averaged
 
     def _step(self, parameters: list[nn.Parameter], gradients: tuple[Tensor, ...]) -> None:
         summed = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -228,13 +244,13 @@ class LearnedRouter(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """``c · gelu(M [a, b, a * b])`` with ``a``, ``b`` projections of a hidden state and a target embedding.
+    """``c · gelu(M [a, b, a * b, d])`` of a hidden state and a target embedding; see :class:`LearnedRouter`.
 
     Args:
         hidden_size: Length of a hidden state.
         embedding_size: Length of an embedding.
         width: Length of both projections and of the layer between.
-        seed: Of the weights; ``c`` and the biases start at 0.
+        seed: Of the weights; ``c`` and the biases start at 0, ``D`` around 1.
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, width: int, *, seed: int) -> None:
@@ -245,7 +261,8 @@ class RegressionHead(nn.Module):
         )
         self.hidden = linear(hidden_size, width)
         self.target = linear(embedding_size, width)
-        self.between = linear(3 * width, width)
+        self.product = linear(hidden_size, _AGREEMENTS, bias=False) if hidden_size == embedding_size else None
+        self.between = linear(3 * width + (0 if self.product is None else _AGREEMENTS), width)
         self.out = linear(width, 1, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -254,11 +271,23 @@ class RegressionHead(nn.Module):
             for layer in (self.hidden, self.target, self.between):
                 bound = layer.in_features**-0.5
                 layer.weight.uniform_(-bound, bound, generator=generator)
+            if self.product is not None:
+                self.product.weight.normal_(1.0, 0.5, generator=generator)
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, target: Tensor, unit: Tensor) -> Tensor:
         """float32 ``[...]`` from ``[..., H]`` and ``[..., E]``; the projections run in the inputs' dtype."""
         a, b = _projected(hidden, self.hidden), _projected(target, self.target)
-        return self.out(nn.functional.gelu(self.between(torch.cat([a, b, a * b], dim=-1))))[..., 0]
+        parts = [a, b, a * b]
+        if self.product is not None:
+            parts.append(self.agreement(hidden, target) / unit)
+        return self.out(nn.functional.gelu(self.between(torch.cat(parts, dim=-1))))[..., 0]
+
+    def agreement(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """``D (norm(h) * e)``, float32 ``[..., 8]``; one 0 where the lengths differ."""
+        if self.product is None:
+            return hidden.new_zeros(*hidden.shape[:-1], 1, dtype=torch.float32)
+        product = nn.functional.layer_norm(hidden, hidden.shape[-1:]) * target
+        return nn.functional.linear(product, self.product.weight.to(product.dtype)).float()
 
 
 def _projected(value: Tensor, layer: nn.Linear) -> Tensor:
