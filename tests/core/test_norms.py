@@ -8,6 +8,7 @@ from torch import nn
 
 from cggr_core import CGGRModel
 from cggr_core.routing.norms import fused_norms
+from model_steps import checkpoint_activations
 from reference_routing import gradients, relative_error
 from tiny_models import ROUTABLE, VOCAB
 
@@ -72,7 +73,7 @@ def test_other_dtypes_go_the_models_own_way(rows, weight):
 def test_the_passes_run_it_and_leave_the_model_as_it_was(engine, checkpointing, monkeypatch):
     model = ROUTABLE["qwen3"]()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     input_ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     fused = CGGRModel(model, engine=engine, selection="random").train()
     with monkeypatch.context() as patch:
