@@ -9,6 +9,7 @@ learned router's predictions and by the truncated router's scores. Several seeds
 import argparse
 import multiprocessing
 import statistics
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,8 +100,9 @@ def rankings(wrapped: CGGRModel, depth: int, input_ids: Tensor) -> dict[str, flo
     return {name: rank_correlation(score, truth) for name, score in found.items()}
 
 
-def train(size: Size, seed: int, stream: np.ndarray, heldout: np.ndarray) -> dict[str, list[float]]:
-    """Rank correlations every so many steps of one training."""
+def train(size: Size, seed: int, *, seconds: float, stream: np.ndarray, heldout: np.ndarray) -> dict[str, list[float]]:
+    """Rank correlations every so many steps of one training, which ends after so many seconds at the latest."""
+    start = time.monotonic()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.hidden * 11 // 4,
@@ -128,6 +130,8 @@ def train(size: Size, seed: int, stream: np.ndarray, heldout: np.ndarray) -> dic
                 curves[name].append(value)
             told = " ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(f"seed {seed} step {step:4} loss {loss.detach():.3f} {told}", flush=True)
+            if time.monotonic() - start > seconds:
+                break
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warming.step()
@@ -136,7 +140,9 @@ def train(size: Size, seed: int, stream: np.ndarray, heldout: np.ndarray) -> dic
 
 
 def write(name: str, size: Size, seeds: list[int], runs: list[dict[str, list[float]]]) -> None:
-    """Write the curves of the seeds so far, and their plot."""
+    """Write the curves of the seeds so far, as far as all of them went, and their plot."""
+    rankings_of_all = min(len(run[LEARNED]) for run in runs)
+    runs = [{router: curve[:rankings_of_all] for router, curve in run.items()} for run in runs]
     rows: dict[str, dict[str, Any]] = {}
     for router in (TRUNCATED, LEARNED):
         curves = [run[router] for run in runs]
@@ -149,7 +155,8 @@ def write(name: str, size: Size, seeds: list[int], runs: list[dict[str, list[flo
     for row, chosen in read.items():
         bar = {"every seed": 0.0, "met": min(chosen) >= 0}
         rows[f"learned - truncated, {row}"] = _record.summary(chosen) | {"unit": "rank correlation", "bar": bar}
-    settings = asdict(size) | {"keep_ratio": RATIO, "seed": seeds[: len(runs)], "scoring": "gradnorm"}
+    steps = (rankings_of_all - 1) * size.every
+    settings = asdict(size) | {"steps": steps, "keep_ratio": RATIO, "seed": seeds[: len(runs)], "scoring": "gradnorm"}
     settings |= {"selection": "stratified", "optimizer": "AdamW", "warmup": WARMUP}
     path = _record.write(name, rows, settings=settings, control=TRUNCATED, device=size.device)
     draw(_record.load(name), path.with_suffix(".png"))
@@ -183,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="instead of the size's own")
     parser.add_argument("--at-once", type=int, default=1, help="seeds trained side by side")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a seed's training, at most")
     parser.add_argument("--untied", action="store_true", help="a head of its own in place of the embedding")
     options = parser.parse_args()
     size = SIZES[options.size]
@@ -190,7 +198,8 @@ def main() -> None:
     stream, heldout = text(size)
     runs = []
     with ProcessPoolExecutor(options.at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for run in pool.map(partial(train, size, stream=stream, heldout=heldout), options.seeds):
+        work = partial(train, size, seconds=options.seconds, stream=stream, heldout=heldout)
+        for run in pool.map(work, options.seeds):
             runs.append(run)
             write(f"learned_router_quality_{options.size}{'_untied' * options.untied}", size, options.seeds, runs)
 
