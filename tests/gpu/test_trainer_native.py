@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 import cggr_core.step
 from cggr_train import CGGRConfig
@@ -27,6 +27,12 @@ FIXED = {
     "exact": CGGRConfig(gradient="exact", selection="random"),
 }
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _one_gpu(monkeypatch):
+    """A Trainer in one process would split its batches over all GPUs of the machine, which is refused."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 1)
 
 
 @pytest.fixture
