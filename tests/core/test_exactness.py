@@ -12,6 +12,8 @@ from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 TOLERANCE = 1e-5
 BATCH, LENGTH, KEEP = 2, 13, 5
 ENGINES = ("interleaved", "two_pass")
+# Where a mode takes no path of its own through an architecture: with grouped keys, experts, and a masked-LM head.
+A_FEW = ("llama", "mixtral", "bert-masked")
 
 
 def batch(seed: int = 0) -> Tensor:
@@ -150,15 +152,16 @@ def test_everything_kept_is_ordinary_training(name):
 def test_a_ratio_of_one_is_ordinary_training(name):
     model, (input_ids, labels) = ROUTABLE[name](), partly_labelled()
     wanted = ordinary(model, input_ids, labels)
-    for gradient in ("exact", "kv", "detached", "sequence"):
+    for gradient in ("exact", "kv", "detached", "sequence") if name in A_FEW else ("kv",):
         wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
         loss = wrapped(input_ids, labels=labels)
         loss.backward()
         assert_equal((loss.detach(), gradients(model)), wanted)
 
 
-@pytest.mark.parametrize("gradient", ["kv", "detached"])
-@pytest.mark.parametrize("name", ROUTABLE)
+@pytest.mark.parametrize(
+    ("name", "gradient"), [*((name, "kv") for name in ROUTABLE), *((name, "detached") for name in A_FEW)]
+)
 def test_going_on_from_a_truncated_router(name, gradient):
     """Scores come from the first layers, whose keys, values and hidden states the gradient pass takes over."""
     model, input_ids = ROUTABLE[name](), batch()

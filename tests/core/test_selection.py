@@ -240,12 +240,11 @@ def test_capacity_limits_and_widens():
 
 @pytest.mark.parametrize("selection", WEIGHTED)
 def test_a_limited_capacity_is_still_unbiased(selection):
-    score, countable = batch(2, 20, share=1.1)
-    total = torch.zeros(400)
-    for draw in range(400):
-        made = select(score, countable, ratio=0.5, capacity=6, selection=selection, draw=draw)
-        total[draw] = (made.weight * made.gather(score)).sum()
-    assert abs(total.mean() - score.sum()) <= 4.5 * total.std() / 20 + 1e-4
+    score, countable = batch(1, 20, share=1.1)
+    many = score.expand(800, -1)  # every row draws for itself
+    made = select(many, countable.expand_as(many), ratio=0.5, capacity=6, selection=selection)
+    total = (made.weight * made.gather(many)).sum(1)
+    assert abs(total.mean() - score.sum()) <= 4.5 * total.std() / 800**0.5 + 1e-4
 
 
 @pytest.mark.parametrize("selection", WEIGHTED)
@@ -253,28 +252,32 @@ def test_a_limited_capacity_is_still_unbiased(selection):
 @pytest.mark.parametrize("block_size", [1, 3])
 def test_weighted_sums_are_unbiased(selection, scope, block_size):
     score, countable = batch(3, 29, seed=5)
-    values = torch.stack([score, torch.rand(3, 29), torch.randn(3, 29)])  # what is summed need not be the score
-    draws = 600
-    sums = torch.zeros(draws, 3)
-    for draw in range(draws):
+    values = torch.stack([score, torch.rand(3, 29), torch.randn(3, 29)], dim=2)  # what is summed need not be the score
+    full = (values * countable[:, :, None]).sum((0, 1))
+    # Rows draw for themselves, so batches one under the other are draws of their own, but not where a draw is a batch's.
+    copies = 200 if scope == "row" else 1
+    score, countable, values = score.repeat(copies, 1), countable.repeat(copies, 1), values.repeat(copies, 1, 1)
+    sums = []
+    for draw in range(600 // copies if scope == "row" else 300):
         made = select(
             score, countable, ratio=0.3, selection=selection, scope=scope, block_size=block_size, seed=11, draw=draw
         )
-        sums[draw] = torch.stack([(made.weight * made.gather(value)).sum() for value in values])
-    full = (values * countable).sum((1, 2))
-    standard_error = sums.std(0) / draws**0.5
+        terms = made.weight[:, :, None] * made.gather(values)
+        sums.append(terms.reshape(copies, -1, 3).sum(1))
+    sums = torch.cat(sums)
+    standard_error = sums.std(0) / len(sums) ** 0.5
     assert ((sums.mean(0) - full).abs() <= 4.5 * standard_error + 1e-3).all()
 
 
 def test_probabilities_are_those_that_the_weights_say():
     score, countable = batch(1, 25, seed=2)
-    draws = 1200
+    rows, draws = 400, 1200
     for selection in WEIGHTED:
         hits, weights = torch.zeros(25), torch.zeros(25)
-        for draw in range(draws):
-            made = select(score, countable, ratio=0.3, selection=selection, draw=draw)
-            hits += made.mask[0]
-            weights[made.index[0, made.valid[0]]] = made.weight[0, made.valid[0]]
+        for draw in range(draws // rows):
+            made = select(score.expand(rows, -1), countable.expand(rows, -1), ratio=0.3, selection=selection, draw=draw)
+            hits += made.mask.sum(0)
+            weights[made.index[made.valid]] = made.weight[made.valid]
         seen = weights > 0
         pi = 1 / weights[seen]
         error = (pi * (1 - pi) / draws).clamp(min=0).sqrt()
@@ -284,14 +287,11 @@ def test_probabilities_are_those_that_the_weights_say():
 
 def test_scored_sampling_varies_less_than_random():
     # Why it is worth having: the sum of something close to the score varies less.
-    score, countable = batch(1, 200, seed=3)
+    score, countable = (part.expand(100, -1) for part in batch(1, 200, seed=3))
     spread = {}
     for selection in WEIGHTED:
-        sums = [
-            (made.weight * made.gather(score)).sum()
-            for made in (select(score, countable, ratio=0.2, selection=selection, draw=draw) for draw in range(100))
-        ]
-        spread[selection] = torch.stack(sums).std()
+        made = select(score, countable, ratio=0.2, selection=selection)
+        spread[selection] = (made.weight * made.gather(score)).sum(1).std()
     assert spread["sampled"] < spread["stratified"] < spread["random"]
 
 
