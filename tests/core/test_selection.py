@@ -254,7 +254,7 @@ def test_weighted_sums_are_unbiased(selection, scope, block_size):
     score, countable = batch(3, 29, seed=5)
     values = torch.stack([score, torch.rand(3, 29), torch.randn(3, 29)], dim=2)  # what is summed need not be the score
     full = (values * countable[:, :, None]).sum((0, 1))
-    # Rows draw for themselves, so batches one under the other are draws of their own, but not where a draw is a batch's.
+    # Rows draw for themselves, so batches one under the other are as many draws, but not where a draw is a batch's.
     copies = 200 if scope == "row" else 1
     score, countable, values = score.repeat(copies, 1), countable.repeat(copies, 1), values.repeat(copies, 1, 1)
     sums = []
