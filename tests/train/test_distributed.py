@@ -17,7 +17,8 @@ from cggr_train.cli import app
 from cggr_train.errors import InputError, RunError
 from cggr_train.presets import load_model
 from cggr_train.ranks import ALONE, Ranks, joined_ranks
-from tests.train.trainer_worker import SETTINGS, run
+from tests.train.trainer_worker import SETTINGS, compare, run
+from tests.train.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -63,7 +64,7 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
     for name in SETTINGS:
         _, found = run(name, tmp_path / "alone", per_device_train_batch_size=4)
         torch.save(found, tmp_path / f"{name}.pt")
-    finish(two_ranks(ROOT / "tests" / "train" / "trainer_worker.py", tmp_path))
+    run_on_two_ranks(compare, tmp_path, folder=tmp_path)
 
 
 def test_cggr_train_under_accelerate_launch_is_cggr_train_on_one_rank(tmp_path, data):

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from accelerate.state import AcceleratorState
 from transformers import LlamaForCausalLM
 
 from cggr_train.presets import load_model
-from tests.train.test_distributed import ENVIRONMENT, two_ranks
 from tests.train.trainer_kit import tiny_model
+from tests.train.two_ranks import run_on_two_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = [
@@ -48,6 +47,11 @@ def example(name: str):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
+def accelerate_loop(model: str, text: str, out: str, sizes: dict[str, int]) -> None:
+    """On one of several ranks."""
+    example("accelerate_loop")(model, text, out, **sizes)
+
+
 def was_trained(out: Path, model: Path) -> bool:
     """Whether ``out`` holds the plain model with every parameter moved."""
     trained, information = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -71,16 +75,9 @@ def test_accelerate_loop_is_the_same_on_two_ranks(tmp_path, model, text, monkeyp
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of whoever came first
     sizes = {"steps": 2, "accumulate": 2, "length": 32}
     example("accelerate_loop")(str(model), str(text), str(tmp_path / "one"), batch_size=4, **sizes)
-    script = tmp_path / "run.py"
-    path = str(EXAMPLES / "accelerate_loop.py")
-    script.write_text(
-        f"import runpy, sys\nrunpy.run_path({path!r})['main'](*sys.argv[1:], batch_size=2, **{sizes!r})\n"
-    )
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    command = two_ranks(script, model, text, tmp_path / "two")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("step 2: kept") == 1
+    arguments = (str(model), str(text), str(tmp_path / "two"), {"batch_size": 2, **sizes})
+    printed = run_on_two_ranks(accelerate_loop, *arguments, folder=tmp_path)
+    assert sum(output.count("step 2: kept") for output in printed) == 1
     assert was_trained(tmp_path / "one", model)
     one, two = (load_model(str(tmp_path / out)).parameters() for out in ("one", "two"))
     assert max((a - b).abs().max() for a, b in zip(one, two, strict=True)) <= 1e-5

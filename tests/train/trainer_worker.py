@@ -1,6 +1,5 @@
 """One rank of :mod:`test_distributed`: CGGRTrainer on half of each batch, compared with what one process did."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -26,8 +25,8 @@ def run(name: str, folder: Path, **split: int):
     }
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def compare(folder: Path) -> None:
+    """Train every setting on this rank's share."""
     for name, cggr in SETTINGS.items():
         wanted = torch.load(folder / f"{name}.pt")
         splits = [{"per_device_train_batch_size": 2}]
@@ -43,7 +42,3 @@ def main(folder: Path) -> None:
                     assert mine[key] == whole[key], (name, key, mine[key], whole[key])
                 for key in {"loss", "score_kept", "full_loss"} & whole.keys():
                     assert abs(mine[key] - whole[key]) <= 1e-3 * abs(whole[key]), (name, key, mine[key], whole[key])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
