@@ -79,6 +79,7 @@ def _spread(d_rows: Tensor, d_hidden: Tensor, row_index: Tensor | None) -> None:
     for start, end in chunks(0, H, columns):
         some = d_rows[:, start:end].to(d_hidden.dtype, copy=True)
         d_hidden[:, start:end].zero_().index_add_(0, row_index, some)
+        del some
 
 
 def _add_chunks(

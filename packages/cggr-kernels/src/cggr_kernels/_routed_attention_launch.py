@@ -36,17 +36,17 @@ class Blocks(NamedTuple):
 # Measured on an H200 (16-bit floats); by head dimension up to the key. They are fixed, not tuned at run time: a first
 # step compiles three kernels instead of twenty, and results do not depend on what a tuner happened to see.
 # The query rows of a table's kernels divide those of the one above it: each reads the statistics of whole blocks.
-FORWARD_BLOCKS = {64: Blocks(64, 128, 4, 2), 128: Blocks(64, 64, 4, 3, hold=True), 256: Blocks(128, 32, 8, 2)}
-QUERY_GRADIENT_BLOCKS = {64: Blocks(64, 128, 4, 3), 128: Blocks(64, 64, 4, 3, hold=True), 256: Blocks(64, 32, 8, 2)}
+FORWARD_BLOCKS = {64: Blocks(64, 128, 4, 2), 128: Blocks(64, 64, 4, 3, hold=True), 256: Blocks(128, 64, 8, 2)}
+QUERY_GRADIENT_BLOCKS = {64: Blocks(64, 128, 4, 3), 128: Blocks(64, 64, 4, 3, hold=True), 256: Blocks(64, 32, 4, 3)}
 KEY_GRADIENT_BLOCKS = {
     64: Blocks(64, 64, 4, 3, registers=168),
     128: Blocks(64, 64, 4, 2, eager=True),
-    256: Blocks(32, 64, 8, 2),
+    256: Blocks(64, 64, 8, 2, eager=True),
 }
 FLOAT32_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 16, 4, 1)}
-# For GPUs whose multiprocessors have less shared memory.
+# For GPUs before Hopper: less shared memory, and products whose operands are all in registers.
 SMALL_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)}
-_MUCH_SHARED_MEMORY = 160 * 1024
+_MUCH_SHARED_MEMORY = 200 * 1024
 
 
 def _blocks(table: dict[int, Blocks], q: Tensor) -> Blocks:
