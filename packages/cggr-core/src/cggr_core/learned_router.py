@@ -78,7 +78,7 @@ class LearnedRouter(nn.Module):
         *,
         width: int = 64,
         learning_rate: float = 3e-3,
-        observed_tokens: int = 2048,
+        observed_tokens: int = 1024,
         seed: int = 0,
     ) -> None:
         super().__init__()
