@@ -62,7 +62,8 @@ def split_passes(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
         if "spin_kernel" in name:
             passes.append([])
         else:
-            passes[-1].append((re.split(r"[<(]", name.removeprefix("void "))[0], metrics))
+            short = re.split(r"[<(]", name.removeprefix("void ").replace("<unnamed>::", ""))[0]
+            passes[-1].append((short, metrics))
     return passes
 
 
