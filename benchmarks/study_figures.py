@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks import _record
 
 READINGS = {"tokens": "equal tokens", "time": "equal time", "kept": "equal kept tokens"}
+UNITS = {"s": "seconds", "nat": "held-out loss, nats per token"}
 COLOURS = {"standard": "0.3", "equal_cost": "0.55", "batch": "0.75", "random": "#e69f00", "asked": "#2a6f97"}
 
 
@@ -53,4 +54,5 @@ if __name__ == "__main__":
         if "amounts" in found["settings"]:
             draw(found)
         else:
-            _record.plot(found, path.with_suffix(".png"), label="seconds")
+            unit = next(iter(found["rows"].values()))["unit"]
+            _record.plot(found, path.with_suffix(".png"), label=UNITS[unit])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -31,6 +32,7 @@ def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
         ``step_seconds`` (mean of each block), ``peak_bytes``, ``start_bytes`` (held before the first step) and
         ``engine``.
     """
+    gc.collect()  # what the arm before held is not this one's
     training = bench.training(arm, bench.settings.train.seed)
     device, progress = bench.device, Progress()
     reset_peak_memory(device)
