@@ -1,13 +1,16 @@
 """One call of every kernel at odd sizes, for ``compute-sanitizer python tests/gpu/sanitize.py``.
 
-Allocations are not cached, so that a read or write past a tensor is seen.
+Allocations are not cached, so that a read or write past a tensor is seen. With ``--ops`` a part of them, so that a few
+processes can share the work. Run it without the sanitizer first: that compiles the kernels, which is slow under it.
 """
 
+import argparse
 import os
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
+from torch import Tensor
 
 from cggr_kernels.difficulty import difficulty
 from cggr_kernels.linear_cross_entropy import linear_cross_entropy
@@ -18,44 +21,84 @@ from cggr_kernels.routed_attention import routed_attention
 from cggr_kernels.select import STRATEGIES, select
 
 
-def main() -> None:
-    """Run them."""
-    torch.manual_seed(0)
-    device = "cuda"
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random numbers that take a gradient."""
+    return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+
+def run_difficulty() -> None:
+    """Logits of few and of many classes."""
     for rows, V in ((1, 1), (3, 257), (2, 5003), (2, 8192)):
-        logits = torch.randn(rows, V, device=device, dtype=torch.bfloat16)
-        difficulty(logits, torch.randint(0, V, (rows,), device=device))
-    hidden = torch.randn(5, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(4999, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.tensor([1, -100, 4998, 4999, 0], device=device)
-    linear_difficulty(hidden, weight, targets)
+        difficulty(leaf(rows, V).detach(), torch.randint(0, V, (rows,), device="cuda"))
+
+
+def head_problem() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, head weight, and targets of which one is ignored and one does not exist."""
+    return leaf(5, 16), leaf(4999, 16), torch.tensor([1, -100, 4998, 4999, 0], device="cuda")
+
+
+def run_linear_difficulty() -> None:
+    """Statistics without logits."""
+    linear_difficulty(*head_problem())
+
+
+def run_linear_cross_entropy() -> None:
+    """Chunks of logits, all of them at once, and losses of rows; one row does not exist."""
+    hidden, weight, targets = head_problem()
     for max_logits in (None, 2**20):
-        rows = torch.tensor([0, 2, 3, 7], device=device)
+        rows = torch.tensor([0, 2, 3, 7], device="cuda")
         (2 * linear_cross_entropy(hidden, weight, targets, rows, max_logits=max_logits)).backward()
     linear_cross_entropy(hidden, weight, targets, reduction="none").sum().backward()
-    position = torch.randperm(203, device=device)[None, :37].sort(1).values
-    segment = torch.arange(203, device=device)[None] // 50
-    # Powers of two and other numbers of heads to a group; a row of 20 numbers is not a whole step of the copy engine.
+
+
+def run_routed_attention() -> None:
+    """Numbers of heads that are powers of two and others; a row of 20 numbers is no whole step of the copy engine."""
+    position = torch.randperm(203, device="cuda")[None, :37].sort(1).values
+    segment = torch.arange(203, device="cuda")[None] // 50
+    dtypes = {64: (torch.bfloat16, torch.float32)}
     for H, D in ((8, 64), (6, 128), (4, 256), (2, 20)):
-        q, k, v = (
-            torch.randn(1, n, h, D, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for n, h in ((37, H), (203, 2), (203, 2))
-        )
-        for options in ({}, {"segment": segment, "window": 30, "softcap": 9.0}, {"key_gradient": "kept"}):
-            routed_attention(q, k, v, position, **options).sum().backward()
-    score = torch.rand(3, 1501, device=device)
+        for dtype in dtypes.get(D, (torch.bfloat16,)):
+            q, k, v = (leaf(1, n, h, D, dtype=dtype) for n, h in ((37, H), (203, 2), (203, 2)))
+            for options in ({}, {"segment": segment, "window": 30, "softcap": 9.0}, {"key_gradient": "kept"}):
+                routed_attention(q, k, v, position, **options).sum().backward()
+
+
+def run_select() -> None:
+    """Every strategy."""
+    score = torch.rand(3, 1501, device="cuda")
     for strategy in STRATEGIES:
         select(score, score > 0.1, 0.3, strategy, 451)
+
+
+def run_experts() -> None:
+    """Routing and experts, forward and backward."""
     for T, H, I, E, K in ((1, 8, 8, 1, 1), (203, 72, 136, 7, 3)):
-        x, gate_up, down = (
-            torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for size in ((T, H), (E, 2 * I, H), (E, H, I))
-        )
-        logits = torch.randn(T, E, device=device, requires_grad=True)
-        route_weight, index, balance, *_ = moe_route(logits, None, torch.arange(T, device=device) % 3 != 1, K, True)
+        x, gate_up, down = leaf(T, H), leaf(E, 2 * I, H), leaf(E, H, I)
+        logits = leaf(T, E, dtype=torch.float32)
+        mask = torch.arange(T, device="cuda") % 3 != 1
+        route_weight, index, balance, *_ = moe_route(logits, None, mask, K, True)
         (moe_experts(x, gate_up, down, index, route_weight).sum() + balance).backward()
-    torch.cuda.synchronize()
-    print("sanitize: done")
+
+
+OPS = {
+    "difficulty": run_difficulty,
+    "linear_difficulty": run_linear_difficulty,
+    "linear_cross_entropy": run_linear_cross_entropy,
+    "routed_attention": run_routed_attention,
+    "select": run_select,
+    "experts": run_experts,
+}
+
+
+def main() -> None:
+    """Run the chosen ops."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
+    torch.manual_seed(0)
+    for op in parser.parse_args().ops:
+        OPS[op]()
+        torch.cuda.synchronize()
+        print(f"sanitize: {op} done", flush=True)
 
 
 if __name__ == "__main__":
