@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,18 @@ GRIDS: dict[str, dict[str, Any]] = {
         "selections": ("stratified",),
         "routers": ("full_depth", "truncated", "learned", "remembered"),
     },
+    "cheap": {
+        "gradients": ("kv",),
+        "ratios": (0.25, 0.5),
+        "selections": ("sampled",),
+        "routers": ("truncated",),
+    },
 }
 RATES_SEED = 1000
 """Not one of a study's: the rate is not chosen on the figures that are reported."""
 CORPUS = ("corpus.jsonl", "heldout.jsonl")
+SOURCES = "sources.txt"
+"""Beside the corpus: what it is the source of, so that the result can say so wherever the study runs."""
 
 
 def settings(arguments: argparse.Namespace) -> StudySettings:
@@ -79,17 +88,18 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
             data=(str(arguments.data),), heldout=(str(arguments.heldout),) if arguments.heldout else (),
             field=arguments.field, model=str(arguments.model), **shape,
         )  # fmt: skip
-        return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=("tokens",))
+        return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=tuple(arguments.equal))
     corpus, heldout = (arguments.work / "corpus" / name for name in CORPUS)
     if not heldout.exists():
         specs = [importlib.util.find_spec(name) for name in arguments.packages]
         roots = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
         write_corpus(corpus.parent, max_characters=arguments.characters, roots=roots)
+        (corpus.parent / SOURCES).write_text(_sources(arguments.packages) + "\n", encoding="utf-8")
     train = TrainSettings(
         data=(str(corpus),), heldout=(str(heldout),), config=arguments.config, tokenizer=arguments.tokenizer, **shape
     )
     if arguments.experiment == "scratch":
-        return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=("tokens",))
+        return StudySettings(train=train, **GRIDS[arguments.grid], **shared, equal=tuple(arguments.equal))
     train = dataclasses.replace(train, steps=None, seconds=arguments.seconds, batch_size=4, routing=Routing())
     return StudySettings(train=train, **shared, batch_sizes=(1,), equal=("time",))
 
@@ -177,7 +187,8 @@ def _step(outcome: Outcome, name: str, points: list[dict[str, float]]) -> int:
 
 
 def _sources(packages: list[str]) -> str:
-    return ", ".join(["source of Python's standard library", *(f"{name} {version(name)}" for name in packages)])
+    python = f"source of Python {platform.python_version()}'s standard library"
+    return ", ".join([python, *(f"{name} {version(name)}" for name in packages)])
 
 
 def _interval(value: Interval) -> dict[str, float | None]:
@@ -194,6 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--grid", choices=sorted(GRIDS), default="selections", help="selections, ratios, or all of both"
     )
+    parser.add_argument("--equal", nargs="+", choices=("tokens", "time"), default=["tokens"], help="what runs reach")
     parser.add_argument("--data", type=Path, help="JSON Lines file for finetune")
     parser.add_argument("--heldout", type=Path, help="another, held out; else a share of the first")
     parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose source is read as well")
@@ -245,7 +257,9 @@ def main() -> None:
         **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
         "seed": asked.train.seed,
         "train": train,
-        "text": arguments.field if arguments.experiment == "finetune" else _sources(arguments.packages),
+        "text": arguments.field
+        if arguments.experiment == "finetune"
+        else (arguments.work / "corpus" / SOURCES).read_text().strip(),
         "amounts": result.outcome.amounts,
         "times_from": arguments.times_from,
         "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",
