@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import _record
-from benchmarks.step_time import SHAPES, peak_on_device, standard_step
+from benchmarks.step_time import (
+    FUSED_NORMS,
+    SHAPES,
+    STEPS_IN_A_ROW,
+    fused_norms_step,
+    peak_on_device,
+    standard_step,
+)
 from cggr_core import CGGRModel, LearnedRouter, RememberedScores, create_truncated_router
 
 RATIO = 0.25
@@ -20,7 +27,7 @@ TRUNCATED, LEARNED = "truncated router", "learned router"
 
 
 def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """A step of every kind of router over one model, standard first."""
+    """The standard step, the same with the norms of the routed passes, and a step of every kind of router."""
     depth = max(1, model.config.num_hidden_layers // 8)
     memory = RememberedScores.empty(examples=tokens.shape[0], length=tokens.shape[1])
     ids = torch.arange(tokens.shape[0])
@@ -37,6 +44,7 @@ def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
 
     return {
         "standard": standard_step(model, tokens),
+        FUSED_NORMS: fused_norms_step(model, tokens),
         f"{TRUNCATED}, depth {depth}": step(create_truncated_router(model, depth)),
         f"{LEARNED}, depth {depth}": step(LearnedRouter(depth)),
         "remembered scores": step(memory, example_ids=ids),
@@ -49,12 +57,14 @@ def cost(name: str, rounds: int) -> None:
     shape = SHAPES[name]
     model, tokens = shape.model(), shape.tokens()
     steps = steps_of(model, tokens)
-    rows = _record.measure(steps, control="standard", repeats=rounds, warmup=3, device=shape.device)
+    calls = STEPS_IN_A_ROW if shape.device == "cuda" else 1
+    rows = _record.measure(steps, control="standard", repeats=rounds, warmup=3, calls=calls, device=shape.device)
     for row, step in steps.items():
         if shape.device == "cuda":
             rows[row]["peak_extra_bytes"] = peak_on_device(step)
         print(f"{row:32} {rows[row]['median'] * 1e3:8.1f} ms {rows[row]['ratio']['median']:5.2f}x")
     settings = {key: str(value) for key, value in vars(shape).items()} | {"keep_ratio": RATIO, "seed": 0}
+    settings["steps_in_a_row"] = calls
     name = f"learned_router_cost_{name}"
     path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)
     _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds per step")
