@@ -104,8 +104,10 @@ def loop(step_model: nn.Module, parameters: list[nn.Parameter], shape: Shape, cl
         clock.step()
 
 
-def measure(shape: Shape, *, rounds: int, warmup: int, steps: int, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of a step, once for each round and row."""
+def measure(
+    shape: Shape, *, rounds: int, warmup: int, steps: int, names: list[str]
+) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """Seconds of a step, once for each round and row: the rounds so far, each time both orders came equally often."""
     model = shape.model()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     routed = CGGRModel(model, seed=SEED)
@@ -123,7 +125,22 @@ def measure(shape: Shape, *, rounds: int, warmup: int, steps: int, names: list[s
             seconds[name].append(clock.seconds)
             model.zero_grad(set_to_none=True)
             print(f"round {turn + 1}: {name}: {clock.seconds * 1e3:.1f} ms a step", flush=True)
-    return seconds
+        if turn % 2 or turn + 1 == rounds:
+            yield turn + 1, seconds
+
+
+def rows_from(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Rows of the result."""
+    rows = {}
+    for name, samples in seconds.items():
+        control = seconds[OTHERS[1] if name in OTHERS else CONTROL]
+        ratios = [one / other for one, other in zip(control, samples, strict=True)]
+        overhead = [other / one - 1 for one, other in zip(control, samples, strict=True)]
+        rows[name] = _record.summary(samples) | {
+            "unit": "s", "ratio": _record.summary(ratios), "overhead": _record.summary(overhead),
+        }  # fmt: skip
+    rows[ROUTED] |= {"bar": {"overhead": BAR, "met": rows[ROUTED]["overhead"]["median"] <= BAR}}
+    return rows
 
 
 def main() -> None:
@@ -141,25 +158,19 @@ def main() -> None:
     if options.batch:
         shape = Shape(**{**vars(shape), "batch": options.batch})
     names = [CONTROL, ROUTED, FILTERED, *(() if options.routed_only else OTHERS)]
-    seconds = measure(shape, rounds=options.rounds, warmup=options.warmup, steps=options.steps, names=names)
-    rows = {}
-    for name, samples in seconds.items():
-        control = seconds[OTHERS[1] if name in OTHERS else CONTROL]
-        ratios = [one / other for one, other in zip(control, samples, strict=True)]
-        overhead = [other / one - 1 for one, other in zip(control, samples, strict=True)]
-        rows[name] = _record.summary(samples) | {
-            "unit": "s", "ratio": _record.summary(ratios), "overhead": _record.summary(overhead),
-        }  # fmt: skip
-        print(f"{name}: {rows[name]['median'] * 1e3:.1f} ms, overhead {rows[name]['overhead']['median']:.1%}")
-    rows[ROUTED] |= {"bar": {"overhead": BAR, "met": rows[ROUTED]["overhead"]["median"] <= BAR}}
     settings = {
         "batch": shape.batch, "sequence": shape.length, "layers": shape.layers, "hidden": shape.hidden,
         "vocabulary": shape.vocab, "dtype": str(shape.dtype), "keep_ratio": CGGRConfig().min_tokens_ratio, "seed": SEED,
-        "optimizer": "AdamW", "steps": options.steps, "warmup": options.warmup, "rounds": options.rounds,
+        "optimizer": "AdamW", "steps": options.steps, "warmup": options.warmup,
     }  # fmt: skip
     name = options.name or f"trainer_overhead_{options.shape}"
-    path = _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
-    _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds a step")
+    timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
+    for rounds, seconds in measure(shape, **timing, names=names):
+        rows = rows_from(seconds)
+        path = _record.write(name, rows, settings=settings | {"rounds": rounds}, control=CONTROL, device=shape.device)
+        _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds a step")
+    for row, found in rows.items():
+        print(f"{row}: {found['median'] * 1e3:.1f} ms, overhead {found['overhead']['median']:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """CGGRTrainer and CGGRModule on a GPU: low precision, resuming, adapters, and ranks that share a batch over NCCL."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 import cggr_core.step
 from cggr_train import CGGRConfig
 from tests.gpu.trainer_ranks import LEARNING_RATE, SETTINGS, STEPS, run, wide_model
+from tests.train.launchers import finish, launched
 from tests.train.trainer_kit import CHECKPOINTING, change, examples, pad, relative_error, trainer
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +24,6 @@ FIXED = {
     "two passes": CGGRConfig(selection="supervised", engine="two_pass"),
     "exact": CGGRConfig(gradient="exact", selection="random"),
 }
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -147,18 +144,22 @@ def test_evaluation_is_of_the_full_loss(tmp_path, precision):
     assert trainer(tmp_path, CGGRConfig(), model=model, **low).evaluate()["eval_loss"] == plain["eval_loss"]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What one process does with every setting, as :mod:`trainer_ranks` reads it."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingArguments, "n_gpu", 1)
+        for name, cggr in SETTINGS.items():
+            torch.save(run(cggr, folder)[1], folder / f"{name}.pt")
+    return folder
+
+
 @pytest.mark.parametrize(("ranks", "engine"), [(1, "FSDP2"), (2, "DDP"), (2, "FSDP2")])
-def test_ranks_train_as_one_process_does(tmp_path, ranks, engine):
+def test_ranks_train_as_one_process_does(alone, tmp_path, ranks, engine):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks take a GPU each; {torch.cuda.device_count()} here")
-    for name, cggr in SETTINGS.items():
-        torch.save(run(cggr, tmp_path / "alone")[1], tmp_path / f"{name}.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, "-m", "tests.gpu.trainer_ranks", engine, str(tmp_path)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    print(finish(launched("torchrun", ranks, "-m", "tests.gpu.trainer_ranks", engine, alone, tmp_path)).stdout)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

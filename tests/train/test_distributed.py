@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,33 +15,13 @@ from cggr_train.cli import app
 from cggr_train.errors import InputError, RunError
 from cggr_train.presets import load_model
 from cggr_train.ranks import ALONE, Ranks, joined_ranks
+from tests.train.launchers import environment, finish, launched
 from tests.train.trainer_worker import SETTINGS, compare, run
 from tests.train.two_ranks import run_on_two_ranks
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default",
-    "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
 SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "4", "--heldout-fraction", "0.2",
          "--device", "cpu", "--precision", "float32"]  # fmt: skip
-
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ACCELERATE = (
-    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port",
-    "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-)  # fmt: skip
-
-
-def two_ranks(*arguments: object, launcher: Sequence[str] = TORCHRUN) -> list[str]:
-    return [sys.executable, "-m", *launcher, *map(str, arguments)]
-
-
-def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def here(*arguments: object) -> str:
@@ -71,7 +49,7 @@ def test_cggr_train_under_accelerate_launch_is_cggr_train_on_one_rank(tmp_path, 
     """Two ranks; torchrun starts those of the test of Ctrl-C."""
     command = ["train", data, *SMALL, "--steps", 4, "--accumulate", 2, "--log-every", 1, "--eval-every", 2, "--out"]
     here(*command, tmp_path / "one")
-    done = finish(two_ranks("-m", "cggr_train.cli", *command, tmp_path / "two", launcher=ACCELERATE))
+    done = finish(launched("accelerate", 2, "-m", "cggr_train.cli", *command, tmp_path / "two"), **NO_GPU)
     assert done.stdout.count("done: 4 steps") == 1, "rank 0 alone speaks"
     one, two = (dict(load_model(str(latest_checkpoint(tmp_path / name / "checkpoints"))).named_parameters())
                 for name in ("one", "two"))  # fmt: skip
@@ -91,12 +69,12 @@ def test_cggr_train_under_accelerate_launch_is_cggr_train_on_one_rank(tmp_path, 
 @pytest.mark.skipif(os.name != "posix", reason="process groups and their signals are POSIX's")
 def test_ctrl_c_in_a_terminal_saves_and_stops_every_rank(tmp_path, data):
     out = tmp_path / "run"
-    command = two_ranks(
-        "-m", "cggr_train.cli", "train", data, *SMALL, "--steps", 100_000, "--log-every", 1, "--out", out
+    command = launched(
+        "torchrun", 2, "-m", "cggr_train.cli", "train", data, *SMALL, "--steps", 100_000, "--log-every", 1, "--out", out
     )
     # A terminal's Ctrl-C reaches the launcher and both ranks; the launcher then sends the ranks SIGTERM as well.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-                          start_new_session=True) as process:  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=environment(**NO_GPU), start_new_session=True) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("step 3 "):
                 os.killpg(process.pid, signal.SIGINT)
