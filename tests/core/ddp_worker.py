@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cggr_core import CGGRModel, LearnedRouter, Selection
+from cggr_core import CGGRModel, LearnedRouter, RememberedScores, Selection
 from reference_routing import gradients, relative_error
 from tiny_models import ROUTABLE, VOCAB
 
@@ -47,6 +47,7 @@ def main(rank: int, store: str) -> None:
         error = relative_error(gradients(model), wanted)
         assert error <= 1e-5, (settings, error)
     check_learned_router(rank, input_ids, labels)
+    check_remembered_scores(rank, input_ids)
     # A thread of gloo that still holds a tensor would wait for the interpreter, which waits for it.
     dist.barrier()
     dist.destroy_process_group()
@@ -75,10 +76,33 @@ def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tenso
         torch.testing.assert_close(two, one, rtol=0, atol=5e-4)  # sixteen steps of up to 1e-3; Adam enlarges rounding
 
 
+def check_remembered_scores(rank: int, input_ids: torch.Tensor) -> None:
+    """Ranks whose batches have other numbers of rows and tokens remember what one rank does that runs both."""
+    parts = [(input_ids[:3, :7], torch.tensor([0, 4, 1])), (input_ids[2:], torch.tensor([2, 3]))]
+    for gradient in ("kv", "sequence"):
+        found = []
+        for mine in (parts, parts[rank : rank + 1]):
+            memory = RememberedScores.empty(examples=5, length=12)
+            wrapped = CGGRModel(ROUTABLE["llama"](), memory, gradient=gradient, selection="sampled", seed=3)
+            with nothing_shared() if len(mine) == 2 else nullcontext():
+                for draw in range(3):
+                    for rows, ids in mine:
+                        wrapped(rows, labels=rows, example_ids=ids, draw=draw).backward()
+                        memory.flush()
+            found.append(memory)
+        alone, shared = found
+        assert ((alone.observed >= 0) == (shared.observed >= 0)).all()
+        assert (shared.observed >= 0).any(1).sum() > 2, "rows of both ranks"
+        torch.testing.assert_close(shared.score, alone.score, rtol=1e-3, atol=0)
+
+
 @contextmanager
 def nothing_shared():
     """Let this rank compute as if it were alone."""
-    with mock.patch("cggr_core.collectives.world_size", return_value=1):
+    with (
+        mock.patch("cggr_core.collectives.world_size", return_value=1),
+        mock.patch("cggr_core.score_source.world_size", return_value=1),
+    ):
         yield
 
 

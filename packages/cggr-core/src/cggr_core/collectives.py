@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_from_ranks", "sum_over_ranks", "world_size"]
+__all__ = ["gather_from_ranks", "largest_over_ranks", "sum_over_ranks", "world_size"]
 
 
 def world_size() -> int:
@@ -20,8 +20,16 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def largest_over_ranks(value: Tensor) -> Tensor:
+    """The largest ``value`` of all ranks, entry by entry."""
+    if world_size() > 1:
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def gather_from_ranks(value: Tensor) -> Tensor:
-    """``value`` ``[n, ...]`` of all ranks, one after the other in the order of the ranks: ``[ranks * n, ...]``."""
+    """``value`` ``[n, ...]``, of one shape on all ranks, one after the other in their order: ``[ranks * n, ...]``."""
     ranks = world_size()
     if ranks == 1:
         return value

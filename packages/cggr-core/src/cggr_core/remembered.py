@@ -26,8 +26,9 @@ class RememberedScores:
 
     An example has the same tokens at the same positions at every visit: pad on the right, and pack no differently.
     The scores live in host memory (6 bytes per token), or in a file that is mapped there. On several ranks each
-    remembers what all of them observed, so every rank has to run the same training forwards. What a forward observed
-    is served from the next but one on: it is fetched from the device meanwhile, and the host does not wait for it.
+    remembers what all of them observed, so every rank has to run the same training forwards, on batches of any size.
+    What a forward observed is served from the next but one on: it is fetched from the device meanwhile, and the host
+    does not wait for it (on several ranks it waits until the device has begun the forward).
 
     Args:
         score: float16 ``[E, L]`` on the CPU, for E examples of at most L tokens.
@@ -170,7 +171,7 @@ class RememberedScores:
             example_ids: int64 ``[B]``, checked.
             row: int64 ``[R]``: rows of the batch that the following are about.
             position: int64 ``[R, K]``, distinct in each row.
-            score: ``[R, K]``.
+            score: ``[R, K]``; on several ranks R and K are the same on all.
             kept: bool ``[R, K]``; other entries, and scores that are not finite, are not remembered.
         """
         largest = torch.finfo(torch.float16).max

@@ -5,9 +5,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cggr_core.collectives import largest_over_ranks, world_size
 from cggr_core.learned_router import LearnedRouter
+from cggr_core.monitor import Monitor
 from cggr_core.observation import Observation
 from cggr_core.readout import HeadReadout
 from cggr_core.remembered import RememberedScores
@@ -63,6 +65,12 @@ class ScoreSource:
         self._at_full_depth = False
         self._hidden: Tensor | None = None
         self._router_metrics: dict[str, Tensor] = {}
+        self._largest_batch: Monitor | None = None
+        if self._memory is not None and torch.is_grad_enabled() and world_size() > 1:
+            # Asked at the start of the forward, so that the answer is there when its observations are exchanged.
+            self._largest_batch = Monitor()
+            sizes = [torch.full((), size, device=targets.tokens.device) for size in targets.tokens.shape]
+            self._largest_batch.post(largest_over_ranks(torch.stack(sizes)))
 
     def context_depth(self, engine: str) -> int | None:
         """Layers of the context pass that leaves what the scores are made of; ``None`` where none does."""
@@ -142,7 +150,8 @@ class ScoreSource:
             observed = seen.score(self._readout, scoring=self._config.scoring, reference_nll=self._reference_nll)
             if self._memory is not None:
                 assert self._example_ids is not None  # checked
-                self._memory.observe(self._example_ids, seen.row, seen.position, observed, seen.weight > 0)
+                row, *slots = self._as_on_all_ranks(seen.row, seen.position, observed, seen.weight > 0)
+                self._memory.observe(self._example_ids, row, *slots)
             elif self.learner is not None:
                 assert self._hidden is not None  # left by a tapped pass
                 self._router_metrics = self.learner.observe(
@@ -151,6 +160,15 @@ class ScoreSource:
                     observed.flatten(),
                     seen.weight.flatten(),
                 )
+
+    def _as_on_all_ranks(self, row: Tensor, *slots: Tensor) -> list[Tensor]:
+        """Rows ``[R]`` and slots ``[R, K]``, with zeros up to the shape of the largest batch of any rank."""
+        largest = None if self._largest_batch is None else self._largest_batch.read(wait=True)
+        if largest is None:
+            return [row, *slots]
+        rows, length = (int(size) for size in largest)
+        more, longer = rows - row.shape[0], length - slots[0].shape[1]
+        return [nn.functional.pad(row, (0, more)), *(nn.functional.pad(slot, (0, longer, 0, more)) for slot in slots)]
 
     def metrics(self, kept: Tensor) -> dict[str, Tensor]:
         """What is known of the scores.
