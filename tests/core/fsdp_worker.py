@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cggr_core import CGGRModel, create_truncated_router
+from cggr_core import CGGRModel, LearnedRouter, create_truncated_router
 from model_steps import checkpoint_activations
 from reference_routing import gradients, relative_error
 from tiny_models import ROUTABLE, VOCAB
@@ -18,6 +18,7 @@ SETTINGS = (
     {"gradient": "kv", "selection": "supervised"},
     {"gradient": "kv", "engine": "two_pass"},
     {"gradient": "kv", "router": 1},
+    {"gradient": "kv", "router": LearnedRouter},
     {"gradient": "detached", "engine": "interleaved", "selection": "random"},
     {"gradient": "detached", "engine": "two_pass"},
     {"gradient": "detached", "router": 1},
@@ -46,8 +47,11 @@ def main(rank: int, store: str) -> None:
         model = ROUTABLE["llama"](tie_word_embeddings="tied" in layout).train()
         if layout != "layers and root":
             checkpoint_activations(model)
-        depth = settings.get("router")
-        router = None if depth is None else create_truncated_router(model, num_layers=depth)
+        router = settings.get("router")
+        if router is LearnedRouter:
+            router = LearnedRouter(depth=1, width=8)
+        elif router is not None:
+            router = create_truncated_router(model, num_layers=router)
         return CGGRModel(model, **{**settings, "router": router}).train()
 
     for layout, every in LAYOUTS.items():

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import cggr_core.readout
 import cggr_core.step
 from cggr_core import CGGRModel, CGGRScorer, LearnedRouter, Selection
 from cggr_core.observation import Observation
 from model_steps import MODES, ROUTED, backward, checkpoint_activations, tokens
 from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, UNROUTABLE
+from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
 
 def learned(model, *, forwards: int = 0, depth: int = 1, router: LearnedRouter | None = None, **settings) -> CGGRModel:
@@ -105,19 +105,32 @@ def test_every_layer_runs_once_in_exact_mode():
     assert calls == [0, 1, 2]
 
 
-@pytest.mark.parametrize("gradient", MODES)
-def test_the_head_sees_no_more_than_the_observed_tokens(gradient, monkeypatch):
-    rows, statistics = [], cggr_core.readout.linear_token_statistics
+class VocabularyProducts(TorchDispatchMode):
+    """Counts the rows of all matrix products with the vocabulary."""
 
-    def counted(hidden, *args, **kwargs):
-        rows.append(hidden[..., 0].numel())
-        return statistics(hidden, *args, **kwargs)
+    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
-    monkeypatch.setattr(cggr_core.readout, "linear_token_statistics", counted)
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.PRODUCTS and output.shape[-1] == VOCAB:
+            self.rows += output.numel() // VOCAB
+        return output
+
+
+@pytest.mark.parametrize(("gradient", "engine"), [*ROUTED, ("exact", None), ("sequence", None)])
+def test_the_vocabulary_meets_no_more_than_kept_and_observed_tokens(gradient, engine):
     model, input_ids = ROUTABLE["llama"](), tokens(rows=4, length=24)
-    wrapped = learned(model, router=LearnedRouter(1, width=4, observed_tokens=8), gradient=gradient)
-    backward(wrapped, input_ids)
-    assert rows == [8]
+    router = LearnedRouter(1, width=4, observed_tokens=8)
+    wrapped = learned(model, forwards=1, router=router, gradient=gradient, engine=engine)
+    with VocabularyProducts() as products:
+        wrapped(input_ids, labels=input_ids)
+    kept = 2 * 24 if gradient == "sequence" else 4 * 10  # slots of 0.4 of the rows, or of the tokens
+    assert wrapped.metrics["kept_tokens"] <= products.rows <= kept + 8 < input_ids.numel()
+    assert wrapped.metrics["router_correlation"] != 0
 
 
 def test_observed_tokens_are_drawn_with_the_same_probability():
