@@ -49,8 +49,8 @@ class LearnedRouter(nn.Module):
         depth: Layers below the hidden state that is read, at least 1 and fewer than the model has.
         width: Numbers that hidden state and target embedding are projected to.
         learning_rate: Of the head's Adam.
-        observed_tokens: Kept tokens of a forward whose score is observed, at most; they go through the language-model
-            head once more.
+        observed_tokens: Kept tokens of a forward whose score is observed, at most, but no fewer than one of each row;
+            they go through the language-model head once more.
         seed: Of the head's first weights and of the choice of observed tokens.
 
     Raises:
