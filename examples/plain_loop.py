@@ -1,4 +1,4 @@
-"""CGGR in a loop of your own: ``python examples/plain_loop.py MODEL TEXT_FILE OUT``."""
+"""CGGR in a loop of your own: ``python examples/plain_loop.py MODEL TEXT_FILE OUT``. It needs ``cggr``."""
 
 import sys
 from pathlib import Path

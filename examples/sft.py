@@ -3,6 +3,7 @@
 ``python examples/sft.py --model MODEL --data DATA.jsonl --output_dir OUT --selection supervised``; every line of the
 data has a ``prompt`` and a ``completion``. With ``--selection supervised`` exactly the completions are kept, and long
 prompts cost a forward pass only; ``--selection stratified --min_tokens_ratio 0.25`` keeps a quarter of the completions.
+It needs ``cggr-train`` and ``trl``; without a GPU add ``--use_cpu true --bf16 false``, since TRL asks for bfloat16.
 """
 
 import sys

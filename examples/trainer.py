@@ -2,7 +2,7 @@
 
 ``python examples/trainer.py --model MODEL --text TEXT_FILE --output_dir OUT --min_tokens_ratio 0.25``, or the same
 settings in a YAML file: ``python examples/trainer.py settings.yaml``. On several GPUs with ``torchrun`` or ``accelerate
-launch`` before it.
+launch`` before it. It needs ``cggr-train``.
 """
 
 import sys

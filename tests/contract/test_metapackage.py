@@ -39,9 +39,11 @@ def test_an_optional_name_is_looked_up_when_used(monkeypatch):
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(cggr._OPTIONAL, "absent", ("cggr_absent", "moe"))
-    with pytest.raises(
-        ImportError, match=r"cggr\.absent comes from the package cggr_absent: pip install 'cggr\[moe\]'"
-    ):
+    wanted = (
+        r"cggr\.absent comes from the package cggr-absent: pip install 'cggr\[moe\]', "
+        r"in a checkout pip install \./packages/cggr-absent$"
+    )
+    with pytest.raises(ImportError, match=wanted):
         from cggr import absent  # noqa: F401
 
 

@@ -51,4 +51,8 @@ def __getattr__(name: str) -> object:
         if error.name != module:  # the package is there; something that it needs is not
             raise
         # An ImportError, because `from cggr import name` would replace the message of an AttributeError.
-        raise ImportError(f"cggr.{name} comes from the package {module}: pip install 'cggr[{extra}]'") from error
+        package = module.replace("_", "-")
+        raise ImportError(
+            f"cggr.{name} comes from the package {package}: pip install 'cggr[{extra}]', "
+            f"in a checkout pip install ./packages/{package}"
+        ) from error
