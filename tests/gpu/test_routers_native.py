@@ -5,6 +5,7 @@ import torch
 
 from cggr_core import CGGRModel, LearnedRouter, RememberedScores
 from tests.gpu.test_model_native import gradients, model, relative_error, tokens
+from tests.train.launchers import finish, launched
 
 pytestmark = pytest.mark.gpu
 
@@ -90,3 +91,10 @@ def test_the_step_of_a_learned_router_is_one_cuda_graph():
         torch.testing.assert_close(again(input_ids, labels=input_ids).detach(), replayed, rtol=1e-4, atol=0)
     assert wrapped.router.updates == again.router.updates == 5
     torch.testing.assert_close(wrapped.router.head.out.weight, again.router.head.out.weight, rtol=0, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason=f"two ranks take a GPU each; {torch.cuda.device_count()} here"
+)
+def test_two_gpus_remember_what_both_observed():
+    print(finish(launched("torchrun", 2, "-m", "tests.gpu.router_ranks")).stdout)
