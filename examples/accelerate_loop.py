@@ -1,8 +1,8 @@
 """CGGR with Accelerate: ``accelerate launch examples/accelerate_loop.py MODEL TEXT_FILE OUT``.
 
 It needs ``cggr`` and ``accelerate``. One process or many, DDP or FSDP2, any mixed precision: what Accelerate prepares
-is the plain model, and the routed step runs inside its call. The loss is divided by the countable tokens of all micro-
-batches and ranks, and rows are numbered across them, so that a step is the same however it is split.
+is the plain model, and the routed step runs inside its call. The loss is divided by the countable tokens of all
+micro-batches and ranks, and rows are numbered across them, so that a step is the same however it is split.
 """
 
 import contextlib
