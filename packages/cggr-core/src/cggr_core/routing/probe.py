@@ -54,7 +54,7 @@ def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, 
         The corrected description. Values are read on the host: this happens once, before the first step.
 
     Raises:
-        ValueError: If the logits are NaN.
+        ValueError: If the logits are NaN, or not one row for each token.
     """
     few = _few_tokens(inputs)
     packing_obstacle = None
@@ -62,6 +62,11 @@ def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, 
         architecture = replace(architecture, norms=fused_norms(model.modules()))
     with _evaluation(model):
         layer_output, head_input, logits = _plain_forward(model, architecture, few)
+        if logits.shape[:2] != few.shape:
+            raise ValueError(
+                f"{type(model).__name__} returned logits {list(logits.shape)} for {list(few.shape)} tokens, and every "
+                "token needs its own; with prompt tuning, whose virtual tokens come first, use LoRA or prefix tuning"
+            )
         nan = logits.isnan().any(-1)
         if nan.any():
             raise ValueError(

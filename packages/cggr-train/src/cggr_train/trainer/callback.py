@@ -32,12 +32,11 @@ class CGGRCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Continue the schedule where the checkpoint left it."""
+        """Begin the schedule, or continue it where the checkpoint left it."""
         routed = self._trainer.routed_model()
-        if state.global_step == 0:
-            return
+        self._trainer.forget_steps()
         checkpoint = self._trainer.resumed_from
-        if checkpoint is not None and (checkpoint / f"{STATE_NAME}.json").exists():
+        if state.global_step and checkpoint is not None and (checkpoint / f"{STATE_NAME}.json").exists():
             routed.load_routing_state_dict(load_state(checkpoint, STATE_NAME))
         else:
             routed.load_routing_state_dict({**routed.routing_state_dict(), "steps": state.global_step})

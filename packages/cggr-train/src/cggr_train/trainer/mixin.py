@@ -14,7 +14,7 @@ from cggr_train.trainer.batch import routed_batch
 from cggr_train.trainer.callback import CGGRCallback
 from cggr_train.trainer.config import CGGRConfig
 from cggr_train.trainer.metrics import MetricsWindow
-from cggr_train.trainer.supported import check_supported
+from cggr_train.trainer.supported import check_class, check_supported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,11 +50,17 @@ class CGGRMixin(_Base):
         **kwargs: Of the Trainer.
 
     Raises:
+        TypeError: When a class is made of the mixin and a Trainer with a loss of its own (DPO, distillation), or the
+            mixin is not the first of its bases; if ``cggr`` is no :class:`CGGRConfig`.
         ValueError: If the training arguments ask for what cannot be combined with CGGR, or a setting is not valid.
     """
 
     # Whether the loss is divided by the items of the whole step: where they are known, as for the models' own losses.
     loss_is_scaled_for_ga = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_class(cls, CGGRMixin)
 
     def __init__(
         self,
@@ -63,15 +69,15 @@ class CGGRMixin(_Base):
         router: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if cggr is not None and not isinstance(cggr, CGGRConfig):
+            raise TypeError(f"cggr must be a CGGRConfig, got {type(cggr).__name__}; write cggr=CGGRConfig(...)")
         self.cggr = CGGRConfig() if cggr is None else cggr
         self.resumed_from: Path | None = None
         self._router = router
         self._routed: CGGRModel | None = None
         self._routed_for: Any = None
-        self._metrics_window = MetricsWindow()
         self._scoring = Stopwatch()
-        self._steps_since_log = 0
-        self._micro_batch = (-1, 0)
+        self.forget_steps()
         super().__init__(*args, **kwargs)
         check_supported(self, self.cggr)
         # The Trainer counts the items of a step only for losses that are divided by them.
@@ -92,6 +98,13 @@ class CGGRMixin(_Base):
             self._routed = self.cggr.build(model, seed=self.args.seed, **overrides)
             self._routed.scoring_stopwatch = self._scoring
         return self._routed
+
+    def forget_steps(self) -> None:
+        """Begin counting rows and adding up metrics anew: before a run, and after a batch that did not fit."""
+        self._metrics_window = MetricsWindow()
+        self._scoring.read()
+        self._steps_since_log = 0
+        self._micro_batch = (-1, 0)
 
     def step_routing(self) -> None:
         """Move the keep ratio on by one optimizer step; the callback does."""
@@ -127,12 +140,17 @@ class CGGRMixin(_Base):
         Raises:
             ValueError: If outputs are wanted in training, or the batch cannot be routed.
         """
-        if not model.training or inputs.get("labels") is None:
+        if not model.training:
             return self._own_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         if return_outputs:
             raise ValueError("return_outputs=True in training: the logits of tokens that are not kept are not computed")
+        if inputs.get("labels") is None:
+            raise ValueError(
+                f"the batch holds {', '.join(sorted(inputs))} and no labels: let the dataset or the data collator give "
+                "them (DataCollatorForLanguageModeling(tokenizer, mlm=False) does)"
+            )
         routed = self.routed_model()
         place = {"draw": self.state.global_step, "first_row": self._first_row()}
         with routed.in_place(), self.accelerator.autocast():
@@ -173,8 +191,9 @@ class CGGRMixin(_Base):
         step, micro_batch = self._micro_batch
         micro_batch = micro_batch + 1 if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, micro_batch)
-        before = micro_batch * self.accelerator.num_processes + self.accelerator.process_index
-        return before * self.args.train_batch_size
+        ranks = self.accelerator.num_processes
+        rows = self._train_batch_size // (ranks if self.accelerator.split_batches else 1)
+        return (micro_batch * ranks + self.accelerator.process_index) * rows
 
 
 class CGGRTrainer(CGGRMixin, Trainer):
