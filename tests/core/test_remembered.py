@@ -1,5 +1,7 @@
 """Remembered scores: what is served, what is remembered, and how a model trains on them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,6 +68,22 @@ class TestMemory:
         memory = RememberedScores.empty(examples=1, length=4)
         remember(memory, [0, 0], torch.tensor([[1.0, 1.0], [2.0, 2.0]]), kept=torch.tensor([[True] * 2, [True, False]]))
         assert memory.score[0].tolist() == [2.0, 1.0, 0.0, 0.0]
+
+    def test_a_copy_waits_for_what_is_under_way(self):
+        class Event:
+            def synchronize(self):
+                pass
+
+            def __reduce__(self):
+                raise TypeError("events cannot be copied")
+
+        memory = RememberedScores.empty(examples=2, length=4)
+        remember(memory, [1], torch.tensor([[3.0, 2.0]]))
+        memory._pending[0] = memory._pending[0]._replace(arrived=Event())
+        copied = copy.deepcopy(memory)
+        remember(copied, [0], torch.tensor([[5.0, 5.0]]))
+        assert copied.score.tolist() == [[5.0, 5.0, 0.0, 0.0], [3.0, 2.0, 0.0, 0.0]]
+        assert memory.score.tolist() == [[0.0] * 4, [3.0, 2.0, 0.0, 0.0]]
 
     @pytest.mark.parametrize(
         ("ids", "error", "message"),

@@ -74,6 +74,11 @@ class RememberedScores:
         shape = (check_at_least("examples", examples, 1), check_at_least("length", length, 1))
         return cls(torch.zeros(shape, dtype=torch.float16), torch.full(shape, NEVER, dtype=torch.int32))
 
+    def __getstate__(self) -> dict[str, object]:
+        # Events cannot be copied or pickled: a copy holds what they announce.
+        self.flush()
+        return dict(self.__dict__)
+
     def __repr__(self) -> str:
         examples, length = self.shape
         return f"RememberedScores(examples={examples}, length={length}, forwards={self._forwards})"
