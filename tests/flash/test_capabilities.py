@@ -1,5 +1,6 @@
 """What works on a machine, for machines of all kinds, and this one."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -138,6 +139,29 @@ def test_this_machine():
 def test_a_gpu_that_is_not_there():
     with pytest.raises(RuntimeError, match=r"device cuda is not there: this PyTorch \(.*\) sees no GPU; take 'cpu'"):
         attention_backends("cuda")
+
+
+def test_a_gpu_beyond_the_last(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"device cuda:2 is not there: .* sees 2 of them; take 'cuda:1' or 'cpu'"):
+        attention_backends("cuda:2")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", 1.5])
+def test_what_is_no_device(device, capsys):
+    message = re.escape(f"device must be a torch device or the name of one ('cpu', 'cuda', 'cuda:1'), got {device!r}")
+    with pytest.raises(ValueError, match=message):
+        attention_backends(device)
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", str(device)])
+    assert ended.value.code == 2
+    assert "error: device must be a torch device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, None])
+def test_what_is_no_dtype_of_attention(dtype):
+    with pytest.raises(ValueError, match="dtype must be a floating torch dtype such as"):
+        attention_backends("cpu", dtype)
 
 
 def test_a_dtype_that_no_kernel_of_sdpa_has_is_seen_by_running_them():

@@ -172,6 +172,14 @@ def test_layers_without_their_arguments():
     }.items():
         with pytest.raises(ValueError, match=message):
             make(**options)
+    for message, options in {
+        "norm_topk_prob must be True or False, got 'false'": {"norm_topk_prob": "false"},
+        "router_bias must be True or False, got 1": {"router_bias": 1},
+        r"dtype must be a floating torch dtype or None, got torch\.int64": {"dtype": torch.int64},
+        "dtype must be a floating torch dtype or None, got 'bfloat16'": {"dtype": "bfloat16"},
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            make(**options)
 
 
 def test_bad_input_is_named():

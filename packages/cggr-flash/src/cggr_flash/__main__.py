@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from cggr_flash.capabilities import attention_backends, default_device
+from cggr_flash.machine import find_device
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +19,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="where a model would run (default: the accelerator, or cpu)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     chosen = parser.parse_args(arguments)
-    device = torch.device(chosen.device) if chosen.device else default_device()
+    try:
+        device = find_device(chosen.device) if chosen.device else default_device()
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{device}, {chosen.dtype}, {versions}\n")
     table = [("backend", "works", "because", "to change that")]

@@ -8,7 +8,7 @@ import torch
 from torch.torch_version import TorchVersion
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 
-from cggr_flash.machine import SDPA_KERNELS, Machine, inspect_machine
+from cggr_flash.machine import SDPA_KERNELS, Machine, find_device, inspect_machine
 
 HALF = (torch.float16, torch.bfloat16)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:\w+)?")
@@ -78,7 +78,8 @@ def attention_backends(
         Rows; the four kernels that torch has behind ``sdpa`` follow it, as ``sdpa/cudnn`` and so on.
 
     Raises:
-        RuntimeError: If ``device`` is a GPU, and PyTorch sees none.
+        ValueError: If ``device`` is no device or ``dtype`` no floating dtype.
+        RuntimeError: If ``device`` is a GPU that PyTorch does not see.
 
     Example:
         >>> rows = {row.name: row for row in attention_backends("cpu")}
@@ -87,7 +88,9 @@ def attention_backends(
         >>> rows["flash_attention_4"].reason
         'needs an NVIDIA GPU, and the device is cpu'
     """
-    return judge(inspect_machine(default_device() if device is None else torch.device(device), dtype))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating torch dtype such as torch.bfloat16, got {dtype!r}")
+    return judge(inspect_machine(default_device() if device is None else find_device(device), dtype))
 
 
 def default_device() -> torch.device:

@@ -65,6 +65,28 @@ class Machine:
         return str(self.dtype).removeprefix("torch.")
 
 
+def find_device(device: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: If it is no name of a device.
+        RuntimeError: If it is a GPU that PyTorch does not see.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be a torch device or the name of one ('cpu', 'cuda', 'cuda:1'), got {device!r}"
+        ) from error
+    count = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        seen, instead = (f"{count} of them", f"'cuda:{count - 1}' or 'cpu'") if count else ("no GPU", "'cpu'")
+        raise RuntimeError(
+            f"device {found} is not there: this PyTorch ({torch.__version__}) sees {seen}; take {instead}"
+        )
+    return found
+
+
 def inspect_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Read the facts: installed packages are imported, and SDPA's kernels run on a few random numbers.
 
@@ -76,10 +98,9 @@ def inspect_machine(device: torch.device, dtype: torch.dtype) -> Machine:
         The facts.
 
     Raises:
-        RuntimeError: If the device is a GPU, and PyTorch sees none.
+        RuntimeError: If the device is a GPU that PyTorch does not see.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {device} is not there: this PyTorch ({torch.__version__}) sees no GPU; take 'cpu'")
+    device = find_device(device)
     packages = {name: version for name in MODULES if (version := _version(name)) is not None}
     is_gpu = device.type == "cuda"
     errors = {name: error for name in packages if is_gpu and (error := _import_error(MODULES[name]))}

@@ -14,6 +14,7 @@ from cggr_core.checks import (
     check_at_least,
     check_choice,
     check_finite_number,
+    check_flag,
     check_float,
     check_same_device,
     check_shape,
@@ -106,9 +107,12 @@ class PersistentTRMLP(nn.Module):
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
         self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.norm_topk_prob = norm_topk_prob
+        self.norm_topk_prob = check_flag("norm_topk_prob", norm_topk_prob)
+        check_flag("router_bias", router_bias)
         self.bias_update_rate = check_finite_number("bias_update_rate", bias_update_rate, minimum=0.0)
         self.z_loss = check_finite_number("z_loss", z_loss, minimum=0.0)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch dtype or None, got {dtype!r}")
         place = {"dtype": dtype, "device": device}
         self.gate = nn.Linear(hidden_dim, num_experts, bias=False, **place)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_dim, hidden_dim, **place))
