@@ -33,9 +33,12 @@ def test_empty_texts_are_left_out(tmp_path):
     ("line", "message"),
     [
         ('{"text": "cut', r"bad\.jsonl, line 3: not JSON"),
-        ("[1, 2]", r"bad\.jsonl, line 3: expected an object with \['text'\], got list"),
+        ("[1, 2]", r"bad\.jsonl, line 3: expected an object with text, got a list"),
         ('{"body": "x"}', r"bad\.jsonl, line 3: 'text' should be text, got no such key \(it has body; see --field\)"),
-        ('{"text": 5}', r"bad\.jsonl, line 3: 'text' should be text, got int"),
+        ('{"text": "half \\ud83d"}', r"bad\.jsonl, line 3: half a surrogate pair \('.ud83d'\), which is no character"),
+        ('{"text": ' + "9" * 5000 + "}", r"bad\.jsonl, line 3: not JSON"),
+        ("[" * 100_000, r"bad\.jsonl, line 3: not JSON"),
+        ('{"text": 5}', r"bad\.jsonl, line 3: 'text' should be text, got a number"),
     ],
 )
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, message):
@@ -58,6 +61,31 @@ def test_bytes_that_are_not_utf8(tmp_path):
     line.write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not JSON"):
         list(Documents([line]))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.txt", "one"), ("b.jsonl", '{"text": "two"}\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert list(Documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.jsonl.gz", "is packed; unpack it"), ("a.JSON", "is JSON: give one object per line")]
+)
+def test_kinds_that_would_be_read_as_something_else(tmp_path, name, message):
+    (tmp_path / name).write_text('[{"text": "one"}]')
+    with pytest.raises(InputError, match=message):
+        Documents([tmp_path / name])
+
+
+def test_a_parquet_file_that_is_damaged_inside(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"one", b"\xff\xfe"]}), path)
+    table = pyarrow.parquet.read_table(path)
+    broken = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, table["text"].chunk(0).buffers())})
+    pyarrow.parquet.write_table(broken, path)
+    with pytest.raises(InputError, match=r"a\.parquet is damaged after row 0 \(.*utf-8"):
+        list(Documents([path]))
 
 
 def test_missing_file_folder_and_nothing_at_all(tmp_path):
@@ -98,5 +126,5 @@ def test_parquet_without_the_column_and_not_parquet(tmp_path):
 def test_parquet_null_is_named_with_its_row(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
-    with pytest.raises(InputError, match=r"a\.parquet, row 2: 'text' should be text, got NoneType"):
+    with pytest.raises(InputError, match=r"a\.parquet, row 2: 'text' should be text, got null"):
         list(Documents([path]))

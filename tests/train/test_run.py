@@ -9,6 +9,7 @@ import torch
 from cggr_train import checkpoint as checkpoint_module
 from cggr_train.checkpoint import latest_checkpoint, list_checkpoints, load_training_state
 from cggr_train.errors import DivergedError, InputError, SaveError
+from cggr_train.folder_lock import FolderLock
 from cggr_train.learner import Routing, StandardLearner
 from cggr_train.log import read_log
 from cggr_train.presets import load_model
@@ -198,6 +199,41 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, dat
     assert all(torch.isfinite(parameter).all() for parameter in load_model(str(last)).parameters())
 
 
+@pytest.mark.parametrize("method", ["standard", "cggr"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_a_success(tmp_path, data_files, console, method):
+    """The loss of a step is from before its update: the last ones of all are seen by the evaluation alone."""
+    bad = settings(data_files, method=method, steps=2, learning_rate=1e36, clip=0.0, lr_warmup=0.0, save_every=1)
+    with pytest.raises(DivergedError, match=r"lower --learning-rate.*; the last good checkpoint is .*step-00000001"):
+        start_run(dataclasses.replace(bad, eval_every=100, log_every=100), tmp_path / "a", console)
+    with pytest.raises(DivergedError, match=r"lower --learning-rate.*; there is no earlier checkpoint"):
+        start_run(dataclasses.replace(bad, steps=5, save_every=100), tmp_path / "b", console)
+    assert not (tmp_path / "b" / "checkpoints").exists()
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path, data_files, console):
+    start_run(settings(data_files, steps=1), tmp_path / "run", console)
+    with FolderLock(tmp_path / "run") as lock:
+        lock.take()
+        with pytest.raises(InputError, match=r"another process is writing to .*run; wait until it has ended"):
+            resume_run(tmp_path / "run", console)
+        with FolderLock(tmp_path / "new") as other:
+            other.take()
+            with pytest.raises(InputError, match=r"another process is writing to .*new"):
+                start_run(settings(data_files), tmp_path / "new", console)
+    assert not (tmp_path / "new").exists(), "nothing was put into it"
+    assert resume_run(tmp_path / "run", console).progress.step == 1, "let go of at the end"
+
+
+def test_a_folder_that_cannot_be_made_or_holds_something_else(tmp_path, data_files, console):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"the folder .*file/run cannot be written: Not a directory"):
+        start_run(settings(data_files), tmp_path / "file" / "run", console)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a study, whose files a run would replace; give another --out"):
+        start_run(settings(data_files), tmp_path / "study", console)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -205,6 +241,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, dat
         ({"model": "x"}, "give either a model directory"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "--learning-rate must be positive"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a finite number, got nan"),
+        ({"weight_decay": -0.1}, "--weight-decay must be at least 0, got -0.1"),
+        ({"clip": -1.0}, "--clip must be at least 0, got -1.0"),
+        ({"seconds": float("nan")}, "--seconds must be a finite number, got nan"),
+        ({"seed": -1}, "--seed must be from 0 to"),
+        ({"routing": Routing(router_depth=0)}, "--router-depth must be at least 1, got 0"),
+        ({"routing": Routing(selection="startified")}, "--selection must be one of .* did you mean 'stratified'"),
+        ({"routing": Routing(router="lerned")}, "--router must be one of .* did you mean 'learned'"),
+        ({"routing": Routing(scoring="excess")}, "--scoring excess compares with a reference model"),
+        ({"routing": Routing(ratio_warmup_steps=-1)}, "--ratio-warmup-steps must be at least 0, got -1"),
         ({"heldout_fraction": 0.9}, "--heldout-fraction must be in"),
         ({"precision": "half"}, "--precision is 'half'"),
         ({"lr_warmup": 1.0}, "--lr-warmup must be in"),
@@ -218,4 +264,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, dat
 def test_settings_that_cannot_be_used(tmp_path, data_files, console, values, message):
     with pytest.raises(InputError, match=message):
         start_run(settings(data_files, **values), tmp_path / "run", console)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists(), "nothing half-done"

@@ -1,4 +1,5 @@
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cggr_train.errors import InputError
 from cggr_train.presets import PRESETS, build_config, build_model, load_model
@@ -71,3 +72,31 @@ def test_unknown_preset_and_missing_model(tmp_path):
         load_model(str(tmp_path / "no"))
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(str(tmp_path))
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    build_model(build_config("nano", vocab_size=300, length=32), seed=0).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_damaged_model_is_refused(model_folder):
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"cannot be loaded: .*incomplete metadata"):
+        load_model(str(model_folder))
+
+
+def test_a_model_is_not_filled_up_with_random_weights(model_folder):
+    tensors = load_file(model_folder / "model.safetensors")
+    lost = [name for name in tensors if "layers.1.mlp" in name]
+    save_file({name: tensors[name] for name in tensors if name not in lost}, model_folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks 3 of the weights .* the first is model\.layers\.1\.mlp\.down_proj"):
+        load_model(str(model_folder))
+
+
+def test_a_model_that_its_configuration_does_not_describe(model_folder):
+    config = model_folder / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 300', '"vocab_size": 310'))
+    with pytest.raises(InputError, match=r"embed_tokens\.weight has shape \[300, 64\], .* asks for \[310, 64\]"):
+        load_model(str(model_folder))

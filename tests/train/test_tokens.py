@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from cggr_train.data import Batches, TokenStore, build_token_store
+from cggr_train.data import Batches, Documents, TokenStore, build_token_store
 from cggr_train.data.batches import in_order
 from cggr_train.errors import InputError
+from cggr_train.tokenizer import train_tokenizer
 
 
 def test_every_document_is_stored_once_and_closed(tmp_path, tokenizer, texts):
@@ -42,8 +43,20 @@ def test_given_heldout_documents(tmp_path, tokenizer, texts):
 def test_too_little_text(tmp_path, tokenizer):
     with pytest.raises(InputError, match="the data files hold no text"):
         build_token_store([], tokenizer, tmp_path, length=16)
-    with pytest.raises(InputError, match=r"the train text has .* fewer than one sequence of 64"):
+    with pytest.raises(InputError, match=r"the text has 7 tokens, fewer than two sequences of 64 \(--length\)"):
         build_token_store(["def f(): return 1"], tokenizer, tmp_path, length=64)
+    with pytest.raises(InputError, match=r"the heldout text has 7 tokens, fewer than one sequence of 64"):
+        build_token_store(["x = 1\n" * 99], tokenizer, tmp_path, length=64, heldout_documents=["def f(): return 1"])
+
+
+def test_lines_that_were_left_out_explain_why_too_little_is_left(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x"}\n' * 3)
+    documents = Documents([path], skip_bad=True)
+    with pytest.raises(InputError, match="hold no text; 3 bad lines were left out"):
+        build_token_store(documents, tokenizer, tmp_path, length=16)
+    with pytest.raises(InputError, match="to train a tokenizer on; 3 bad lines were left out"):
+        train_tokenizer(documents, vocab_size=300)
 
 
 def test_a_store_that_was_cut_short_is_refused(tmp_path, tokenizer, texts):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cggr_train.errors import InputError, SaveError
+from cggr_train.errors import DivergedError, InputError, SaveError
 from cggr_train.loop import Progress
 from cggr_train.ranks import ALONE, Ranks
 from cggr_train.state_file import load_state, save_state
@@ -61,10 +61,14 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
+        DivergedError: If a weight is no longer a finite number: no run could go on from there.
         SaveError: If anything cannot be written (a full disk, say); earlier checkpoints are untouched.
     """
     from safetensors import SafetensorError
 
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DivergedError(f"{name} is not finite after step {state.progress.step:,}; lower --learning-rate")
     final = checkpoint_path(folder, state.progress.step)
     temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     try:
@@ -86,9 +90,7 @@ def save_checkpoint(
         _flush(folder)
     except (OSError, SafetensorError, SaveError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = latest_checkpoint(folder) if folder.is_dir() else None
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise SaveError(f"the checkpoint {final} could not be saved: {error}; {kept}") from error
+        raise SaveError(f"the checkpoint {final} could not be saved: {error}; {what_is_left(folder)}") from error
     for old in list_checkpoints(folder)[: -max(keep, 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -122,6 +124,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, None if there is none."""
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
+
+
+def what_is_left(folder: Path) -> str:
+    """Which checkpoint there is after one could not be written, in words."""
+    last = latest_checkpoint(folder)
+    return f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
 
 
 def random_state(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cggr_train.data import Batches
-from cggr_train.errors import InputError
+from cggr_train.errors import DivergedError, InputError
 from cggr_train.learner import Learner
 from cggr_train.optimizer_step import OptimizerStep
 from cggr_train.ranks import ALONE, Ranks
@@ -174,6 +174,10 @@ def train_steps(
             belongs under ``clock.paused()``.
         stop: Asked before every step.
         ranks: The processes that share the step; every rank trains on its rows of each batch.
+
+    Raises:
+        InputError: If the first step cannot be computed: a mode that the architecture cannot have, NaN weights.
+        DivergedError: If a later one cannot: its logits are no longer numbers.
     """
     learner.model.train()
     per_batch = batches.batch_size * (batches.length - 1)
@@ -196,11 +200,17 @@ def train_steps(
         first = progress.step * settings.accumulate
         numbers = range(first, first + settings.accumulate)
         taken = [_on_device(batches.get(number)[rows], clock.device) for number in numbers]
-        if recorded is not None:
-            loss = recorded(taken, rate=rate, draw=progress.step)
-        else:
-            known = None if learner.memory is None else [batches.example_ids(number)[rows] for number in numbers]
-            loss = step(taken, rate=rate, draw=progress.step, example_ids=known)
+        try:
+            if recorded is not None:
+                loss = recorded(taken, rate=rate, draw=progress.step)
+            else:
+                known = None if learner.memory is None else [batches.example_ids(number)[rows] for number in numbers]
+                loss = step(taken, rate=rate, draw=progress.step, example_ids=known)
+        except InputError as error:
+            if progress.step == 0:
+                raise
+            number = progress.step + 1
+            raise DivergedError(f"step {number:,} cannot be computed: {error}; lower --learning-rate") from error
         learner.step()
         progress.step += 1
         progress.tokens += batches.batch_size * batches.length * settings.accumulate

@@ -10,7 +10,7 @@ from rich.console import Console
 from cggr_train.data import Documents, TokenStore, build_token_store
 from cggr_train.errors import InputError
 from cggr_train.learner import METHODS
-from cggr_train.presets import build_config, build_model, load_model
+from cggr_train.presets import build_config, build_model, check_model_folder, load_model
 from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
@@ -39,6 +39,8 @@ def prepare(
         heldout = Documents(settings.heldout, field=settings.field, skip_bad=settings.skip_bad)
     if settings.config is not None:
         build_config(settings.config, vocab_size=settings.vocab_size, length=settings.length)
+    if settings.model is not None:
+        check_model_folder(settings.model)
     tokenizer = _tokenizer(settings, documents, console)
     model = _model(settings, tokenizer)
     tokenizer_name = f"the tokenizer in {settings.tokenizer or settings.model or folder}"

@@ -92,21 +92,55 @@ def build_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
         raise InputError(f"{type(config).__name__} has no causal language model ({_first_line(error)})") from error
 
 
+def check_model_folder(path: str) -> None:
+    """Refuse what is no model directory, without reading its weights.
+
+    Raises:
+        InputError: If the directory is missing or has no configuration that can be read.
+    """
+    from transformers import AutoConfig
+
+    if not Path(path).is_dir():
+        raise InputError(
+            f"the model directory {path} does not exist; to train from scratch give --config instead, and a model of "
+            "the Hugging Face hub is downloaded first (hf download NAME --local-dir DIRECTORY)"
+        )
+    try:
+        AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
+
+
 def load_model(path: str) -> PreTrainedModel:
     """A causal language model from a directory written by ``save_pretrained``, in float32.
 
     Raises:
-        InputError: If the directory is missing or holds no such model.
+        InputError: If the directory is missing, holds no such model, or lacks some of its weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    if not Path(path).is_dir():
-        raise InputError(f"the model directory {path} does not exist; to train from scratch give --config instead")
+    check_model_folder(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # of a damaged directory several libraries raise unrelated types
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
+    # transformers would go on with random numbers in their place
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the model directory {path} lacks {len(missing):,} of the weights that its configuration asks for, the "
+            f"first is {missing[0]}; save the whole causal language model there"
+        )
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise InputError(
+            f"the model directory {path} does not match its configuration: {name} has shape {list(found)}, "
+            f"config.json asks for {list(wanted)}"
+        )
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,7 @@ from cggr_train.checkpoint import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    what_is_left,
 )
 from cggr_train.data import Batches, TokenStore
 from cggr_train.data.batches import in_order
@@ -36,6 +37,7 @@ from cggr_train.device import uses_bfloat16
 from cggr_train.display import Display, numbers
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.evaluate import heldout_loss
+from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
 from cggr_train.learner import build_learner
 from cggr_train.log import JsonlLog, read_log
@@ -46,7 +48,7 @@ from cggr_train.presets import load_model
 from cggr_train.ranks import Ranks, joined_ranks
 from cggr_train.recorded import check_recordable
 from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered, save_remembered
-from cggr_train.settings import TrainSettings
+from cggr_train.settings import STUDY, TrainSettings
 from cggr_train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
 
     Args:
         settings: What to do; without a budget it is one pass over the text.
-        folder: The run's folder; made if missing, refused if it already holds a checkpoint.
+        folder: The run's folder; made if missing, refused if it already holds a checkpoint or a study.
         console: Where progress is shown.
 
     Raises:
@@ -80,12 +82,14 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
     """
     if latest_checkpoint(folder / "checkpoints") is not None:
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}, or give another --out")
-    if settings.steps is not None or settings.seconds is not None:
-        Budget(settings.steps, settings.seconds)
-    with joined_ranks(settings.device, batch_size=settings.batch_size) as (ranks, device):
+    if (folder / STUDY).exists():
+        raise InputError(f"{folder} holds a study, whose files a run would replace; give another --out")
+    shared = joined_ranks(settings.device, batch_size=settings.batch_size)
+    with shared as (ranks, device), FolderLock(folder) as lock:
         console.quiet = console.quiet or not ranks.main
         if settings.cuda_graph:
             check_recordable(device, settings.method, settings.routing, processes=ranks.size)
+        ranks.on_first(lock.take)
         made = ranks.on_first(lambda: prepare(settings, folder, console)) or prepared(settings, folder)
         model, tokenizer, tokens = made
         if settings.steps is None and settings.seconds is None:
@@ -119,10 +123,12 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{folder} holds no checkpoint to resume from; start it anew with --out")
-    with joined_ranks(settings.device, batch_size=settings.batch_size) as (ranks, device):
+    shared = joined_ranks(settings.device, batch_size=settings.batch_size)
+    with shared as (ranks, device), FolderLock(folder) as lock:
         console.quiet = console.quiet or not ranks.main
         if settings.cuda_graph:
             check_recordable(device, settings.method, settings.routing, processes=ranks.size)
+        ranks.on_first(lock.take)
         state = load_training_state(checkpoint)
         tokens = TokenStore.open(folder / "tokens")
         model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
@@ -204,15 +210,18 @@ class _Run:
         with StopRequest(launched=not alone, quiet=not main) as stop, shown as display:
             self.display = display
             self.clock = Clock(self.device, elapsed=self.progress.seconds)
-            train_steps(
-                self.learner, self.optimizer, self.batches, self.loop, self.progress, self.clock,
-                on_step=self._after_step, stop=lambda: stop.requested, ranks=self.ranks,
-            )  # fmt: skip
-            self._log_window()
-            stopped, code = self.ranks.agree(stop.requested, stop.exit_code if stop.requested else 0)
-            if not stopped:
-                self._evaluate()
-            checkpoint = self._save()
+            try:
+                train_steps(
+                    self.learner, self.optimizer, self.batches, self.loop, self.progress, self.clock,
+                    on_step=self._after_step, stop=lambda: stop.requested, ranks=self.ranks,
+                )  # fmt: skip
+                self._log_window()
+                stopped, code = self.ranks.agree(stop.requested, stop.exit_code if stop.requested else 0)
+                if not stopped:
+                    self._evaluate()
+                checkpoint = self._save()
+            except DivergedError as error:
+                raise DivergedError(f"{error}; {what_is_left(self.folder / 'checkpoints')}") from error
             if self.ranks.main:
                 self._draw()
         return RunResult(checkpoint, self.progress, self.heldout_loss, int(code))
@@ -252,10 +261,7 @@ class _Run:
             **{name: value for name, value in metrics.items() if name != "loss"},
         )
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {progress.step:,}; lower --learning-rate. Checkpoints in "
-                f"{self.folder / 'checkpoints'} are from before"
-            )
+            raise DivergedError(f"the loss is {loss} at step {progress.step:,}; lower --learning-rate")
         keep = float(metrics.get("keep_ratio", 1.0))
         self.display.show(
             numbers(step=progress.step, loss=loss, keep_ratio=keep, tokens_per_second=rate, memory=memory)
@@ -295,6 +301,10 @@ class _Run:
             tokens=progress.tokens,
             seconds=round(progress.seconds, 4),
         )
+        if not math.isfinite(self.heldout_loss):
+            raise DivergedError(
+                f"the held-out loss is {self.heldout_loss} at step {progress.step:,}; lower --learning-rate"
+            )
         self.display.note(f"step {progress.step:,} · held-out loss {self.heldout_loss:.4f}")
 
     def _save(self) -> Path:

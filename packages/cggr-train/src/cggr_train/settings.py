@@ -10,6 +10,10 @@ from typing import Any
 
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
+from cggr_train.option_checks import check_number, check_routing, check_seed
+
+STUDY = "study.json"
+"""Beside the settings of training, in the folder of a study."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,14 @@ class TrainSettings:
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise InputError(f"--learning-rate must be positive, got {self.learning_rate}")
+        check_number("--learning-rate", self.learning_rate, above=0)
+        check_number("--weight-decay", self.weight_decay, least=0)
+        check_number("--clip", self.clip, least=0)
+        for option, budget in (("--steps", self.steps), ("--seconds", self.seconds)):
+            if budget is not None:
+                check_number(option, budget, above=0)
+        check_seed(self.seed)
+        check_routing(self.routing)
         if not 0 < self.heldout_fraction <= 0.5:
             raise InputError(f"--heldout-fraction must be in (0, 0.5], got {self.heldout_fraction}")
         if not 0 <= self.lr_warmup < 1:

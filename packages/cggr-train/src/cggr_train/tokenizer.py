@@ -44,7 +44,9 @@ def train_tokenizer(
     texts = _take(documents, max_characters)
     first = next(texts, None)
     if first is None:
-        raise InputError("the data files hold no text to train a tokenizer on")
+        skipped = int(getattr(documents, "skipped", 0))
+        left_out = f"; {skipped:,} bad lines were left out" if skipped else ""
+        raise InputError(f"the data files hold no text to train a tokenizer on{left_out}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

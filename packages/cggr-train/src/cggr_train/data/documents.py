@@ -10,13 +10,21 @@ from cggr_train.errors import InputError
 
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
 PARQUET = frozenset({".parquet", ".pq"})
+REFUSED = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "is packed; unpack it and give what is in it"),
+    ".json": "is JSON: give one object per line in a file named .jsonl, or name it .txt if its text is the document",
+}
+"""Suffixes of files that would be read as something else than they are."""
+JSON_TYPES = {"NoneType": "null", "bool": "a truth value", "int": "a number", "float": "a number", "list": "a list",
+              "dict": "an object", "str": "text"}  # fmt: skip
 
 
 class Documents:
     r"""The documents of some files, read anew by every iteration.
 
     ``.jsonl``/``.ndjson`` files hold one JSON object per line and ``.parquet``/``.pq`` files one row per
-    document; the text is their ``field``. Every other file is one document of UTF-8 text.
+    document; the text is their ``field``. Every other file is one document of UTF-8 text, but packed files and
+    ``.json`` are refused.
 
     Args:
         paths: The files, read in this order.
@@ -28,8 +36,8 @@ class Documents:
         skipped: Lines left out by the latest complete iteration; always 0 without ``skip_bad``.
 
     Raises:
-        InputError: On construction if a file is missing; while iterating if one is unreadable, is not UTF-8,
-            or holds a line or column that cannot be used (with file and line number).
+        InputError: On construction if a file is missing or of a kind that cannot be read; while iterating if one is
+            unreadable, is not UTF-8, or holds a line or column that cannot be used (with file and line number).
 
     Example:
         >>> import tempfile, pathlib
@@ -52,6 +60,8 @@ class Documents:
             if not path.is_file():
                 kind = "is a directory; give the files in it" if path.is_dir() else "does not exist"
                 raise InputError(f"the data file {path} {kind}")
+            if path.suffix.lower() in REFUSED:
+                raise InputError(f"the data file {path} {REFUSED[path.suffix.lower()]}")
 
     def __iter__(self) -> Iterator[str]:
         """Yield every document that is not empty, in file order."""
@@ -68,9 +78,9 @@ class Documents:
 
     def _whole_file(self, path: Path) -> Iterator[str]:
         try:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_text(encoding="utf-8-sig")  # without a byte order mark
         except UnicodeDecodeError as error:
-            self._bad(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})", error)
+            self._bad(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})", error, what="such files")
 
     def _json_lines(self, path: Path) -> Iterator[str]:
         with path.open("rb") as file:
@@ -79,7 +89,7 @@ class Documents:
                     continue
                 try:
                     record = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or numbers and nests beyond reason
                     self._bad(f"{path}, line {number}: not JSON ({error})", error)
                     continue
                 text = self._join(record, f"{path}, line {number}")
@@ -100,29 +110,43 @@ class Documents:
             if missing:
                 raise InputError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(names)} (see --field)")
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=self.fields):
-                for record in batch.to_pylist():
-                    row += 1
-                    text = self._join(record, f"{path}, row {row}")
-                    if text is not None:
-                        yield text
+            try:
+                for batch in file.iter_batches(batch_size=1024, columns=self.fields):
+                    for record in batch.to_pylist():
+                        row += 1
+                        text = self._join(record, f"{path}, row {row}")
+                        if text is not None:
+                            yield text
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                raise InputError(f"the data file {path} is damaged after row {row} ({error})") from error
 
     def _join(self, record: object, where: str) -> str | None:
         if not isinstance(record, dict):
-            self._bad(f"{where}: expected an object with {self.fields}, got {type(record).__name__}")
+            self._bad(f"{where}: expected an object with {' and '.join(self.fields)}, got {_kind(record)}")
             return None
         parts = []
         for name in self.fields:
             value = record.get(name)
             if not isinstance(value, str):
                 found = ", ".join(map(str, record)) or "nothing"
-                given = f"{type(value).__name__}" if name in record else f"no such key (it has {found}; see --field)"
+                given = _kind(value) if name in record else f"no such key (it has {found}; see --field)"
                 self._bad(f"{where}: {name!r} should be text, got {given}")
                 return None
             parts.append(value)
-        return "\n".join(parts)
+        text = "\n".join(parts)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            self._bad(f"{where}: half a surrogate pair ({text[error.start]!r}), which is no character", error)
+            return None
+        return text
 
-    def _bad(self, message: str, cause: Exception | None = None) -> None:
+    def _bad(self, message: str, cause: Exception | None = None, *, what: str = "such lines") -> None:
         if not self.skip_bad:
-            raise InputError(f"{message}; --skip-bad leaves such lines out and counts them") from cause
+            raise InputError(f"{message}; --skip-bad leaves {what} out and counts them") from cause
         self.skipped += 1
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return JSON_TYPES.get(name, name)

@@ -95,14 +95,23 @@ def build_token_store(
             _write(files[split], ids, dtype)
             counts[split] += len(ids)
             count_documents += 1
+    skipped = int(getattr(documents, "skipped", 0)) + int(getattr(heldout_documents, "skipped", 0))
+    left_out = f"; {skipped:,} bad lines were left out" if skipped else ""
     if count_documents == 0:
-        raise InputError("the data files hold no text")
+        raise InputError(f"the data files hold no text{left_out}")
+    total = sum(counts.values())
+    if heldout_documents is None and total < 2 * length:
+        raise InputError(
+            f"the text has {total:,} tokens, fewer than two sequences of {length:,} (--length), one to train on and "
+            f"one to hold out{left_out}"
+        )
     if heldout_documents is None and min(counts.values()) < length:
         counts = _split_by_position(paths, counts, dtype, length=length, fraction=heldout_fraction)
     for split, count in counts.items():
         if count < length:
-            raise InputError(f"the {split} text has {count:,} tokens, fewer than one sequence of {length:,} (--length)")
-    skipped = int(getattr(documents, "skipped", 0)) + int(getattr(heldout_documents, "skipped", 0))
+            raise InputError(
+                f"the {split} text has {count:,} tokens, fewer than one sequence of {length:,} (--length){left_out}"
+            )
     meta = {"dtype": dtype.name, **counts, "documents": count_documents, "skipped": skipped}
     (folder / "tokens.json").write_text(json.dumps(meta, indent=2) + "\n")
     return TokenStore.open(folder)

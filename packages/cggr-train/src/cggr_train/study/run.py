@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from cggr_train.checkpoint import latest_checkpoint
 from cggr_train.errors import InputError
+from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
 from cggr_train.learner import build_learner
 from cggr_train.log import JsonlLog, read_log
@@ -64,8 +66,10 @@ def start_study(settings: StudySettings, folder: Path, console: Console) -> Stud
         RunError: If a run fails.
     """
     where = places(settings.train.device, settings.parallel)
-    prepare_study(settings, folder, console)
-    return _Study(settings, folder, console).run(where)
+    with FolderLock(folder) as lock:
+        lock.take()
+        prepare_study(settings, folder, console)
+        return _Study(settings, folder, console).run(where)
 
 
 def prepare_study(settings: StudySettings, folder: Path, console: Console) -> None:
@@ -78,6 +82,8 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
 
     if (folder / STUDY).exists():
         raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")
+    if latest_checkpoint(folder / "checkpoints") is not None:
+        raise InputError(f"{folder} holds a run of cggr train, whose files a study would replace; give another --out")
     where = places(settings.train.device, settings.parallel)
     device = where[0][0]
     if settings.train.cuda_graph:  # before the text is read
@@ -106,11 +112,13 @@ def resume_study(folder: Path, console: Console) -> StudyResult:
         RunError: If a run fails.
     """
     settings = StudySettings.load(folder)
-    study = _Study(settings, folder, console)
-    done = sum(record["event"] == "run" for record in study.records)
-    runs = len(study.arms) * settings.seeds
-    console.print(f"resuming {folder}: {done} of {runs} runs are done", highlight=False, soft_wrap=True)
-    return study.run(places(settings.train.device, settings.parallel))
+    with FolderLock(folder) as lock:
+        lock.take()
+        study = _Study(settings, folder, console)
+        done = sum(record["event"] == "run" for record in study.records)
+        runs = len(study.arms) * settings.seeds
+        console.print(f"resuming {folder}: {done} of {runs} runs are done", highlight=False, soft_wrap=True)
+        return study.run(places(settings.train.device, settings.parallel))
 
 
 class _Study:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cggr_train.errors import InputError
-from cggr_train.settings import TrainSettings
+from cggr_train.option_checks import check_number, check_routing
+from cggr_train.settings import STUDY, TrainSettings
 
 EQUAL = ("tokens", "time")
-TRAINING, STUDY = "settings.json", "study.json"
+TRAINING = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ class StudySettings:
             raise InputError("--draws is 1: a variance takes at least 2 (0 leaves the gradients out)")
         if self.parallel is not None and self.parallel < 1:
             raise InputError(f"--parallel must be at least 1, got {self.parallel}")
-        if self.calibration_seconds <= 0:
-            raise InputError(f"--calibration-seconds must be positive, got {self.calibration_seconds}")
+        check_number("--calibration-seconds", self.calibration_seconds, above=0)
         if any(size < 1 for size in self.batch_sizes):
             raise InputError(f"--control-batch must be at least 1, got {min(self.batch_sizes)}")
+        given = {"gradient": self.gradients, "ratio": self.ratios, "selection": self.selections,
+                 "scoring": self.scorings, "router": self.routers}  # fmt: skip
+        for name, values in given.items():
+            for value in values:
+                check_routing(dataclasses.replace(self.train.routing, **{name: value}))
 
     def save(self, folder: Path) -> None:
         """Write both files into the study's folder."""

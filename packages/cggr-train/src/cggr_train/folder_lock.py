@@ -1,0 +1,78 @@
+"""One process at a time writes a run's or a study's folder."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from cggr_train.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+FILE_NAME = ".lock"
+
+
+class FolderLock:
+    """Holds a folder from :meth:`take` to the end of the ``with`` block.
+
+    The operating system lets go of the lock when a process ends, however it ends: nothing has to be cleaned up after a
+    kill. The file stays; a folder that was made for the lock and is still empty at the end is taken away again.
+
+    Args:
+        folder: The folder; made by :meth:`take` if missing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with FolderLock(pathlib.Path(tempfile.mkdtemp(), "run")) as lock:
+        ...     lock.take()
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: list[Path] = []
+        self._lock: BaseFileLock | None = None
+
+    def __enter__(self) -> FolderLock:
+        """Return the lock, not taken yet."""
+        return self
+
+    def take(self) -> None:
+        """Take the folder.
+
+        Raises:
+            InputError: If it cannot be made or written, or another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / FILE_NAME, timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"another process is writing to {self.folder}; wait until it has ended, or give another --out"
+            ) from error
+        except OSError as error:
+            self._take_away()
+            raise InputError(f"the folder {self.folder} cannot be written: {error.strerror or error}") from error
+        self._lock = lock
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go."""
+        if self._lock is None:
+            return
+        if self._made and [path.name for path in self.folder.iterdir()] == [FILE_NAME]:
+            (self.folder / FILE_NAME).unlink()
+        self._lock.release()
+        self._take_away()
+
+    def _take_away(self) -> None:
+        with contextlib.suppress(OSError):  # not empty: it is in use
+            for path in self._made:
+                path.rmdir()

@@ -1,0 +1,86 @@
+"""Checks of what options hold, before anything is read or written; every message names the option."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from cggr_train.errors import InputError
+
+if TYPE_CHECKING:
+    from cggr_train.learner import Routing
+
+LARGEST_SEED = 2**63 - 1
+"""What torch's generators take."""
+
+
+def check_number(option: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
+    """Refuse a number that is not finite or too small.
+
+    Args:
+        option: Name of the option.
+        value: What was given.
+        least: Smallest number that is accepted.
+        above: Number that it has to be larger than.
+
+    Raises:
+        InputError: If it is not accepted.
+
+    Example:
+        >>> check_number("--clip", 1.0, least=0)
+    """
+    if not math.isfinite(value):
+        raise InputError(f"{option} must be a finite number, got {value}")
+    if least is not None and value < least:
+        raise InputError(f"{option} must be at least {least:g}, got {value}")
+    if above is not None and value <= above:
+        wanted = "positive" if above == 0 else f"above {above:g}"
+        raise InputError(f"{option} must be {wanted}, got {value}")
+
+
+def check_seed(value: int) -> None:
+    """Refuse a seed that generators do not take.
+
+    Raises:
+        InputError: If it is not accepted.
+    """
+    if not 0 <= value <= LARGEST_SEED:
+        raise InputError(f"--seed must be from 0 to {LARGEST_SEED}, got {value}")
+
+
+def check_routing(routing: Routing) -> None:
+    """Refuse names and numbers of a routing that no model can have.
+
+    What depends on the model, or on how settings go together, is found when the model is wrapped.
+
+    Raises:
+        InputError: With the nearest name, where one is near.
+
+    Example:
+        >>> from cggr_train.learner import Routing
+        >>> check_routing(Routing(selection="stratifed"))
+        Traceback (most recent call last):
+        cggr_train.errors.InputError: --selection must be one of ... got 'stratifed'; did you mean 'stratified'?
+    """
+    from cggr_core.checks import check_choice, check_ratio
+    from cggr_core.model_checks import GRADIENT_MODES, MODEL_SELECTIONS
+    from cggr_core.scoring import SCORINGS
+    from cggr_train.learner import ROUTERS
+
+    if routing.scoring == "excess":
+        raise InputError(
+            "--scoring excess compares with a reference model, which training from the command has none of; give "
+            "another score (cggr inspect --reference shows this one)"
+        )
+    try:
+        check_choice("--gradient", routing.gradient, GRADIENT_MODES)
+        check_choice("--selection", routing.selection, MODEL_SELECTIONS)
+        check_choice("--scoring", routing.scoring, [name for name in SCORINGS if name != "excess"])
+        if routing.router is not None:
+            check_choice("--router", routing.router, ROUTERS)
+        check_ratio("--ratio", routing.ratio)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if routing.router_depth is not None:
+        check_number("--router-depth", routing.router_depth, least=1)
+    check_number("--ratio-warmup-steps", routing.ratio_warmup_steps, least=0)
