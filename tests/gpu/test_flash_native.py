@@ -1,14 +1,12 @@
 """Every attention backend that works on this GPU, in a plain model and in CGGRModel's passes."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cggr_core import CGGRModel
 from cggr_flash import attention_backends, enable_flash_attention, load_model_with_flash_attention
+from tests.flash.attention_calls import attention_calls
 
 ROWS = [row for row in attention_backends("cuda") if not row.name.startswith("sdpa/")]
 WORKING = [row.name for row in ROWS if row.available]
@@ -49,28 +47,6 @@ def results(model, **inputs) -> dict[str, torch.Tensor]:
 
 def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
-
-
-@contextmanager
-def counted():
-    """How often each attention function of transformers is called in the block, and with how many queries."""
-    calls: list[tuple[str, int]] = []
-    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-
-    def counting(name, function):
-        def call(module, query, *args, **kwargs):
-            calls.append((name, query.shape[2]))
-            return function(module, query, *args, **kwargs)
-
-        return call
-
-    try:
-        for name in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_ATTENTION_FUNCTIONS[name] = counting(name, ALL_ATTENTION_FUNCTIONS[name])
-        yield calls
-    finally:
-        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
-        ALL_ATTENTION_FUNCTIONS._local_mapping.update(before)
 
 
 # flex_attention is compiled anew for every shape, so it is tried on fewer.
@@ -153,7 +129,7 @@ def test_context_pass_on_the_backend_and_gradient_pass_routed(backend, gradient)
         cggr(input_ids, labels=labels).backward()  # looks at the model on a few tokens first
         model.zero_grad(set_to_none=True)
         cggr.load_routing_state_dict(start)
-        with counted() as calls:
+        with attention_calls() as calls:
             cggr(input_ids, labels=labels).backward()
         found = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
         model.zero_grad(set_to_none=True)
