@@ -56,13 +56,23 @@ class TestBadInput:
         with pytest.raises(TypeError, match="router must be callable, a LearnedRouter or RememberedScores, got int"):
             CGGRModel(ROUTABLE["llama"](), 3)
 
-    @pytest.mark.parametrize("given", ["token_weight", "reference_nll", "num_items", "selection", "draw"])
-    def test_what_only_training_reads(self, given):
+    @pytest.mark.parametrize(
+        ("given", "value"),
+        [
+            *(
+                (name, torch.ones(3, 12))
+                for name in ("token_weight", "reference_nll", "num_items", "selection", "draw")
+            ),
+            ("first_row", 3),
+            ("example_ids", torch.arange(3)),
+        ],
+    )
+    def test_what_only_training_reads(self, given, value):
         wrapped, input_ids = CGGRModel(ROUTABLE["llama"]()), tokens()
         with pytest.raises(ValueError, match=f"{given}: read in training with labels only, and labels is None"):
-            wrapped(input_ids, **{given: torch.ones(3, 12)})
+            wrapped(input_ids, **{given: value})
         with pytest.raises(ValueError, match=f"{given}: read in training with labels only, and this is eval"):
-            wrapped.eval()(input_ids, labels=input_ids, **{given: torch.ones(3, 12)})
+            wrapped.eval()(input_ids, labels=input_ids, **{given: value})
 
     def test_a_reference_that_random_selections_would_not_read(self):
         wrapped, input_ids = CGGRModel(ROUTABLE["llama"](), selection="random"), tokens()

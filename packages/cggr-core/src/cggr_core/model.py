@@ -207,6 +207,8 @@ class CGGRModel(nn.Module):
                 num_items=num_items,
                 selection=selection,
                 draw=draw,
+                first_row=first_row or None,
+                example_ids=example_ids,
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
