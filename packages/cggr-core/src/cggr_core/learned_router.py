@@ -29,8 +29,8 @@ class LearnedRouter(nn.Module):
     Given to :class:`~cggr_core.CGGRModel` as its router. Scoring then costs the first ``depth`` layers, which the
     interleaved engine does not compute again, and no product with the vocabulary. The head is trained online: after
     each training forward the true score of some kept tokens is read off what the gradient pass left before the
-    language-model head, and some steps of Adam move the prediction towards it. Kept tokens count with one over their
-    probability of being kept, so that the regression is that over all tokens, whatever was selected (``topk`` and
+    language-model head, and some steps of Adam move the prediction towards it. Kept tokens count with 1 / inclusion
+    probability, so that the regression is that over all tokens, whatever was selected (``topk`` and
     ``sequence_aware`` have no probabilities: there the head learns about the tokens that they keep).
 
     The prediction is ``mean + std * f(h, e)``, with the running mean and spread of the observed scores and, for
@@ -153,7 +153,7 @@ class LearnedRouter(nn.Module):
             hidden: Their hidden states at layer ``depth``, ``[N, H]``.
             target: Embeddings of their targets, ``[N, E]``.
             score: Their scores, ``[N]``; what is not finite does not count.
-            weight: One over their probability of being observed, up to a factor, ``[N]``; 0 for what does not count.
+            weight: 1 / their probability of being observed, up to a factor, ``[N]``; 0 for what does not count.
 
         Returns:
             ``router_correlation``: of the predictions (before the step) and the scores over all tokens of this rank,

@@ -328,7 +328,7 @@ def linear_cross_entropy(
         max_logits: Logits that may be held at once where that is faster; None for a chunk of them.
 
     Returns:
-        float32 (float64 for float64 operands): 0-dim, or [M].
+        A float32 tensor (float64 for float64 operands), 0-dim or [M].
 
     Raises:
         TypeError: If a dtype is wrong, or those of ``hidden`` and ``weight`` differ outside of autocast.

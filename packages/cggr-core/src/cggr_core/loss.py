@@ -39,7 +39,7 @@ class CGGRLoss(TokenLoss):
         min_tokens_ratio: Keep ratio in (0, 1], after the warmup.
         warmup_steps: Steps over which the ratio falls from 1 to ``min_tokens_ratio``; call :meth:`step`.
         block_size: Choose blocks of this many neighbouring tokens.
-        unbiased: Weight kept tokens by one over their probability of being kept.
+        unbiased: Weight kept tokens by 1 / inclusion probability.
         seed: Of the random choices, at least 0.
         ignore_index: Target that is never scored, kept or counted.
 

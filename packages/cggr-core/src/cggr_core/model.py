@@ -58,7 +58,8 @@ class CGGRModel(nn.Module):
             which keeps exactly the countable tokens (its capacity costs one value from the device per step).
         scoring: ``"gradnorm"``, ``"combined"``, ``"loss"``, ``"entropy"``, ``"margin"`` or ``"excess"``.
         num_strata: Score buckets of ``"stratified"``.
-        min_tokens_per_sequence: Least kept tokens of a row for ``"sequence_aware"``.
+        min_tokens_per_sequence: Least kept tokens of a row for ``"sequence_aware"``; where a row's share at the keep
+            ratio is no less, that keeps what ``"topk"`` keeps.
         block_size: Select blocks of that many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability, so that the loss estimates the full loss.
         warmup_steps: Steps over which the ratio falls linearly from 1 to ``min_tokens_ratio``; call :meth:`step`.

@@ -17,7 +17,7 @@ class Observation:
     Attributes:
         values: Head values ``[R, K, ...]``.
         targets: int64 ``[R, K]``, the ignore index where nothing counts.
-        weight: float32 ``[R, K]``, one over the probability of being kept; 0 in slots that are not kept tokens.
+        weight: float32 ``[R, K]``, 1 / inclusion probability; 0 in slots that are not kept tokens.
         row: int64 ``[R]``, rows of the batch.
         position: int64 ``[R, K]``, positions in them.
     """

@@ -1,4 +1,4 @@
-"""CGGRScorer: difficulty and mask of every token, for architectures that do their own routing."""
+"""CGGRScorer: score and mask of every token, for architectures that do their own routing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CGGRScorer(nn.Module):
         num_strata: Score buckets of "stratified".
         min_tokens_per_sequence: Least kept tokens of a row for "sequence_aware".
         block_size: Choose blocks of this many neighbouring tokens.
-        unbiased: Weight kept tokens by one over their probability of being kept.
+        unbiased: Weight kept tokens by 1 / inclusion probability.
         seed: Of the random choices.
         ignore_index: Label that is never scored, kept or counted.
         shifted: Whether the label of position t is at t + 1. None asks a truncated router's architecture, and takes
@@ -63,7 +63,7 @@ class CGGRScorer(nn.Module):
     Example:
         >>> table = torch.nn.Embedding(16, 16)
         >>> scorer = CGGRScorer(table, min_tokens_ratio=0.5)
-        >>> difficulty, mask, info = scorer(torch.randint(0, 16, (2, 8)))
+        >>> scores, mask, info = scorer(torch.randint(0, 16, (2, 8)))
         >>> mask.sum(1)
         tensor([4, 4])
     """
@@ -126,7 +126,7 @@ class CGGRScorer(nn.Module):
         *,
         reference_nll: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Difficulty of every token, and the tokens to keep.
+        """Score of every token, and the tokens to keep.
 
         Args:
             input_ids: int64 [B, S].
@@ -137,9 +137,10 @@ class CGGRScorer(nn.Module):
             reference_nll: [B, S], a reference model's nll at each position in nats, for "excess".
 
         Returns:
-            ``difficulty`` float32 [B, S], higher is harder, 0 where not countable; ``mask`` bool [B, S]; and ``info``
-            with the ``selection`` (:class:`~cggr_core.Selection`, which holds the weights), the ``statistics``
-            (:class:`~cggr_core.TokenStatistics`), ``countable`` [B, S] bool, and the 0-dim ``keep_ratio``.
+            ``scores`` float32 [B, S], higher is more worth learning from, 0 where not countable; ``mask`` bool [B, S];
+            and ``info`` with the ``selection`` (:class:`~cggr_core.Selection`, which holds the weights), the
+            ``statistics`` (:class:`~cggr_core.TokenStatistics`), ``countable`` [B, S] bool, and the 0-dim
+            ``keep_ratio``.
 
         Raises:
             TypeError: If the router returns no logits.
@@ -171,14 +172,14 @@ class CGGRScorer(nn.Module):
             countable = countable if attention_mask is None else attention_mask.bool()
         else:
             countable = (targets >= 0) & (targets < statistics.vocab_size) & (targets != self.ignore_index)
-        difficulty = score(statistics, scoring=self.scoring, reference_nll=reference_nll)
-        difficulty = difficulty.masked_fill(~countable, 0.0)
+        scores = score(statistics, scoring=self.scoring, reference_nll=reference_nll)
+        scores = scores.masked_fill(~countable, 0.0)
         rows, length = shape if self.scope == "row" else (1, shape[0] * shape[1])
         capacity = None
         if rows * length and self.selection != "sequence_aware":
             capacity = self.schedule.capacity(length)
         chosen = select(
-            difficulty,
+            scores,
             countable,
             ratio=self.schedule.ratio,
             selection=self.selection,
@@ -203,7 +204,7 @@ class CGGRScorer(nn.Module):
             self._monitor.post(torch.stack([bad.float(), nan.float(), confidence.float()]))
         self._vocab_size = statistics.vocab_size
         info = {"selection": chosen, "statistics": statistics, "countable": countable, "keep_ratio": chosen.ratio}
-        return difficulty, chosen.mask, info
+        return scores, chosen.mask, info
 
     def _begin(self) -> None:
         found = self._monitor.read(wait=self.schedule.dynamic_threshold)

@@ -52,7 +52,7 @@ class TrainingStep:
         self.first_row = first_row
         self.engine = "plain"
         self.auxiliary_loss: Tensor | None = None
-        self.inverse_probability: Tensor | None = None
+        self.inclusion_weight: Tensor | None = None
         self.readout = HeadReadout(self.passes.architecture.head, ignore_index=config.ignore_index)
         self.scores = ScoreSource(
             config,
@@ -104,7 +104,7 @@ class TrainingStep:
         mask = torch.zeros_like(countable).index_put_((index,), rows.valid[0][:, None].expand(-1, length)) & countable
         self.mask = mask
         position = torch.arange(length, device=index.device).expand_as(targets)
-        weight = self._inverse_probability(rows)[0][:, None] * counted
+        weight = self._inclusion_weight(rows)[0][:, None] * counted
         self.scores.observe(Observation(values, targets, weight, index, position))
         return self._with_auxiliary(self.readout.weighted_loss(values, targets, coefficients))
 
@@ -166,12 +166,12 @@ class TrainingStep:
         )
         if unbiased == config.unbiased:
             return selection
-        self.inverse_probability = selection.weight
+        self.inclusion_weight = selection.weight
         plain = countable.sum(1, keepdim=True) / selection.valid.sum(1, keepdim=True).clamp(min=1) * selection.valid
         return dataclasses.replace(selection, weight=plain.float())
 
-    def _inverse_probability(self, selection: Selection) -> Tensor:
-        return selection.weight if self.inverse_probability is None else self.inverse_probability
+    def _inclusion_weight(self, selection: Selection) -> Tensor:
+        return selection.weight if self.inclusion_weight is None else self.inclusion_weight
 
     def _loss(self, values: Tensor, selection: Selection) -> Tensor:
         self.mask = selection.mask
@@ -180,7 +180,7 @@ class TrainingStep:
         )
         targets = self.targets.tokens.gather(1, selection.index)
         rows = torch.arange(targets.shape[0], device=targets.device)
-        weight = self._inverse_probability(selection)
+        weight = self._inclusion_weight(selection)
         self.scores.observe(Observation(values, targets, weight, rows, selection.index))
         return self._with_auxiliary(self.readout.weighted_loss(values, targets, coefficients))
 

@@ -35,7 +35,10 @@ def unavailable() -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        return f"triton cannot be imported ({error}); install the cuda extra, cggr[cuda]"
+        return (
+            f"triton cannot be imported ({error}); pip install triton (on Windows triton-windows), which the extra "
+            "cggr[cuda] brings"
+        )
     if torch.version.hip is not None:
         return f"this PyTorch is built for ROCm ({torch.version.hip}) and the kernels are written for CUDA"
     from cggr_kernels._library import INTERPRETED
