@@ -24,6 +24,7 @@ from benchmarks import _record
 from cggr_core import CGGRModel, create_truncated_router, score, select
 from cggr_core.readout import HeadReadout
 from cggr_core.routing import replaced_forwards
+from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.norms import fused_norms
 from cggr_core.scoring import fields_for
 
@@ -159,7 +160,7 @@ class GraphStep:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with whole_rows(), torch.cuda.graph(self._graph):
             step()
         self._step = step  # what it works on has to outlive the graph
         # A replay allocates nothing: the memory of the graph is what its capture took.

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cggr_core.step
 from cggr_train.data import Batches
@@ -78,6 +79,12 @@ def test_recorded_steps_are_the_steps(monkeypatch, name, bfloat16):
     if name not in ("standard", "kv, topk", "kv, sequence_aware"):
         # of four rows two are kept: there are few ways
         assert len({str(index) for index in same}) >= (2 if name == "sequence" else STEPS), "every replay draws anew"
+
+
+@pytest.mark.parametrize("name", ["standard", "exact", "kv, two passes"])
+def test_a_recorded_step_attends_to_all_tokens_without_a_mask(monkeypatch, name):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # which takes none
+        trained(monkeypatch, name, recorded=True, bfloat16=True)
 
 
 def test_all_batches_of_an_accumulated_step_are_recorded(monkeypatch):

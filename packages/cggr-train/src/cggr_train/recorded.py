@@ -117,9 +117,12 @@ class RecordedStep:
         return loss
 
     def _recorded(self, batches: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        from cggr_core.routing.masks import whole_rows  # transformers takes a second to import
+
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._side):
+            # A batch's rows are cut from a run of tokens: nothing is padding, and positions do not start anew.
+            with whole_rows(), torch.cuda.graph(graph, stream=self._side):
                 self._loss = self._step(batches, rate=self._rate, draw=self._draw)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]

@@ -13,7 +13,7 @@ from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import KeyValue, RecordingCache
 from cggr_core.routing.inputs import TokenInputs
-from cggr_core.routing.masks import routed_masks
+from cggr_core.routing.masks import routed_masks, whole_rows
 from cggr_core.routing.patching import (
     attention_implementation,
     replaced_forwards,
@@ -116,7 +116,8 @@ def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenIn
     # transformers looks for packed documents only where no cache is passed, so they are put into the mask here;
     # without padding and packing its own shortcuts (plain causal attention) stay in force.
     if inputs.segment is None and inputs.padding is None:
-        yield
+        with whole_rows():
+            yield
         return
     choose = implementation(model, inputs.position_ids.device.type)
     with attention_implementation(architecture, choose), routed_masks(inputs.visibility()):

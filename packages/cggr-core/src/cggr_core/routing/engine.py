@@ -13,6 +13,7 @@ from cggr_core.routing.architectures import Architecture, describe, unwrapped
 from cggr_core.routing.context_pass import Context, context_pass, ignore_head, layer_input, read_in_place_of_head
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
+from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.patching import replaced_forwards
 from cggr_core.routing.probe import Probe, probe
 from cggr_core.routing.truncation import truncated
@@ -127,20 +128,20 @@ class Engine:
         """
         if not self.architecture.head.fused:
             with self._truncated(depth):
-                output = self.model(**arguments, use_cache=False)
+                output = self._forward(arguments)
             return output.logits, self._auxiliary_loss(output)
         seen: list[Tensor] = []
         with (
             self._truncated(depth),
             replaced_forwards({self.architecture.head.module: partial(read_in_place_of_head, seen.append)}),
         ):
-            output = self.model(**arguments, use_cache=False)
+            output = self._forward(arguments)
         return seen[0], self._auxiliary_loss(output)
 
     def logits(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
         """The logits ``[B, S, V]`` of an ordinary forward through ``depth`` layers (all by default)."""
         with self._truncated(depth):
-            return self.model(**arguments, use_cache=False).logits
+            return self._forward(arguments).logits
 
     @contextmanager
     def hidden_states(self, depth: int) -> Iterator[list[Tensor]]:
@@ -164,13 +165,18 @@ class Engine:
             replaced_forwards({self.architecture.head.module: head}),
             self.hidden_states(depth) as seen,
         ):
-            self.model(**arguments, use_cache=False)
+            self._forward(arguments)
         return seen[0]
 
     @torch.no_grad()
     def embeddings(self, tokens: Tensor) -> Tensor:
         """Input embeddings ``[..., E]`` of token ids, without the model's scaling of them."""
         return unwrapped(self.model).get_input_embeddings()(tokens)
+
+    def _forward(self, arguments: dict[str, Any]) -> Any:
+        known_whole = arguments.get("attention_mask") is None and arguments.get("position_ids") is None
+        with whole_rows() if known_whole else nullcontext():
+            return self.model(**arguments, use_cache=False)
 
     def _truncated(self, depth: int | None) -> AbstractContextManager[None]:
         if depth is None or depth >= self.depth:

@@ -133,6 +133,23 @@ class RoutedMask:
         return self._added[dtype]
 
 
+def _one_document(mask_function: MaskFunction) -> MaskFunction:
+    """The pattern inside a document, of one that transformers has restricted to the documents of packed rows."""
+    if not inspect.isfunction(mask_function) or mask_function.__module__ != "transformers.masking_utils":
+        return mask_function
+    variables = inspect.getclosurevars(mask_function).nonlocals
+    if mask_function.__qualname__.startswith("remap_positions_for_packed_sequence."):
+        return variables["mask_function"]
+    if not mask_function.__qualname__.startswith("and_masks."):
+        return mask_function
+    parts = [
+        _one_document(part)
+        for part in variables["mask_functions"]
+        if not part.__qualname__.startswith("packed_sequence_mask_function.")
+    ]
+    return parts[0] if len(parts) == 1 else mask_function
+
+
 def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
     """Recognise plain causal and sliding-window patterns among transformers' mask functions.
 
@@ -195,3 +212,41 @@ def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callab
         return build(mask_function=visibility.restrict(mask_function), **arguments)
 
     return build_routed
+
+
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Let SDPA go without a mask where plain causal attention needs none, for rows of one document without padding.
+
+    transformers leaves such masks out after a look at the positions on the host. While a CUDA graph is recorded it
+    cannot look, and makes a dense mask, which costs SDPA its fastest kernels. Whoever enters the block has looked.
+    """
+    local_before = dict(BUILDERS._local_mapping)
+    try:
+        for name, build in list(BUILDERS.items()):
+            if build is sdpa_mask:
+                BUILDERS[name] = _mask_where_needed
+        yield
+    finally:
+        BUILDERS._local_mapping.clear()
+        BUILDERS._local_mapping.update(local_before)
+
+
+def _mask_where_needed(
+    *,
+    mask_function: MaskFunction,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor | None:
+    causal, window = causal_window(_one_document(mask_function))
+    if causal and attention_mask is None and q_length == kv_length and (window is None or kv_length <= window):
+        return None
+    return sdpa_mask(
+        mask_function=mask_function,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        **arguments,
+    )
