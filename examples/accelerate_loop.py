@@ -29,7 +29,7 @@ def main(
     routed = CGGRModel(model, min_tokens_ratio=0.25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     order = torch.Generator().manual_seed(0)  # the same on every rank, of which each takes its share
-    batches = DataLoader(rows, batch_size, shuffle=True, drop_last=True, generator=order)  # type: ignore[arg-type]
+    batches = DataLoader(rows, batch_size, shuffle=True, drop_last=True, generator=order)
     model, optimizer, batches = accelerator.prepare(model.train(), optimizer, batches)
     stream = endlessly(batches)
     for step in range(steps):

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     trainer = CGGRTrainer(
         model=AutoModelForCausalLM.from_pretrained(data.model),
         args=training,
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         data_collator=default_data_collator,
         processing_class=tokenizer,
         cggr=cggr,
