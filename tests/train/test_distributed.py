@@ -16,7 +16,7 @@ from cggr_train.errors import InputError, RunError
 from cggr_train.presets import load_model
 from cggr_train.ranks import ALONE, Ranks, joined_ranks
 from tests.train.launchers import environment, finish, launched
-from tests.train.trainer_worker import SETTINGS, compare, run
+from tests.train.trainer_worker import SETTINGS, compare, resume, run
 from tests.train.two_ranks import run_on_two_ranks
 
 SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "4", "--heldout-fraction", "0.2",
@@ -43,6 +43,10 @@ def test_the_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
         _, found = run(name, tmp_path / "alone", per_device_train_batch_size=4)
         torch.save(found, tmp_path / f"{name}.pt")
     run_on_two_ranks(compare, tmp_path, folder=tmp_path)
+
+
+def test_the_trainer_resumes_on_two_ranks(tmp_path):
+    run_on_two_ranks(resume, tmp_path / "run", folder=tmp_path)
 
 
 def test_cggr_train_under_accelerate_launch_is_cggr_train_on_one_rank(tmp_path, data):

@@ -1,5 +1,7 @@
 """CGGRModule in Lightning's own trainer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -77,6 +79,15 @@ def test_a_checkpoint_resumes_with_the_same_selections(tmp_path):
     fit(second, tmp_path, steps=3, rows=8, checkpoint=path)
     assert second.routed.schedule.steps == 3
     assert all(value.equal(weights(second)[name]) for name, value in weights(whole).items())
+
+
+def test_sharded_parameters_are_refused():
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    made, trainer = module(), SimpleNamespace(strategy=FSDPStrategy())  # a Trainer with it needs GPUs
+    made.trainer = trainer
+    with pytest.raises(ValueError, match=r"strategy is FSDPStrategy; .* for DDP \(strategy='ddp'\)"):
+        made.setup("fit")
 
 
 def test_validation_is_of_the_full_loss(tmp_path):

@@ -12,6 +12,7 @@ from cggr_train.trainer.config import CGGRConfig
 
 try:
     import lightning
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 except ImportError as error:
     raise ImportError("CGGRModule needs lightning: python -m pip install 'cggr-train[lightning]'") from error
 
@@ -42,7 +43,7 @@ class CGGRModule(lightning.LightningModule):
         seed: Of the selections.
 
     Raises:
-        ValueError: If a setting is not valid.
+        ValueError: If a setting is not valid; in ``fit``, under another strategy than one device or DDP.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,6 +70,19 @@ class CGGRModule(lightning.LightningModule):
         # Not a submodule: the model's parameters are registered once, under their own names.
         self.__dict__["routed"] = (CGGRConfig() if cggr is None else cggr).build(model, seed=seed)
         self._step, self._rows = -1, 0
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies under which a step has not been shown to be the one of a single device.
+
+        Raises:
+            ValueError: Under FSDP, model parallelism or DeepSpeed.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"strategy is {type(strategy).__name__}; CGGRModule is for one device and for DDP (strategy='ddp'): "
+                "for FSDP2 use cggr_train.CGGRTrainer or Accelerate"
+            )
 
     def forward(self, **batch: Any) -> Any:
         """The plain model."""
