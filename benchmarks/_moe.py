@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import Call
+from benchmarks._kernels import Call
 
 TOKENS = 16384
 CONTROL = "grouped_mm"

@@ -12,6 +12,7 @@ import argparse
 import gc
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,89 +21,8 @@ import triton
 import triton.language as tl
 
 from benchmarks import _record
-
-Call = Callable[[], object]
-SEED = 0
-QUEUE_CYCLES = 4_000_000  # about 2 ms, longer than any call takes to be queued
-
-
-def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call by CUDA events, in turns; a candidate that fails is left out and its reason printed."""
-    working = {}
-    for name, call in candidates.items():
-        try:
-            for _ in range(warmup):
-                call()
-            torch.cuda.synchronize()
-            working[name] = call
-        except Exception as error:
-            print(f"   {name}: cannot run here: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in working}
-    for _ in range(repeats):
-        for name, call in working.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            # The device waits while the call is queued: what is timed is its work, not the host's.
-            torch.cuda._sleep(QUEUE_CYCLES)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3)
-    return seconds
-
-
-def peak_bytes(call: Call) -> int:
-    """Memory that a call holds at most, beyond what was there before it."""
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-class Table:
-    """Rows of the result, and the bars."""
-
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    def measure(self, op: str, candidates: dict[str, Call], control: str, **extra: Any) -> dict[str, float]:
-        """Time the candidates of one op and shape; ``extra`` maps row fields to functions of (name, median)."""
-        print(op, flush=True)
-        timed = time_in_turns(candidates, self.repeats)
-        medians = {}
-        for name, samples in timed.items():
-            row = _record.summary(samples) | {"unit": "s"}
-            row["ratio"] = _record.summary([c / s for c, s in zip(timed[control], samples, strict=True)])
-            row |= {field: function(name, row["median"]) for field, function in extra.items()}
-            self.rows[f"{op}: {name}"] = row
-            medians[name] = row["median"]
-            shown = {k: f"{v:.4g}" for k, v in row.items() if isinstance(v, float) and k != "median"}
-            print(f"   {name:34s} {row['median'] * 1e3:9.3f} ms  x{row['ratio']['median']:.2f}  {shown}", flush=True)
-        return medians
-
-    def bar(self, op: str, what: str, value: float, wanted: float, at_most: bool = False, limit: str = "") -> None:
-        """Note a bar: ``value`` reaches ``wanted``, or stays below it; and if not, what limits it."""
-        met = value <= wanted if at_most else value >= wanted
-        self.rows[f"bar: {op}: {what}"] = (
-            _record.summary([value])
-            | {
-                "unit": "1",
-                "ratio": _record.summary([value / wanted]),
-                "wanted": wanted,
-                "at_most": at_most,
-                "met": met,
-            }
-            | ({} if met or not limit else {"limit": limit})
-        )
-        print(
-            f"   BAR {what}: {value:.3f} {'<=' if at_most else '>='} {wanted}: {'met' if met else 'NOT MET'}",
-            flush=True,
-        )
+from benchmarks._kernels import SEED, Call, Table, draw, peak_bytes, time_in_turns
+from benchmarks._kernels_attention import bench_attention
 
 
 def statistics_in_torch(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -156,14 +76,13 @@ def bench_difficulty(table: Table, arguments: argparse.Namespace) -> None:
         targets = torch.randint(0, V, (N,), device="cuda")
         op = f"difficulty {N}x{V} bf16"
         candidates: dict[str, Call] = {
-            "eager": lambda: difficulty_reference(logits, targets, -100),  # noqa: B023
-            "cggr": lambda: difficulty(logits, targets),  # noqa: B023
+            "eager": partial(difficulty_reference, logits, targets, -100),
+            "cggr": partial(difficulty, logits, targets),
         }
         if arguments.compiled:
-            compiled = torch.compile(statistics_in_torch, dynamic=False)
-            candidates["torch.compile"] = lambda: compiled(logits, targets)  # noqa: B023
+            candidates["torch.compile"] = partial(torch.compile(statistics_in_torch, dynamic=False), logits, targets)
         size = logits.numel() * 2
-        medians = table.measure(op, candidates, "eager", bytes_per_second=lambda _, s: size / s)  # noqa: B023
+        medians = table.measure(op, candidates, "eager", bytes_per_second=lambda _, s, size=size: size / s)
         if V == 128256:
             peak = read_bandwidth(logits)
             print(f"   read bandwidth {peak / 1e12:.3f} TB/s")
@@ -305,103 +224,6 @@ def bench_select(table: Table, arguments: argparse.Namespace) -> None:
                 table.bar(op, f"{strategy}, times torch.topk", share, 3, at_most=True)
 
 
-def bench_attention(table: Table, arguments: argparse.Namespace) -> None:
-    """Attention of a quarter of the positions, beside flex_attention with the same mask and flash on the whole."""
-    from cggr_kernels.routed_attention import routed_attention
-
-    shapes = [(B, S, 32, 8, D, 1.5) for D in (128, 64) for B, S in ((8, 2048), (2, 8192))]
-    for B, S, H, HKV, D, wanted in (*shapes, (2, 8192, 16, 8, 256, 1.0)):
-        bench_attention_shape(table, arguments, routed_attention, B, S, H, HKV, D, wanted)
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def bench_attention_shape(
-    table: Table,
-    arguments: argparse.Namespace,
-    routed_attention: Callable[..., torch.Tensor],
-    B: int,
-    S: int,
-    H: int,
-    HKV: int,
-    D: int,
-    wanted: float,
-) -> None:
-    """One shape, which is to be ``wanted`` times as fast as flex_attention."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    K = S // 4
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    q, k, v, full_q = leaf(B, K, H, D), leaf(B, S, HKV, D), leaf(B, S, HKV, D), leaf(B, S, H, D)
-    d_out, full_d_out = (torch.randn_like(x) for x in (q, full_q))
-    position = torch.rand(B, S, device="cuda").argsort(1)[:, :K].sort(1).values
-    visible = torch.arange(S, device="cuda") <= position[:, :, None]
-
-    def both(out: Callable[[], torch.Tensor], query: torch.Tensor, gradient: torch.Tensor) -> Call:
-        return lambda: torch.autograd.grad(out(), (query, k, v), gradient)
-
-    def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [x.transpose(1, 2) for x in tensors]
-
-    def flash() -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return scaled_dot_product_attention(*heads_first(full_q, k, v), is_causal=True, enable_gqa=True).transpose(
-                1, 2
-            )
-
-    def with_mask() -> torch.Tensor:
-        inputs = heads_first(q, *(x.repeat_interleave(H // HKV, 2) for x in (k, v)))
-        return scaled_dot_product_attention(*inputs, attn_mask=visible[:, None]).transpose(1, 2)
-
-    candidates: dict[str, Call] = {
-        "SDPA with a mask": both(with_mask, q, d_out),
-        "cggr": both(lambda: routed_attention(q, k, v, position), q, d_out),
-        "cggr, forward": lambda: routed_attention(q.detach(), k.detach(), v.detach(), position),
-        "cggr, gradient of kept keys": both(lambda: routed_attention(q, k, v, position, key_gradient="kept"), q, d_out),
-        "SDPA-flash, all queries": both(flash, full_q, full_d_out),
-        "SDPA-flash, all queries, forward": flash,
-    }
-    if arguments.compiled:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        def mask(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return position[b, query] >= key
-
-        block_mask = create_block_mask(mask, B, None, K, S, device="cuda")
-        compiled = torch.compile(flex_attention, dynamic=False)
-
-        def flex() -> torch.Tensor:
-            return compiled(*heads_first(q, k, v), block_mask=block_mask, enable_gqa=True).transpose(1, 2)
-
-        candidates["flex_attention, compiled"] = both(flex, q, d_out)
-    products = 2 * D * H * int((position + 1).sum())
-    all_products = 2 * D * H * B * S * (S + 1) // 2
-
-    def rate(name: str, seconds: float) -> float:
-        used = all_products if name.startswith("SDPA-flash") else products
-        return (2 if "forward" in name else 7) * used / seconds
-
-    op = f"routed_attention B{B} S{S} {H}/{HKV} heads of {D}, 25% kept, forward + backward"
-    table.measure(op, candidates, "SDPA with a mask", flop_per_second=rate)
-    rows = {name: table.rows.get(f"{op}: {name}") for name in candidates}
-    ours = rows["cggr"]
-    assert ours is not None
-    if flex_row := rows.get("flex_attention, compiled"):
-        executed = 9 / 7 * ours["flop_per_second"] / 1e12
-        limit = (
-            f"{executed:.0f} TFLOP/s are executed: without atomics there are nine products, as in flex_attention, not "
-            "seven; how busy the tensor cores are: kernels_counters.json"
-        )
-        table.bar(op, "times flex_attention", flex_row["median"] / ours["median"], wanted, limit=limit)
-    if flash_row := rows.get("SDPA-flash, all queries"):
-        share = ours["flop_per_second"] / flash_row["flop_per_second"]
-        table.bar(op, "share of the FLOP rate of SDPA-flash", share, 0.6)
-
-
 BENCHES: dict[str, Callable[[Table, argparse.Namespace], None]] = {
     "difficulty": bench_difficulty,
     "linear_difficulty": bench_linear_difficulty,
@@ -409,34 +231,6 @@ BENCHES: dict[str, Callable[[Table, argparse.Namespace], None]] = {
     "select": bench_select,
     "routed_attention": bench_attention,
 }
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """One panel per op and shape: time of each candidate, this project's in blue."""
-    from matplotlib.figure import Figure
-
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, row in result["rows"].items():
-        if not name.startswith("bar: "):
-            op, candidate = name.split(": ", 1)
-            groups.setdefault(op, {})[candidate] = row
-    heights = [0.6 + 0.3 * len(group) for group in groups.values()]
-    figure = Figure(figsize=(8.5, sum(heights) + 0.6), layout="constrained")
-    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (op, group) in zip(panels, groups.items(), strict=True):
-        for place, (name, row) in enumerate(group.items()):
-            milliseconds = row["median"] * 1e3
-            axes.barh(place, milliseconds, color="#2a6f97" if name.split(",")[0] == "cggr" else "0.65", height=0.65)
-            axes.text(milliseconds, place, f" {milliseconds:.3g}", va="center", fontsize=7)
-        axes.set_yticks(range(len(group)), list(group), fontsize=7)
-        axes.invert_yaxis()
-        axes.margins(x=0.08)
-        axes.tick_params(axis="x", labelsize=7)
-        axes.set_title(op, fontsize=8, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("milliseconds (median)", fontsize=8)
-    figure.suptitle(f"cggr-kernels on {result['environment']['device']}", fontsize=9)
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import _record
+from benchmarks._kernels import SEED, Call, Table, peak_bytes
 from benchmarks._moe import (
     CANDIDATES,
     COMPILED,
@@ -37,7 +38,6 @@ from benchmarks._moe import (
     Problem,
     Shape,
 )
-from benchmarks.kernels import SEED, Call, Table, peak_bytes
 
 DENSE = "dense"
 PEERS = {CONTROL: (1.15, 1.2), COMPILED: (1.1, 1.1), LIGER: (1.2, 1.2)}

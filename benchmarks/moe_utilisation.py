@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks import _record
+from benchmarks._kernels import SEED, Table
 from benchmarks._moe import CONTROL, LOOP, OURS, PASSES, SHAPES, TOKENS, Problem, Shape
-from benchmarks.kernels import SEED, Table
 from benchmarks.kernels_counters import TIME, read_kernels
 
 Kernel = tuple[str, dict[str, float]]  # name and metrics, in seconds and percent
