@@ -63,7 +63,7 @@ def cost(name: str, rounds: int) -> None:
         if shape.device == "cuda":
             rows[row]["peak_extra_bytes"] = peak_on_device(step)
         print(f"{row:32} {rows[row]['median'] * 1e3:8.1f} ms {rows[row]['ratio']['median']:5.2f}x")
-    settings = {key: str(value) for key, value in vars(shape).items()} | {"keep_ratio": RATIO, "seed": 0}
+    settings = shape.settings() | {"keep_ratio": RATIO, "seed": 0}
     settings["steps_in_a_row"] = calls
     name = f"learned_router_cost_{name}"
     path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)

@@ -105,7 +105,7 @@ def main() -> None:
             shares = {f"{part}_share": counted[part] / standard[part] for part in standard}
             rows[f"{name}: {variant}"] = counted | shares | _single(total) | {"theory": THEORY[variant]}
             print(f"{name:5} {variant:42} " + " ".join(f"{part} {share:.3f}" for part, share in shares.items()))
-    settings = {name: {key: str(value) for key, value in vars(shape).items()} for name, shape in SHAPES.items()}
+    settings = {name: shape.settings() for name, shape in SHAPES.items()}
     settings |= {"ratio": options.ratio, "seed": SEED}
     path = _record.write("step_flops", rows, settings=settings, control="1b: standard")
     _draw(rows, options.ratio).savefig(path.with_suffix(".png"), dpi=150)

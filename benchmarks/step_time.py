@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device; with
 ``CGGR_BACKEND=torch`` and a ``--name``, the same without kernels). A step is forward, loss and backward; the
-optimiser's share is the same for all and left out. Random token ids, random weights.
+optimizer's share is the same for all and left out. Random token ids, random weights.
 """
 
 import argparse
@@ -71,6 +71,10 @@ class Shape:
         """Random token ids ``[B, S]``."""
         generator = torch.Generator().manual_seed(SEED)
         return torch.randint(0, self.vocab, (self.batch, self.length), generator=generator).to(self.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What a result notes of it."""
+        return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in vars(self).items()}
 
 
 SHAPES = {
@@ -276,7 +280,7 @@ def main() -> None:
         peak = peak_on_device(step) if cuda else peak_in_fresh_process(options.shape, name, options.ratio)
         rows[name]["peak_extra_bytes"] = peak
     del model, steps
-    settings = {key: str(value) for key, value in vars(shape).items()} | {"ratio": options.ratio, "seed": SEED}
+    settings = shape.settings() | {"ratio": options.ratio, "seed": SEED}
     settings["steps_in_a_row"] = calls
     settings["backend"] = os.environ.get("CGGR_BACKEND", "auto")
     name = options.name or f"step_time_{options.shape}"
