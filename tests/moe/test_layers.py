@@ -130,6 +130,20 @@ def test_the_load_is_summed_over_ranks(monkeypatch):
         make().update_router_bias()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_leave_the_router_bias_in_float32(dtype):
+    layer = make(router_bias=True)
+    layer.router_bias.fill_(0.5)
+    layer.to(dtype)
+    assert layer.gate.weight.dtype == dtype
+    layer(torch.randn(5, 16, dtype=dtype))
+    layer.update_router_bias()
+    assert layer.router_bias.dtype == torch.float32
+    assert set((layer.router_bias - 0.5).abs().mul(1e3).round().tolist()) <= {0.0, 1.0}
+    assert (layer.router_bias > 0.5).any()
+    assert make(router_bias=True).to("meta").router_bias.is_meta
+
+
 @pytest.mark.parametrize("router_bias", [False, True])
 def test_state_round_trip(router_bias):
     layer, other = make(0, router_bias=router_bias), make(1, router_bias=router_bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -45,6 +46,7 @@ class PersistentTRMLP(nn.Module):
 
     Loss-free balancing (Wang et al., 2024, arXiv 2408.15664) is on with ``router_bias``: a bias per expert is added to
     the probabilities for the choice, not for the weights; call :meth:`update_router_bias` after each optimizer step.
+    The biases stay in float32 when the layer is cast, since half precision would swallow their small steps.
 
     Parameters, laid out as the experts of Hugging Face Transformers 5:
 
@@ -216,6 +218,13 @@ class PersistentTRMLP(nn.Module):
         from cggr_moe.huggingface import to_hf_block
 
         return to_hf_block(self, kind)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        bias = self.router_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.router_bias is not None and self.router_bias.dtype != bias.dtype:
+            self.router_bias = bias.to(self.router_bias.device)
+        return self
 
     def _note(self, routing: Routing) -> None:
         self.metrics = {
