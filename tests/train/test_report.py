@@ -25,8 +25,11 @@ SETTINGS = StudySettings(
 STANDARD, EQUAL, RANDOM, ASKED = "standard", "standard-b5", "kv-0.25-random", "kv-0.25-stratified-gradnorm"
 
 
-def outcome(seeds=3, spread=0.01, selections=("stratified",), **losses):
-    """A study whose losses at the end are those given, ``spread`` apart from seed to seed."""
+def outcome(seeds=3, spread=0.01, selections=("stratified",), diverged=None, **losses):
+    """A study whose losses at the end are those given, ``spread`` apart from seed to seed.
+
+    ``diverged`` says at which step an arm did, at its last seed.
+    """
     arms = plan_arms(
         Routing(), gradients=["kv"], ratios=[0.25], selections=selections, scorings=["gradnorm"], batch_size=8,
         num_layers=4,
@@ -46,7 +49,10 @@ def outcome(seeds=3, spread=0.01, selections=("stratified",), **losses):
             for step in plan.points[arm.name]:
                 tokens = step * arm.batch_size * 64
                 points.append({"step": step, "tokens": tokens, "kept_tokens": step, "heldout_loss": end + 2 / step})
-            records.append({"event": "run", "arm": arm.name, "seed": seed, "points": points})
+            run = {"event": "run", "arm": arm.name, "seed": seed, "points": points}
+            if seed == seeds - 1 and arm.name in (diverged or {}):
+                run |= {"points": points[:2], "diverged": diverged[arm.name], "reason": "the loss is nan"}
+            records.append(run)
     shares = {name: [0.1 * n for n in range(10)] for name in ("position", "frequency", "score")}
     records.append({"event": "kept", "arms": {RANDOM: shares, ASKED: shares}})
     for at in ("end", "start"):
@@ -106,6 +112,37 @@ def test_the_best_of_many_is_flattered():
     many = ("stratified", "sampled", "topk", "sequence_aware")
     assert any("The best of 4 settings was picked on these same figures" in line for line in said(selections=many))
     assert not any("picked on these same figures" in line for line in said())
+
+
+def test_an_arm_that_diverged_is_named_and_compared_with_nothing(tmp_path):
+    found = outcome(diverged={ASKED: 7}, **{STANDARD: 5.0, EQUAL: 5.0, RANDOM: 4.0, ASKED: 3.0})
+    lines = verdict(found)
+    assert lines[:2] == [
+        "Nothing that was asked for kept a finite loss at this learning rate: use standard training.",
+        "Diverged, and compared with nothing: stratified 0.25 by gradnorm, kv (1 of 3 seeds, at step 7). A lower "
+        "--learning-rate, the same for every arm, makes another study.",
+    ]
+    assert "random 0.25, kv (" in lines[2]
+    losses, differences, gradients = study_cells(found)
+    assert dict(losses.rows)[ASKED][3:] == ["diverged"] * 3
+    assert dict(differences.rows)[ASKED] == ["diverged"] * 3
+    assert dict(gradients.rows)[ASKED][0] == "0.600", "of the standard run's weights, which are finite"
+    assert all(name != ASKED for name, _ in losses.best)
+    study = {"devices": ["x"], "workers": 1, "threads": 1, "versions": {}}
+    write_study_page(tmp_path / "a.html", outcome=found, verdict=lines, settings=SETTINGS, study=study)
+    assert "<td>diverged</td>" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_an_arm_whose_control_diverged_is_not_recommended():
+    good = {STANDARD: 5.0, EQUAL: 5.0, RANDOM: 4.5, ASKED: 4.0}
+    found = outcome(diverged={RANDOM: 7}, **good)
+    assert verdict(found)[0] == (
+        "Undecided: stratified 0.25 by gradnorm, kv beats the controls that are left, but random 0.25, kv diverged."
+    )
+    assert dict(study_cells(found)[1].rows)[ASKED][2] == "control diverged"
+    assert verdict(outcome(diverged={RANDOM: 7}, **{**good, STANDARD: 3.0}))[0].endswith("use standard training.")
+    many = outcome(selections=("stratified", "topk"), diverged={"kv-0.25-topk-gradnorm": 3}, **good)
+    assert verdict(many)[0].endswith("use it here."), "another arm's end is no matter"
 
 
 def test_the_tables_fit_a_narrow_terminal():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cggr_train.errors import InputError
+from cggr_train.errors import DivergedError, InputError
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study, start_study
 from cggr_train.study import run as run_module
@@ -148,6 +148,71 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(study):
     resumed = train_run(bench, arm, 5, **options, tell=lambda **values: None)
     assert resumed["points"] == whole["points"]
     assert not (folder / "runs" / f"{arm.name}-seed5").exists()
+
+
+def diverge(monkeypatch, name, step):
+    """Make the loss of an arm's learner infinite from a step on."""
+    from cggr_train.study import training
+
+    original = training.train_steps
+
+    def train_steps(learner, *arguments, on_step, **options):
+        def after(loss, rate):
+            progress = arguments[3]
+            on_step(loss * float("inf") if progress.step >= step and learner.arm == name else loss, rate)
+
+        original(learner, *arguments, on_step=after, **options)
+
+    own = Bench.training
+
+    def named(self, arm, *arguments, **options):
+        found = own(self, arm, *arguments, **options)
+        found.learner.arm = arm.name
+        return found
+
+    monkeypatch.setattr(Bench, "training", named)
+    monkeypatch.setattr(training, "train_steps", train_steps)
+
+
+def without_runs(folder, *names):
+    log = folder / "results.jsonl"
+    kept = [line for line in log.read_text().splitlines() if json.loads(line)["event"] != "run"
+            or json.loads(line)["arm"] not in names]  # fmt: skip
+    log.write_text("\n".join(kept) + "\n")
+
+
+def test_an_arm_that_diverges_is_reported_and_the_study_goes_on(study, console, monkeypatch):
+    asked = "kv-0.25-stratified-gradnorm"
+    without_runs(study, asked)
+    diverge(monkeypatch, asked, step=4)
+    result = resume_study(study, console)
+    assert result.exit_code == 0
+    assert result.outcome.diverged == {asked: {0: 6, 1: 6}}, "seen when the loss is looked at, here at the evaluation"
+    assert asked not in result.outcome.comparisons["time"]
+    said = console.file.getvalue()
+    assert "stratified 0.25 by gradnorm, kv, seed 1: diverged at step 6" in said
+    assert "Diverged, and compared with nothing: stratified 0.25 by gradnorm, kv (2 of 2 seeds, first at" in said
+    assert not (study / "runs" / f"{asked}-seed0").exists(), "no leftovers"
+    assert resume_study(study, console).outcome.diverged == result.outcome.diverged, "and it is not run again"
+
+
+def test_a_standard_run_that_diverges_ends_the_study(study, console, monkeypatch):
+    without_runs(study, "standard")
+    diverge(monkeypatch, "standard", step=4)
+    for _ in range(2):
+        with pytest.raises(
+            DivergedError, match=r"standard, batch 4, seed 0: the loss is inf at step 6; .* another study"
+        ):
+            resume_study(study, console)
+    assert sum(record["event"] == "run" and "diverged" in record for record in records(study)) == 1
+
+
+def test_a_learning_rate_that_diverges_at_once_does_not_spoil_the_timing(study):
+    bench = Bench(study, CPU)
+    bench.settings = dataclasses.replace(
+        bench.settings, train=dataclasses.replace(bench.settings.train, learning_rate=1e30, clip=0.0)
+    )
+    assert len(time_steps(bench, bench.arms["kv-0.25-stratified-gradnorm"], seconds=0.01)["step_seconds"]) >= 2
 
 
 def test_bad_settings_leave_nothing_to_resume(tmp_path, data_files, console):

@@ -20,15 +20,18 @@ def shown(terminal):
             running = Request("run", {"arm": "standard", "seed": seed}, {})
             table.progress(running, {"step": step, "steps": 10, "loss": 3.0 + seed})
         table.take({"event": "run", "arm": "kv-0.25-topk-loss", "seed": 0, "points": [{"heldout_loss": 5.0}]})
+        table.take({"event": "run", "arm": "kv-0.25-topk-loss", "seed": 1, "points": [], "diverged": 1200})
     console.file.close()
     return console.export_text()
 
 
 def test_a_terminal_gets_a_table_of_all_arms():
     text = shown(terminal=True)
-    assert "training · 2 of 15 runs done" in text
+    assert "training · 3 of 15 runs done" in text
     row = next(line for line in text.splitlines() if line.strip().startswith("standard, batch 8"))
     assert row.split()[3:] == ["600", "ms", "2", "MiB", "1/3", "50%", "20%", "4.500", "4.0000"]
+    row = next(line for line in text.splitlines() if line.strip().startswith("topk 0.25 by loss, kv"))
+    assert row.split()[-2:] == ["2/3", "diverged"]
     assert all(arm.label in text for arm in ARMS)
 
 
@@ -38,4 +41,5 @@ def test_elsewhere_every_run_gets_a_line():
         "training …",
         "standard, batch 8, seed 0: held-out loss 4.0000",
         "topk 0.25 by loss, kv, seed 0: held-out loss 5.0000",
+        "topk 0.25 by loss, kv, seed 1: diverged at step 1,200",
     ]

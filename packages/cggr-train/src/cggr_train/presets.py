@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cggr_train.errors import InputError
 
@@ -122,11 +122,12 @@ def load_model(path: str) -> PreTrainedModel:
 
     check_model_folder(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # of a damaged directory several libraries raise unrelated types
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
     # transformers would go on with random numbers in their place
     missing = sorted(report["missing_keys"])
     if missing:

@@ -30,7 +30,10 @@ SCORE_LINES = ("-", "--", ":", "-.")
 
 
 def draw_losses(outcome: Outcome) -> bytes:
-    """Held-out loss over training time and over tokens: one row for each gradient mode and ratio, with its controls."""
+    """Held-out loss over training time and over tokens: one row for each gradient mode and ratio, with its controls.
+
+    An arm that diverged is drawn up to there, as far as it fits.
+    """
     groups = _groups(outcome)
     with new_figure(10, 0.6 + 3.2 * len(groups)) as figure:
         grid = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey=True)
@@ -46,7 +49,13 @@ def draw_losses(outcome: Outcome) -> bytes:
         grid[-1][0].set_xlabel("seconds: steps times the step's time, measured alone")
         grid[-1][1].set_xlabel("thousand tokens")
         # the untrained model, first of each curve, would squeeze the rest
-        later = [point["heldout_loss"] for runs in outcome.curves.values() for points in runs for point in points[1:]]
+        later = [
+            point["heldout_loss"]
+            for name, runs in outcome.curves.items()
+            for points in runs
+            for point in points[1:]
+            if name not in outcome.diverged
+        ]
         room = 0.06 * (max(later) - min(later)) + 0.01
         grid[0][0].set_ylim(min(later) - room, max(later) + room)
         return _png(figure)
@@ -123,11 +132,12 @@ def _groups(outcome: Outcome) -> list[tuple[str, list[Arm]]]:
 
 def _curves(axes: Axes, outcome: Outcome, arms: Sequence[Arm], where: Callable[[dict[str, float]], float]) -> None:
     for arm in arms:
-        runs = outcome.curves[arm.name]
-        across = list(zip(*runs, strict=True))
+        # of an arm that diverged, as far as every seed got
+        across = list(zip(*outcome.curves[arm.name], strict=arm.name not in outcome.diverged))
+        label = f"{arm.label} (diverged)" if arm.name in outcome.diverged else arm.label
         x = [statistics.fmean(where(point) for point in points) for points in across]
         found = [interval([point["heldout_loss"] for point in points]) for points in across]
-        axes.plot(x, [value.mean for value in found], label=arm.label, marker="o", markersize=2.5,
+        axes.plot(x, [value.mean for value in found], label=label, marker="o", markersize=2.5,
                   **_line(arm, outcome))  # fmt: skip
         if found[0].low is not None:
             low, high = ([value.low for value in found], [value.high for value in found])

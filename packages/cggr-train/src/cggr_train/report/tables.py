@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 READING_NAMES = {"time": "equal time", "tokens": "equal tokens", "kept": "equal kept tokens"}
 
+DIVERGED, CONTROL_DIVERGED = "diverged", "control diverged"
+
 
 class Cells(NamedTuple):
     """A table, cell by cell.
@@ -71,7 +73,7 @@ def _losses(outcome: Outcome) -> Cells:
                     duration(outcome.step_seconds[name][0]),
                     format_bytes(memory["peak_bytes"]),
                     format_bytes(max(0, memory["peak_bytes"] - memory["start_bytes"])),
-                    *(loss(outcome.comparisons[reading][name].loss) for reading in READING_NAMES),
+                    *_read(outcome, name),
                 ],
             )
         )
@@ -91,15 +93,27 @@ def _losses(outcome: Outcome) -> Cells:
     )
 
 
+def _read(outcome: Outcome, name: str) -> list[str]:
+    """Losses of an arm at each reading."""
+    if name in outcome.diverged:
+        return [DIVERGED] * len(READING_NAMES)
+    return [loss(outcome.comparisons[reading][name].loss) for reading in READING_NAMES]
+
+
 def _differences(outcome: Outcome) -> Cells:
     rows = []
     for arm in outcome.arms:
         if arm.role in ("standard", "batch", "equal_cost"):
             continue
+        equal = arm.equal_cost if arm.equal_cost != "standard" else None
+        if arm.name in outcome.diverged:
+            rows.append((arm.name, [DIVERGED] * 3))
+            continue
         found = outcome.comparisons["time"][arm.name].against
-        equal = found.get(arm.equal_cost) if arm.equal_cost != "standard" else None
-        random = found.get(arm.random) if arm.random else None
-        rows.append((arm.name, [difference(found["standard"]), difference(equal), difference(random)]))
+        rows.append(
+            (arm.name, [CONTROL_DIVERGED if control in outcome.diverged else difference(found.get(control or ""))
+                        for control in ("standard", equal, arm.random)])
+        )  # fmt: skip
     return Cells(
         "The same time: loss of each arm less that of its controls, seed by seed",
         "Below zero is better than the control. In brackets the 95% interval; one that holds zero shows no difference.",

@@ -6,6 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from cggr_train.report.text import against, difference
+from cggr_train.study.analysis import controls
 
 if TYPE_CHECKING:
     from cggr_train.study.analysis import Outcome
@@ -18,38 +19,63 @@ def verdict(outcome: Outcome) -> list[str]:
     """Who won, how the best arm stands to each control, what it costs, and what to use on this evidence.
 
     An arm is recommended only if it is shown to do better than every control in the same time; of two that cannot be
-    told apart, the simpler one is.
+    told apart, the simpler one is. Arms that diverged are named, and compared with nothing.
 
     Args:
         outcome: The study.
     """
     losses = {name: found.loss.mean for name, found in outcome.comparisons["time"].items()}
     first = outcome.arm(min(losses, key=losses.__getitem__))
+    lowest = f"Lowest held-out loss in the same time: {first.label} ({losses[first.name]:.3f})."
     asked = [arm for arm in outcome.arms if arm.role == "asked"] or [a for a in outcome.arms if a.role == "random"]
-    best = min(asked, key=lambda arm: losses[arm.name])
-    standing = outcome.comparisons["time"][best.name].against
+    compared = [arm for arm in asked if arm.name in losses]
+    if compared:
+        best = min(compared, key=lambda arm: losses[arm.name])
+        recommendation, *others = _standing(outcome, best, compared)
+        lines = [recommendation, lowest, *others]
+    else:
+        lines = ["Nothing that was asked for kept a finite loss at this learning rate: use standard training.", lowest]
+    if outcome.diverged:
+        lines.insert(1, _diverged(outcome))
+    if outcome.seeds == 1:
+        lines.append("One seed says nothing about chance: repeat with --seeds 3 or more before you decide.")
+    if len(compared) > MANY:
+        lines.append(
+            f"The best of {len(compared)} settings was picked on these same figures, which flatters it: confirm it "
+            "alone, with seeds of its own."
+        )
+    return lines
+
+
+def _standing(outcome: Outcome, best: Arm, compared: list[Arm]) -> list[str]:
+    """What to use, and how the best arm stands to its controls."""
+    standing = outcome.comparisons["time"][best.name]
     lines = [
         _recommendation(outcome, best),
-        f"Lowest held-out loss in the same time: {first.label} ({losses[first.name]:.3f}).",
-        f"In the same time {_named(best, asked)} ({losses[best.name]:.3f}) is "
-        + "; ".join(against(value, outcome.arm(name).label) for name, value in standing.items())
+        f"In the same time {_named(best, compared)} ({standing.loss.mean:.3f}) is "
+        + "; ".join(against(value, outcome.arm(name).label) for name, value in standing.against.items())
         + ".",
         f"After the same number of tokens seen it is "
         f"{against(outcome.comparisons['tokens'][best.name].against['standard'], outcome.arms[0].label)}.",
         _cost(outcome, best),
     ]
-    if best.random is not None:
+    if best.random in standing.against:
         lines.append(_scoring(outcome, best))
     if outcome.gradients:
         lines.append(_gradient(outcome, best))
-    if outcome.seeds == 1:
-        lines.append("One seed says nothing about chance: repeat with --seeds 3 or more before you decide.")
-    if len(asked) > MANY:
-        lines.append(
-            f"The best of {len(asked)} settings was picked on these same figures, which flatters it: confirm it alone, "
-            "with seeds of its own."
-        )
     return lines
+
+
+def _diverged(outcome: Outcome) -> str:
+    arms = []
+    for name, steps in outcome.diverged.items():
+        of = f"{len(steps)} of {outcome.seeds} seeds, " if outcome.seeds > 1 else ""
+        first = "first at" if len(steps) > 1 else "at"
+        arms.append(f"{outcome.arm(name).label} ({of}{first} step {min(steps.values()):,})")
+    return (
+        f"Diverged, and compared with nothing: {'; '.join(arms)}. A lower --learning-rate, the same for every arm, "
+        "makes another study."
+    )
 
 
 def _recommendation(outcome: Outcome, best: Arm) -> str:
@@ -65,6 +91,9 @@ def _recommendation(outcome: Outcome, best: Arm) -> str:
             how = "does better here" if found[name].sign > 0 else "does as well here and is simpler"
             what = "Random" if name == best.random else outcome.arm(name).label.capitalize()
             return f"{what} {how}: use {words}."
+    gone = [outcome.arm(name).label for name in controls(best) if name in outcome.diverged]
+    if gone:
+        return f"Undecided: {best.label} beats the controls that are left, but {' and '.join(gone)} diverged."
     return f"{best.label} does better than every control in the same time: use it here."
 
 

@@ -22,7 +22,8 @@ class Comparison:
     Attributes:
         loss: Held-out loss over seeds, nats per token.
         against: Difference to a control at the same seed (this arm less the control), by the control's name; seeds
-            share their start, data order and held-out text, so differences spread less than losses.
+            share their start, data order and held-out text, so differences spread less than losses. A control that
+            diverged is not there.
     """
 
     loss: Interval
@@ -39,8 +40,9 @@ class Outcome:
         step_seconds: Seconds of a step and its quartiles, by arm.
         memory: ``peak_bytes`` and ``start_bytes`` of an arm.
         engines: Engine of each routed arm.
-        comparisons: For each reading (``tokens``, ``kept``, ``time``), each arm's.
-        curves: For each arm the runs' points, ``seconds`` added.
+        comparisons: For each reading (``tokens``, ``kept``, ``time``), each arm's that did not diverge.
+        curves: For each arm the runs' points, ``seconds`` added; of a run that diverged, those before.
+        diverged: Of an arm whose loss did not stay finite at every seed, the steps where it ceased to be, by seed.
         gradients: By place (``start``, ``end``), then by arm; see
             :func:`cggr_train.study.estimators.compare_gradients`.
         kept: See :func:`cggr_train.study.kept.kept_shares`.
@@ -56,6 +58,7 @@ class Outcome:
     curves: dict[str, list[list[dict[str, float]]]]
     gradients: dict[str, dict[str, dict[str, Any]]]
     kept: dict[str, dict[str, list[float]]]
+    diverged: dict[str, dict[int, int]]
     seeds: int
 
     def arm(self, name: str) -> Arm:
@@ -105,11 +108,17 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
         ]
         for arm in arms
     }
+    diverged: dict[str, dict[int, int]] = {}
+    for (name, seed), run in runs.items():
+        if "diverged" in run:
+            diverged.setdefault(name, {})[seed] = run["diverged"]
+    # the other seeds of such an arm are not compared either: they would stand for those that it got through
+    whole = [arm for arm in arms if arm.name not in diverged]
     comparisons: dict[str, dict[str, Comparison]] = {}
     for reading in READINGS:
         losses = {
             arm.name: [_loss_at(points, plan.readings[arm.name][reading]) for points in curves[arm.name]]
-            for arm in arms
+            for arm in whole
         }
         comparisons[reading] = {
             arm.name: Comparison(
@@ -117,9 +126,10 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
                 {
                     name: interval([own - other for own, other in zip(losses[arm.name], losses[name], strict=True)])
                     for name in controls(arm)
+                    if name in losses
                 },
             )
-            for arm in arms
+            for arm in whole
         }
     timings = [record for record in records if record["event"] == "timing"]
     # the last turn's: the first one also loads code and libraries
@@ -134,6 +144,7 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
         curves=curves,
         gradients={place: found for place in PLACES if (found := _gradients_at(place, records))},
         kept=next((record["arms"] for record in records if record["event"] == "kept"), {}),
+        diverged=diverged,
         seeds=seeds,
     )
 

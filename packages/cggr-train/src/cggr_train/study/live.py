@@ -34,6 +34,7 @@ class LiveTable:
         self._times: dict[str, list[float]] = {name: [] for name in self.arms}
         self._memory: dict[str, int] = {}
         self._losses: dict[str, list[float]] = {name: [] for name in self.arms}
+        self._diverged: dict[str, int] = dict.fromkeys(self.arms, 0)
         self._running: dict[tuple[str, int], tuple[float, float]] = {}
         self._live = (
             Live(console=console, get_renderable=self._table, refresh_per_second=4) if console.is_terminal else None
@@ -55,8 +56,7 @@ class LiveTable:
     def stage(self, name: str) -> None:
         """What is being done now."""
         self._stage = name
-        if self._live is None:
-            self.console.print(f"{name} …", highlight=False)
+        self._say(f"{name} …")
 
     def progress(self, request: Request, values: Mapping[str, Any]) -> None:
         """A run tells where it stands."""
@@ -70,14 +70,21 @@ class LiveTable:
             self._memory.setdefault(record["arm"], record["peak_bytes"])
         elif record["event"] == "run":
             self._running.pop((record["arm"], record["seed"]), None)
+            label = f"{self.arms[record['arm']].label}, seed {record['seed']}"
+            if "diverged" in record:
+                self._diverged[record["arm"]] += 1
+                self._say(f"{label}: diverged at step {record['diverged']:,}")
+                return
             loss = record["points"][-1]["heldout_loss"]
             self._losses[record["arm"]].append(loss)
-            if self._live is None:
-                label = self.arms[record["arm"]].label
-                self.console.print(f"{label}, seed {record['seed']}: held-out loss {loss:.4f}", highlight=False)
+            self._say(f"{label}: held-out loss {loss:.4f}")
+
+    def _say(self, line: str) -> None:
+        if self._live is None:
+            self.console.print(line, highlight=False)
 
     def _table(self) -> Table:
-        done = sum(map(len, self._losses.values()))
+        done = sum(map(len, self._losses.values())) + sum(self._diverged.values())
         total = len(self.arms) * self.seeds
         table = Table(
             title=f"{self._stage} · {done} of {total} runs done", title_justify="left", box=box.SIMPLE_HEAD,
@@ -88,14 +95,15 @@ class LiveTable:
             table.add_column(heading, justify="right", no_wrap=True)
         for name, arm in self.arms.items():
             times, losses = self._times[name], self._losses[name]
+            diverged = self._diverged[name]
             running = [state for (other, _), state in self._running.items() if other == name]
             table.add_row(
                 arm.label,
                 duration(statistics.median(times)) if times else "",
                 format_bytes(self._memory[name]) if name in self._memory else "",
-                f"{len(losses)}/{self.seeds}",
+                f"{len(losses) + diverged}/{self.seeds}",
                 " ".join(f"{share:.0%}" for share, _ in running),
                 f"{statistics.fmean(loss for _, loss in running):.3f}" if running else "",
-                f"{statistics.fmean(losses):.4f}" if losses else "",
+                "diverged" if diverged else f"{statistics.fmean(losses):.4f}" if losses else "",
             )
         return table

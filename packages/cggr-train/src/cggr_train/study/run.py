@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from cggr_train.checkpoint import latest_checkpoint
-from cggr_train.errors import InputError
+from cggr_train.errors import DivergedError, InputError
 from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
 from cggr_train.learner import build_learner
@@ -63,7 +63,7 @@ def start_study(settings: StudySettings, folder: Path, console: Console) -> Stud
 
     Raises:
         InputError: If anything given cannot be used; nothing is measured then.
-        RunError: If a run fails.
+        RunError: If a worker fails, or the standard run diverges.
     """
     where = places(settings.train.device, settings.parallel)
     with FolderLock(folder) as lock:
@@ -109,7 +109,7 @@ def resume_study(folder: Path, console: Console) -> StudyResult:
 
     Raises:
         InputError: If the folder holds no study.
-        RunError: If a run fails.
+        RunError: If a worker fails, or the standard run diverges.
     """
     settings = StudySettings.load(folder)
     with FolderLock(folder) as lock:
@@ -133,7 +133,10 @@ class _Study:
         self.weights = folder / "runs" / f"{self.arms[0].name}-seed{first}" / "model"
         if not self.weights.is_dir():  # later measurements need them: that run is done again
             whose = ("run", self.arms[0].name, first)
-            self.records = [r for r in self.records if (r["event"], r.get("arm"), r.get("seed")) != whose]
+            self.records = [
+                r for r in self.records
+                if (r["event"], r.get("arm"), r.get("seed")) != whose or "diverged" in r
+            ]  # fmt: skip
 
     def run(self, where: list[tuple[torch.device, int]]) -> StudyResult:
         with StopRequest() as stop, Pool(self.folder, where) as pool:
@@ -165,6 +168,15 @@ class _Study:
             self.log.write(**record)
             self.records.append(record)
             self.table.take(record)
+            self._check_standard(record)
+
+    def _check_standard(self, record: Mapping[str, Any]) -> None:
+        """Other arms may diverge, and are reported so; without this one there is nothing to compare with."""
+        if record["event"] == "run" and record["arm"] == self.arms[0].name and "diverged" in record:
+            raise DivergedError(
+                f"{self.arms[0].label}, seed {record['seed']}: {record['reason']}. Every arm is compared with this "
+                "one: start another study with a lower --learning-rate"
+            )
 
     def _time(self) -> None:
         self.table.stage("timing every arm's step, alone on its device")
@@ -181,6 +193,8 @@ class _Study:
 
     def _train(self, plan: Plan) -> None:
         self.table.stage("training")
+        for record in self.records:
+            self._check_standard(record)
         self._do(
             Request(
                 "run",

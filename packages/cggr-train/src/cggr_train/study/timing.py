@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from typing import Any
 
 import torch
 
-from cggr_train.loop import Clock, Progress, train_steps
+from cggr_train.loop import Clock, LearningRate, Progress, train_steps
 from cggr_train.memory import memory_in_use, peak_memory, reset_peak_memory
 from cggr_train.recorded import EAGER_STEPS
 from cggr_train.study.arms import Arm
@@ -21,7 +22,7 @@ BLOCK = 4
 
 
 def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
-    """Train for a few seconds and throw the weights away.
+    """Take steps for a few seconds at a learning rate of nothing, so that an arm that will diverge is timed too.
 
     Args:
         bench: The study.
@@ -51,8 +52,9 @@ def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
                     blocks.append((now - started) / BLOCK)
                 started = now
 
+    settings = dataclasses.replace(bench.loop(10**6, warmup_steps=1), learning_rate=LearningRate(0.0))
     train_steps(
-        training.learner, training.optimizer, training.batches, bench.loop(10**6, warmup_steps=1), progress, clock,
+        training.learner, training.optimizer, training.batches, settings, progress, clock,
         on_step=on_step, stop=lambda: len(blocks) >= 2 and sum(blocks) * BLOCK >= seconds,
     )  # fmt: skip
     return {

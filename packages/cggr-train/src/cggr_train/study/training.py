@@ -19,7 +19,7 @@ from cggr_train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from cggr_train.errors import DivergedError
+from cggr_train.errors import DivergedError, InputError
 from cggr_train.evaluate import heldout_loss
 from cggr_train.loop import Clock, Progress, train_steps
 from cggr_train.remembered_file import FILE_NAME, fingerprint, save_remembered
@@ -60,10 +60,10 @@ def train_run(
     Returns:
         ``points`` (each with ``step``, ``tokens``, ``kept_tokens`` and ``heldout_loss`` in nats per token), ``engine``,
         ``router`` (:data:`ROUTER_METRICS` of the last step) and ``train_seconds``, the time of all steps beside
-        whatever else ran at the time; None if it was stopped.
+        whatever else ran at the time; None if it was stopped. Of a run whose loss is no longer finite ``points`` up to
+        there, ``diverged`` (the step) and ``reason``.
 
     Raises:
-        DivergedError: If a loss is no longer finite.
         SaveError: If a checkpoint cannot be written.
     """
     folder = bench.folder / "runs" / f"{arm.name}-seed{seed}"
@@ -78,10 +78,14 @@ def train_run(
         run.after_step(loss, total=points[-1], evaluate=run.progress.step in remaining)
 
     run.clock = Clock(bench.device, elapsed=run.progress.seconds)
-    train_steps(
-        run.training.learner, run.training.optimizer, run.training.batches, settings, run.progress, run.clock,
-        on_step=on_step, stop=stop,
-    )  # fmt: skip
+    try:
+        train_steps(
+            run.training.learner, run.training.optimizer, run.training.batches, settings, run.progress, run.clock,
+            on_step=on_step, stop=stop,
+        )  # fmt: skip
+    except DivergedError as error:
+        shutil.rmtree(folder)
+        return {"points": run.curve, "diverged": run.progress.step, "reason": str(error)}
     if run.progress.step < points[-1]:
         run.save()
         return None
@@ -140,8 +144,7 @@ class _Run:
             self._told = now
             value = loss.item()
             if not math.isfinite(value):
-                raise DivergedError(f"{self.arm.name}, seed {self.seed}: the loss is {value} at step {step:,}; "
-                                    "lower --learning-rate")  # fmt: skip
+                raise DivergedError(f"the loss is {value} at step {step:,}; lower --learning-rate")
             self.tell(step=step, steps=total, loss=value)
         if evaluate:
             self.evaluate()
@@ -154,6 +157,10 @@ class _Run:
             loss = heldout_loss(
                 self.training.learner.model, self.heldout, device=self.bench.device, bfloat16=self.bench.bfloat16
             )
+        if not math.isfinite(loss):
+            if self.progress.step == 0:
+                raise InputError(f"the held-out loss is {loss} before the first step: the model's weights are damaged")
+            raise DivergedError(f"the held-out loss is {loss} at step {self.progress.step:,}; lower --learning-rate")
         self.curve.append(
             {"step": self.progress.step, "tokens": self.progress.tokens, "kept_tokens": int(self.kept),
              "heldout_loss": loss}
