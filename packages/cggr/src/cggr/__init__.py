@@ -6,6 +6,7 @@ first used; where the package is missing, the error names the extra that brings 
 
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from cggr_core import (
     CGGRLinearLoss,
@@ -41,7 +42,7 @@ _OPTIONAL: dict[str, tuple[str, str]] = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:  # with object, a type checker takes none of these names for a function or class
     if name not in _OPTIONAL:
         raise AttributeError(f"module 'cggr' has no attribute {name!r}")
     module, extra = _OPTIONAL[name]
