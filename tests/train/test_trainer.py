@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     DataCollatorWithFlattening,
@@ -11,6 +12,7 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 from cggr_train import CGGRConfig, CGGRTrainer
@@ -208,6 +210,18 @@ def test_reference_losses_and_weights_reach_the_step(tmp_path):
                    gradient_accumulation_steps=4)  # fmt: skip
     assert relative_error(four, one) <= 1e-6
     assert relative_error(one, trained(tmp_path, CGGRConfig(scoring="loss"))) > 0.1
+
+
+def test_a_datasets_columns_of_the_step_are_not_removed(tmp_path):
+    rows = [{**row, "token_weight": [float(n % 2)] * 12} for n, row in enumerate(examples(length=12))]
+    columns = {"data": Dataset.from_list(rows), "remove_unused_columns": True, "collator": default_data_collator}
+    one = trained(tmp_path, CGGRConfig(), **columns)
+    more = {"data": rows, "collator": default_data_collator}
+    assert relative_error(one, trained(tmp_path, CGGRConfig(), **more)) == 0.0
+    assert relative_error(one, trained(tmp_path, CGGRConfig(), data=examples(length=12))) > 0.1
+    made = trainer(tmp_path, CGGRConfig(), **more)
+    weighted, plain = (made.evaluate(Dataset.from_list(data)) for data in (rows, examples(length=12)))
+    assert weighted["eval_loss"] == plain["eval_loss"], "the full loss"
 
 
 class TestConfig:

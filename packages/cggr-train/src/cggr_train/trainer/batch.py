@@ -9,6 +9,10 @@ from typing import Any
 _PACKING_HINTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 
+# What a training forward takes besides the model's own arguments.
+STEP_COLUMNS = ("reference_nll", "token_weight")
+
+
 def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a training forward.
 
@@ -30,3 +34,12 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "shift_labels" in inputs:
         raise ValueError("the batch holds shift_labels; give labels as the model takes them, it shifts them itself")
     return {name: value for name, value in inputs.items() if name not in hints}
+
+
+def evaluation_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the model's own forward: the full loss knows no weights and no reference.
+
+    Args:
+        inputs: A batch of the Trainer.
+    """
+    return {name: value for name, value in inputs.items() if name not in STEP_COLUMNS}

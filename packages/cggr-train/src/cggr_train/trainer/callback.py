@@ -34,7 +34,7 @@ class CGGRCallback(TrainerCallback):
     ) -> None:
         """Begin the schedule, or continue it where the checkpoint left it."""
         routed = self._trainer.routed_model()
-        self._trainer.forget_steps()
+        self._trainer._forget_steps()
         checkpoint = self._trainer.resumed_from
         if state.global_step and checkpoint is not None and (checkpoint / f"{STATE_NAME}.json").exists():
             routed.load_routing_state_dict(load_state(checkpoint, STATE_NAME))

@@ -49,7 +49,9 @@ class CGGRConfig:
         default=None, metadata={"help": "How kv and detached are computed; the cheaper one if not given."}
     )
     num_strata: int = field(default=4, metadata={"help": "Score buckets of the stratified selection."})
-    min_tokens_per_sequence: int = field(default=1, metadata={"help": "Least kept tokens of a row, sequence_aware."})
+    min_tokens_per_sequence: int = field(
+        default=1, metadata={"help": "Raises a row's share for sequence_aware, which is topk otherwise."}
+    )
     block_size: int = field(default=1, metadata={"help": "Keep blocks of this many neighbouring tokens."})
     unbiased: bool = field(default=True, metadata={"help": "Weight kept tokens by 1 / inclusion probability."})
     ratio_warmup_steps: int = field(

@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from cggr_core.stopwatch import Stopwatch
-from cggr_train.trainer.batch import routed_batch
+from cggr_train.trainer.batch import STEP_COLUMNS, evaluation_batch, routed_batch
 from cggr_train.trainer.callback import CGGRCallback
 from cggr_train.trainer.config import CGGRConfig
 from cggr_train.trainer.metrics import MetricsWindow
@@ -35,6 +35,9 @@ class CGGRMixin(_Base):
     The loss is divided by the Trainer's ``num_items_in_batch``, the countable tokens of all micro-batches (and of all
     ranks under ``average_tokens_across_devices``, the default), and the random choices of a step are numbered by its
     rows: one step makes the same selections and the same gradient however it is split.
+
+    A dataset's columns ``reference_nll`` and ``token_weight`` reach the training forward, where the data collator hands
+    them on; see :meth:`cggr_core.CGGRModel.forward`.
 
     Each record of the training loss in the Trainer's log also holds, since the record before: ``keep_ratio``,
     ``kept_tokens``, ``countable_tokens``; where tokens are scored the means ``score_kept`` and ``score_dropped``, and
@@ -77,7 +80,7 @@ class CGGRMixin(_Base):
         self._routed: CGGRModel | None = None
         self._routed_for: Any = None
         self._scoring = Stopwatch()
-        self.forget_steps()
+        self._forget_steps()
         super().__init__(*args, **kwargs)
         check_supported(self, self.cggr)
         # The Trainer counts the items of a step only for losses that are divided by them.
@@ -99,7 +102,7 @@ class CGGRMixin(_Base):
             self._routed.scoring_stopwatch = self._scoring
         return self._routed
 
-    def forget_steps(self) -> None:
+    def _forget_steps(self) -> None:
         """Begin counting rows and adding up metrics anew: before a run, and after a batch that did not fit."""
         self._metrics_window = MetricsWindow()
         self._scoring.read()
@@ -141,8 +144,9 @@ class CGGRMixin(_Base):
             ValueError: If outputs are wanted in training, or the batch cannot be routed.
         """
         if not model.training:
+            batch = evaluation_batch(inputs)
             return self._own_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+                model, batch, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         if return_outputs:
             raise ValueError("return_outputs=True in training: the logits of tokens that are not kept are not computed")
@@ -166,6 +170,12 @@ class CGGRMixin(_Base):
         if "loss" in logs:
             logs.update(self._read_metrics())
         super().log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer removes all columns of a dataset that the model's forward does not name.
+        super()._set_signature_columns_if_needed()
+        known = self._signature_columns or []
+        self._signature_columns = [*known, *(name for name in STEP_COLUMNS if name not in known)]
 
     def _own_loss(self, *args: Any, **kwargs: Any) -> Any:
         accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._model_takes_items
