@@ -134,6 +134,13 @@ def test_inspect_writes_its_page(tmp_path, tokenizer):
     assert "What a model makes of a passage" in out.read_text(encoding="utf-8")
 
 
+def test_inspect_refuses_a_place_that_cannot_be_written_before_the_model_is_read(tmp_path):
+    for out, message in ((tmp_path, "is a directory"), (tmp_path / "no" / "a.html", "there is no directory")):
+        result = cggr("inspect", "--model", "nowhere", "--text", "two words", "--out", out)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
 def test_doctor_reports():
     result = cggr("doctor")
     assert result.exit_code == 0

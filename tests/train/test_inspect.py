@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from cggr_train.errors import InputError
+from cggr_train.errors import InputError, SaveError
 from cggr_train.inspection import SCORINGS, STRATEGIES, inspect_text, read_passage
 from cggr_train.presets import build_config, build_model
 from cggr_train.report.inspection_page import write_inspection_page
@@ -68,6 +68,30 @@ def test_a_router_scores_with_the_first_layers(folder, found):
     assert shallow.figures["nll"] != pytest.approx(found.figures["nll"], abs=1e-3)
 
 
+def test_what_is_left_out_is_said(folder, found, tokenizer, tmp_path):
+    whole = len(tokenizer(TEXT)["input_ids"])
+    assert found.left_out == whole - 48
+    write_inspection_page(tmp_path / "a.html", found)
+    assert f"48 tokens (the {whole - 48} behind them were left out)" in (tmp_path / "a.html").read_text("utf-8")
+    short = inspect_text(folder, "def f(a):\n    return a\n")
+    assert short.left_out == 0
+    write_inspection_page(tmp_path / "b.html", short)
+    assert "left out" not in (tmp_path / "b.html").read_text("utf-8")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(found, tmp_path, monkeypatch):
+    path = tmp_path / "a.html"
+    path.write_text("before")
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(SaveError, match=r"the page .*a\.html could not be written: No space left on device"):
+        write_inspection_page(path, found)
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("a.html", "before")]
+
+
 def test_what_cannot_be_inspected(folder, tmp_path):
     with pytest.raises(InputError, match="--text '  ' is empty"):
         read_passage("  ")
@@ -77,6 +101,19 @@ def test_what_cannot_be_inspected(folder, tmp_path):
     (tmp_path / "a.txt").write_text("from a file")
     assert read_passage(str(tmp_path / "a.txt")) == "from a file"
     assert read_passage("x" * 5000) == "x" * 5000
+    for missing in ("nofile.txt", "folder/passage"):
+        with pytest.raises(InputError, match=f"--text {missing} looks like a path, but there is no such file"):
+            read_passage(missing)
+    with pytest.raises(InputError, match="is a directory; give a text file in it"):
+        read_passage(str(tmp_path))
+    (tmp_path / "bom.txt").write_text("marked", encoding="utf-8-sig")
+    assert read_passage(str(tmp_path / "bom.txt")) == "marked"
+    for name, value, message in (
+        ("ratio", 1.5, r"--ratio must be in \(0, 1\], got 1.5"), ("seed", -1, "--seed must be from 0"),
+        ("router_depth", 0, "--router-depth must be at least 1"), ("length", 1, "--length must be at least 2"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            inspect_text(folder, "some words", **{name: value})
     with pytest.raises(InputError, match=r"the passage has 1 token\(s\)"):
         inspect_text(folder, "x")
     with pytest.raises(InputError, match="does not exist"):

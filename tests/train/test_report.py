@@ -8,6 +8,7 @@ from rich.console import Console
 from cggr_train.display import Display, format_bytes, numbers
 from cggr_train.learner import Routing
 from cggr_train.loop import Budget, Progress
+from cggr_train.report import plots
 from cggr_train.report.curves import draw_learning_curve
 from cggr_train.report.study_page import write_study_page
 from cggr_train.report.tables import comparison_tables, study_cells
@@ -145,12 +146,41 @@ def test_an_arm_whose_control_diverged_is_not_recommended():
     assert verdict(many)[0].endswith("use it here."), "another arm's end is no matter"
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the plots draw, as figures instead of bytes."""
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+
+
+def test_no_kept_share_is_cut_off(drawn):
+    found = outcome()
+    steep = [0.0] * 9 + [1.0]
+    found.kept[ASKED] = {**found.kept[ASKED], "score": steep}
+    for axes in plots.draw_kept(found).axes:
+        assert axes.get_ylim()[1] >= max(max(line.get_ydata()) for line in axes.lines)
+
+
+def test_every_curve_of_a_plot_looks_its_own(drawn):
+    found = outcome(selections=("stratified", "topk", "sampled"))
+    arms = plan_arms(
+        Routing(), gradients=["kv"], ratios=[0.25], selections=["stratified"], scorings=["gradnorm", "loss"],
+        batch_size=8, batch_sizes=[1, 2, 3], num_layers=4,
+    )  # fmt: skip
+    for known in (found.arms, arms):
+        some = dataclasses.replace(found, arms=known, curves={arm.name: found.curves[STANDARD] for arm in known})
+        figure = plots.draw_losses(some)
+        lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == len(known)
+        assert figure.axes[0].get_legend() is None, "beside the curves"
+
+
 def test_the_tables_fit_a_narrow_terminal():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in comparison_tables(outcome()):
         console.print(table)
     console.file.close()
     text = console.export_text()
+    assert "stratified" in text, "names are broken between words"
     assert "500 ms" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

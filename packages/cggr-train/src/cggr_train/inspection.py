@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from cggr_train.device import pick_device
 from cggr_train.errors import InputError
+from cggr_train.option_checks import check_number, check_seed
 from cggr_train.presets import load_model
 from cggr_train.tokenizer import check_vocabulary, load_tokenizer
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 FIGURES = ("nll", "entropy", "confidence", "margin", "gradnorm")
 SCORINGS = ("gradnorm", "loss", "entropy", "margin", "combined")
 STRATEGIES = ("stratified", "sampled", "random", "topk", "sequence_aware")
+PATH_LIKE = re.compile(r"\S*(/\S*|\.[A-Za-z0-9]{1,6})")
+"""One word with a slash, or with what could be a suffix."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Inspection:
         weights: By scoring and strategy, the weight in the loss of each token from the second on; 0 if not kept.
         ratio: Keep ratio asked for.
         router_depth: Layers that scored, None for all.
+        left_out: Tokens of the text behind the passage's end.
     """
 
     model: str
@@ -50,24 +56,30 @@ class Inspection:
     weights: dict[str, dict[str, list[float]]]
     ratio: float
     router_depth: int | None
+    left_out: int = 0
 
 
 def read_passage(text: str) -> str:
     """The passage: ``text`` itself, or what is in the file of that name.
 
     Raises:
-        InputError: If it is empty, or the file cannot be read as UTF-8.
+        InputError: If it is empty, the file cannot be read as UTF-8, or it looks like the path of a file that is not
+            there.
     """
     path = Path(text)
     try:
-        is_file = path.is_file()
+        is_file, is_folder = path.is_file(), path.is_dir() and bool(text)
     except (OSError, ValueError):  # too long or too odd for a path
-        is_file = False
+        is_file = is_folder = False
+    if is_folder:
+        raise InputError(f"--text {text} is a directory; give a text file in it")
     if is_file:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the text file {path} cannot be read: {error}") from error
+    elif PATH_LIKE.fullmatch(text):
+        raise InputError(f"--text {text} looks like a path, but there is no such file; a passage has several words")
     if not text.strip():
         raise InputError(
             f"--text {path if is_file else repr(text)} is empty; give a passage or the path of a text file"
@@ -104,13 +116,14 @@ def inspect_text(
     Raises:
         InputError: If something given cannot be used.
     """
+    _check(ratio, router_depth, length, seed)
     place = pick_device(device)
     net = load_model(model).to(place).eval()  # pyright: ignore[reportArgumentType]
     own = load_tokenizer(tokenizer or model)
     embedding: Any = net.get_input_embeddings()
     check_vocabulary(own, embedding.weight.shape[0], name=f"the tokenizer in {tokenizer or model}")
     length = min(length, getattr(net.config, "max_position_embeddings", None) or length)
-    ids, pieces = _encode(own, text, length)
+    ids, pieces, left_out = _encode(own, text, length)
     try:
         logits = _logits(net, ids.to(place), router_depth)
         reference_nll = None
@@ -119,17 +132,31 @@ def inspect_text(
             rows: Any = other.get_input_embeddings()
             check_vocabulary(own, rows.weight.shape[0], name=f"the tokenizer in {tokenizer or model}")
             reference_nll = _statistics(_logits(other, ids.to(place), None), ids).nll
-        return _inspection(model, own, ids, pieces, logits, reference_nll, ratio, router_depth, seed)
+        found = _inspection(model, own, ids, pieces, logits, reference_nll, ratio, router_depth, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
+    return dataclasses.replace(found, left_out=left_out)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple[Tensor, list[str]]:
-    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+def _check(ratio: float, router_depth: int | None, length: int, seed: int) -> None:
+    from cggr_core.checks import check_ratio
+
+    try:
+        check_ratio("--ratio", ratio)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    check_number("--length", length, least=2)
+    if router_depth is not None:
+        check_number("--router-depth", router_depth, least=1)
+    check_seed(seed)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple[Tensor, list[str], int]:
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"][:length], encoded["offset_mapping"][:length]
     if len(ids) < 2:
         raise InputError(f"the passage has {len(ids)} token(s); at least 2 are needed to predict one from the other")
-    return torch.tensor([ids]), _pieces(text, offsets)
+    return torch.tensor([ids]), _pieces(text, offsets), len(encoded["input_ids"]) - len(ids)
 
 
 def _pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:

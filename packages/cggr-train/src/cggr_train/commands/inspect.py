@@ -9,6 +9,7 @@ import typer
 
 from cggr_train.commands import options
 from cggr_train.commands.ends import plain_errors
+from cggr_train.errors import InputError
 
 
 def inspect(
@@ -28,13 +29,19 @@ def inspect(
     """Show what a model makes of a passage: an HTML page coloured by each score, with what each strategy would keep."""
     with plain_errors(interrupted="stopped; nothing was written"):
         from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
 
         from cggr_train.inspection import inspect_text, read_passage
         from cggr_train.report.inspection_page import write_inspection_page
 
+        disable_progress_bar()
+        if out.is_dir() or not out.parent.is_dir():
+            what = "is a directory" if out.is_dir() else f"cannot be written: there is no directory {out.parent}"
+            raise InputError(f"--out {out} {what}; give the path of an HTML file")
         found = inspect_text(
             model, read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
             router_depth=router_depth, length=length, seed=seed, device=device,
         )  # fmt: skip
         write_inspection_page(out, found)
-        Console().print(f"{len(found.tokens):,} tokens · page {out}", highlight=False, soft_wrap=True)
+        cut = f" (the {found.left_out:,} behind them were left out)" if found.left_out else ""
+        Console().print(f"{len(found.tokens):,} tokens{cut} · page {out}", highlight=False, soft_wrap=True)

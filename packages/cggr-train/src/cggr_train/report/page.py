@@ -6,6 +6,8 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from cggr_train.errors import SaveError
+
 
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Fill a template of this folder and write it, whole or not at all.
@@ -14,6 +16,9 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         path: HTML file to write.
         template: Name of the template.
         **values: What it shows.
+
+    Raises:
+        SaveError: If it cannot be written (a full disk, say); a page that was there before is untouched.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -22,9 +27,14 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["picture"] = _picture
+    page = environment.get_template(template).render(**values)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(environment.get_template(template).render(**values), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SaveError(f"the page {path} could not be written: {error.strerror or error}") from error
 
 
 def visible(text: str) -> str:

@@ -26,7 +26,7 @@ SELECTION_COLOURS = {
 }
 """From the Okabe-Ito palette, like those of the standard arms: told apart by colour-blind readers too."""
 ROLE_COLOURS = {"standard": INK, "equal_cost": "#0072b2", "batch": "#8a8a8a"}
-SCORE_LINES = ("-", "--", ":", "-.")
+LINES = ("-", "--", ":", "-.")
 
 
 def draw_losses(outcome: Outcome) -> bytes:
@@ -35,7 +35,7 @@ def draw_losses(outcome: Outcome) -> bytes:
     An arm that diverged is drawn up to there, as far as it fits.
     """
     groups = _groups(outcome)
-    with new_figure(10, 0.6 + 3.2 * len(groups)) as figure:
+    with new_figure(12, 0.6 + 3.4 * len(groups)) as figure:
         grid = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey=True)
         for row, (title, arms) in zip(grid, groups, strict=True):
             _curves(row[0], outcome, arms, lambda point: point["seconds"])
@@ -43,7 +43,9 @@ def draw_losses(outcome: Outcome) -> bytes:
             row[0].set_title(f"{title}: over training time")
             row[1].set_title("the same runs over tokens seen")
             row[0].set_ylabel("held-out loss, nats")
-            row[0].legend(fontsize=8)
+            row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the curves
+            for axes in row:
+                axes.tick_params(labelbottom=True)
             row[0].axvline(outcome.amounts["time"], color=FAINT, linewidth=1, linestyle=":")
             row[1].axvline(outcome.amounts["tokens"] / 1000, color=FAINT, linewidth=1, linestyle=":")
         grid[-1][0].set_xlabel("seconds: steps times the step's time, measured alone")
@@ -106,10 +108,11 @@ def draw_kept(outcome: Outcome) -> bytes:
                 for label, arm in arms.items():
                     shares = [100 * share for share in outcome.kept[arm.name][name]]
                     axes.plot(range(1, len(shares) + 1), shares, label=label, **_line(arm, outcome))
-                axes.set_ylim(0, None)
                 axes.set_xlabel(ends)
                 axes.set_xticks([])
                 axes.set_title(title if name != "position" else f"Ratio {ratio:g}: {title}", fontsize=10)
+            highest = max(max(shares) for arm in arms.values() for shares in outcome.kept[arm.name].values())
+            row[0].set_ylim(0, 100 * max(1.05 * highest, 0.01))
             row[0].set_ylabel("kept, %")
             row[0].legend(fontsize=8)
         return _png(figure)
@@ -149,9 +152,14 @@ def _colour(arm: Arm) -> str:
 
 
 def _line(arm: Arm, outcome: Outcome) -> dict[str, Any]:
-    scores = list(dict.fromkeys(_score(other) for other in outcome.arms if other.role == "asked"))
-    style = SCORE_LINES[scores.index(_score(arm)) % len(SCORE_LINES)] if arm.role == "asked" else "-"
-    return {"color": _colour(arm), "linestyle": style, "linewidth": 1.7}
+    """Colour by selection or role; arms of one colour differ by their line: by score, or by batch."""
+    if arm.method == "standard":
+        kinds = [other.batch_size for other in outcome.arms if other.role == arm.role]
+        place = kinds.index(arm.batch_size)
+    else:
+        scores = list(dict.fromkeys(_score(other) for other in outcome.arms if other.role == "asked"))
+        place = scores.index(_score(arm)) if arm.role == "asked" else 0
+    return {"color": _colour(arm), "linestyle": LINES[place % len(LINES)], "linewidth": 1.7}
 
 
 def _score(arm: Arm) -> tuple[str, str]:

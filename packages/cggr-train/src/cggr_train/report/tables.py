@@ -51,8 +51,10 @@ def comparison_tables(outcome: Outcome) -> list[Table]:
             title=cells.title, caption=cells.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
             pad_edge=False, collapse_padding=True,
         )  # fmt: skip
+        longest = max(len(word) for name, _ in cells.rows for word in outcome.arm(name).label.split())
         for number, heading in enumerate(cells.headings):
-            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+            least = None if number else longest  # so that names are broken between words
+            table.add_column(heading, justify="right" if number else "left", overflow="fold", min_width=least)
         for name, row in cells.rows:
             table.add_row(
                 outcome.arm(name).label,
@@ -133,8 +135,8 @@ def _gradients(outcome: Outcome) -> Cells:
             if found is not None:
                 cells += [
                     f"{statistics.fmean(found['cosine']):.3f}",
-                    f"{statistics.fmean(found['variance']):.3g}",
-                    f"{statistics.fmean(found['bias']):.3g}",
+                    f"{statistics.fmean(found['variance']):.3f}",
+                    f"{statistics.fmean(found['bias']):.3f}",
                 ]
         if cells:
             rows.append((arm.name, cells))
