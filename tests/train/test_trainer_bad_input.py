@@ -4,6 +4,7 @@ import pytest
 from peft import PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Seq2SeqTrainer, Trainer
 
+from cggr_core import RememberedScores
 from cggr_train import CGGRConfig, CGGRMixin, CGGRTrainer
 from tests.train.trainer_kit import examples, pad, tiny_model, trainer
 
@@ -87,6 +88,12 @@ class TestClasses:
     def test_settings_are_a_config(self, tmp_path):
         with pytest.raises(TypeError, match="cggr must be a CGGRConfig, got dict"):
             trainer(tmp_path, {"gradient": "kv"})
+
+
+def test_remembered_scores_are_refused(tmp_path):
+    memory = RememberedScores.empty(examples=8, length=18)
+    with pytest.raises(ValueError, match=r"router is RememberedScores.*use cggr train --router remembered"):
+        CGGRTrainer(tiny_model(), trainer(tmp_path).args, router=memory)
 
 
 def test_batches_without_labels_are_refused(tmp_path):

@@ -49,7 +49,7 @@ class CGGRMixin(_Base):
         *args: Of the Trainer.
         cggr: The settings; the defaults if not given.
         router: A router of the caller's own in place of the one that the settings name; see
-            :class:`cggr_core.CGGRModel`.
+            :class:`cggr_core.CGGRModel`. Not :class:`cggr_core.RememberedScores`.
         **kwargs: Of the Trainer.
 
     Raises:
@@ -82,7 +82,7 @@ class CGGRMixin(_Base):
         self._scoring = Stopwatch()
         self._forget_steps()
         super().__init__(*args, **kwargs)
-        check_supported(self, self.cggr)
+        check_supported(self, self.cggr, router)
         # The Trainer counts the items of a step only for losses that are divided by them.
         self._model_takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cggr_core import RememberedScores
+
 if TYPE_CHECKING:
     from cggr_train.trainer.config import CGGRConfig
 
@@ -39,17 +41,23 @@ def check_class(kind: type, mixin: type) -> None:
             )
 
 
-def check_supported(trainer: Any, config: CGGRConfig) -> None:
+def check_supported(trainer: Any, config: CGGRConfig, router: Any) -> None:
     """Raise where the Trainer would train on something else than it was asked to.
 
     Args:
         trainer: A Hugging Face Trainer that has been set up.
         config: The settings of CGGR.
+        router: A router of the caller's own, or None.
 
     Raises:
         ValueError: Naming the argument, and what to use instead.
     """
     arguments, accelerator = trainer.args, trainer.accelerator
+    if isinstance(router, RememberedScores):
+        raise ValueError(
+            "router is RememberedScores, which has to know on the host which examples a batch holds, and whose scores "
+            "are in no checkpoint of the Trainer; use cggr train --router remembered, or a loop of your own"
+        )
     if arguments.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={arguments.label_smoothing_factor}: the loss of the kept tokens is the plain "
