@@ -89,6 +89,25 @@ cli.main()
 """
 
 
+@pytest.mark.skipif(os.name != "posix", reason="terminals hang up on POSIX only")
+def test_a_terminal_that_is_closed_saves_the_run(tmp_path, data):
+    import pty
+
+    out = tmp_path / "run"
+    command = cggr("train", data, *SMALL, "--method", "standard", "--steps", 100_000, "--eval-every", 3, "--out", out)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(command[0], command, ENVIRONMENT)
+    shown = b""
+    while b"held-out loss" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step-")) >= 3
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals end a process so on POSIX only")
 def test_a_second_ctrl_c_ends_it_at_once_and_loses_no_checkpoint(tmp_path, data):
     out = tmp_path / "run"
@@ -142,6 +161,7 @@ def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "settings.json", "study.json", "arms.json", "tokenizer", "tokens", "results.jsonl", "runs", "report.html",
+        ".lock",
     }  # fmt: skip
     assert [path.name for path in (out / "runs").iterdir()] == ["standard-seed0"]
 

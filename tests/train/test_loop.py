@@ -140,6 +140,28 @@ def test_the_first_signal_asks_and_the_second_is_the_systems_own(capfd):
     assert "press Ctrl-C again to stop at once" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_asks_once_and_is_told_nothing(capfd):
+    told = []
+    with StopRequest(on_hangup=lambda: told.append("gone")) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.exit_code == 129
+    assert told == ["gone"]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_is_no_request():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_memory_is_that_of_this_process():
     before = memory_in_use(CPU)
     block = torch.ones(40_000_000)

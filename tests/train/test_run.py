@@ -11,7 +11,7 @@ from cggr_train.checkpoint import latest_checkpoint, list_checkpoints, load_trai
 from cggr_train.errors import DivergedError, InputError, SaveError
 from cggr_train.folder_lock import FolderLock
 from cggr_train.learner import Routing, StandardLearner
-from cggr_train.log import read_log
+from cggr_train.log import JsonlLog, read_log
 from cggr_train.presets import load_model
 from cggr_train.run import resume_run, start_run
 from cggr_train.settings import TrainSettings
@@ -197,6 +197,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, dat
     last = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert last.name == "step-00000004"
     assert all(torch.isfinite(parameter).all() for parameter in load_model(str(last)).parameters())
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_the_last_good_checkpoint(
+    tmp_path, data_files, console, monkeypatch
+):
+    original = JsonlLog.write
+
+    def write(self, **record):
+        if record["step"] > 4:
+            monkeypatch.setattr("pathlib.Path.open", full)
+        original(self, **record)
+
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JsonlLog, "write", write)
+    with pytest.raises(SaveError, match=r"log\.jsonl could not be written: No space .*; the last good .*-00000004"):
+        start_run(settings(data_files), tmp_path / "run", console)
+    monkeypatch.undo()
+    assert resume_run(tmp_path / "run", console).progress.step == 6
+
+
+def test_tokens_that_cannot_be_written(tmp_path, data_files, console, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cggr_train.data.token_store._write", full)
+    with pytest.raises(SaveError, match=r"the text's tokens could not be written to .*run: No space left on device"):
+        start_run(settings(data_files), tmp_path / "run", console)
 
 
 @pytest.mark.parametrize("method", ["standard", "cggr"])

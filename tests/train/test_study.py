@@ -9,8 +9,10 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from cggr_train.errors import DivergedError, InputError
+from cggr_train.errors import DivergedError, InputError, SaveError
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study, start_study
 from cggr_train.study import run as run_module
@@ -205,6 +207,18 @@ def test_a_standard_run_that_diverges_ends_the_study(study, console, monkeypatch
         ):
             resume_study(study, console)
     assert sum(record["event"] == "run" and "diverged" in record for record in records(study)) == 1
+
+
+def test_a_model_that_cannot_be_saved_leaves_its_run_to_be_done_again(study, monkeypatch):
+    bench = Bench(study, CPU)
+
+    def full(self, *arguments, **options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    options = {"points": [2], "warmup_steps": 1, "eval_sequences": 8, "save_model": True}
+    with pytest.raises(SaveError, match=r"the model .*model could not be saved: No space left on device"):
+        train_run(bench, bench.arms["standard"], 7, **options, tell=lambda **values: None)
 
 
 def test_a_learning_rate_that_diverges_at_once_does_not_spoil_the_timing(study):

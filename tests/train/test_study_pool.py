@@ -1,7 +1,9 @@
 """Handing out work to processes: with small ones that speak the workers' protocol and do as their requests say."""
 
 import os
+import subprocess
 import sys
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -34,6 +36,31 @@ for line in sys.stdin:
     else:
         say(event="error", kind=request["do"], message="not possible")
 """
+
+
+PARENT = """
+import os, subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())])
+print(process.pid, flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), 9)
+"""
+CHILD = """
+import sys
+from cggr_train.study import worker
+worker.leave_with(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process learns of its parent's end on POSIX only")
+def test_a_worker_ends_with_the_study_that_started_it():
+    """Its standard output, which it has from its parent, is closed when both have ended."""
+    with subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdin=PIPE, stdout=PIPE, text=True) as parent:
+        assert int(parent.stdout.readline()) > 0
+        parent.stdin.write("die\n")
+        parent.stdin.flush()
+        assert parent.stdout.read() == "", "ends"
+    assert parent.returncode == -9
 
 
 @pytest.fixture

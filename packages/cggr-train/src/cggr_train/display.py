@@ -42,6 +42,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def silence(console: Console) -> None:
+    """Show nothing any more: the terminal is gone, and writing to it would end the run before it is saved."""
+    console.quiet = True
+
+
 class Display:
     """Shows one run.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""Of a terminal that was closed; Windows has none."""
+SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that the training loop reads between two steps.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop reads between two steps.
 
     ``torchrun`` passes a Ctrl-C on as SIGTERM to processes that have had it from the terminal already. Where a launcher
     started this one (``launched``), a SIGTERM is therefore never taken for a second request.
@@ -23,14 +27,19 @@ class StopRequest:
     even inside a long tensor operation. Checkpoints are renamed into place when complete, so nothing that was
     saved is lost. Outside the main thread, where Python allows no handlers, signals are left as they are.
 
+    A closed terminal sends SIGHUP more than once, so a second one is not taken for impatience, and under ``nohup`` the
+    first is not either. ``on_hangup`` is called with it: what is shown has nowhere to go any more.
+
     Example:
         >>> with StopRequest() as stop:
         ...     stop.requested
         False
     """
 
-    def __init__(self, *, launched: bool = False, quiet: bool = False) -> None:
-        self._launched, self._quiet = launched, quiet
+    def __init__(
+        self, *, launched: bool = False, quiet: bool = False, on_hangup: Callable[[], None] = lambda: None
+    ) -> None:
+        self._launched, self._quiet, self._on_hangup = launched, quiet, on_hangup
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -41,13 +50,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process stopped by this signal: 130 for SIGINT, 143 for SIGTERM."""
+        """What a shell expects of a process stopped by this signal: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
         return 128 + (self.received or 0)
 
     def __enter__(self) -> StopRequest:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -61,12 +72,15 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        for known in SIGNALS:
-            repeated = signal.SIG_IGN if self._launched and known == signal.SIGTERM else signal.SIG_DFL
-            signal.signal(known, repeated)
-        if self._quiet:
+        for known in self._previous:
+            ignored = known == HANGUP or (self._launched and known == signal.SIGTERM)
+            signal.signal(known, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        if number == HANGUP:
+            self._on_hangup()
+        if self._quiet or number == HANGUP:
             return
         # os.write, since a handler may run in the middle of a print; the cursor, since a second signal gives the
         # progress display no chance to bring it back
         cursor = SHOW_CURSOR if sys.stderr.isatty() else b""
-        os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n" + cursor)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n" + cursor)

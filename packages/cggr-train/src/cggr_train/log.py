@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cggr_train.errors import SaveError
+
+
+class LogError(SaveError):
+    """A record could not be written; those before it are untouched."""
 
 
 class JsonlLog:
@@ -25,15 +33,27 @@ class JsonlLog:
         if keep_until_step is not None and path.exists():
             records = [record for record in read_log(path) if record.get("step", 0) <= keep_until_step]
             temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(_line(record) for record in records), encoding="utf-8")
-            temporary.replace(path)
+            with self._saving():
+                temporary.write_text("".join(_line(record) for record in records), encoding="utf-8")
+                temporary.replace(path)
         elif path.exists() and not (written := path.read_bytes()).endswith(b"\n"):
             os.truncate(path, written.rfind(b"\n") + 1)
 
     def write(self, **record: Any) -> None:
-        """Append one record; numbers that are not finite become null."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Append one record; numbers that are not finite become null.
+
+        Raises:
+            LogError: If it cannot be written (a full disk, say).
+        """
+        with self._saving(), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LogError(f"the log {self.path} could not be written: {error.strerror or error}") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

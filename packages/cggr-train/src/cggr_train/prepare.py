@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cggr_train.data import Documents, TokenStore, build_token_store
-from cggr_train.errors import InputError
+from cggr_train.errors import InputError, SaveError
 from cggr_train.learner import METHODS
 from cggr_train.presets import build_config, build_model, check_model_folder, load_model
 from cggr_train.settings import TrainSettings
@@ -51,12 +51,15 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
-    tokenizer.save_pretrained(folder / "tokenizer")
     console.print("tokenizing …", highlight=False)
-    tokens = build_token_store(
-        documents, tokenizer, folder / "tokens",
-        length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
-    )  # fmt: skip
+    try:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        tokens = build_token_store(
+            documents, tokenizer, folder / "tokens",
+            length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
+        )  # fmt: skip
+    except OSError as error:  # what cannot be read is another error already
+        raise SaveError(f"the text's tokens could not be written to {folder}: {error.strerror or error}") from error
     skipped = f", [yellow]{tokens.skipped:,} bad lines left out[/]" if tokens.skipped else ""
     console.print(
         f"{tokens.documents:,} documents, {len(tokens.train):,} tokens to train on, "

@@ -34,13 +34,13 @@ from cggr_train.checkpoint import (
 from cggr_train.data import Batches, TokenStore
 from cggr_train.data.batches import in_order
 from cggr_train.device import uses_bfloat16
-from cggr_train.display import Display, numbers
+from cggr_train.display import Display, numbers, silence
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.evaluate import heldout_loss
 from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
 from cggr_train.learner import build_learner
-from cggr_train.log import JsonlLog, read_log
+from cggr_train.log import JsonlLog, LogError, read_log
 from cggr_train.loop import Budget, Clock, LearningRate, LoopSettings, Progress, build_optimizer, train_steps
 from cggr_train.memory import memory_in_use, peak_memory
 from cggr_train.prepare import prepare, prepared
@@ -64,7 +64,7 @@ class RunResult(NamedTuple):
     progress: Progress
     heldout_loss: float | None
     exit_code: int
-    """0 at the end of the budget; 130 or 143 after a clean stop by a signal."""
+    """0 at the end of the budget; 129, 130 or 143 after a clean stop by a signal."""
 
 
 def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunResult:
@@ -77,7 +77,7 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
 
     Raises:
         InputError: If anything given cannot be used; nothing is trained then.
-        SaveError: If a checkpoint cannot be written.
+        SaveError: If a checkpoint or the log cannot be written.
         DivergedError: If the loss is no longer finite.
     """
     if latest_checkpoint(folder / "checkpoints") is not None:
@@ -114,7 +114,7 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
 
     Raises:
         InputError: If the folder holds no run to continue.
-        SaveError: If a checkpoint cannot be written.
+        SaveError: If a checkpoint or the log cannot be written.
         DivergedError: If the loss is no longer finite.
     """
     settings = TrainSettings.load(folder / "settings.json")
@@ -207,7 +207,8 @@ class _Run:
         alone, main = self.ranks.size == 1, self.ranks.main
         self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step) if main else None
         shown = Display(self.console, settings.method, self.loop.budget)
-        with StopRequest(launched=not alone, quiet=not main) as stop, shown as display:
+        stopping = StopRequest(launched=not alone, quiet=not main, on_hangup=lambda: silence(self.console))
+        with stopping as stop, shown as display:
             self.display = display
             self.clock = Clock(self.device, elapsed=self.progress.seconds)
             try:
@@ -220,8 +221,8 @@ class _Run:
                 if not stopped:
                     self._evaluate()
                 checkpoint = self._save()
-            except DivergedError as error:
-                raise DivergedError(f"{error}; {what_is_left(self.folder / 'checkpoints')}") from error
+            except (DivergedError, LogError) as error:
+                raise type(error)(f"{error}; {what_is_left(self.folder / 'checkpoints')}") from error
             if self.ranks.main:
                 self._draw()
         return RunResult(checkpoint, self.progress, self.heldout_loss, int(code))

@@ -178,7 +178,7 @@ class Worker:
         self.device = device
         self.errors = folder / f"worker-{number}.errors.txt"
         self._command = [
-            sys.executable, "-m", "cggr_train.study.worker", str(folder), str(device), str(threads),
+            sys.executable, "-m", "cggr_train.study.worker", str(folder), str(device), str(threads), str(os.getpid()),
         ]  # fmt: skip
         self._threads = threads
         self._process: subprocess.Popen[str] | None = None

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 
 from cggr_train.checkpoint import latest_checkpoint
+from cggr_train.display import silence
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
@@ -50,7 +51,7 @@ class StudyResult(NamedTuple):
     outcome: Outcome | None
     """None if it was stopped before its end."""
     exit_code: int
-    """0 at the end; 130 or 143 after a clean stop by a signal."""
+    """0 at the end; 129, 130 or 143 after a clean stop by a signal."""
 
 
 def start_study(settings: StudySettings, folder: Path, console: Console) -> StudyResult:
@@ -139,7 +140,7 @@ class _Study:
             ]  # fmt: skip
 
     def run(self, where: list[tuple[torch.device, int]]) -> StudyResult:
-        with StopRequest() as stop, Pool(self.folder, where) as pool:
+        with StopRequest(on_hangup=lambda: silence(self.console)) as stop, Pool(self.folder, where) as pool:
             with LiveTable(self.console, self.arms, self.settings.seeds) as table:
                 self.table, self.pool, self.stop = table, pool, stop
                 for record in self.records:

@@ -19,7 +19,7 @@ from cggr_train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from cggr_train.errors import DivergedError, InputError
+from cggr_train.errors import DivergedError, InputError, SaveError
 from cggr_train.evaluate import heldout_loss
 from cggr_train.loop import Clock, Progress, train_steps
 from cggr_train.remembered_file import FILE_NAME, fingerprint, save_remembered
@@ -90,9 +90,7 @@ def train_run(
         run.save()
         return None
     if save_model:
-        with run.average.in_place():
-            run.training.learner.model.save_pretrained(folder / "model")
-            bench.tokenizer.save_pretrained(folder / "model")
+        run.save_model(folder / "model")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not save_model:
         folder.rmdir()
@@ -165,6 +163,16 @@ class _Run:
             {"step": self.progress.step, "tokens": self.progress.tokens, "kept_tokens": int(self.kept),
              "heldout_loss": loss}
         )  # fmt: skip
+
+    def save_model(self, folder: Path) -> None:
+        from safetensors import SafetensorError
+
+        try:
+            with self.average.in_place():
+                self.training.learner.model.save_pretrained(folder)
+                self.bench.tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise SaveError(f"the model {folder} could not be saved: {error}; its run is not on record yet") from error
 
     def save(self) -> None:
         learner = {

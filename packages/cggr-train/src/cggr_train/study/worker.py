@@ -1,8 +1,9 @@
 """A process that does a study's measurements one after the other, as it is told on its standard input.
 
-``python -m cggr_train.study.worker FOLDER DEVICE THREADS`` reads one JSON object per line, each with ``do`` and the
-arguments of that measurement, and prints JSON objects: any number of ``{"event": "progress", …}``, then
-``{"event": "result", …}``, ``{"event": "stopped"}`` or ``{"event": "error", …}``. It ends with its standard input.
+``python -m cggr_train.study.worker FOLDER DEVICE THREADS PARENT`` reads one JSON object per line, each with ``do`` and
+the arguments of that measurement, and prints JSON objects: any number of ``{"event": "progress", …}``, then
+``{"event": "result", …}``, ``{"event": "stopped"}`` or ``{"event": "error", …}``. It ends with its standard input, and
+at once when the process PARENT, which started it, is gone: nobody else may write into the folder of a resumed study.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +28,8 @@ from cggr_train.study.timing import time_steps
 from cggr_train.study.training import train_run
 
 Tell = Callable[..., None]
+
+PARENT_SECONDS = 0.25
 
 
 def serve(bench: Bench, requests: TextIO, tell: Tell, stop: Callable[[], bool]) -> None:
@@ -65,10 +70,18 @@ def answer(bench: Bench, request: dict[str, Any], tell: Tell, stop: Callable[[],
             raise ValueError(f"the request {unknown!r} is not one of time, train, gradients and kept")
 
 
-def main(folder: str, device: str, threads: str) -> None:
+def leave_with(parent: int) -> None:
+    """End this process when it is another's child."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
+def main(folder: str, device: str, threads: str, parent: str) -> None:
     """Serve the study in ``folder`` until the standard input ends."""
     from transformers.utils.logging import disable_progress_bar
 
+    threading.Thread(target=leave_with, args=(int(parent),), daemon=True).start()
     disable_progress_bar()
     # whatever a library prints goes to the errors: the standard output is the answers' alone
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
