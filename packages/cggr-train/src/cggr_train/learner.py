@@ -100,9 +100,16 @@ class Learner(Protocol):
 
 
 class StandardLearner:
-    """Ordinary Hugging Face training: every token in the loss and in the gradient."""
+    """Ordinary Hugging Face training: every token in the loss and in the gradient.
+
+    Its norms run through torch's fused op, as those of the routed passes do, so that what selection gains is not
+    mixed with what that op gains.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from cggr_core.routing.norms import fused_norms
+
+        self._norms = fused_norms(model.modules())
         self.model = model
         self.wrapped: nn.Module = model
         self.memory: RememberedScores | None = None
@@ -118,9 +125,12 @@ class StandardLearner:
         example_ids: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Learner`."""
+        from cggr_core.routing import replaced_forwards
+
         self._countable = input_ids.shape[0] * (input_ids.shape[1] - 1)
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        return self.wrapped(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
+        with replaced_forwards(self._norms):
+            return self.wrapped(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
 
     def step(self) -> None:
         """Nothing to do."""
