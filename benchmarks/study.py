@@ -105,37 +105,45 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
 
 
 def rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
-    """Every arm's figures in the form of the results; the loss at equal time leads."""
+    """Every arm's figures in the form of the results; the loss at equal time leads, where there is one."""
     found: dict[str, dict[str, Any]] = {}
     for arm in outcome.arms:
         name = arm.name
-        last = [points[-1] for points in outcome.curves[name]]
         middle, low, high = outcome.step_seconds[name]
-        losses = [
-            next(p["heldout_loss"] for p in points if p["step"] == _step(outcome, name, points))
-            for points in outcome.curves[name]
-        ]
         found[name] = {
-            **_record.summary(losses),
+            **_equal_time(outcome, name),
             "unit": "nat",
             "label": arm.label,
             "role": arm.role,
             "batch": arm.batch_size,
-            "loss": {reading: _interval(by[name].loss) for reading, by in outcome.comparisons.items()},
+            "loss": {reading: _interval(by[name].loss) for reading, by in outcome.comparisons.items() if name in by},
             "less_control": {
                 reading: {control: _interval(value) for control, value in by[name].against.items()}
                 for reading, by in outcome.comparisons.items()
+                if name in by
             },
             "step": {"median": middle, "spread": [low, high], "unit": "s"},
             "steps_per_second": 1 / middle,
-            "steps_at_equal_time": _step(outcome, name, outcome.curves[name][0]),
-            "last": [{key: point[key] for key in ("step", "tokens", "kept_tokens", "heldout_loss")} for point in last],
+            "last": [
+                {key: points[-1][key] for key in ("step", "tokens", "kept_tokens", "heldout_loss")}
+                for points in outcome.curves[name]
+            ],
             "memory": {**outcome.memory[name], "unit": "B"},
             "engine": outcome.engines[name],
             "gradients": {at: by[name] for at, by in outcome.gradients.items() if name in by},
             "kept": outcome.kept.get(name, {}),
         }
     return found
+
+
+def _equal_time(outcome: Outcome, name: str) -> dict[str, Any]:
+    """Loss over seeds in the same time; of an arm that diverged, where it did."""
+    if name in outcome.diverged:
+        return {"diverged": outcome.diverged[name]}
+    curves = outcome.curves[name]
+    step = _step(outcome, name, curves[0])
+    losses = [next(point["heldout_loss"] for point in points if point["step"] == step) for points in curves]
+    return {**_record.summary(losses), "steps_at_equal_time": step}
 
 
 def add_routers(folder: Path, routers: list[str]) -> None:
@@ -253,6 +261,7 @@ def main() -> None:
     asked = StudySettings.load(folder)
     train = {name: value for name, value in dataclasses.asdict(asked.train).items() if name not in ("data", "heldout")}
     train["model"] = f"the standard run of {Path(train['model']).parts[-4]}, seed 0" if train["model"] else None
+    train["tokenizer"] = "a folder's" if train["tokenizer"] else None
     noted = {
         **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
         "seed": asked.train.seed,

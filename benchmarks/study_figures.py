@@ -23,7 +23,8 @@ def draw(result: dict[str, Any]) -> None:
     for axes, (reading, title) in zip(panels, readings.items(), strict=True):
         _panel(axes, rows, reading)
         axes.set_title(title, fontsize=10, loc="left")
-    panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows.values()], fontsize=8)
+    labels = [row["label"] + (" (diverged)" if "diverged" in row else "") for row in rows.values()]
+    panels[0].set_yticks(range(len(rows)), labels, fontsize=8)
     panels[0].invert_yaxis()
     settings = result["settings"]
     amounts = settings["amounts"]
@@ -38,6 +39,8 @@ def draw(result: dict[str, Any]) -> None:
 
 def _panel(axes: Axes, rows: dict[str, Any], reading: str) -> None:
     for place, row in enumerate(rows.values()):
+        if reading not in row["loss"]:
+            continue
         found = row["loss"][reading]
         low, high = (found[end] if found[end] is not None else found["mean"] for end in ("low", "high"))
         error = [[found["mean"] - low], [high - found["mean"]]]
