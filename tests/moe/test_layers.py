@@ -54,13 +54,16 @@ def test_dtypes_and_shapes(dtype):
 
 
 def test_masked_tokens_get_zeros_and_change_nothing():
-    layer = make()
+    layer = make(z_loss=0.5)
     x = torch.randn(3, 4, 16, requires_grad=True)
     mask = torch.rand(3, 4) > 0.5
     out, aux_loss = layer(x, mask)
     assert (out[~mask] == 0).all()
     assert layer.metrics["tokens_per_expert"].sum() == 2 * mask.sum()
+    found = dict(layer.metrics)
     alone, aux_alone = layer(x[mask])
+    for name, value in found.items():
+        torch.testing.assert_close(value, layer.metrics[name])
     torch.testing.assert_close(out[mask], alone)
     torch.testing.assert_close(aux_loss, aux_alone)
     (gradient,) = torch.autograd.grad(out.sum() + aux_loss, x)
@@ -69,6 +72,12 @@ def test_masked_tokens_get_zeros_and_change_nothing():
     assert (nothing == 0).all()
     assert zero == 0
     assert zero.requires_grad
+
+
+def test_weights_start_as_those_of_linear_layers():
+    layer = make(hidden_dim=16, intermediate_dim=64, num_experts=16)
+    for weight, fan_in in ((layer.gate.weight, 16), (layer.gate_up_proj, 16), (layer.down_proj, 64)):
+        assert 0.95 * fan_in**-0.5 < weight.abs().max() <= fan_in**-0.5
 
 
 def test_takes_the_mask_of_a_scorer():
