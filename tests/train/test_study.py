@@ -237,6 +237,31 @@ def test_bad_settings_leave_nothing_to_resume(tmp_path, data_files, console):
         resume_study(tmp_path / "a", console)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("arms.json", "{", r"holds no study that can be resumed \(arms\.json"),
+        ("results.jsonl", None, r"holds no study that can be resumed \(.*No such file"),
+        ("results.jsonl", "", r"results\.jsonl is not as the study wrote it"),
+        ("results.jsonl", '{"event": "study"}\n[1, 2]\n', r"results\.jsonl is not as the study wrote it"),
+    ],
+)
+def test_a_folder_that_was_changed_by_hand(study, console, name, content, message):
+    (study / name).unlink()
+    if content is not None:
+        (study / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        resume_study(study, console)
+
+
+def test_fewer_seeds_than_are_on_record(study, console):
+    path = study / "study.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seeds": 1}))
+    outcome = resume_study(study, console).outcome
+    assert outcome.seeds == 1
+    assert {len(runs) for runs in outcome.curves.values()} == {1}
+
+
 def test_steps_are_recorded_on_a_gpu_alone(tmp_path, data_files, console):
     given = settings(data_files)
     given = dataclasses.replace(given, train=dataclasses.replace(given.train, cuda_graph=True))

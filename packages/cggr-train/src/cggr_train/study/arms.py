@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cggr_train.errors import InputError
 from cggr_train.learner import Routing
 
 SCORELESS = "random"
+ARMS = "arms.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,23 @@ class Arm:
     def from_dict(cls, values: dict[str, Any]) -> Arm:
         """The arm that ``dataclasses.asdict`` took apart."""
         return cls(**{**values, "routing": Routing(**values["routing"])})
+
+
+def save_arms(folder: Path, arms: Sequence[Arm]) -> None:
+    """Write the arms into a study's folder."""
+    (folder / ARMS).write_text(json.dumps([dataclasses.asdict(arm) for arm in arms], indent=1) + "\n")
+
+
+def load_arms(folder: Path) -> list[Arm]:
+    """Read what :func:`save_arms` wrote.
+
+    Raises:
+        InputError: If the file is missing, damaged or not of this version.
+    """
+    try:
+        return [Arm.from_dict(values) for values in json.loads((folder / ARMS).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no study that can be resumed ({ARMS}: {error})") from error
 
 
 def relative_cost(routing: Routing, *, num_layers: int) -> float:

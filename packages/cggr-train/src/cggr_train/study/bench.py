@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +16,7 @@ from cggr_train.learner import Learner, build_learner
 from cggr_train.loop import Budget, LearningRate, LoopSettings, build_optimizer
 from cggr_train.presets import build_config, build_model, load_model
 from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered
-from cggr_train.study.arms import Arm
+from cggr_train.study.arms import Arm, load_arms
 from cggr_train.study.settings import StudySettings
 from cggr_train.tokenizer import load_tokenizer
 
@@ -50,8 +49,7 @@ class Bench:
         self.folder, self.device = folder, device
         self.settings = StudySettings.load(folder)
         self.tokens = TokenStore.open(folder / "tokens")
-        arms = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
-        self.arms = {values["name"]: Arm.from_dict(values) for values in arms}
+        self.arms = {arm.name: arm for arm in load_arms(folder)}
         self.bfloat16 = uses_bfloat16(self.settings.train.precision, device)
 
     @cached_property

@@ -14,9 +14,7 @@ runs in flight go on from their checkpoints.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +32,7 @@ from cggr_train.log import JsonlLog, read_log
 from cggr_train.prepare import prepare
 from cggr_train.recorded import check_recordable
 from cggr_train.study.analysis import PLACES, Outcome, analyse, step_times
-from cggr_train.study.arms import Arm, plan_arms
+from cggr_train.study.arms import load_arms, plan_arms, save_arms
 from cggr_train.study.live import LiveTable
 from cggr_train.study.plan import Plan, make_plan
 from cggr_train.study.pool import Pool, Request, places
@@ -100,7 +98,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
         build_learner(model, arm.method, arm.routing, seed=0, memory=memory)
         if settings.train.cuda_graph:
             check_recordable(device, arm.method, arm.routing)
-    (folder / "arms.json").write_text(json.dumps([dataclasses.asdict(arm) for arm in arms], indent=1) + "\n")
+    save_arms(folder, arms)
     JsonlLog(folder / RESULTS).write(event="study", **_environment(where))
     settings.save(folder)
 
@@ -125,10 +123,9 @@ def resume_study(folder: Path, console: Console) -> StudyResult:
 class _Study:
     def __init__(self, settings: StudySettings, folder: Path, console: Console) -> None:
         self.settings, self.folder, self.console = settings, folder, console
-        arms = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
-        self.arms = [Arm.from_dict(values) for values in arms]
+        self.arms = load_arms(folder)
         self.log = JsonlLog(folder / RESULTS)
-        self.records = read_log(folder / RESULTS)
+        self.records = _read_records(folder)
         first = settings.train.seed
         self.seeds = range(first, first + settings.seeds)
         self.weights = folder / "runs" / f"{self.arms[0].name}-seed{first}" / "model"
@@ -240,7 +237,8 @@ class _Study:
         from cggr_train.report.tables import comparison_tables
         from cggr_train.report.verdict import verdict
 
-        outcome = analyse(self.arms, plan, self.records, seeds=self.settings.seeds)
+        records = [record for record in self.records if record.get("seed", self.seeds[0]) in self.seeds]
+        outcome = analyse(self.arms, plan, records, seeds=self.settings.seeds)
         lines = verdict(outcome)
         page = self.folder / REPORT
         write_study_page(page, outcome=outcome, verdict=lines, settings=self.settings, study=self.records[0])
@@ -250,6 +248,20 @@ class _Study:
             self.console.print(line, highlight=False)
         self.console.print(f"page {page} · records {self.folder / RESULTS}", highlight=False, soft_wrap=True)
         return outcome
+
+
+def _read_records(folder: Path) -> list[dict[str, Any]]:
+    try:
+        records: list[Any] = read_log(folder / RESULTS)
+    except OSError as error:
+        raise InputError(f"{folder} holds no study that can be resumed ({error})") from error
+    kinds = [record.get("event") if isinstance(record, dict) else None for record in records]
+    if kinds[:1] != ["study"] or None in kinds:
+        raise InputError(
+            f"{folder / RESULTS} is not as the study wrote it: its first record must be the study's own, and every "
+            "line an object with an event; take back what was changed, or start another study"
+        )
+    return records
 
 
 def _identity(event: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
