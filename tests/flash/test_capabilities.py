@@ -130,6 +130,7 @@ def test_this_machine():
     assert rows["sdpa"].available
     assert rows["sdpa/flash"].available
     assert rows["sdpa/math"].available
+    assert not rows["sdpa/cudnn"].available
     assert rows["sdpa/cudnn"].reason == "a CUDA kernel, and the device is the CPU"
     assert rows["eager"].available
     assert not any(rows[name].available for name in FLASH)

@@ -240,19 +240,29 @@ def test_a_wrong_backward_is_seen():
     assert "differ from eager attention's by 0.5" in disagreement(wrong, expected, torch.bfloat16)
 
 
+def test_half_of_the_tokens_may_be_off_and_no_more():
+    expected = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    for off, refused in ((7, False), (9, True)):
+        found = expected.clone()
+        found.view(16, 4)[:off] *= 1.5
+        assert bool(disagreement([found], [expected], torch.bfloat16)) == refused
+
+
 def test_an_image_tower_is_tried_and_keeps_its_backend_where_it_must(caplog):
     model = llava()
     assert len(trial(model)) == 4  # of tokens and of pixels: outputs and gradients
     type(model.model.vision_tower)._supports_sdpa, before = False, type(model.model.vision_tower)._supports_sdpa
     try:
-        model.set_attn_implementation("eager")
+        AttentionInterface.register("another", sdpa_attention_forward)
+        model.set_attn_implementation({"text_config": "eager", "vision_config": "another"})
         with caplog.at_level("INFO", logger="cggr_flash"):
             enable_flash_attention(model, "sdpa")
     finally:
+        AttentionInterface._global_mapping.pop("another", None)
         type(model.model.vision_tower)._supports_sdpa = before
     assert model.model.language_model.config._attn_implementation == "sdpa"
-    assert model.model.vision_tower.config._attn_implementation == "eager"
-    assert "vision_config stays on 'eager' (CLIPVisionModel has no sdpa in transformers)" in caplog.text
+    assert model.model.vision_tower.config._attn_implementation == "another"
+    assert "vision_config stays on 'another' (CLIPVisionModel has no sdpa in transformers)" in caplog.text
 
 
 def test_a_model_whose_whole_cannot_be_run_on_tokens_is_tried_in_its_parts():
