@@ -20,6 +20,20 @@ def test_help_and_version():
         assert "Usage" in result.output
 
 
+def test_help_names_every_choice(monkeypatch):
+    from cggr_core.scoring import SCORINGS
+    from cggr_core.selection import SELECTIONS
+
+    monkeypatch.setenv("COLUMNS", "400")
+    for command in ("train", "study", "demo"):
+        shown = cggr(command, "--help").output
+        for name in (*SELECTIONS, *(set(SCORINGS) - {"excess"})):
+            assert name in shown, (command, name)
+    assert "--router is trained, and with them standard training, standard training with the batch" in cggr(
+        "study", "--help"
+    ).output.replace("\n", ""), "broken where the terminal ends, not where the source does"
+
+
 def test_train_then_resume(tmp_path, data_files):
     out = tmp_path / "run"
     result = cggr("train", *data_files, *SMALL, "--steps", 2, "--out", out)

@@ -277,6 +277,7 @@ def test_a_folder_that_cannot_be_made_or_holds_something_else(tmp_path, data_fil
         ({"seed": -1}, "--seed must be from 0 to"),
         ({"routing": Routing(router_depth=0)}, "--router-depth must be at least 1, got 0"),
         ({"routing": Routing(selection="startified")}, "--selection must be one of .* did you mean 'stratified'"),
+        ({"routing": Routing(selection="supervised")}, "every token of a text has one; give another selection"),
         ({"routing": Routing(router="lerned")}, "--router must be one of .* did you mean 'learned'"),
         ({"routing": Routing(scoring="excess")}, "--scoring excess compares with a reference model"),
         ({"routing": Routing(ratio_warmup_steps=-1)}, "--ratio-warmup-steps must be at least 0, got -1"),

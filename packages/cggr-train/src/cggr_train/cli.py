@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 from typing import Annotated
 
 import typer
@@ -20,8 +21,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def unwrapped(text: str | None) -> str:
+    r"""A docstring whose paragraphs are one line each: the terminal's width decides where help is broken.
+
+    Example:
+        >>> unwrapped("One.\n\n    Two\n    lines.\n    ")
+        'One.\n\nTwo lines.'
+    """
+    paragraphs = inspect_module.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 for command in (train, study, inspect, demo, doctor):
-    app.command()(command)
+    app.command(help=unwrapped(command.__doc__))(command)
 
 
 def main() -> None:

@@ -63,8 +63,9 @@ def check_routing(routing: Routing) -> None:
         cggr_train.errors.InputError: --selection must be one of ... got 'stratifed'; did you mean 'stratified'?
     """
     from cggr_core.checks import check_choice, check_ratio
-    from cggr_core.model_checks import GRADIENT_MODES, MODEL_SELECTIONS
+    from cggr_core.model_checks import GRADIENT_MODES
     from cggr_core.scoring import SCORINGS
+    from cggr_core.selection import SELECTIONS
     from cggr_train.learner import ROUTERS
 
     if routing.scoring == "excess":
@@ -72,9 +73,14 @@ def check_routing(routing: Routing) -> None:
             "--scoring excess compares with a reference model, which training from the command has none of; give "
             "another score (cggr inspect --reference shows this one)"
         )
+    if routing.selection == "supervised":
+        raise InputError(
+            "--selection supervised keeps the tokens that have a label, and here every token of a text has one; give "
+            "another selection, or use CGGRTrainer, whose examples may have prompts without labels"
+        )
     try:
         check_choice("--gradient", routing.gradient, GRADIENT_MODES)
-        check_choice("--selection", routing.selection, MODEL_SELECTIONS)
+        check_choice("--selection", routing.selection, SELECTIONS)
         check_choice("--scoring", routing.scoring, [name for name in SCORINGS if name != "excess"])
         if routing.router is not None:
             check_choice("--router", routing.router, ROUTERS)

@@ -18,8 +18,10 @@ def demo(
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
     gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
     ratio: Annotated[float, typer.Option(help="Keep ratio of random and CGGR.")] = 0.25,
-    selection: Annotated[str, typer.Option(help="How CGGR chooses from the scores.")] = "stratified",
-    scoring: Annotated[str, typer.Option(help="Which score.")] = "gradnorm",
+    selection: Annotated[
+        str, typer.Option(help=f"How CGGR chooses from the scores: {options.SELECTIONS}.")
+    ] = "stratified",
+    scoring: Annotated[str, typer.Option(help=f"Which score: {options.SCORINGS}.")] = "gradnorm",
     router_depth: options.RouterDepth = None,
     config: Annotated[str, typer.Option(help="Model size: nano, micro, tiny, …")] = "micro",
     vocab_size: options.VocabSize = 1024,

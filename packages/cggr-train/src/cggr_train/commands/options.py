@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+SELECTIONS = "stratified, sampled, random, topk or sequence_aware"
+SCORINGS = "gradnorm, combined, loss, entropy or margin"
+
 Data = Annotated[
     list[Path] | None, typer.Argument(help="Text, .jsonl or .parquet files to train on.", show_default=False)
 ]
@@ -19,7 +22,9 @@ Tokenizer = Annotated[
 ]
 VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the data.")]
 Field = Annotated[str, typer.Option(help="Key or column that holds the text; a,b joins two.")]
-Heldout = Annotated[list[Path] | None, typer.Option(help="Files held out, instead of a share of the data.")]
+Heldout = Annotated[
+    list[Path] | None, typer.Option(help="File held out, instead of a share of the data; once for each file.")
+]
 HeldoutFraction = Annotated[float, typer.Option(help="Share of the documents held out.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count lines that are unusable.")]
 RouterDepth = Annotated[

@@ -27,9 +27,11 @@ def study(
     heldout_fraction: options.HeldoutFraction = 0.02,
     skip_bad: options.SkipBad = False,
     gradient: Annotated[str, typer.Option(help="Gradient modes to study: kv,exact,…")] = "kv",
-    ratio: Annotated[str, typer.Option(help="Keep ratios: 0.125,0.25,…")] = "0.25",
-    selection: Annotated[str, typer.Option(help="stratified,sampled,…; random comes along.")] = "stratified",
-    scoring: Annotated[str, typer.Option(help="Scores: gradnorm,combined,…")] = "gradnorm",
+    ratio: Annotated[str, typer.Option(help="Keep ratios to study: 0.125,0.25,…")] = "0.25",
+    selection: Annotated[
+        str, typer.Option(help=f"Selections to study, of {options.SELECTIONS}; random comes along.")
+    ] = "stratified",
+    scoring: Annotated[str, typer.Option(help=f"Scores to study, of {options.SCORINGS}.")] = "gradnorm",
     router: Annotated[
         str, typer.Option(help="What scores: full_depth,truncated,learned,remembered; one by default.")
     ] = "",
@@ -56,6 +58,8 @@ def study(
     cuda_graph: options.CudaGraph = False,
 ) -> None:
     """Find out on your own data whether CGGR pays: settings and controls side by side, over several seeds.
+
+    For example: cggr study data.jsonl --model path/to/model --steps 300 --ratio 0.25,0.5
 
     Every combination of --gradient, --ratio, --selection, --scoring and --router is trained, and with them standard
     training, standard training with the batch of equal cost, and random tokens at the same ratio. Writes results.jsonl

@@ -29,11 +29,16 @@ def train(
     method: Annotated[str, typer.Option(help="cggr, random (same keep ratio, no score) or standard.")] = "cggr",
     gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
     ratio: Annotated[float, typer.Option(help="Keep ratio: kept tokens / countable tokens.")] = 0.25,
-    selection: Annotated[str, typer.Option(help="How kept tokens are chosen from the scores.")] = "stratified",
-    scoring: Annotated[str, typer.Option(help="Which score.")] = "gradnorm",
+    selection: Annotated[
+        str, typer.Option(help=f"How kept tokens are chosen from the scores: {options.SELECTIONS}.")
+    ] = "stratified",
+    scoring: Annotated[str, typer.Option(help=f"Which score: {options.SCORINGS}.")] = "gradnorm",
     router: Annotated[
         str | None,
-        typer.Option(help="What scores: full_depth, truncated, learned, or remembered (over several epochs)."),
+        typer.Option(
+            help="What scores: full_depth, truncated, learned, or remembered (over several epochs). Without it "
+            "full_depth, or truncated where --router-depth is given."
+        ),
     ] = None,
     router_depth: options.RouterDepth = None,
     ratio_warmup_steps: Annotated[int, typer.Option(help="Steps from keep ratio 1 down to --ratio.")] = 0,
@@ -57,6 +62,8 @@ def train(
     cuda_graph: options.CudaGraph = False,
 ) -> None:
     """Train a causal language model on text, JSON Lines or Parquet files.
+
+    For example: cggr train data/*.txt --config tiny --out run
 
     Ctrl-C stops after the current step and saves a checkpoint (exit code 130); a second one stops at once.
     """
