@@ -58,6 +58,16 @@ def test_masks_that_say_more_than_causal_are_made(masks):
     assert torch.equal(found, wanted)
 
 
+def test_a_mask_that_a_model_adds_to_is_made(masks):
+    """ALiBi, which Falcon puts into it."""
+    model, input_ids = ROUTABLE["falcon-alibi"](), tokens(length=LENGTH)
+    wanted = model(input_ids, use_cache=False).logits
+    with whole_rows():
+        found = model(input_ids, use_cache=False).logits
+    assert masks and all(dense(masks))
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(("length", "needed"), [(8, False), (9, True)])
 def test_a_window_needs_a_mask_where_rows_are_longer(length, needed, masks):
     model, input_ids = ROUTABLE["mistral-sliding"](sliding_window=8), tokens(length=length)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as BUILDERS
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -133,23 +134,6 @@ class RoutedMask:
         return self._added[dtype]
 
 
-def _one_document(mask_function: MaskFunction) -> MaskFunction:
-    """The pattern inside a document, of one that transformers has restricted to the documents of packed rows."""
-    if not inspect.isfunction(mask_function) or mask_function.__module__ != "transformers.masking_utils":
-        return mask_function
-    variables = inspect.getclosurevars(mask_function).nonlocals
-    if mask_function.__qualname__.startswith("remap_positions_for_packed_sequence."):
-        return variables["mask_function"]
-    if not mask_function.__qualname__.startswith("and_masks."):
-        return mask_function
-    parts = [
-        _one_document(part)
-        for part in variables["mask_functions"]
-        if not part.__qualname__.startswith("packed_sequence_mask_function.")
-    ]
-    return parts[0] if len(parts) == 1 else mask_function
-
-
 def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
     """Recognise plain causal and sliding-window patterns among transformers' mask functions.
 
@@ -221,15 +205,21 @@ def whole_rows() -> Iterator[None]:
     transformers leaves such masks out after a look at the positions on the host. While a CUDA graph is recorded it
     cannot look, and makes a dense mask, which costs SDPA its fastest kernels. Whoever enters the block has looked.
     """
-    local_before = dict(BUILDERS._local_mapping)
+    local_before, find_before = dict(BUILDERS._local_mapping), masking_utils.find_packed_sequence_indices
     try:
         for name, build in list(BUILDERS.items()):
             if build is sdpa_mask:
                 BUILDERS[name] = _mask_where_needed
+        masking_utils.find_packed_sequence_indices = _one_document
         yield
     finally:
+        masking_utils.find_packed_sequence_indices = find_before
         BUILDERS._local_mapping.clear()
         BUILDERS._local_mapping.update(local_before)
+
+
+def _one_document(position_ids: Tensor) -> None:
+    """What transformers finds of rows that are not packed."""
 
 
 def _mask_where_needed(
@@ -238,15 +228,19 @@ def _mask_where_needed(
     q_length: int,
     kv_length: int,
     attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
     **arguments: Any,
 ) -> Tensor | None:
-    causal, window = causal_window(_one_document(mask_function))
-    if causal and attention_mask is None and q_length == kv_length and (window is None or kv_length <= window):
+    # Models that add something of their own to the mask (ALiBi) do not allow it to be left out.
+    causal, window = causal_window(mask_function)
+    plain = allow_is_causal_skip and causal and attention_mask is None and q_length == kv_length
+    if plain and (window is None or kv_length <= window):
         return None
     return sdpa_mask(
         mask_function=mask_function,
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
         **arguments,
     )
