@@ -31,6 +31,8 @@ for line in sys.stdin:
             signal.pause()
         say(event="stopped")
         break
+    elif request["do"] == "killed":
+        signal.raise_signal(9)
     elif request["do"] == "fail":
         sys.exit("something broke")
     else:
@@ -110,6 +112,14 @@ def test_a_worker_that_fails_is_quoted(pool, tmp_path):
         list(pool.run([request("fail")]))
     pool.__exit__(None, None, None)
     assert (tmp_path / "worker-0.errors.txt").read_text().strip() == "something broke"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a signal of POSIX")
+def test_a_worker_that_is_killed_had_no_last_words(pool, tmp_path):
+    with pytest.raises(RunError, match="a worker was killed from outside, perhaps for want of memory"):
+        list(pool.run([request("killed")]))
+    pool.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == [], "no empty file of errors"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="workers are asked to stop by a signal")

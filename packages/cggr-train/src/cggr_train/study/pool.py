@@ -21,6 +21,9 @@ import torch
 from cggr_train.device import pick_device
 from cggr_train.errors import InputError, RunError
 
+KILLED = -9
+"""Status of a process that SIGKILL ended; it could say nothing."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -199,11 +202,13 @@ class Worker:
                 return
         code = process.wait()
         words = self.errors.read_text(encoding="utf-8", errors="replace") if self.errors.exists() else ""
-        last = words.strip().splitlines()[-1:]
-        yield {
-            "event": "error", "kind": "run",
-            "message": f"a worker ended with status {code}: {' '.join(last)} (see {self.errors})",
-        }  # fmt: skip
+        yield {"event": "error", "kind": "run", "message": self._last_words(code, words)}
+
+    def _last_words(self, code: int, words: str) -> str:
+        if code == KILLED:
+            return "a worker was killed from outside, perhaps for want of memory; what was done is on record (--resume)"
+        last = " ".join(words.strip().splitlines()[-1:])
+        return f"a worker ended with status {code}: {last} (see {self.errors})"
 
     def _start(self) -> subprocess.Popen[str]:
         with self.errors.open("w", encoding="utf-8") as errors:
@@ -231,5 +236,5 @@ class Worker:
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
-        if not failed:
+        if not failed or not self.errors.stat().st_size:
             self.errors.unlink(missing_ok=True)
