@@ -236,5 +236,5 @@ class Worker:
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
-        if not failed or not self.errors.stat().st_size:
+        if not failed or (self.errors.exists() and not self.errors.stat().st_size):
             self.errors.unlink(missing_ok=True)
