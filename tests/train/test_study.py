@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -86,6 +87,22 @@ def study(finished, tmp_path):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_gradients_are_not_compared_on_less_than_a_batch(tmp_path, texts):
+    data, heldout = tmp_path / "data.jsonl", tmp_path / "heldout.txt"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    heldout.write_text(texts[0][:150])
+    asked = settings([data], seeds=1)
+    asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, heldout=(str(heldout),)))
+    console = Console(file=io.StringIO(), width=160)
+    result = start_study(asked, tmp_path / "study", console)
+    assert result.exit_code == 0 and result.outcome.gradients == {}
+    text = console.file.getvalue()
+    assert re.search(
+        "gradients are not compared: the held-out text has [123] sequences of 32 tokens, and a batch", text
+    )
+    assert "cosine" not in text.lower()
 
 
 def test_a_study_from_beginning_to_end(finished):

@@ -18,7 +18,7 @@ def compare_gradients(bench: Bench, arm: Arm, *, weights: Path | None, seed: int
     """Draw gradients of an arm and compare them with the full gradient of the same batch.
 
     A standard arm with a smaller batch draws that many sequences of the batch, so that the batch of equal cost is
-    measured as an estimator like the others.
+    measured as an estimator like the others. Only whole batches are taken: of a shorter one, it would draw too much.
 
     Args:
         bench: The study; its settings say how many batches and draws.
@@ -37,12 +37,13 @@ def compare_gradients(bench: Bench, arm: Arm, *, weights: Path | None, seed: int
         bench.tokens.heldout, length=train.length, batch_size=train.batch_size,
         limit=settings.gradient_batches * train.batch_size,
     )  # fmt: skip
+    whole = [batch for batch in batches if len(batch) == train.batch_size]
     model = bench.model(seed, folder=weights).train()
     found: dict[str, list[float]] = {"cosine": [], "variance": [], "bias": []}
     full = build_learner(model, "standard", arm.routing, seed=seed)
     learner = build_learner(model, arm.method, arm.routing, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    for batch in batches:
+    for batch in whole:
         truth = _gradient(bench, full, batch)
         drawn = _Draws(truth)
         for _ in range(settings.draws):

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from cggr_train.checkpoint import latest_checkpoint
+from cggr_train.data import TokenStore
 from cggr_train.display import silence
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.folder_lock import FolderLock
@@ -216,7 +217,7 @@ class _Study:
         self.table.stage("comparing gradients and kept tokens")
         seed, weights = self.seeds[0], str(self.weights)
         requests = []
-        if self.settings.draws:
+        if self.settings.draws and self._has_whole_batches():
             drawn = [
                 arm.name for arm in self.arms
                 if arm is not self.arms[0] and arm.role != "batch" and not arm.scores_by_its_run
@@ -231,6 +232,18 @@ class _Study:
         if routed:
             requests.append(Request("kept", {}, {"do": "kept", "arms": routed, "weights": weights, "seed": seed}))
         self._do(requests)
+
+    def _has_whole_batches(self) -> bool:
+        train = self.settings.train
+        sequences = len(TokenStore.open(self.folder / "tokens").heldout) // train.length
+        if sequences >= train.batch_size:
+            return True
+        self.console.print(
+            f"gradients are not compared: the held-out text has {sequences} sequences of {train.length} tokens, and a "
+            f"batch has {train.batch_size}; give more of it, shorter sequences or a smaller batch",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return False
 
     def _report(self, plan: Plan) -> Outcome:
         from cggr_train.report.study_page import write_study_page
