@@ -206,10 +206,13 @@ def test_an_arm_that_diverges_is_reported_and_the_study_goes_on(study, console, 
     diverge(monkeypatch, asked, step=4)
     result = resume_study(study, console)
     assert result.exit_code == 0
-    assert result.outcome.diverged == {asked: {0: 6, 1: 6}}, "seen when the loss is looked at, here at the evaluation"
+    assert set(result.outcome.diverged) == {asked} and set(result.outcome.diverged[asked]) == {0, 1}
+    # seen when the loss is looked at: here at an evaluation, whose steps depend on the times of the arms
+    step = result.outcome.diverged[asked][1]
+    assert 4 <= step <= 6
     assert asked not in result.outcome.comparisons["time"]
     said = console.file.getvalue()
-    assert "stratified 0.25 by gradnorm, kv, seed 1: diverged at step 6" in said
+    assert f"stratified 0.25 by gradnorm, kv, seed 1: diverged at step {step}" in said
     assert "Diverged, and compared with nothing: stratified 0.25 by gradnorm, kv (2 of 2 seeds, first at" in said
     assert not (study / "runs" / f"{asked}-seed0").exists(), "no leftovers"
     assert resume_study(study, console).outcome.diverged == result.outcome.diverged, "and it is not run again"
@@ -220,7 +223,7 @@ def test_a_standard_run_that_diverges_ends_the_study(study, console, monkeypatch
     diverge(monkeypatch, "standard", step=4)
     for _ in range(2):
         with pytest.raises(
-            DivergedError, match=r"standard, batch 4, seed 0: the loss is inf at step 6; .* another study"
+            DivergedError, match=r"standard, batch 4, seed 0: the loss is inf at step [456]; .* another study"
         ):
             resume_study(study, console)
     assert sum(record["event"] == "run" and "diverged" in record for record in records(study)) == 1
