@@ -13,7 +13,6 @@ times measured step time. A study that was stopped goes on where it was when the
 import argparse
 import dataclasses
 import importlib.util
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +28,7 @@ from cggr_train.log import JsonlLog, read_log
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study
 from cggr_train.study.analysis import Outcome
-from cggr_train.study.arms import plan_arms
+from cggr_train.study.arms import plan_arms, save_arms
 from cggr_train.study.bench import WARMUP, Bench
 from cggr_train.study.intervals import Interval
 from cggr_train.study.run import RESULTS, prepare_study
@@ -148,16 +147,13 @@ def _equal_time(outcome: Outcome, name: str) -> dict[str, Any]:
 
 def add_routers(folder: Path, routers: list[str]) -> None:
     """Give a prepared study further arms: ``kv`` at keep ratio 0.25 with other routers than the full depth."""
-    asked = StudySettings.load(folder)
-    layers = Bench(folder, pick_device("cpu")).model(0).config.num_hidden_layers
-    arms = json.loads((folder / "arms.json").read_text())
-    known = {arm["name"] for arm in arms}
+    bench = Bench(folder, pick_device("cpu"))
+    asked = bench.settings
     more = plan_arms(
         asked.train.routing, gradients=["kv"], ratios=[0.25], selections=["stratified"], scorings=asked.scorings,
-        batch_size=asked.train.batch_size, routers=routers, num_layers=layers,
+        batch_size=asked.train.batch_size, routers=routers, num_layers=bench.model(0).config.num_hidden_layers,
     )  # fmt: skip
-    added = [dataclasses.asdict(arm) for arm in more if arm.name not in known]
-    (folder / "arms.json").write_text(json.dumps(arms + added, indent=1) + "\n")
+    save_arms(folder, [*bench.arms.values(), *(arm for arm in more if arm.name not in bench.arms)])
 
 
 def try_rates(folder: Path, rates: list[float], results: Path, name: str, device: str) -> None:
@@ -262,13 +258,12 @@ def main() -> None:
     train = {name: value for name, value in dataclasses.asdict(asked.train).items() if name not in ("data", "heldout")}
     train["model"] = f"the standard run of {Path(train['model']).parts[-4]}, seed 0" if train["model"] else None
     train["tokenizer"] = "a folder's" if train["tokenizer"] else None
+    sources = arguments.work / "corpus" / SOURCES
     noted = {
         **{name: getattr(asked, name) for name in ("seeds", "equal", "parallel", "draws", "gradient_batches")},
         "seed": asked.train.seed,
         "train": train,
-        "text": arguments.field
-        if arguments.experiment == "finetune"
-        else (arguments.work / "corpus" / SOURCES).read_text().strip(),
+        "text": arguments.field if arguments.experiment == "finetune" else sources.read_text(encoding="utf-8").strip(),
         "amounts": result.outcome.amounts,
         "times_from": arguments.times_from,
         "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",

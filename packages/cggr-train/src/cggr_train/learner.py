@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -107,9 +108,10 @@ class StandardLearner:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from cggr_core.routing import replaced_forwards
         from cggr_core.routing.norms import fused_norms
 
-        self._norms = fused_norms(model.modules())
+        self._with_fused_norms = partial(replaced_forwards, fused_norms(model.modules()))
         self.model = model
         self.wrapped: nn.Module = model
         self.memory: RememberedScores | None = None
@@ -125,11 +127,9 @@ class StandardLearner:
         example_ids: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Learner`."""
-        from cggr_core.routing import replaced_forwards
-
         self._countable = input_ids.shape[0] * (input_ids.shape[1] - 1)
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        with replaced_forwards(self._norms):
+        with self._with_fused_norms():
             return self.wrapped(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
 
     def step(self) -> None:

@@ -158,19 +158,26 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
 
 
 @contextmanager
+def _builders_put_back() -> Iterator[None]:
+    """Undo at the end of the block what it does to the registry of mask builders."""
+    before = dict(BUILDERS._local_mapping)
+    try:
+        yield
+    finally:
+        BUILDERS._local_mapping.clear()
+        BUILDERS._local_mapping.update(before)
+
+
+@contextmanager
 def routed_masks(visibility: Visibility) -> Iterator[None]:
     """Let the models' mask builders answer for the routed queries for the length of the block."""
-    local_before = dict(BUILDERS._local_mapping)
-    try:
+    with _builders_put_back():
         for name, build in list(BUILDERS.items()):
             if name in (ROUTED, ROUTED_UNCAPPED):
                 BUILDERS[name] = _numeric_builder(visibility)
             elif not name.startswith("flash"):  # takes no mask; the passes do not run on it where one is needed
                 BUILDERS[name] = _routed_builder(build, visibility)
         yield
-    finally:
-        BUILDERS._local_mapping.clear()
-        BUILDERS._local_mapping.update(local_before)
 
 
 def _numeric_builder(visibility: Visibility) -> Callable[..., RoutedMask]:
@@ -205,17 +212,16 @@ def whole_rows() -> Iterator[None]:
     transformers leaves such masks out after a look at the positions on the host. While a CUDA graph is recorded it
     cannot look, and makes a dense mask, which costs SDPA its fastest kernels. Whoever enters the block has looked.
     """
-    local_before, find_before = dict(BUILDERS._local_mapping), masking_utils.find_packed_sequence_indices
-    try:
+    find_before = masking_utils.find_packed_sequence_indices
+    with _builders_put_back():
         for name, build in list(BUILDERS.items()):
             if build is sdpa_mask:
                 BUILDERS[name] = _mask_where_needed
         masking_utils.find_packed_sequence_indices = _one_document
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find_before
-        BUILDERS._local_mapping.clear()
-        BUILDERS._local_mapping.update(local_before)
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = find_before
 
 
 def _one_document(position_ids: Tensor) -> None:
