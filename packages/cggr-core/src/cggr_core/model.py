@@ -279,12 +279,35 @@ class CGGRModel(nn.Module):
         own = self.model.forward
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            self.training = self.model.training
             with replaced_forwards({self.model: own}), without_hooks(self.model):
                 return self(*args, **kwargs)
 
         with replaced_forwards({self.model: routed}):
             yield
+
+    @property
+    def training(self) -> bool:
+        """Whether the wrapped model is in training mode; ``train()`` and ``eval()`` of either set both."""
+        return self.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # train() sets this and then the wrapped model's, which is what counts; a value of its own could disagree.
+        pass
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Asked by a Hugging Face Trainer (and each of TRL's) as it is made; a CGGRModel cannot be its model.
+
+        Raises:
+            TypeError: Always: a Trainer takes the loss from a model output, and TRL's call the layers past this
+                model's forward, so that the step would be an ordinary one.
+        """
+        raise TypeError(
+            "a Trainer was given a CGGRModel, whose forward it would not train through; give it the plain model and "
+            "put CGGRMixin first: class RoutedTrainer(CGGRMixin, SFTTrainer): ..., then RoutedTrainer(model, ..., "
+            "cggr=CGGRConfig(...)) (from cggr_train; CGGRTrainer stands for Trainer)"
+        )
 
     def step(self) -> None:
         """Advance the curriculum by one optimiser step."""
