@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
@@ -14,6 +15,18 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = ("cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train", "cggr")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "peft", "accelerate", "trl", "lightning")
+# What runs on every supported set of versions: exactness, the Trainers and the command.
+VERSION_TESTS = (
+    "tests/core",
+    "tests/flash",
+    "tests/train/test_trainer.py",
+    "tests/train/test_trainer_bad_input.py",
+    "tests/train/test_trl.py",
+    "tests/train/test_doctor.py",
+    "tests/e2e",
+)
+# The oldest that the packages ask for; a test holds these to their requirements.
+OLDEST = ("torch==2.11.0", "transformers==5.17.0")
 CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
 # With an option as well: core's routing, which is shut without transformers, and the loading of models.
 ONCE_MORE = {"cggr-core": ("[transformers]",), "cggr": ("[flash]",)}
@@ -100,6 +113,58 @@ def tests(session: nox.Session) -> None:
     sources = [f"packages/{package}/src" for package in PACKAGES if package != "cggr-kernels"]
     session.run("pytest", "--doctest-modules", *sources, env=QUIET)
     session.run("pytest", "-n", "2", "--ignore=tests/kernels", env=QUIET)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the exactness suite and the end-to-end tests on the oldest supported torch and transformers."""
+    run_on_versions(session, *OLDEST)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the exactness suite and the end-to-end tests on the newest releases, whatever they are today."""
+    run_on_versions(session, "torch", "transformers", "trl", "peft", "accelerate")
+    session.run("python", "tests/contract/newest_versions.py")
+
+
+def run_on_versions(session: nox.Session, *versions: str) -> None:
+    """Install this workspace beside given versions, with nothing pinned but those, and run what depends on them."""
+    tools = (*TEST_TOOLS, "numpy<2.4", "hatchling", "editables")  # numpy: Triton's interpreter breaks on 2.4
+    session.install("--no-compile", *versions, *tools)
+    paths = [argument for package in PACKAGES for argument in ("-e", extended(package))]
+    session.install("--no-compile", "--no-build-isolation", *versions, "numpy<2.4", *paths)
+    session.run("pytest", "-n", "2", *(session.posargs or VERSION_TESTS), env=QUIET)
+
+
+@nox.session
+def fresh(session: nox.Session) -> None:
+    """Install as the README says, without constraints, and hold three steps in ``kv`` to plain transformers."""
+    environment = Path(session.create_tmp()) / "fresh"
+    shutil.rmtree(environment, ignore_errors=True)
+    session.run("python", "-m", "venv", str(environment), silent=True)
+    python = str(environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    for line in readme_install_lines():
+        session.run(python, "-m", "pip", "install", "--quiet", "--no-compile", *line, external=True)
+        session.run(python, "tests/contract/fresh_install.py", env=BYTECODE, external=True)
+    shutil.rmtree(environment)
+
+
+def readme_install_lines() -> list[list[str]]:
+    """What follows ``python -m pip install`` in the README's section on installing, braces expanded as a shell does."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Install\n")[1].split("\n## ")[0]
+    found = []
+    for line in section.splitlines():
+        if line.startswith("python -m pip install ") and "./packages/" in line:
+            arguments: list[str] = []
+            for word in shlex.split(line, comments=True)[4:]:
+                before, brace, rest = word.partition("{")
+                choices, _, after = rest.partition("}")
+                arguments += [before + choice + after for choice in choices.split(",")] if brace else [word]
+            found.append(arguments)
+    if not found:
+        raise ValueError("README.md has no 'python -m pip install ./packages/...' line under '## Install'")
+    return found
 
 
 @nox.session

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from cggr_train.tested_versions import TESTED, verdict
+
 ROOT = Path(__file__).parents[2]
 VERSIONS = {
     "cggr": "0.6.0",
@@ -129,3 +131,30 @@ def test_constraints_pin_every_direct_dependency_within_its_range(package):
     for requirement in map(Requirement, distribution(package).requires or ()):
         if not requirement.name.startswith("cggr"):
             assert requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+def test_tested_versions_span_what_is_asked_for_and_what_is_pinned():
+    asked = {
+        r.name: r.specifier for package in VERSIONS for r in [*required(package), *required(package, "transformers")]
+    }
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    for package in ("torch", "transformers"):
+        oldest = TESTED[package].oldest
+        assert str(asked[package]) == f">={oldest}"
+        assert f'"{package}=={oldest}.0"' in noxfile
+    for package in TESTED:
+        assert verdict(package, pins()[package]) == "tested"
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("5.16.9", "older than what is tested (5.17 to 5.24)"),
+        ("5.17.0.dev0", "tested"),
+        ("5.24.3", "tested"),
+        ("5.25.0", "newer than what is tested (5.17 to 5.24)"),
+        ("6.0", "newer than what is tested (5.17 to 5.24)"),
+    ],
+)
+def test_versions_outside_the_tested_ones_are_named(version, said):
+    assert verdict("transformers", version) == said

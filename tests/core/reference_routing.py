@@ -1,5 +1,6 @@
 """What gradient routing must equal: an ordinary forward in which autograd itself is told where to stop."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -63,9 +64,12 @@ def reference_loss(
     hooks = []
     if gradient != "exact":
         hooks = [layer.register_forward_pre_hook(stop, with_kwargs=True) for layer in layers]
-    cache = (
-        {"past_key_values": _StoppingCache(kept), "use_cache": True} if gradient == "detached" else {"use_cache": False}
-    )
+    cache: dict[str, Any] = {"use_cache": False}
+    if gradient == "detached":
+        takers = (model.forward, model.base_model.forward)
+        names = {name for forward in takers for name in inspect.signature(forward).parameters}
+        name = "cache" if "cache" in names else "past_key_values"
+        cache = {name: _StoppingCache(kept), "use_cache": True}
     try:
         logits = model(**inputs, **cache).logits
     finally:

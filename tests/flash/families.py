@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import (
     CLIPVisionConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -66,5 +67,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": t5,
     "llava": llava,
 }
-BUILT_IN = ("gptj", "falcon")
-EAGER_ONLY = ("gemma2", "gptj")
+# GPT-J's attention can be switched since transformers 5.24.
+GPTJ_BUILT_IN = () if getattr(GPTJForCausalLM, "_supports_sdpa", False) else ("gptj",)
+BUILT_IN = (*GPTJ_BUILT_IN, "falcon")
+EAGER_ONLY = ("gemma2", *GPTJ_BUILT_IN)

@@ -63,3 +63,13 @@ def test_a_broken_cggr_flash_is_not_hidden(monkeypatch):
 )
 def test_advice_fits_the_machine(installed, accelerator, packages):
     assert [item.package for item in doctor.advice(installed, accelerator)] == packages
+
+
+def test_versions_that_are_not_tested_are_flagged(monkeypatch):
+    installed = doctor.versions() | {"transformers": "5.99.0", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor, "versions", lambda: installed)
+    text = " ".join(shown().split())
+    assert "Not tested: transformers 5.99.0 is newer than what is tested" in text
+    assert "constraints.txt" in text
+    monkeypatch.setattr(doctor, "versions", lambda: installed | {"transformers": "5.24.1"})
+    assert "Not tested" not in shown()

@@ -32,6 +32,7 @@ SCORELESS = ("random", "supervised")
 # What the wrapped model could be asked for besides its loss, and the answer that asks for nothing.
 _WISHES = {
     "past_key_values": None,
+    "cache": None,
     "use_cache": False,
     "output_attentions": False,
     "output_hidden_states": False,
@@ -196,7 +197,7 @@ def without_wishes(arguments: dict[str, Any]) -> dict[str, Any]:
     for name, nothing in _WISHES.items():
         value = arguments.get(name, nothing)
         if value is not nothing and (type(value) is not type(nothing) or value != nothing):
-            came = type(value).__name__ if name == "past_key_values" else repr(value)
+            came = type(value).__name__ if nothing is None else repr(value)
             raise ValueError(
                 f"{name}={came}: a training forward with labels returns the loss and nothing else; leave it out, or "
                 "call the wrapped model"

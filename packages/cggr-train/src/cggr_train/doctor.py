@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cggr_train.display import format_bytes
+from cggr_train.tested_versions import verdict
 
 PROJECT = ("cggr", "cggr-core", "cggr-kernels", "cggr-flash", "cggr-moe", "cggr-train")
 AROUND = ("torch", "triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "lightning", "flash-attn")
@@ -119,7 +120,15 @@ def advice(installed: dict[str, str], accelerator: str | None) -> list[Advice]:
 def show_report(console: Console) -> None:
     """Print everything."""
     installed = versions()
-    _print(console, "Versions", ("package", "version"), list(installed.items()))
+    judged = [(name, found, verdict(name, found)) for name, found in installed.items()]
+    _print(console, "Versions", ("package", "version", ""), judged)
+    untested = [f"{name} {found} is {said}" for name, found, said in judged if said not in ("", "tested")]
+    if untested:
+        console.print(
+            f"Not tested: {'; '.join(untested)}. Where a model cannot be routed exactly, its first step says so; for "
+            "the tested versions, install with -c constraints.txt of the checkout.",
+            highlight=False,
+        )
     _print(console, "Devices", ("device", "name", ""), devices())
     found = attention_backends()
     if found is not None:

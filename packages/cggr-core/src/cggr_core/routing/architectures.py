@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
+# What forwards call the cache: transformers before 5.24, and from then on.
+CACHE_NAMES = ("past_key_values", "cache")
 # Layer types that keep a state of their own instead of keys and values.
 _STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
 
@@ -41,6 +43,7 @@ class Architecture:
         shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
         obstacle: Why keys and values cannot be routed, or ``None`` where they can.
         forward_parameters: Names that the model's forward accepts.
+        cache_name: What the model's forward calls its key/value cache, one of :data:`CACHE_NAMES`.
         configured: The modules that hold a config, in which the attention implementation stands.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
@@ -52,6 +55,7 @@ class Architecture:
     shifted: bool
     obstacle: str | None
     forward_parameters: frozenset[str]
+    cache_name: str
     configured: tuple[nn.Module, ...]
     checkpointing: tuple[nn.Module, ...]
     position_maker: Any
@@ -86,6 +90,7 @@ def describe(model: nn.Module) -> Architecture:
         )
     text_config = config.get_text_config()
     layers, owner = _find_layers(base, text_config.num_hidden_layers)
+    forward_parameters = frozenset(inspect.signature(base.forward).parameters)
     # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
     modules = list(model.modules())
     return Architecture(
@@ -95,7 +100,8 @@ def describe(model: nn.Module) -> Architecture:
         obstacle=_obstacle(base, text_config, owner)
         if layers
         else f"the layers of {type(base).__name__} were not found",
-        forward_parameters=frozenset(inspect.signature(base.forward).parameters),
+        forward_parameters=forward_parameters,
+        cache_name=_cache_name(base, owner),
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
         checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
@@ -143,9 +149,21 @@ def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:
     stateful = sorted({kind for kind in layer_types if any(word in kind for word in _STATEFUL)})
     if stateful:
         return f"{name} has layers without keys and values ({', '.join(stateful)})"
-    if "past_key_values" not in inspect.signature(owner.forward).parameters:
+    if _cache_parameter(owner) is None:
         return f"{name} keeps no key/value cache"
     return None
+
+
+def _cache_parameter(module: nn.Module) -> str | None:
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def _cache_name(base: nn.Module, owner: nn.Module) -> str:
+    # A masked language model hands the cache on among its other arguments, so what it calls it is up to the module in
+    # it that takes one.
+    takers = (base, getattr(base, "base_model", base), owner)
+    return next((name for module in takers if (name := _cache_parameter(module)) is not None), CACHE_NAMES[0])
 
 
 def default_position_ids(

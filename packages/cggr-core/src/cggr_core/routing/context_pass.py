@@ -103,7 +103,7 @@ def context_pass(
         _context_masks(model, architecture, inputs),
         replaced_forwards(replacements),
     ):
-        output = model(**inputs.arguments(), **inputs.quiet, past_key_values=cache, use_cache=True)
+        output = model(**inputs.arguments(), **inputs.quiet, **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(depth)) - cache.recorded.keys())
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")

@@ -110,7 +110,7 @@ def gradient_pass(
         routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
         replaced_forwards(replacements),
     ):
-        output = model(**inputs.arguments(index), past_key_values=cache, use_cache=True)
+        output = model(**inputs.arguments(index), **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
@@ -193,7 +193,8 @@ class _OtherTokens:
             routed_masks(inputs.visibility(self.index)),
             replaced_forwards(replacements),
         ):
-            model(**inputs.arguments(self.index), **inputs.quiet, past_key_values=self._cache, use_cache=True)
+            cache = {architecture.cache_name: self._cache}
+            model(**inputs.arguments(self.index), **inputs.quiet, **cache, use_cache=True)
         return calls, layer_input(*calls[0])
 
     def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, OptionalKeyValue]:

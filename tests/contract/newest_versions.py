@@ -1,0 +1,10 @@
+"""Say which versions the newest set was, and which of them are not yet among the tested ones; never fails."""
+
+from importlib.metadata import version
+
+from cggr_train.tested_versions import TESTED, verdict
+
+for package in TESTED:
+    found = version(package)
+    judged = verdict(package, found)
+    print(f"{package} {found}: {judged}" + ("" if judged == "tested" else "; it passed: update tested_versions.py"))
