@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("packages/*/README.md")]
-)
+from tests.support.documents import DOCUMENTS, ROOT
+
 EXAMPLES = [
     "README.md",
     "docs/index.md",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = Path(__file__).parents[2] / "packages"
+ROOT = Path(__file__).parents[2]
+PACKAGES = ROOT / "packages"
 
 # What each package may import besides the standard library and itself.
 ALLOWED = {
@@ -64,6 +65,27 @@ def test_core_imports_transformers_in_routing_alone_and_routing_when_it_is_neede
                 if name.startswith("transformers") or (name == "cggr_core.routing" and not in_function):
                     wrong.append(f"{path.relative_to(PACKAGES)}:{line} imports {name}")
     assert not wrong, "transformers is for cggr_core/routing, and routing is imported inside functions"
+
+
+def test_no_test_imports_a_test():
+    """What tests share is in tests/support, and imported by its whole name."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = {(name, line) for name, line, _ in imports(tree, depth=3)}
+        named |= {
+            ("." * node.level, node.lineno)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level
+        }
+        wrong += [
+            f"{path.relative_to(ROOT)}:{line} imports {name}"
+            for name, line in sorted(named)
+            if name.startswith(("tests", ".")) and name.split(".")[1:2] != ["support"]
+        ]
+    assert not wrong
+    shared = [path.stem for path in (ROOT / "tests" / "support").rglob("*.py")]
+    assert len(shared) > 10 and not [name for name in shared if name.startswith("test_")]
 
 
 def test_the_reader_of_imports_sees_each_form():

@@ -3,16 +3,14 @@
 import json
 import re
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 
 from benchmarks import _record
-from tests.contract import test_documents
+from tests.support.documents import DOCUMENTS, ROOT
 
-ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-DOCUMENTS = [path.read_text(encoding="utf-8") for path in test_documents.DOCUMENTS]
+TEXTS = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
 
 
 def test_summary_by_hand():
@@ -70,12 +68,12 @@ def test_committed_results_keep_to_the_form():
 
 
 def test_every_result_is_named_by_a_document():
-    named = {name for text in DOCUMENTS for name in re.findall(r"[`/]([a-z][a-z0-9_*]+)(?:\.json|\.png)?[`)]", text)}
+    named = {name for text in TEXTS for name in re.findall(r"[`/]([a-z][a-z0-9_*]+)(?:\.json|\.png)?[`)]", text)}
     forgotten = [path.stem for path in RESULTS if not any(fnmatch(path.stem, name) for name in named)]
     assert not forgotten, "name them in the table of benchmarks/README.md"
 
 
 def test_every_result_that_a_document_names_is_there():
-    named = {name for text in DOCUMENTS for name in re.findall(r"benchmarks/results/([\w*]+\.(?:json|png))", text)}
+    named = {name for text in TEXTS for name in re.findall(r"benchmarks/results/([\w*]+\.(?:json|png))", text)}
     assert len(named) > 10
     assert not [name for name in named if not any(ROOT.glob(f"benchmarks/results/{name}"))]

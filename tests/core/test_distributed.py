@@ -1,22 +1,20 @@
 """Two processes on half the batch each make the gradients of one process on the whole."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.launchers import environment
 
-@pytest.mark.parametrize("worker", ["ddp_worker.py", "fsdp_worker.py"])
+
+@pytest.mark.parametrize("worker", ["ddp_worker", "fsdp_worker"])
 def test_two_ranks_equal_one(tmp_path, worker):
-    folder = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONWARNINGS": "default"}
-    command = [sys.executable, str(folder / worker)]
+    command = [sys.executable, "-m", f"tests.support.{worker}"]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(tmp_path / "store")],
-            env=environment,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

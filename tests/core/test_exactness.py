@@ -6,8 +6,8 @@ from torch import Tensor
 
 from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
 from cggr_core.targets import align_labels
-from reference_routing import gradients, reference_loss, relative_error
-from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
+from tests.support.reference_routing import gradients, reference_loss, relative_error
+from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
 TOLERANCE = 1e-5
 BATCH, LENGTH, KEEP = 2, 13, 5

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from allocations import largest_allocation
 from cggr_core import backends, linear_loss
 from cggr_core.linear_loss import linear_cross_entropy, linear_cross_entropy_by_autograd
+from tests.support.allocations import largest_allocation
 
 REDUCTIONS = ("sum", "none")
 KINDS = {

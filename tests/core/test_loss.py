@@ -5,10 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 
-from allocations import largest_allocation
 from cggr_core import difficulty, linear_loss
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
 from cggr_core.selection import SELECTIONS, Selection
+from tests.support.allocations import largest_allocation
 
 B, S, V, H = 3, 20, 50, 8
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel, create_truncated_router
-from model_steps import MODES, ROUTED, backward, checkpoint_activations, routed, tokens
-from tiny_models import ROUTABLE
+from tests.support.model_steps import MODES, ROUTED, backward, checkpoint_activations, routed, tokens
+from tests.support.tiny_models import ROUTABLE
 
 
 class TestEdges:

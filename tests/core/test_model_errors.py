@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from cggr_core import CGGRModel, Selection
-from model_steps import backward, tokens
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.model_steps import backward, tokens
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
 class TestBadInput:

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cggr_core.step
 from cggr_core import CGGRModel, CGGRScorer, LearnedRouter, Selection
 from cggr_core.observation import Observation
-from model_steps import MODES, ROUTED, backward, checkpoint_activations, tokens
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
+from tests.support.model_steps import MODES, ROUTED, backward, checkpoint_activations, tokens
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
 
 def learned(model, *, forwards: int = 0, depth: int = 1, router: LearnedRouter | None = None, **settings) -> CGGRModel:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cggr_core import CGGRModel, create_truncated_router
-from model_steps import backward, tokens
-from tiny_models import ROUTABLE
+from tests.support.model_steps import backward, tokens
+from tests.support.tiny_models import ROUTABLE
 
 
 class TestScheduleAndState:

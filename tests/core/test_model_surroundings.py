@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cggr_core import CGGRModel, Selection
-from model_steps import MODES, ROUTED, backward, checkpoint_activations, routed, tokens
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.model_steps import MODES, ROUTED, backward, checkpoint_activations, routed, tokens
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
 class TestSurroundings:

@@ -8,9 +8,9 @@ from torch import nn
 
 from cggr_core import CGGRModel
 from cggr_core.routing.norms import fused_norms
-from model_steps import checkpoint_activations
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.model_steps import checkpoint_activations
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
 def norms_of(name: str) -> list[nn.Module]:

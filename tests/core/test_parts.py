@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
 def batch():

@@ -8,9 +8,9 @@ import torch
 import cggr_core.readout
 import cggr_core.step
 from cggr_core import CGGRModel, CGGRScorer, RememberedScores, token_statistics
-from model_steps import MODES, ROUTED, backward, tokens
-from reference_routing import relative_error
-from tiny_models import ROUTABLE
+from tests.support.model_steps import MODES, ROUTED, backward, tokens
+from tests.support.reference_routing import relative_error
+from tests.support.tiny_models import ROUTABLE
 
 COUNTABLE = torch.ones(2, 4, dtype=torch.bool)
 

@@ -15,8 +15,8 @@ from cggr_core import CGGRModel
 from cggr_core.backends import _registry
 from cggr_core.routing.attention import implementation, routed_attention_reference
 from cggr_core.routing.masks import RoutedMask, Visibility, causal_window
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 POSITIONS = torch.tensor([[*range(5), *range(8)], [*range(9), *range(4)]])
 

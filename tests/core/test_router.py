@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cggr_core import create_truncated_router, token_statistics
 from cggr_core.router import router_statistics
 from cggr_core.scoring import FIELDS
-from tiny_models import ROUTABLE, UNROUTABLE, VOCAB
+from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
 ALL = {**ROUTABLE, **UNROUTABLE}
 

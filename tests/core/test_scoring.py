@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocations import largest_allocation
 from cggr_core import difficulty
 from cggr_core.scoring import (
     FIELDS,
@@ -16,6 +15,7 @@ from cggr_core.scoring import (
     score,
     token_statistics,
 )
+from tests.support.allocations import largest_allocation
 
 INF = float("inf")
 

@@ -4,7 +4,7 @@ import torch
 
 from cggr_core import CGGRModel
 from cggr_core.stopwatch import Stopwatch
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 CPU = torch.device("cpu")
 

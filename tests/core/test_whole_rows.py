@@ -7,8 +7,8 @@ from transformers.integrations import sdpa_attention
 
 from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.routing.masks import whole_rows
-from model_steps import tokens
-from tiny_models import ROUTABLE
+from tests.support.model_steps import tokens
+from tests.support.tiny_models import ROUTABLE
 
 LENGTH = 12
 

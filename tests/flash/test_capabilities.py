@@ -11,7 +11,7 @@ from cggr_flash import attention_backends
 from cggr_flash.__main__ import main
 from cggr_flash.capabilities import HUB_KERNELS, ORDER, check_backend, judge, judge_backend
 from cggr_flash.machine import inspect_machine
-from tests.flash.machines import A100, ALL_PACKAGES, CPU, H200, RADEON, V100
+from tests.support.machines import A100, ALL_PACKAGES, CPU, H200, RADEON, V100
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
 

@@ -5,8 +5,8 @@ import torch
 
 from cggr_core import CGGRModel
 from cggr_flash import enable_flash_attention, load_model_with_flash_attention
-from tests.flash.attention_calls import attention_calls
-from tests.flash.families import FAMILIES
+from tests.support.attention_calls import attention_calls
+from tests.support.families import FAMILIES
 
 TOKENS = torch.randint(6, 97, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -11,9 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cggr_flash import enable_flash_attention
 from cggr_flash.trial import disagreement, trial
-from tests.flash.families import BUILT_IN, EAGER_ONLY, FAMILIES, llava, t5
-from tests.flash.machines import A100, CPU, H200
-from tiny_models import ROUTABLE, UNROUTABLE
+from tests.support.families import BUILT_IN, EAGER_ONLY, FAMILIES, llava, t5
+from tests.support.machines import A100, CPU, H200
+from tests.support.tiny_models import ROUTABLE, UNROUTABLE
 
 SWITCHABLE = [name for name in FAMILIES if name not in BUILT_IN]
 TOKENS = torch.arange(6, 26).reshape(2, 10)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import FalconForCausalLM, LlamaForCausalLM
 
 from cggr_flash import load_model_with_flash_attention
-from tests.flash.families import EAGER_ONLY, FAMILIES, llava
-from tests.flash.machines import H200, V100
+from tests.support.families import EAGER_ONLY, FAMILIES, llava
+from tests.support.machines import H200, V100
 
 TOKENS = torch.arange(6, 26).reshape(2, 10)
 

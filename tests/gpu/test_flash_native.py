@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cggr_core import CGGRModel
 from cggr_flash import attention_backends, enable_flash_attention, load_model_with_flash_attention
-from tests.flash.attention_calls import attention_calls
+from tests.support.attention_calls import attention_calls
 
 ROWS = [row for row in attention_backends("cuda") if not row.name.startswith("sdpa/")]
 WORKING = [row.name for row in ROWS if row.available]

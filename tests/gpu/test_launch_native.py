@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.launchers import LAUNCHERS, finish, launched
+from tests.support.launchers import LAUNCHERS, finish, launched
 
 pytestmark = [
     pytest.mark.gpu,

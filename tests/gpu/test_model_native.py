@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.routing.norms import fused_norms
+from tests.support.gpu_models import gradients, model, relative_error, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -21,32 +21,9 @@ VARIANTS = {
 }
 
 
-def model(dtype: torch.dtype = torch.float32, **settings) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    with torch.device("cuda"):
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings)).to(dtype).train()
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 1000, (3, 257), generator=torch.Generator().manual_seed(0)).cuda()
-
-
 def wrapped(base, variant: str) -> CGGRModel:
     settings, routed = VARIANTS[variant]
     return CGGRModel(base, create_truncated_router(base, 1) if routed else None, **settings)
-
-
-def gradients(base) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in base.named_parameters()}
-    base.zero_grad(set_to_none=True)
-    return found
-
-
-def relative_error(found, wanted) -> float:
-    difference = sum((found[name] - wanted[name]).double().square().sum() for name in wanted)
-    return float((difference / sum(value.double().square().sum() for value in wanted.values())).sqrt())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

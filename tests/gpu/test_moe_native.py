@@ -10,7 +10,7 @@ from cggr_kernels.moe_route import moe_route
 from cggr_moe import PersistentTRMLP
 from cggr_moe.grouped import moe_experts_reference
 from cggr_moe.routing import moe_route_reference
-from tests.moe.small_language_model import WIDTH, SmallLanguageModel, loss_curve
+from tests.support.small_language_model import WIDTH, SmallLanguageModel, loss_curve
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -4,18 +4,10 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel, LearnedRouter, RememberedScores
-from tests.gpu.test_model_native import gradients, model, relative_error, tokens
-from tests.train.launchers import finish, launched
+from tests.support.gpu_models import gradients, relative_error, tokens, varied
+from tests.support.launchers import finish, launched
 
 pytestmark = pytest.mark.gpu
-
-
-def varied(dtype: torch.dtype = torch.float32):
-    """A model whose scores differ from token to token; those of fresh weights are all but the same."""
-    base = model(dtype)
-    with torch.no_grad():
-        base.lm_head.weight.mul_(30)
-    return base
 
 
 def learned(base, gradient: str = "kv") -> CGGRModel:
@@ -97,4 +89,4 @@ def test_the_step_of_a_learned_router_is_one_cuda_graph():
     torch.cuda.device_count() < 2, reason=f"two ranks take a GPU each; {torch.cuda.device_count()} here"
 )
 def test_two_gpus_remember_what_both_observed():
-    print(finish(launched("torchrun", 2, "-m", "tests.gpu.router_ranks")).stdout)
+    print(finish(launched("torchrun", 2, "-m", "tests.support.router_ranks")).stdout)

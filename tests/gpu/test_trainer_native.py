@@ -9,9 +9,9 @@ from transformers import Trainer, TrainingArguments
 
 import cggr_core.step
 from cggr_train import CGGRConfig
-from tests.gpu.trainer_ranks import LEARNING_RATE, SETTINGS, STEPS, run, wide_model
-from tests.train.launchers import finish, launched
-from tests.train.trainer_kit import CHECKPOINTING, change, examples, pad, relative_error, trainer
+from tests.support.launchers import finish, launched
+from tests.support.trainer_kit import CHECKPOINTING, change, examples, pad, relative_error, trainer
+from tests.support.trainer_ranks import LEARNING_RATE, SETTINGS, STEPS, run, wide_model
 
 pytestmark = pytest.mark.gpu
 
@@ -159,7 +159,7 @@ def alone(tmp_path_factory) -> Path:
 def test_ranks_train_as_one_process_does(alone, tmp_path, ranks, engine):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks take a GPU each; {torch.cuda.device_count()} here")
-    print(finish(launched("torchrun", ranks, "-m", "tests.gpu.trainer_ranks", engine, alone, tmp_path)).stdout)
+    print(finish(launched("torchrun", ranks, "-m", "tests.support.trainer_ranks", engine, alone, tmp_path)).stdout)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from cggr_moe import PersistentTRMLP
-from tests.moe.small_language_model import WIDTH, SmallLanguageModel, loss_curve
+from tests.support.small_language_model import WIDTH, SmallLanguageModel, loss_curve
 
 
 class WrittenOut(nn.Module):

@@ -15,9 +15,9 @@ from cggr_train.cli import app
 from cggr_train.errors import InputError, RunError
 from cggr_train.presets import load_model
 from cggr_train.ranks import ALONE, Ranks, joined_ranks
-from tests.train.launchers import environment, finish, launched
-from tests.train.trainer_worker import SETTINGS, compare, resume, run
-from tests.train.two_ranks import run_on_two_ranks
+from tests.support.launchers import environment, finish, launched
+from tests.support.trainer_worker import SETTINGS, compare, resume, run
+from tests.support.two_ranks import run_on_two_ranks
 
 SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "4", "--heldout-fraction", "0.2",
          "--device", "cpu", "--precision", "float32"]  # fmt: skip

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from transformers import LlamaForCausalLM
 
 from cggr_train.presets import load_model
-from tests.train.trainer_kit import tiny_model
-from tests.train.two_ranks import run_on_two_ranks
+from tests.support.trainer_kit import tiny_model
+from tests.support.two_ranks import run_on_two_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = [

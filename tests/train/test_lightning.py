@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cggr_train import CGGRConfig
-from tests.train.trainer_kit import examples, pad, relative_error, tiny_model
+from tests.support.trainer_kit import examples, pad, relative_error, tiny_model
 
 lightning = pytest.importorskip("lightning", reason="the Lightning module is an extra, cggr-train[lightning]")
 

@@ -1,4 +1,4 @@
-"""A CGGRModel given to a Trainer that would not run its forward: refused as the Trainer is made, saying what to write."""
+"""A CGGRModel given to a Trainer that would not run its forward is refused at once, and told what to write instead."""
 
 import pytest
 from datasets import Dataset
@@ -7,7 +7,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from cggr_core import CGGRModel
 from cggr_train import CGGRTrainer
-from tests.train.trainer_kit import arguments, examples, pad, tiny_model
+from tests.support.trainer_kit import arguments, examples, pad, tiny_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers|peft)[.]"),

@@ -22,7 +22,7 @@ from cggr_train.log import read_log
 from cggr_train.presets import build_config, build_model
 from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered, save_remembered
 from cggr_train.run import resume_run, start_run
-from tests.train.test_run import interrupt_at, parameters, settings
+from tests.support.runs import interrupt_at, parameters, settings
 
 REMEMBERED = {"method": "cggr", "routing": Routing(router="remembered", selection="sampled")}
 

@@ -1,6 +1,5 @@
 import dataclasses
 import errno
-import os
 import signal
 
 import pytest
@@ -14,8 +13,8 @@ from cggr_train.learner import Routing, StandardLearner
 from cggr_train.log import JsonlLog, read_log
 from cggr_train.presets import load_model
 from cggr_train.run import resume_run, start_run
-from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import load_tokenizer
+from tests.support.runs import interrupt_at, parameters, settings
 
 METHODS = {
     "standard": {"method": "standard"},
@@ -25,32 +24,6 @@ METHODS = {
     "warming up": {"method": "cggr", "routing": Routing(ratio_warmup_steps=8, selection="sampled")},
     "exact": {"method": "cggr", "routing": Routing(gradient="exact")},
 }
-
-
-def settings(data_files, **values):
-    small = {
-        "config": "nano", "vocab_size": 300, "length": 32, "batch_size": 2, "steps": 6, "log_every": 2, "eval_every": 3,
-        "eval_sequences": 4, "save_every": 4, "heldout_fraction": 0.2, "method": "standard",
-    }  # fmt: skip
-    return TrainSettings(data=tuple(map(str, data_files)), **{**small, **values})
-
-
-def parameters(folder):
-    return dict(load_model(str(latest_checkpoint(folder / "checkpoints"))).named_parameters())
-
-
-def interrupt_at(monkeypatch, step, number=signal.SIGINT):
-    """Send a signal to ourselves right after an optimizer step, as if from the keyboard."""
-    from cggr_train import run as module
-
-    original = module._Run._after_step
-
-    def after_step(self, loss, rate):
-        original(self, loss, rate)
-        if self.progress.step == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(module._Run, "_after_step", after_step)
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path, data_files, console):

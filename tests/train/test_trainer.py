@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from cggr_train import CGGRConfig, CGGRTrainer
-from tests.train.trainer_kit import CHECKPOINTING, examples, pad, relative_error, tiny_model, trained, trainer
+from tests.support.trainer_kit import CHECKPOINTING, examples, pad, relative_error, tiny_model, trained, trainer
 
 SETTINGS = {
     "default": CGGRConfig(),

@@ -6,7 +6,7 @@ from transformers import DataCollatorWithFlattening, Seq2SeqTrainer, Trainer
 
 from cggr_core import RememberedScores
 from cggr_train import CGGRConfig, CGGRMixin, CGGRTrainer
-from tests.train.trainer_kit import examples, pad, tiny_model, trainer
+from tests.support.trainer_kit import examples, pad, tiny_model, trainer
 
 
 @pytest.fixture(autouse=True)

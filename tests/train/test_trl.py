@@ -7,7 +7,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 from cggr_train import CGGRConfig, CGGRMixin
-from tests.train.trainer_kit import change, relative_error, tiny_model
+from tests.support.trainer_kit import change, relative_error, tiny_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers|peft)[.]"),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cggr_train import CGGRConfig
-from tests.train.trainer_kit import change, relative_error, tiny_model, trainer
+from tests.support.trainer_kit import change, relative_error, tiny_model, trainer
 
 SETTINGS = {
     "default": CGGRConfig(),

@@ -3,8 +3,8 @@
 import torch
 
 from cggr_core import CGGRModel
-from reference_routing import gradients
-from tiny_models import VOCAB
+from tests.support.reference_routing import gradients
+from tests.support.tiny_models import VOCAB
 
 MODES = ("exact", "kv", "detached", "sequence")
 ROUTED = [("kv", "interleaved"), ("kv", "two_pass"), ("detached", "interleaved"), ("detached", "two_pass")]

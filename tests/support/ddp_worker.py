@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cggr_core import CGGRModel, LearnedRouter, RememberedScores, Selection
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 TIMEOUT = timedelta(minutes=2)  # a rank that dies must not leave the other waiting
 

@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 
 from cggr_core import CGGRModel, RememberedScores
-from tests.gpu.test_model_native import tokens
-from tests.gpu.test_routers_native import varied
+from tests.support.gpu_models import tokens, varied
 
 FORWARDS = 4
 

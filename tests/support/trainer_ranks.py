@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from cggr_train import CGGRConfig
-from tests.train.trainer_kit import examples, relative_error, tiny_model, trainer
+from tests.support.trainer_kit import examples, relative_error, tiny_model, trainer
 
 STARTED = time.perf_counter()
 STEPS, LEARNING_RATE = 3, 0.05

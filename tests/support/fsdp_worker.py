@@ -8,9 +8,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from cggr_core import CGGRModel, LearnedRouter, create_truncated_router
-from model_steps import checkpoint_activations
-from reference_routing import gradients, relative_error
-from tiny_models import ROUTABLE, VOCAB
+from tests.support.model_steps import checkpoint_activations
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 SETTINGS = (
     {"gradient": "exact"},
