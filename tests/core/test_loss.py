@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from cggr_core import difficulty, linear_loss
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
-from cggr_core.selection import SELECTIONS, Selection
+from cggr_core.selection import Selection
+from cggr_core.settings import SELECTIONS
 from tests.support.allocations import largest_allocation
 
 B, S, V, H = 3, 20, 50, 8

@@ -5,7 +5,8 @@ import torch
 
 from cggr_core.scorer import CGGRScorer
 from cggr_core.scoring import score, token_statistics
-from cggr_core.selection import SELECTIONS, Selection
+from cggr_core.selection import Selection
+from cggr_core.settings import SELECTIONS
 
 B, S, V = 3, 16, 30
 
@@ -62,12 +63,14 @@ def test_without_labels_the_attention_mask_counts():
     attention_mask = torch.ones(B, S, dtype=torch.long)
     attention_mask[0, 6:] = 0
     router = Router()
-    difficulty, mask, info = CGGRScorer(router, min_tokens_ratio=1.0)(input_ids, attention_mask=attention_mask)
+    difficulty, mask, info = CGGRScorer(router, scoring="entropy", min_tokens_ratio=1.0)(
+        input_ids, attention_mask=attention_mask
+    )
     assert torch.equal(mask, attention_mask.bool())
     assert (difficulty[0, 6:] == 0).all() and info["statistics"].nll is None
     assert router.seen == [["attention_mask"]]
     router.seen.clear()
-    CGGRScorer(router)(input_ids, position_ids=torch.arange(S).expand(B, S))
+    CGGRScorer(router, scoring="entropy")(input_ids, position_ids=torch.arange(S).expand(B, S))
     assert router.seen == [["position_ids"]]
 
 
@@ -114,9 +117,9 @@ def test_bad_input():
     with pytest.raises(TypeError, match="router must be callable, got int"):
         CGGRScorer(3)
     with pytest.raises(TypeError, match=r"router must return logits \[B, S, V\] or an object with \.logits, got str"):
-        CGGRScorer(lambda tokens: "no")(input_ids)
+        CGGRScorer(lambda tokens: "no")(input_ids, labels)
     with pytest.raises(ValueError, match=r"router must return logits \[B, S, V\] for input tokens of shape \[3, 16\]"):
-        CGGRScorer(lambda tokens: torch.zeros(3, 5))(input_ids)
+        CGGRScorer(lambda tokens: torch.zeros(3, 5))(input_ids, labels)
     with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
         scorer([[1, 2]])
     with pytest.raises(TypeError, match="seed must be an integer, got 'a'"):

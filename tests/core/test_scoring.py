@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from cggr_core import difficulty
 from cggr_core.scoring import (
     FIELDS,
-    SCORINGS,
     TokenStatistics,
     fields_for,
     linear_token_statistics,
     score,
     token_statistics,
 )
+from cggr_core.settings import SCORINGS
 from tests.support.allocations import largest_allocation
 
 INF = float("inf")

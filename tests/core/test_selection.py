@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cggr_core import backends, sampling
-from cggr_core.selection import SCOPES, SELECTIONS, Selection, select, slots_for
+from cggr_core.selection import Selection, select, slots_for
+from cggr_core.settings import SCOPES, SELECTIONS
 
 WEIGHTED = ("stratified", "sampled", "random")
 

@@ -8,7 +8,8 @@ from cggr_core.loss import CGGRLinearLoss, CGGRLoss
 from cggr_core.monitor import Monitor
 from cggr_core.randomness import uniform
 from cggr_core.scoring import linear_token_statistics, token_statistics
-from cggr_core.selection import SCOPES, SELECTIONS, select
+from cggr_core.selection import select
+from cggr_core.settings import SCOPES, SELECTIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]
 B, S, H, V = 4, 65, 32, 1031

@@ -87,7 +87,7 @@ def test_takes_the_mask_of_a_scorer():
         return embedding(input_ids) @ embedding.weight.t()
 
     input_ids = torch.randint(0, 32, (2, 16))
-    _, mask, _ = CGGRScorer(router, min_tokens_ratio=0.25)(input_ids)
+    _, mask, _ = CGGRScorer(router, scoring="entropy", min_tokens_ratio=0.25)(input_ids)
     layer = make()
     out, _ = layer(embedding(input_ids), mask)
     assert 0 < mask.sum() < mask.numel()

@@ -240,8 +240,8 @@ class TestConfig:
             parser.parse_args_into_dataclasses(["--output_dir", "x", "--gradient", "half"])
 
     def test_the_seed_is_the_trainers_unless_given(self, tmp_path):
-        assert trainer(tmp_path, CGGRConfig(), seed=11).routed_model().seed == 11
-        assert trainer(tmp_path, CGGRConfig(selection_seed=5), seed=11).routed_model().seed == 5
+        assert trainer(tmp_path, CGGRConfig(), seed=11).routed_model().settings.seed == 11
+        assert trainer(tmp_path, CGGRConfig(selection_seed=5), seed=11).routed_model().settings.seed == 5
 
     def test_a_router_of_ones_own(self, tmp_path):
         calls = []

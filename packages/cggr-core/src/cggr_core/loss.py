@@ -87,21 +87,21 @@ class CGGRLoss(TokenLoss):
         if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
             raise ValueError(f"logits must be [B, S, V] or [N, V], got shape {tuple(logits.shape)}")
         V = logits.shape[-1]
-        targets = check_targets("targets", targets, logits.shape[:-1], V, self.ignore_index, logits, "logits")
+        targets = check_targets("targets", targets, logits.shape[:-1], V, self.settings.ignore_index, logits, "logits")
         check_per_token(targets, token_weight=token_weight, reference_nll=reference_nll)
         self._begin()
         if logits.dim() == 2:
             logits, targets = logits[None], targets[None]
             token_weight, reference_nll = with_row(token_weight), with_row(reference_nll)
         targets, bad = self._targets(targets, V)
-        countable = targets != self.ignore_index
+        countable = targets != self.settings.ignore_index
         if not self.training:
             coefficients = all_coefficients(countable, token_weight, num_items)
             return self._loss(logits, targets, coefficients, torch.arange(targets.numel(), device=targets.device)[None])
         fields = self._fields()
         statistics = None
         if fields:
-            statistics = token_statistics(logits, targets, ignore_index=self.ignore_index, fields=fields)
+            statistics = token_statistics(logits, targets, ignore_index=self.settings.ignore_index, fields=fields)
         scores = self._score(statistics, countable, reference_nll)
         selection = self._select(scores, countable, draw)
         coefficients = loss_coefficients(selection, countable, token_weight=token_weight, num_items=num_items)
@@ -116,9 +116,9 @@ class CGGRLoss(TokenLoss):
         else:
             rows = logits[index // max(1, S), index % max(1, S)]
         # Rows without weight are ignored, not multiplied by 0: their loss may be infinite.
-        kept = targets.reshape(-1)[index].masked_fill(coefficients == 0.0, self.ignore_index)
+        kept = targets.reshape(-1)[index].masked_fill(coefficients == 0.0, self.settings.ignore_index)
         rows = rows.to(accumulation_dtype(rows.dtype))
-        nll = nn.functional.cross_entropy(rows, kept, ignore_index=self.ignore_index, reduction="none")
+        nll = nn.functional.cross_entropy(rows, kept, ignore_index=self.settings.ignore_index, reduction="none")
         return (nll * coefficients).sum()
 
 
@@ -178,15 +178,20 @@ class CGGRLinearLoss(TokenLoss):
         if hidden.dim() not in (2, 3):
             raise ValueError(f"hidden must be [B, S, H] or [N, H], got shape {tuple(hidden.shape)}")
         V = weight.shape[0]
-        targets = check_targets("targets", targets, hidden.shape[:-1], V, self.ignore_index, hidden, "hidden")
+        targets = check_targets("targets", targets, hidden.shape[:-1], V, self.settings.ignore_index, hidden, "hidden")
         check_per_token(targets, token_weight=token_weight, reference_nll=reference_nll)
         self._begin()
         if hidden.dim() == 2:
             hidden, targets = hidden[None], targets[None]
             token_weight, reference_nll = with_row(token_weight), with_row(reference_nll)
         targets, bad = self._targets(targets, V)
-        countable = targets != self.ignore_index
-        head: dict[str, Any] = {"bias": bias, "softcap": softcap, "scale": scale, "ignore_index": self.ignore_index}
+        countable = targets != self.settings.ignore_index
+        head: dict[str, Any] = {
+            "bias": bias,
+            "softcap": softcap,
+            "scale": scale,
+            "ignore_index": self.settings.ignore_index,
+        }
         rows, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         if not self.training:
             coefficients = all_coefficients(countable, token_weight, num_items)

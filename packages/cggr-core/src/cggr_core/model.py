@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.checks import check_at_least, check_flag, check_integer, values_are_free
+from cggr_core.checks import values_are_free
 from cggr_core.collectives import sum_over_ranks
 from cggr_core.learned_router import LearnedRouter
-from cggr_core.model_checks import check_inputs, check_settings, check_unused, without_wishes
+from cggr_core.model_checks import check_inputs, check_router, check_unused, without_wishes
 from cggr_core.monitor import Monitor
 from cggr_core.remembered import RememberedScores
 from cggr_core.router import TruncatedRouter
 from cggr_core.schedule import Schedule
 from cggr_core.scoring import TokenStatistics
 from cggr_core.selection import Selection
+from cggr_core.settings import RoutingSettings
 from cggr_core.step import TrainingStep
 from cggr_core.stopwatch import Stopwatch
 from cggr_core.targets import Targets, align_labels
@@ -95,50 +96,42 @@ class CGGRModel(nn.Module):
         model: nn.Module,
         router: Callable[..., Any] | RememberedScores | None = None,
         *,
-        gradient: str = "kv",
-        min_tokens_ratio: float = 0.25,
-        selection: str = "stratified",
-        scoring: str = "gradnorm",
-        num_strata: int = 4,
-        min_tokens_per_sequence: int = 1,
-        block_size: int = 1,
-        unbiased: bool = True,
-        warmup_steps: int = 0,
-        dynamic_threshold: bool = False,
-        threshold_sensitivity: float = 0.5,
-        engine: str | None = None,
-        seed: int = 0,
-        ignore_index: int = -100,
+        gradient: str = RoutingSettings.gradient,
+        scoring: str = RoutingSettings.scoring,
+        selection: str = RoutingSettings.selection,
+        num_strata: int = RoutingSettings.num_strata,
+        min_tokens_per_sequence: int = RoutingSettings.min_tokens_per_sequence,
+        dynamic_threshold: bool = RoutingSettings.dynamic_threshold,
+        threshold_sensitivity: float = RoutingSettings.threshold_sensitivity,
+        min_tokens_ratio: float = RoutingSettings.min_tokens_ratio,
+        warmup_steps: int = RoutingSettings.warmup_steps,
+        block_size: int = RoutingSettings.block_size,
+        unbiased: bool = RoutingSettings.unbiased,
+        seed: int = RoutingSettings.seed,
+        ignore_index: int = RoutingSettings.ignore_index,
+        engine: str | None = RoutingSettings.engine,
     ) -> None:
         super().__init__()
         from cggr_core.routing import Engine, unwrapped
 
-        check_settings(
-            router=router,
+        self.settings = RoutingSettings(
             gradient=gradient,
-            selection=selection,
-            scoring=scoring,
-            block_size=block_size,
-            warmup_steps=warmup_steps,
-            dynamic_threshold=dynamic_threshold,
             engine=engine,
-        )
-        self.gradient = gradient
-        self.selection = selection
-        self.scoring = scoring
-        self.num_strata = check_at_least("num_strata", num_strata, 1)
-        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
-        self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = check_flag("unbiased", unbiased)
-        self.seed = check_at_least("seed", seed, 0)
-        self.ignore_index = check_integer("ignore_index", ignore_index)
-        self.engine = engine
-        self.schedule = Schedule(
+            scoring=scoring,
+            selection=selection,
+            num_strata=num_strata,
+            min_tokens_per_sequence=min_tokens_per_sequence,
+            block_size=block_size,
+            unbiased=unbiased,
             min_tokens_ratio=min_tokens_ratio,
             warmup_steps=warmup_steps,
             dynamic_threshold=dynamic_threshold,
             threshold_sensitivity=threshold_sensitivity,
+            seed=seed,
+            ignore_index=ignore_index,
         )
+        check_router(self.settings, router)
+        self.schedule = Schedule.of(self.settings)
         self.model = model
         self._passes = Engine(model)
         if isinstance(router, TruncatedRouter) and unwrapped(router.model) is unwrapped(model):
@@ -215,7 +208,7 @@ class CGGRModel(nn.Module):
             return self.model(**arguments, **given)
         arguments = without_wishes(arguments)
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
-        self._take_what_was_found(wait=self.schedule.dynamic_threshold)
+        self._take_what_was_found(wait=self.schedule.reads_confidence)
         batch = self._passes.inputs(**arguments)
         check_inputs(
             self,
@@ -229,12 +222,12 @@ class CGGRModel(nn.Module):
             first_row=first_row,
             example_ids=example_ids,
         )
-        self._passes.prepare(batch, routing=self.gradient in ("kv", "detached"))
+        self._passes.prepare(batch, routing=self.settings.routes_keys_and_values)
         targets = align_labels(
             labels,
             shifted=self._passes.architecture.shifted,
             vocab_size=self._passes.vocab_size,
-            ignore_index=self.ignore_index,
+            ignore_index=self.settings.ignore_index,
         )
         step = TrainingStep(
             self,
@@ -249,7 +242,7 @@ class CGGRModel(nn.Module):
             first_row=first_row,
             example_ids=example_ids,
         )
-        loss = getattr(step, self.gradient)()
+        loss = getattr(step, self.settings.gradient)()
         self._metrics = step.metrics(loss)
         self.schedule.note_forward()
         self._watch(targets, step.scores.statistics, loss)
@@ -390,7 +383,7 @@ class CGGRModel(nn.Module):
             found = next(value for value in statistics[:-1] if value is not None)
             count = (found.isnan() & targets.countable).sum()
             nan = torch.where(count > 0, count, nan)
-            if self.schedule.dynamic_threshold:
+            if self.schedule.reads_confidence:
                 # Of all ranks, so that they go on with the same ratio.
                 count = self._metrics["countable_tokens"]
                 total = sum_over_ranks(torch.stack([self._metrics["confidence"] * count, count.float()]))
@@ -416,7 +409,7 @@ class CGGRModel(nn.Module):
         if invalid:
             raise ValueError(
                 f"labels of the last step had {int(invalid)} value(s) outside [0, {self._passes.vocab_size}) that are "
-                f"not ignore_index={self.ignore_index}; they were not counted"
+                f"not ignore_index={self.settings.ignore_index}; they were not counted"
             )
         if nan:
             where = f"the logits of the last step were NaN at {int(nan)} tokens" if nan > 0 else "the last loss was NaN"

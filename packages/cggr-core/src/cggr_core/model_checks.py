@@ -6,7 +6,6 @@ from torch import Tensor
 
 from cggr_core.checks import (
     check_at_least,
-    check_choice,
     check_draw,
     check_float,
     check_num_items,
@@ -15,20 +14,15 @@ from cggr_core.checks import (
 )
 from cggr_core.learned_router import LearnedRouter
 from cggr_core.remembered import RememberedScores
-from cggr_core.scoring import SCORINGS
-from cggr_core.selection import SELECTIONS, Selection
+from cggr_core.selection import Selection
+from cggr_core.settings import RoutingSettings
 
 if TYPE_CHECKING:
     from cggr_core.model import CGGRModel
     from cggr_core.routing import TokenInputs
 
-__all__ = ["SCORELESS", "check_inputs", "check_settings", "check_unused", "without_wishes"]
+__all__ = ["check_inputs", "check_router", "check_unused", "without_wishes"]
 
-GRADIENT_MODES = ("exact", "kv", "detached", "sequence")
-ENGINES = ("interleaved", "two_pass")
-MODEL_SELECTIONS = (*SELECTIONS, "supervised")
-# Selections that look at no score.
-SCORELESS = ("random", "supervised")
 # What the wrapped model could be asked for besides its loss, and the answer that asks for nothing.
 _WISHES = {
     "past_key_values": None,
@@ -41,83 +35,16 @@ _WISHES = {
 }
 
 
-def check_settings(
-    *,
-    router: Any,
-    gradient: str,
-    selection: str,
-    scoring: str,
-    block_size: int,
-    warmup_steps: int,
-    dynamic_threshold: bool,
-    engine: str | None,
-) -> None:
-    """Raise unless the settings of a CGGRModel exist and can go together.
-
-    What belongs to one selection alone (``num_strata``, ``min_tokens_per_sequence``, ``scoring``) is not asked about,
-    so that selections can be compared with all else equal.
+def check_router(settings: RoutingSettings, router: Any) -> None:
+    """Raise unless a router can be called, and can go with the settings.
 
     Raises:
         TypeError: If the router cannot be called.
-        ValueError: If a name is unknown, or a setting would not have the effect it stands for.
+        ValueError: If it would not be read, or lacks what is read.
     """
-    check_choice("gradient", gradient, GRADIENT_MODES)
-    check_choice("selection", selection, MODEL_SELECTIONS)
-    check_choice("scoring", scoring, SCORINGS)
-    if engine is not None:
-        check_choice("engine", engine, ENGINES)
-        if gradient not in ("kv", "detached"):
-            raise ValueError(
-                f"engine={engine!r} says how gradient='kv' and 'detached' are computed, and gradient is {gradient!r}; "
-                "leave engine=None"
-            )
     if router is not None and not callable(router) and not isinstance(router, RememberedScores):
         raise TypeError(f"router must be callable, a LearnedRouter or RememberedScores, got {type(router).__name__}")
-    _check_selection(router, selection, block_size, warmup_steps, dynamic_threshold)
-    if gradient == "sequence":
-        _check_sequence(selection, block_size)
-    if engine == "interleaved" and router is None and selection not in SCORELESS:
-        raise ValueError(
-            "engine='interleaved' needs the selection before the layers: give a router "
-            "(create_truncated_router(model)), selection='random' or 'supervised', or leave engine=None"
-        )
-
-
-def _check_selection(router: Any, selection: str, block_size: int, warmup_steps: int, dynamic_threshold: bool) -> None:
-    if selection in SCORELESS:
-        if router is not None:
-            raise ValueError(f"a router scores tokens, and selection={selection!r} reads no score; leave router=None")
-        if dynamic_threshold:
-            raise ValueError(
-                f"dynamic_threshold needs the confidence of scored tokens, and selection={selection!r} scores none"
-            )
-    if selection == "supervised":
-        for name, value, nothing in (("block_size", block_size, 1), ("warmup_steps", warmup_steps, 0)):
-            if value != nothing:
-                raise ValueError(
-                    f"{name}={value} would change which tokens are kept, and selection='supervised' keeps exactly the "
-                    f"countable ones; leave {name}={nothing}"
-                )
-    if dynamic_threshold and isinstance(router, LearnedRouter | RememberedScores):
-        raise ValueError(
-            f"dynamic_threshold needs the model's confidence at every token, and {type(router).__name__} gives scores "
-            "alone; use a truncated router or none"
-        )
-
-
-def _check_sequence(selection: str, block_size: int) -> None:
-    if selection == "supervised":
-        raise ValueError("selection='supervised' keeps tokens, and gradient='sequence' keeps whole sequences")
-    if selection == "sequence_aware":
-        raise ValueError(
-            "selection='sequence_aware' keeps tokens of every sequence, and gradient='sequence' leaves sequences out; "
-            "use selection='topk'"
-        )
-    if block_size != 1:
-        raise ValueError(
-            f"block_size={block_size} selects blocks of tokens, and gradient='sequence' keeps whole sequences; leave "
-            "block_size=1"
-        )
+    settings.check_router(router, gives_confidence=not isinstance(router, LearnedRouter | RememberedScores))
 
 
 def check_inputs(
@@ -151,10 +78,10 @@ def check_inputs(
     check_at_least("first_row", first_row, 0)
     if draw is not None:
         check_draw(draw)
-    if reference_nll is not None and config.scoring != "excess":
-        raise ValueError(f"reference_nll is read by scoring='excess' only, and scoring is {config.scoring!r}")
-    scored = selection is None and config.selection not in SCORELESS
-    if reference_nll is None and config.scoring == "excess" and scored:
+    if reference_nll is not None and config.settings.scoring != "excess":
+        raise ValueError(f"reference_nll is read by scoring='excess' only, and scoring is {config.settings.scoring!r}")
+    scored = selection is None and config.settings.reads_scores
+    if reference_nll is None and config.settings.scoring == "excess" and scored:
         raise ValueError("scoring='excess' needs reference_nll")
     if isinstance(config.router, RememberedScores):
         if selection is None:
@@ -171,7 +98,7 @@ def _check_selection_fits(config: "CGGRModel", batch: "TokenInputs", selection: 
             f"selection must be a Selection, got {type(selection).__name__}; Selection.from_mask(mask) makes one of a "
             "mask"
         )
-    if config.gradient == "sequence":
+    if config.settings.gradient == "sequence":
         raise ValueError("a selection of tokens was passed, and gradient='sequence' keeps whole sequences")
     if selection.index.shape[0] != batch.shape[0] or tuple(selection.shape) != batch.shape:
         raise ValueError(

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cggr_core.checks import check_at_least
 from cggr_core.readout import HeadReadout
 from cggr_core.scoring import TokenStatistics, token_statistics
+from cggr_core.settings import default_router_depth
 
 if TYPE_CHECKING:
     from cggr_core.routing import Engine
@@ -76,13 +78,13 @@ class TruncatedRouter(nn.Module):
         return readout.statistics(values, targets, fields=fields)
 
 
-def create_truncated_router(model: nn.Module, num_layers: int = 4) -> TruncatedRouter:
+def create_truncated_router(model: nn.Module, num_layers: int | None = None) -> TruncatedRouter:
     """A router that is the model itself, stopped after its first layers.
 
     Args:
         model: A Hugging Face language model (or a PEFT wrapper of one); nothing of it is copied.
-        num_layers: Layers to run, at least 1. A model with no more layers than that, or whose layers are not found,
-            is run in full, with a warning.
+        num_layers: Layers to run, at least 1; ``None`` for an eighth of the model's. A model with no more layers than
+            that, or whose layers are not found, is run in full, with a warning.
 
     Returns:
         The router.
@@ -98,12 +100,11 @@ def create_truncated_router(model: nn.Module, num_layers: int = 4) -> TruncatedR
         >>> router.num_layers
         1
     """
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-        raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-    router = TruncatedRouter(model, num_layers)
+    if num_layers is not None:
+        check_at_least("num_layers", num_layers, 1)
+    router = TruncatedRouter(model, 0)
     depth = router.engine.depth
+    router.num_layers = num_layers = default_router_depth(depth) if num_layers is None else num_layers
     if num_layers >= depth:
         warnings.warn(
             f"create_truncated_router(num_layers={num_layers}) passes through the full model: "

@@ -10,10 +10,7 @@ from torch import Tensor
 from cggr_core.backends import register_reference
 from cggr_core.randomness import uniform
 
-__all__ = ["PROBABILITY_STRATEGIES", "SELECTIONS", "compact", "descending_rank", "kept_counts", "select_reference"]
-
-SELECTIONS = ("stratified", "sampled", "random", "topk", "sequence_aware")
-PROBABILITY_STRATEGIES = frozenset({"stratified", "sampled", "random"})
+__all__ = ["compact", "descending_rank", "kept_counts", "select_reference"]
 
 # A probability this close to 1 is taken for 1: the systematic walk then never has a step of 1 or more, so that no
 # rounding can choose a token twice and make the count inexact.
@@ -156,7 +153,7 @@ def select_reference(
         score: [B, S] float32, finite.
         countable: [B, S] bool.
         ratio: Keep ratio in (0, 1].
-        strategy: One of :data:`SELECTIONS`.
+        strategy: One of :data:`cggr_core.settings.SELECTIONS`.
         capacity: Slots K of each row, at most S.
         num_strata: For ``stratified``.
         min_tokens: For ``sequence_aware``: tokens kept in each row at least.

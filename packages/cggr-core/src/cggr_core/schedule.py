@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_core.checks import check_at_least, check_finite_number, check_flag, check_ratio
+from cggr_core.checks import check_at_least, check_finite_number
 from cggr_core.selection import slots_for
+from cggr_core.settings import SelectionSettings
 
 __all__ = ["Schedule"]
 
@@ -48,20 +49,21 @@ class Schedule:
     def __init__(
         self,
         *,
-        min_tokens_ratio: float = 0.25,
-        warmup_steps: int = 0,
-        dynamic_threshold: bool = False,
-        threshold_sensitivity: float = 0.5,
+        min_tokens_ratio: float = SelectionSettings.min_tokens_ratio,
+        warmup_steps: int = SelectionSettings.warmup_steps,
+        dynamic_threshold: bool = SelectionSettings.dynamic_threshold,
+        threshold_sensitivity: float = SelectionSettings.threshold_sensitivity,
     ) -> None:
-        self.min_tokens_ratio = check_ratio("min_tokens_ratio", min_tokens_ratio)
-        self.warmup_steps = check_at_least("warmup_steps", warmup_steps, 0)
-        self.dynamic_threshold = check_flag("dynamic_threshold", dynamic_threshold)
-        self.threshold_sensitivity = check_finite_number("threshold_sensitivity", threshold_sensitivity, minimum=0.0)
-        if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, 0.5):  # neither "off" nor the default
-            raise ValueError(
-                f"threshold_sensitivity={threshold_sensitivity} is read with dynamic_threshold=True only; switch that "
-                "on, or leave the sensitivity out"
-            )
+        SelectionSettings(
+            min_tokens_ratio=min_tokens_ratio,
+            warmup_steps=warmup_steps,
+            dynamic_threshold=dynamic_threshold,
+            threshold_sensitivity=threshold_sensitivity,
+        )  # checks them
+        self.min_tokens_ratio = float(min_tokens_ratio)
+        self.warmup_steps = warmup_steps
+        self.dynamic_threshold = dynamic_threshold
+        self.threshold_sensitivity = float(threshold_sensitivity)
         self._steps = 0
         # A tensor, because compiled code takes a changing Python number for a reason to compile anew.
         self._draws = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -69,6 +71,16 @@ class Schedule:
         self._forwards_without_step = 0
         self._awaiting_step = self.warmup_steps > 0
         self._place()
+
+    @classmethod
+    def of(cls, settings: SelectionSettings) -> Schedule:
+        """The schedule that settings ask for."""
+        return cls(
+            min_tokens_ratio=settings.min_tokens_ratio,
+            warmup_steps=settings.warmup_steps,
+            dynamic_threshold=settings.dynamic_threshold,
+            threshold_sensitivity=settings.threshold_sensitivity,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -90,10 +102,14 @@ class Schedule:
         return self._steps
 
     @property
+    def reads_confidence(self) -> bool:
+        """Whether the ratio depends on the confidence of the batch before, which a forward then waits for."""
+        return self.dynamic_threshold and self.threshold_sensitivity > 0.0
+
+    @property
     def moving(self) -> bool:
         """Whether the ratio can still change from step to step."""
-        dynamic = self.dynamic_threshold and self.threshold_sensitivity > 0.0
-        return dynamic or self._warming_up
+        return self.reads_confidence or self._warming_up
 
     @property
     def curriculum_ratio(self) -> float:
@@ -104,7 +120,7 @@ class Schedule:
     def ratio(self) -> float:
         """Keep ratio of the next forward."""
         base = self.curriculum_ratio
-        if not self.dynamic_threshold or self._confidence is None:
+        if not self.reads_confidence or self._confidence is None:
             return base
         moved = base * math.exp(self.threshold_sensitivity * (0.5 - self._confidence))
         return min(max(moved, base / 2), min(1.0, 2 * base))

@@ -56,7 +56,7 @@ class ScoreSource:
         self._reference_nll = reference_nll
         self._example_ids = example_ids
         # Where every token is kept nobody asks for a score, but for the confidence that moves the ratio.
-        self.needed = asked and (config.schedule.ratio < 1.0 or config.schedule.dynamic_threshold)
+        self.needed = asked and (config.schedule.ratio < 1.0 or config.schedule.reads_confidence)
         router = config.router if asked else None
         self.learner = router if isinstance(router, LearnedRouter) else None
         self._memory = router if isinstance(router, RememberedScores) else None
@@ -121,8 +121,8 @@ class ScoreSource:
                 self.score, self._router_metrics = self._memory.read(self._example_ids, self._targets.countable)
                 return
             tokens = self._targets.tokens
-            fields = fields_for(self._config.scoring)
-            if self._config.schedule.dynamic_threshold:
+            fields = fields_for(self._config.settings.scoring)
+            if self._config.schedule.reads_confidence:
                 fields |= {"confidence"}
             if router is None:
                 fields |= {"nll"}
@@ -136,9 +136,11 @@ class ScoreSource:
                     tokens,
                     shape=tokens.shape,
                     fields=fields,
-                    ignore_index=self._config.ignore_index,
+                    ignore_index=self._config.settings.ignore_index,
                 )
-            self.score = score(self.statistics, scoring=self._config.scoring, reference_nll=self._reference_nll)
+            self.score = score(
+                self.statistics, scoring=self._config.settings.scoring, reference_nll=self._reference_nll
+            )
 
     def observe(self, seen: Observation) -> None:
         """Show the kept tokens to a router that learns from them or remembers them."""
@@ -147,7 +149,9 @@ class ScoreSource:
         with self._timed():
             if self.learner is not None:
                 seen = seen.thinned(self.learner.observed_tokens, seed=self.learner.seed, draw=self.learner.updates)
-            observed = seen.score(self._readout, scoring=self._config.scoring, reference_nll=self._reference_nll)
+            observed = seen.score(
+                self._readout, scoring=self._config.settings.scoring, reference_nll=self._reference_nll
+            )
             if self._memory is not None:
                 assert self._example_ids is not None  # checked
                 row, *slots = self._as_on_all_ranks(seen.row, seen.position, observed, seen.weight > 0)

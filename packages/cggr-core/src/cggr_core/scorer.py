@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from cggr_core.checks import (
     bad_targets_message,
-    check_at_least,
     check_choice,
-    check_flag,
-    check_integer,
     check_integers,
     check_same_device,
     check_shape,
@@ -24,8 +21,9 @@ from cggr_core.learned_router import LearnedRouter
 from cggr_core.monitor import Monitor
 from cggr_core.router import TruncatedRouter, router_statistics
 from cggr_core.schedule import Schedule
-from cggr_core.scoring import SCORINGS, fields_for, score
-from cggr_core.selection import SCOPES, SELECTIONS, select
+from cggr_core.scoring import fields_for, score
+from cggr_core.selection import select
+from cggr_core.settings import SCOPES, SelectionSettings
 from cggr_core.targets import at_predictors
 
 __all__ = ["CGGRScorer"]
@@ -40,7 +38,7 @@ class CGGRScorer(nn.Module):
     Args:
         router: :func:`~cggr_core.create_truncated_router`, or a callable ``router(input_ids, ...)`` that returns
             logits [B, S, V] or an object with ``.logits``.
-        scoring: See :func:`~cggr_core.score`; without labels "combined", "entropy" or "margin".
+        scoring: See :func:`~cggr_core.score`; without labels "combined", "entropy" or "margin" must be asked for.
         selection: See :func:`~cggr_core.select`.
         scope: "row" keeps the ratio in each row, "batch" over the batch.
         min_tokens_ratio: Keep ratio in (0, 1], after the warmup.
@@ -62,7 +60,7 @@ class CGGRScorer(nn.Module):
 
     Example:
         >>> table = torch.nn.Embedding(16, 16)
-        >>> scorer = CGGRScorer(table, min_tokens_ratio=0.5)
+        >>> scorer = CGGRScorer(table, scoring="entropy", min_tokens_ratio=0.5)
         >>> scores, mask, info = scorer(torch.randint(0, 16, (2, 8)))
         >>> mask.sum(1)
         tensor([4, 4])
@@ -72,19 +70,19 @@ class CGGRScorer(nn.Module):
         self,
         router: Any,
         *,
-        scoring: str = "combined",
-        selection: str = "stratified",
+        scoring: str = SelectionSettings.scoring,
+        selection: str = SelectionSettings.selection,
         scope: str = "row",
-        min_tokens_ratio: float = 0.25,
-        warmup_steps: int = 0,
-        dynamic_threshold: bool = False,
-        threshold_sensitivity: float = 0.5,
-        num_strata: int = 4,
-        min_tokens_per_sequence: int = 1,
-        block_size: int = 1,
-        unbiased: bool = True,
-        seed: int = 0,
-        ignore_index: int = -100,
+        num_strata: int = SelectionSettings.num_strata,
+        min_tokens_per_sequence: int = SelectionSettings.min_tokens_per_sequence,
+        dynamic_threshold: bool = SelectionSettings.dynamic_threshold,
+        threshold_sensitivity: float = SelectionSettings.threshold_sensitivity,
+        min_tokens_ratio: float = SelectionSettings.min_tokens_ratio,
+        warmup_steps: int = SelectionSettings.warmup_steps,
+        block_size: int = SelectionSettings.block_size,
+        unbiased: bool = SelectionSettings.unbiased,
+        seed: int = SelectionSettings.seed,
+        ignore_index: int = SelectionSettings.ignore_index,
         shifted: bool | None = None,
     ) -> None:
         super().__init__()
@@ -93,21 +91,22 @@ class CGGRScorer(nn.Module):
         if isinstance(router, LearnedRouter):
             raise TypeError("a LearnedRouter works in CGGRModel, where it learns; here it would have no hidden states")
         self.router = router
-        self.scoring = check_choice("scoring", scoring, SCORINGS)
-        self.selection = check_choice("selection", selection, SELECTIONS)
         self.scope = check_choice("scope", scope, SCOPES)
-        self.num_strata = check_at_least("num_strata", num_strata, 1)
-        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
-        self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = check_flag("unbiased", unbiased)
-        self.seed = check_at_least("seed", seed, 0)
-        self.ignore_index = check_integer("ignore_index", ignore_index)
-        self.schedule = Schedule(
+        self.settings = SelectionSettings(
+            scoring=scoring,
+            selection=selection,
+            num_strata=num_strata,
+            min_tokens_per_sequence=min_tokens_per_sequence,
+            block_size=block_size,
+            unbiased=unbiased,
             min_tokens_ratio=min_tokens_ratio,
             warmup_steps=warmup_steps,
             dynamic_threshold=dynamic_threshold,
             threshold_sensitivity=threshold_sensitivity,
+            seed=seed,
+            ignore_index=ignore_index,
         )
+        self.schedule = Schedule.of(self.settings)
         self._shifted = shifted
         self._vocab_size = 0
         self._monitor = Monitor()
@@ -155,7 +154,7 @@ class CGGRScorer(nn.Module):
             if tensor is not None:
                 check_shape(name, tensor, shape, "that of input_ids")
                 check_same_device(name, tensor, "input_ids", input_ids)
-        fields = fields_for(self.scoring, labels is not None) | {"confidence"}
+        fields = fields_for(self.settings.scoring, labels is not None) | {"confidence"}
         self._begin()
         targets = None if labels is None else self._aligned(labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -165,31 +164,31 @@ class CGGRScorer(nn.Module):
             # Its first argument may have any name.
             router = partial(router, given.pop("input_ids"))
         statistics = router_statistics(
-            router, given, targets, shape=shape, fields=fields, ignore_index=self.ignore_index
+            router, given, targets, shape=shape, fields=fields, ignore_index=self.settings.ignore_index
         )
         if targets is None:
             countable = torch.ones_like(input_ids, dtype=torch.bool)
             countable = countable if attention_mask is None else attention_mask.bool()
         else:
-            countable = (targets >= 0) & (targets < statistics.vocab_size) & (targets != self.ignore_index)
-        scores = score(statistics, scoring=self.scoring, reference_nll=reference_nll)
+            countable = (targets >= 0) & (targets < statistics.vocab_size) & (targets != self.settings.ignore_index)
+        scores = score(statistics, scoring=self.settings.scoring, reference_nll=reference_nll)
         scores = scores.masked_fill(~countable, 0.0)
         rows, length = shape if self.scope == "row" else (1, shape[0] * shape[1])
         capacity = None
-        if rows * length and self.selection != "sequence_aware":
+        if rows * length and self.settings.selection != "sequence_aware":
             capacity = self.schedule.capacity(length)
         chosen = select(
             scores,
             countable,
             ratio=self.schedule.ratio,
-            selection=self.selection,
+            selection=self.settings.selection,
             scope=self.scope,
             capacity=capacity,
-            num_strata=self.num_strata,
-            min_tokens_per_sequence=self.min_tokens_per_sequence,
-            block_size=self.block_size,
-            unbiased=self.unbiased,
-            seed=self.seed,
+            num_strata=self.settings.num_strata,
+            min_tokens_per_sequence=self.settings.min_tokens_per_sequence,
+            block_size=self.settings.block_size,
+            unbiased=self.settings.unbiased,
+            seed=self.settings.seed,
             draw=self.schedule.next_draw(),
         )
         if self.training:
@@ -198,21 +197,21 @@ class CGGRScorer(nn.Module):
         confidence = statistics.confidence.masked_fill(~countable, 0.0).sum() / countable.sum()
         bad = countable.new_zeros((), dtype=torch.int64)
         if targets is not None:
-            bad = count_bad_targets(targets, statistics.vocab_size, self.ignore_index)
+            bad = count_bad_targets(targets, statistics.vocab_size, self.settings.ignore_index)
         nan = (statistics.confidence.isnan() & countable).sum()
-        if self.schedule.dynamic_threshold or not values_are_free(countable):
+        if self.schedule.reads_confidence or not values_are_free(countable):
             self._monitor.post(torch.stack([bad.float(), nan.float(), confidence.float()]))
         self._vocab_size = statistics.vocab_size
         info = {"selection": chosen, "statistics": statistics, "countable": countable, "keep_ratio": chosen.ratio}
         return scores, chosen.mask, info
 
     def _begin(self) -> None:
-        found = self._monitor.read(wait=self.schedule.dynamic_threshold)
+        found = self._monitor.read(wait=self.schedule.reads_confidence)
         if found is None:
             return
         bad, nan, confidence = found
         if bad:
-            message = bad_targets_message("labels", int(bad), self._vocab_size, self.ignore_index)
+            message = bad_targets_message("labels", int(bad), self._vocab_size, self.settings.ignore_index)
             raise ValueError(f"in an earlier call, {message}")
         if nan:
             raise ValueError(f"in an earlier call, the router's logits were NaN at {int(nan)} countable position(s)")
@@ -223,4 +222,4 @@ class CGGRScorer(nn.Module):
         shifted = self._shifted
         if shifted is None:
             shifted = not isinstance(self.router, TruncatedRouter) or self.router.engine.architecture.shifted
-        return at_predictors(labels, self.ignore_index) if shifted else labels
+        return at_predictors(labels, self.settings.ignore_index) if shifted else labels

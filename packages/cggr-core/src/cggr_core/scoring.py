@@ -19,10 +19,10 @@ from cggr_core.difficulty import (
     wanted_fields,
 )
 from cggr_core.head import check_head, has_flat_rows, head_operands
+from cggr_core.settings import SCORINGS
 
 __all__ = [
     "FIELDS",
-    "SCORINGS",
     "TokenStatistics",
     "fields_for",
     "linear_token_statistics",
@@ -30,7 +30,6 @@ __all__ = [
     "token_statistics",
 ]
 
-SCORINGS = ("entropy", "margin", "loss", "combined", "gradnorm", "excess")
 _FIELDS_OF = {
     "entropy": ("entropy",),
     "margin": ("margin",),
@@ -68,7 +67,7 @@ def fields_for(scoring: str, has_targets: bool = True) -> frozenset[str]:
     """The statistics that a scoring needs.
 
     Args:
-        scoring: One of :data:`SCORINGS`.
+        scoring: One of :data:`~cggr_core.settings.SCORINGS`.
         has_targets: Whether targets are at hand; without them ``combined`` does without the nll.
 
     Returns:
@@ -270,7 +269,7 @@ def score(statistics: TokenStatistics, *, scoring: str, reference_nll: Tensor | 
 
     Args:
         statistics: From :func:`token_statistics`, with the fields of :func:`fields_for`.
-        scoring: One of :data:`SCORINGS`.
+        scoring: One of :data:`~cggr_core.settings.SCORINGS`.
         reference_nll: For ``excess``: a reference model's nll of each token, in nats, shape of the statistics.
 
     Returns:

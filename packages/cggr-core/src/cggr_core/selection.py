@@ -21,11 +21,11 @@ from cggr_core.checks import (
     check_shape,
     values_are_free,
 )
-from cggr_core.sampling import PROBABILITY_STRATEGIES, SELECTIONS, compact, descending_rank, kept_counts
+from cggr_core.sampling import compact, descending_rank, kept_counts
+from cggr_core.settings import SCOPES, SELECTIONS, WITH_PROBABILITIES, SelectionSettings
 
-__all__ = ["SCOPES", "SELECTIONS", "Selection", "select", "slots_for"]
+__all__ = ["Selection", "plain_weight", "select", "slots_for"]
 
-SCOPES = ("row", "batch")
 _CAPACITY_STEP = 64
 
 
@@ -184,14 +184,14 @@ def select(
     countable: Tensor,
     *,
     ratio: float,
-    selection: str = "stratified",
+    selection: str = SelectionSettings.selection,
     scope: str = "row",
     capacity: int | None = None,
-    num_strata: int = 4,
-    min_tokens_per_sequence: int = 1,
-    block_size: int = 1,
-    unbiased: bool = True,
-    seed: int = 0,
+    num_strata: int = SelectionSettings.num_strata,
+    min_tokens_per_sequence: int = SelectionSettings.min_tokens_per_sequence,
+    block_size: int = SelectionSettings.block_size,
+    unbiased: bool = SelectionSettings.unbiased,
+    seed: int = SelectionSettings.seed,
     draw: int | Tensor = 0,
     defensive_mix: float = 0.05,
     first_row: int = 0,
@@ -223,7 +223,7 @@ def select(
             made of them.
         countable: [B, S] bool: the tokens that have a target. No other token is ever kept.
         ratio: Keep ratio in (0, 1].
-        selection: One of :data:`SELECTIONS`.
+        selection: One of :data:`~cggr_core.settings.SELECTIONS`.
         scope: "row" keeps the ratio in each row; "batch" over the flattened batch.
         capacity: Slots K of each row, or of the batch. None for ``ratio`` of the length, rounded up. A capacity below
             what the ratio asks for limits it.
@@ -308,11 +308,29 @@ def select(
     if block_size > 1:
         index, valid, weight = _expand_blocks(index, valid, weight, countable, rows, block_size)
     n, kept = countable.sum(), valid.sum()
-    if not (unbiased and selection in PROBABILITY_STRATEGIES):
-        # Of each row, so that a batch split between micro-batches or ranks weights its tokens as the whole does.
-        row_n = countable.reshape(rows, B0 * S0 // max(1, rows)).sum(1, keepdim=True)
-        weight = (row_n / valid.sum(1, keepdim=True).clamp(min=1)).to(torch.float32) * valid
+    if not (unbiased and selection in WITH_PROBABILITIES):
+        weight = plain_weight(countable.reshape(rows, B0 * S0 // max(1, rows)), valid)
     return Selection(index, valid, weight, (kept / n.clamp(min=1)).to(torch.float32), (B0, S0))
+
+
+def plain_weight(countable: Tensor, valid: Tensor) -> Tensor:
+    """Weights that make the weighted loss the plain mean over the kept tokens of each row.
+
+    Of each row, so that a batch split between micro-batches or ranks weights its tokens as the whole does.
+
+    Args:
+        countable: [B, S] bool.
+        valid: [B, K] bool: slots that hold kept tokens.
+
+    Returns:
+        float32 [B, K], 0 where not valid.
+
+    Example:
+        >>> plain_weight(torch.ones(1, 6, dtype=torch.bool), torch.tensor([[True, True, False]]))
+        tensor([[3., 3., 0.]])
+    """
+    counts = countable.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+    return counts.to(torch.float32) * valid
 
 
 def _capacity(ratio: float, length: int, capacity: int | None, block_size: int) -> int:

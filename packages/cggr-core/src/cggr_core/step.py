@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cggr_core.loss import loss_coefficients
-from cggr_core.model_checks import SCORELESS
 from cggr_core.observation import Observation
 from cggr_core.readout import HeadReadout
 from cggr_core.score_source import ScoreSource
@@ -53,16 +52,18 @@ class TrainingStep:
         self.engine = "plain"
         self.auxiliary_loss: Tensor | None = None
         self.inclusion_weight: Tensor | None = None
-        self.readout = HeadReadout(self.passes.architecture.head, ignore_index=config.ignore_index)
+        self.readout = HeadReadout(self.passes.architecture.head, ignore_index=config.settings.ignore_index)
         self.scores = ScoreSource(
             config,
             targets,
             self.readout,
             reference_nll=reference_nll,
             example_ids=example_ids,
-            asked=selection is None and config.selection not in SCORELESS,
+            asked=selection is None and config.settings.reads_scores,
         )
-        self.keeps_all = selection is None and config.selection != "supervised" and config.schedule.ratio == 1.0
+        self.keeps_all = (
+            selection is None and config.settings.selection != "supervised" and config.schedule.ratio == 1.0
+        )
 
     def exact(self) -> Tensor:
         """Ordinary forward; the loss and the head's backward are those of the kept tokens."""
@@ -97,7 +98,7 @@ class TrainingStep:
         }
         values, self.auxiliary_loss = self.passes.plain(kept)
         targets = self.targets.tokens.index_select(0, index)
-        counted = targets != self.config.ignore_index
+        counted = targets != self.config.settings.ignore_index
         coefficients = rows.weight[0][:, None] * counted / self._denominator()
         if self.token_weight is not None:
             coefficients = coefficients * self.token_weight.index_select(0, index)
@@ -115,7 +116,7 @@ class TrainingStep:
             return self.exact()
         config, passes, scores = self.config, self.passes, self.scores
         context, values = NO_CONTEXT, None
-        engine = config.engine or ("two_pass" if scores.needed and config.router is None else "interleaved")
+        engine = config.settings.engine or ("two_pass" if scores.needed and config.router is None else "interleaved")
         depth = scores.context_depth(engine)
         if depth is not None:
             head = scores.learner is None
@@ -136,35 +137,35 @@ class TrainingStep:
 
     def _made(self) -> Selection:
         countable, score = self.targets.countable, self.scores.score
-        if self.config.selection == "supervised":
+        if self.config.settings.selection == "supervised":
             return Selection.from_mask(countable, countable=countable)
         if score is None:
             score = torch.zeros(countable.shape, device=countable.device)
         capacity = self.config.schedule.capacity(self.batch.shape[1])
-        if self.config.selection == "sequence_aware":
-            capacity = min(max(capacity, self.config.min_tokens_per_sequence), self.batch.shape[1])
-        return self._selected(score, countable, capacity=capacity, block_size=self.config.block_size)
+        if self.config.settings.selection == "sequence_aware":
+            capacity = min(max(capacity, self.config.settings.min_tokens_per_sequence), self.batch.shape[1])
+        return self._selected(score, countable, capacity=capacity, block_size=self.config.settings.block_size)
 
     def _selected(self, score: Tensor, countable: Tensor, *, capacity: int | None, block_size: int) -> Selection:
         config = self.config
         # A router learns what all tokens' scores are, also where the loss is that of the kept ones alone.
-        unbiased = config.unbiased or self.scores.learner is not None
+        unbiased = config.settings.unbiased or self.scores.learner is not None
         selection = select(
             score,
             countable,
             ratio=config.schedule.ratio,
-            selection=config.selection,
+            selection=config.settings.selection,
             scope="row",
             capacity=capacity,
-            num_strata=config.num_strata,
-            min_tokens_per_sequence=config.min_tokens_per_sequence,
+            num_strata=config.settings.num_strata,
+            min_tokens_per_sequence=config.settings.min_tokens_per_sequence,
             block_size=block_size,
             unbiased=unbiased,
-            seed=config.seed,
+            seed=config.settings.seed,
             draw=config._next_draw(countable.device) if self.draw is None else self.draw,
             first_row=self.first_row,
         )
-        if unbiased == config.unbiased:
+        if unbiased == config.settings.unbiased:
             return selection
         self.inclusion_weight = selection.weight
         plain = countable.sum(1, keepdim=True) / selection.valid.sum(1, keepdim=True).clamp(min=1) * selection.valid
@@ -204,7 +205,7 @@ class TrainingStep:
             "keep_ratio": kept_count / count.clamp(min=1),
             "kept_tokens": kept_count,
             "countable_tokens": count,
-            "gradient": self.config.gradient,
+            "gradient": self.config.settings.gradient,
             "engine": self.engine,
         }
         if self.auxiliary_loss is not None:

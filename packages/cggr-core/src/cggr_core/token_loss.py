@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from cggr_core.checks import (
     bad_targets_message,
-    check_at_least,
-    check_choice,
-    check_flag,
     check_float,
-    check_integer,
     check_num_items,
     check_same_device,
     check_shape,
@@ -22,8 +18,9 @@ from cggr_core.checks import (
 )
 from cggr_core.monitor import Monitor
 from cggr_core.schedule import Schedule
-from cggr_core.scoring import SCORINGS, TokenStatistics, fields_for, score
-from cggr_core.selection import SELECTIONS, Selection, select
+from cggr_core.scoring import TokenStatistics, fields_for, score
+from cggr_core.selection import Selection, select
+from cggr_core.settings import SelectionSettings
 
 __all__ = ["TokenLoss", "all_coefficients", "check_per_token", "loss_coefficients", "with_row"]
 
@@ -77,34 +74,35 @@ class TokenLoss(nn.Module):
     def __init__(
         self,
         *,
-        scoring: str = "gradnorm",
-        selection: str = "stratified",
-        num_strata: int = 4,
-        min_tokens_per_sequence: int = 1,
-        dynamic_threshold: bool = False,
-        threshold_sensitivity: float = 0.5,
-        min_tokens_ratio: float = 0.25,
-        warmup_steps: int = 0,
-        block_size: int = 1,
-        unbiased: bool = True,
-        seed: int = 0,
-        ignore_index: int = -100,
+        scoring: str = SelectionSettings.scoring,
+        selection: str = SelectionSettings.selection,
+        num_strata: int = SelectionSettings.num_strata,
+        min_tokens_per_sequence: int = SelectionSettings.min_tokens_per_sequence,
+        dynamic_threshold: bool = SelectionSettings.dynamic_threshold,
+        threshold_sensitivity: float = SelectionSettings.threshold_sensitivity,
+        min_tokens_ratio: float = SelectionSettings.min_tokens_ratio,
+        warmup_steps: int = SelectionSettings.warmup_steps,
+        block_size: int = SelectionSettings.block_size,
+        unbiased: bool = SelectionSettings.unbiased,
+        seed: int = SelectionSettings.seed,
+        ignore_index: int = SelectionSettings.ignore_index,
     ) -> None:
         super().__init__()
-        self.scoring = check_choice("scoring", scoring, SCORINGS)
-        self.selection = check_choice("selection", selection, SELECTIONS)
-        self.num_strata = check_at_least("num_strata", num_strata, 1)
-        self.min_tokens_per_sequence = check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
-        self.block_size = check_at_least("block_size", block_size, 1)
-        self.unbiased = check_flag("unbiased", unbiased)
-        self.seed = check_at_least("seed", seed, 0)
-        self.ignore_index = check_integer("ignore_index", ignore_index)
-        self.schedule = Schedule(
+        self.settings = SelectionSettings(
+            scoring=scoring,
+            selection=selection,
+            num_strata=num_strata,
+            min_tokens_per_sequence=min_tokens_per_sequence,
+            block_size=block_size,
+            unbiased=unbiased,
             min_tokens_ratio=min_tokens_ratio,
             warmup_steps=warmup_steps,
             dynamic_threshold=dynamic_threshold,
             threshold_sensitivity=threshold_sensitivity,
+            seed=seed,
+            ignore_index=ignore_index,
         )
+        self.schedule = Schedule.of(self.settings)
         self._monitor = Monitor()
         self._bad_targets = 0
         self._bad_logits = 0
@@ -113,7 +111,7 @@ class TokenLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"scoring={self.scoring!r}, selection={self.selection!r}, schedule={self.schedule!r}"
+        return f"scoring={self.settings.scoring!r}, selection={self.settings.selection!r}, schedule={self.schedule!r}"
 
     def step(self) -> None:
         """Move the schedule on; call it after each optimizer step."""
@@ -178,11 +176,11 @@ class TokenLoss(nn.Module):
         if torch.compiler.is_compiling():
             return
         # Waiting makes the ratio, and with it the selection, a function of the data and not of timing.
-        self._absorb(wait=self.schedule.dynamic_threshold)
+        self._absorb(wait=self.schedule.reads_confidence)
         targets, logits = self._bad_targets, self._bad_logits
         self._bad_targets = self._bad_logits = 0
         if targets:
-            message = bad_targets_message("targets", targets, self._vocab_size, self.ignore_index)
+            message = bad_targets_message("targets", targets, self._vocab_size, self.settings.ignore_index)
             raise ValueError(f"in an earlier step, {message}")
         if logits:
             raise ValueError(f"in an earlier step, logits were NaN at {logits} countable position(s)")
@@ -190,30 +188,30 @@ class TokenLoss(nn.Module):
     @property
     def _scores(self) -> bool:
         """Whether the selection depends on scores: not a random one, and none where everything is kept."""
-        return self.selection != "random" and self.schedule.ratio < 1.0
+        return self.settings.reads_scores and self.schedule.ratio < 1.0
 
     def _fields(self) -> frozenset[str]:
         """The statistics to compute; nll and confidence come almost free once any is computed."""
         if not self._scores:
-            return frozenset({"confidence"}) if self.schedule.dynamic_threshold else frozenset()
-        return fields_for(self.scoring) | {"nll", "confidence"}
+            return frozenset({"confidence"}) if self.schedule.reads_confidence else frozenset()
+        return fields_for(self.settings.scoring) | {"nll", "confidence"}
 
     def _targets(self, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
         """Targets with ignore_index in place of what is outside the vocabulary, and the count of those."""
-        bad = count_bad_targets(targets, vocab_size, self.ignore_index)
+        bad = count_bad_targets(targets, vocab_size, self.settings.ignore_index)
         inside = (targets >= 0) & (targets < vocab_size)
         self._vocab_size = vocab_size
-        return targets.masked_fill(~inside, self.ignore_index), bad
+        return targets.masked_fill(~inside, self.settings.ignore_index), bad
 
     def _score(
         self, statistics: TokenStatistics | None, countable: Tensor, reference_nll: Tensor | None
     ) -> Tensor | None:
-        if reference_nll is not None and self.scoring != "excess":
-            raise ValueError(f"reference_nll is used by scoring='excess' alone, got scoring={self.scoring!r}")
+        if reference_nll is not None and self.settings.scoring != "excess":
+            raise ValueError(f"reference_nll is used by scoring='excess' alone, got scoring={self.settings.scoring!r}")
         if not self._scores:
             return None
         assert statistics is not None  # every other selection asks for fields
-        scores = score(statistics, scoring=self.scoring, reference_nll=reference_nll)
+        scores = score(statistics, scoring=self.settings.scoring, reference_nll=reference_nll)
         return scores.masked_fill(~countable, 0.0)
 
     def _select(self, scores: Tensor | None, countable: Tensor, draw: int | Tensor | None) -> Selection:
@@ -226,14 +224,14 @@ class TokenLoss(nn.Module):
             scores,
             countable,
             ratio=self.schedule.ratio,
-            selection=self.selection,
+            selection=self.settings.selection,
             scope="batch",
             capacity=self._capacity(countable),
-            num_strata=self.num_strata,
-            min_tokens_per_sequence=self.min_tokens_per_sequence,
-            block_size=self.block_size,
-            unbiased=self.unbiased,
-            seed=self.seed,
+            num_strata=self.settings.num_strata,
+            min_tokens_per_sequence=self.settings.min_tokens_per_sequence,
+            block_size=self.settings.block_size,
+            unbiased=self.settings.unbiased,
+            seed=self.settings.seed,
             draw=draw,
         )
 
@@ -241,8 +239,8 @@ class TokenLoss(nn.Module):
         if not countable.numel():
             return None
         capacity = self.schedule.capacity(countable.numel())
-        if self.selection == "sequence_aware":
-            capacity = max(capacity, min(countable.numel(), countable.shape[0] * self.min_tokens_per_sequence))
+        if self.settings.selection == "sequence_aware":
+            capacity = max(capacity, min(countable.numel(), countable.shape[0] * self.settings.min_tokens_per_sequence))
         return capacity
 
     def _finish(
@@ -258,7 +256,7 @@ class TokenLoss(nn.Module):
         if values_are_free(loss):
             if bool(loss.isnan()):
                 raise ValueError("the loss is NaN: logits are NaN, or infinite, at a kept position")
-            if self.schedule.dynamic_threshold and statistics is not None:
+            if self.schedule.reads_confidence and statistics is not None:
                 self._monitor.post(torch.stack([loss.new_zeros(()), loss.new_zeros(()), self._confidence(statistics)]))
         elif not torch.compiler.is_compiling():
             bad_logits = loss.detach().isnan()

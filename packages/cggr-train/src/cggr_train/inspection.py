@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cggr_core import settings
 from cggr_train.device import pick_device
 from cggr_train.errors import InputError
 from cggr_train.option_checks import check_number, check_seed
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIGURES = ("nll", "entropy", "confidence", "margin", "gradnorm")
-SCORINGS = ("gradnorm", "loss", "entropy", "margin", "combined")
-STRATEGIES = ("stratified", "sampled", "random", "topk", "sequence_aware")
+SCORINGS = tuple(name for name in settings.SCORINGS if name != "excess")
+STRATEGIES = settings.SELECTIONS
 PATH_LIKE = re.compile(r"\S*(/\S*|\.[A-Za-z0-9]{1,6})")
 """One word with a slash, or with what could be a suffix."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from cggr_core.settings import ROUTERS, RoutingSettings, default_router_depth
 from cggr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from cggr_core import RememberedScores
 
 METHODS = ("cggr", "random", "standard")
-ROUTERS = ("full_depth", "truncated", "learned", "remembered")
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ class Routing:
         ratio_warmup_steps: Steps over which the ratio goes from 1 to ``ratio``.
     """
 
-    gradient: str = "kv"
-    ratio: float = 0.25
-    selection: str = "stratified"
-    scoring: str = "gradnorm"
+    gradient: str = RoutingSettings.gradient
+    ratio: float = RoutingSettings.min_tokens_ratio
+    selection: str = RoutingSettings.selection
+    scoring: str = RoutingSettings.scoring
     router_depth: int | None = None
-    ratio_warmup_steps: int = 0
+    ratio_warmup_steps: int = RoutingSettings.warmup_steps
     router: str | None = None
 
     @property
     def scorer(self) -> str:
-        """One of :data:`ROUTERS`: ``router``, or what stands for None."""
+        """One of :data:`cggr_core.settings.ROUTERS`: ``router``, or what stands for None."""
         return self.router or ("full_depth" if self.router_depth is None else "truncated")
 
     def depth(self, num_layers: int) -> int | None:
         """Layers of a truncated or learned router over a model with ``num_layers``; None for the others."""
         if self.scorer not in ("truncated", "learned"):
             return None
-        return self.router_depth or max(1, num_layers // 8)
+        return self.router_depth or default_router_depth(num_layers)
 
 
 class Learner(Protocol):

@@ -50,7 +50,7 @@ class CGGRModule(lightning.LightningModule):
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=4)
         >>> module = CGGRModule(LlamaForCausalLM(config), CGGRConfig(min_tokens_ratio=0.5))
-        >>> module.routed.gradient
+        >>> module.routed.settings.gradient
         'kv'
     """
 

@@ -63,10 +63,7 @@ def check_routing(routing: Routing) -> None:
         cggr_train.errors.InputError: --selection must be one of ... got 'stratifed'; did you mean 'stratified'?
     """
     from cggr_core.checks import check_choice, check_ratio
-    from cggr_core.model_checks import GRADIENT_MODES
-    from cggr_core.scoring import SCORINGS
-    from cggr_core.selection import SELECTIONS
-    from cggr_train.learner import ROUTERS
+    from cggr_core.settings import GRADIENT_MODES, ROUTERS, SCORINGS, SELECTIONS
 
     if routing.scoring == "excess":
         raise InputError(

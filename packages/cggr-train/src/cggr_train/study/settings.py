@@ -27,7 +27,7 @@ class StudySettings:
         ratios: Their keep ratios.
         selections: Their strategies.
         scorings: Their scores.
-        routers: What scores, each of :data:`cggr_train.learner.ROUTERS`; empty takes what ``train.routing`` says.
+        routers: What scores, each of :data:`cggr_core.settings.ROUTERS`; empty takes what ``train.routing`` says.
         batch_sizes: Further standard arms, in sequences per step.
         seeds: Runs of each arm.
         equal: What every run must reach: the standard arm's ``tokens``, its ``time``, or both.

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from cggr_core.settings import (
+    EngineName,
+    GradientMode,
+    ModelSelection,
+    RoutingSettings,
+    Scoring,
+    default_router_depth,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,39 +35,56 @@ class CGGRConfig:
         'exact'
     """
 
-    gradient: Literal["kv", "exact", "detached", "sequence"] = field(
-        default="kv", metadata={"help": "What a kept token's gradient reaches."}
+    gradient: GradientMode = field(
+        default=RoutingSettings.gradient, metadata={"help": "What a kept token's gradient reaches."}
     )
     min_tokens_ratio: float = field(
-        default=0.25, metadata={"help": "Keep ratio: kept tokens / countable tokens, in (0, 1]."}
+        default=RoutingSettings.min_tokens_ratio,
+        metadata={"help": "Keep ratio: kept tokens / countable tokens, in (0, 1]."},
     )
-    selection: Literal["stratified", "sampled", "random", "topk", "sequence_aware", "supervised"] = field(
-        default="stratified",
+    selection: ModelSelection = field(
+        default=RoutingSettings.selection,
         metadata={"help": "How the kept tokens are chosen; 'supervised' keeps exactly those with a label."},
     )
-    scoring: Literal["gradnorm", "combined", "loss", "entropy", "margin", "excess"] = field(
-        default="gradnorm",
+    scoring: Scoring = field(
+        default=RoutingSettings.scoring,
         metadata={"help": "What makes a token worth learning from; 'excess' needs reference_nll in the batches."},
     )
     router: Literal["full_depth", "truncated", "learned"] = field(
         default="full_depth",
         metadata={"help": "What scores: the whole model, its first layers, or a head on their output that learns."},
     )
-    router_depth: int = field(default=4, metadata={"help": "Layers of a truncated or learned router."})
-    engine: Literal["interleaved", "two_pass"] | None = field(
-        default=None, metadata={"help": "How kv and detached are computed; the cheaper one if not given."}
+    router_depth: int | None = field(
+        default=None,
+        metadata={"help": "Layers of a truncated or learned router; an eighth of the model's if not given."},
     )
-    num_strata: int = field(default=4, metadata={"help": "Score buckets of the stratified selection."})
+    engine: EngineName | None = field(
+        default=RoutingSettings.engine,
+        metadata={"help": "How kv and detached are computed; the cheaper one if not given."},
+    )
+    num_strata: int = field(
+        default=RoutingSettings.num_strata, metadata={"help": "Score buckets of the stratified selection."}
+    )
     min_tokens_per_sequence: int = field(
-        default=1, metadata={"help": "Raises a row's share for sequence_aware, which is topk otherwise."}
+        default=RoutingSettings.min_tokens_per_sequence,
+        metadata={"help": "Raises a row's share for sequence_aware, which is topk otherwise."},
     )
-    block_size: int = field(default=1, metadata={"help": "Keep blocks of this many neighbouring tokens."})
-    unbiased: bool = field(default=True, metadata={"help": "Weight kept tokens by 1 / inclusion probability."})
+    block_size: int = field(
+        default=RoutingSettings.block_size, metadata={"help": "Keep blocks of this many neighbouring tokens."}
+    )
+    unbiased: bool = field(
+        default=RoutingSettings.unbiased, metadata={"help": "Weight kept tokens by 1 / inclusion probability."}
+    )
     ratio_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps over which the keep ratio falls from 1 to min_tokens_ratio."}
+        default=RoutingSettings.warmup_steps,
+        metadata={"help": "Optimizer steps over which the keep ratio falls from 1 to min_tokens_ratio."},
     )
-    dynamic_threshold: bool = field(default=False, metadata={"help": "Let the batch's confidence move the ratio."})
-    threshold_sensitivity: float = field(default=0.5, metadata={"help": "How much it does."})
+    dynamic_threshold: bool = field(
+        default=RoutingSettings.dynamic_threshold, metadata={"help": "Let the batch's confidence move the ratio."}
+    )
+    threshold_sensitivity: float = field(
+        default=RoutingSettings.threshold_sensitivity, metadata={"help": "How much it does."}
+    )
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
     )
@@ -104,5 +130,6 @@ class CGGRConfig:
         if self.router == "truncated":
             return create_truncated_router(model, num_layers=self.router_depth)
         if self.router == "learned":
-            return LearnedRouter(depth=self.router_depth)
+            layers = cast(Any, model).config.get_text_config().num_hidden_layers
+            return LearnedRouter(depth=self.router_depth or default_router_depth(layers))
         raise ValueError(f"router must be 'full_depth', 'truncated' or 'learned', got {self.router!r}")

@@ -1,0 +1,245 @@
+"""Every name, default and check of a routed step, in one place.
+
+The public constructors take these settings as keywords and build the dataclasses; the trainer's config, the command
+line and the studies read the same names and defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from cggr_core.checks import (
+    check_at_least,
+    check_choice,
+    check_finite_number,
+    check_flag,
+    check_integer,
+    check_ratio,
+)
+
+__all__ = [
+    "ENGINES",
+    "GRADIENT_MODES",
+    "KEY_VALUE_MODES",
+    "MODEL_SELECTIONS",
+    "ROUTERS",
+    "SCOPES",
+    "SCORELESS",
+    "SCORINGS",
+    "SELECTIONS",
+    "SUPERVISED",
+    "WITH_PROBABILITIES",
+    "EngineName",
+    "GradientMode",
+    "ModelSelection",
+    "RouterName",
+    "RoutingSettings",
+    "Scoring",
+    "SelectionSettings",
+    "default_router_depth",
+]
+
+GradientMode = Literal["kv", "exact", "detached", "sequence"]
+EngineName = Literal["interleaved", "two_pass"]
+ModelSelection = Literal["stratified", "sampled", "random", "topk", "sequence_aware", "supervised"]
+Scoring = Literal["gradnorm", "combined", "loss", "entropy", "margin", "excess"]
+RouterName = Literal["full_depth", "truncated", "learned", "remembered"]
+
+GRADIENT_MODES: tuple[str, ...] = get_args(GradientMode)
+"""What a kept token's gradient reaches; see :class:`~cggr_core.CGGRModel`."""
+KEY_VALUE_MODES = ("kv", "detached")
+"""The gradient modes whose passes route keys and values."""
+ENGINES: tuple[str, ...] = get_args(EngineName)
+"""How the modes of :data:`KEY_VALUE_MODES` are computed."""
+SUPERVISED = "supervised"
+"""The selection of exactly the countable tokens, of :class:`~cggr_core.CGGRModel` alone."""
+MODEL_SELECTIONS: tuple[str, ...] = get_args(ModelSelection)
+"""The selections of :class:`~cggr_core.CGGRModel`."""
+SELECTIONS = tuple(name for name in MODEL_SELECTIONS if name != SUPERVISED)
+"""The strategies of :func:`~cggr_core.select`."""
+WITH_PROBABILITIES = frozenset({"stratified", "sampled", "random"})
+"""Selections that know the probability of every token, and weight by its inverse."""
+SCORELESS = frozenset({"random", SUPERVISED})
+"""Selections that look at no score."""
+SCOPES = ("row", "batch")
+"""Where a selection keeps its ratio."""
+SCORINGS: tuple[str, ...] = get_args(Scoring)
+"""What makes a token worth learning from; see :func:`~cggr_core.score`."""
+ROUTERS: tuple[str, ...] = get_args(RouterName)
+"""Names of what scores, for configurations and command lines."""
+
+
+def default_router_depth(num_layers: int) -> int:
+    """Layers of a truncated or learned router over a model with ``num_layers``: an eighth, at least 1.
+
+    Example:
+        >>> default_router_depth(30)
+        3
+    """
+    return max(1, num_layers // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSettings:
+    """How tokens are scored and kept: of the losses and the scorer, and a part of :class:`RoutingSettings`.
+
+    Attributes:
+        scoring: One of :data:`SCORINGS`.
+        selection: One of :data:`SELECTIONS` (of :data:`MODEL_SELECTIONS` for a model).
+        num_strata: Score buckets of ``stratified``.
+        min_tokens_per_sequence: Least kept tokens of a row for ``sequence_aware``.
+        block_size: Choose blocks of this many neighbouring tokens.
+        unbiased: Weight kept tokens by 1 / inclusion probability.
+        min_tokens_ratio: Keep ratio in (0, 1], after the warm-up.
+        warmup_steps: Steps over which the ratio falls from 1 to ``min_tokens_ratio``.
+        dynamic_threshold: Let the batch's confidence move the ratio, see :class:`~cggr_core.Schedule`.
+        threshold_sensitivity: How much it does; 0 switches it off.
+        seed: Of the random choices.
+        ignore_index: Label that is never scored, kept or counted.
+
+    Raises:
+        TypeError: If a setting has a wrong type.
+        ValueError: If a name or a number is not accepted, or a setting would not have the effect it stands for.
+
+    Example:
+        >>> SelectionSettings(selection="topk").scoring
+        'gradnorm'
+    """
+
+    scoring: str = "gradnorm"
+    selection: str = "stratified"
+    num_strata: int = 4
+    min_tokens_per_sequence: int = 1
+    block_size: int = 1
+    unbiased: bool = True
+    min_tokens_ratio: float = 0.25
+    warmup_steps: int = 0
+    dynamic_threshold: bool = False
+    threshold_sensitivity: float = 0.5
+    seed: int = 0
+    ignore_index: int = -100
+
+    _selections: ClassVar[tuple[str, ...]] = SELECTIONS
+
+    def __post_init__(self) -> None:
+        check_choice("selection", self.selection, self._selections)
+        check_choice("scoring", self.scoring, SCORINGS)
+        check_at_least("num_strata", self.num_strata, 1)
+        check_at_least("min_tokens_per_sequence", self.min_tokens_per_sequence, 0)
+        check_at_least("block_size", self.block_size, 1)
+        check_flag("unbiased", self.unbiased)
+        check_ratio("min_tokens_ratio", self.min_tokens_ratio)
+        check_at_least("warmup_steps", self.warmup_steps, 0)
+        check_flag("dynamic_threshold", self.dynamic_threshold)
+        check_finite_number("threshold_sensitivity", self.threshold_sensitivity, minimum=0.0)
+        check_at_least("seed", self.seed, 0)
+        check_integer("ignore_index", self.ignore_index)
+        if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, type(self).threshold_sensitivity):
+            raise ValueError(
+                f"threshold_sensitivity={self.threshold_sensitivity} is read with dynamic_threshold=True only; switch "
+                "that on, or leave the sensitivity out"
+            )
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the selection looks at scores."""
+        return self.selection not in SCORELESS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSettings(SelectionSettings):
+    """All settings of a :class:`~cggr_core.CGGRModel` besides its model and its router.
+
+    What belongs to one selection alone (``num_strata``, ``min_tokens_per_sequence``, ``scoring``) is accepted with
+    every other, so that selections can be compared with all else equal.
+
+    Attributes:
+        gradient: One of :data:`GRADIENT_MODES`.
+        engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
+
+    Raises:
+        TypeError: If a setting has a wrong type.
+        ValueError: If a name or a number is not accepted, or a setting would not have the effect it stands for.
+
+    Example:
+        >>> RoutingSettings(gradient="exact", min_tokens_ratio=0.5).selection
+        'stratified'
+    """
+
+    gradient: str = "kv"
+    engine: str | None = None
+
+    _selections: ClassVar[tuple[str, ...]] = MODEL_SELECTIONS
+
+    def __post_init__(self) -> None:
+        check_choice("gradient", self.gradient, GRADIENT_MODES)
+        super().__post_init__()
+        if self.engine is not None:
+            check_choice("engine", self.engine, ENGINES)
+            if not self.routes_keys_and_values:
+                raise ValueError(
+                    f"engine={self.engine!r} says how gradient='kv' and 'detached' are computed, and gradient is "
+                    f"{self.gradient!r}; leave engine=None"
+                )
+        if self.selection == SUPERVISED:
+            self._check_supervised()
+        if self.dynamic_threshold and not self.reads_scores:
+            raise ValueError(
+                f"dynamic_threshold needs the confidence of scored tokens, and selection={self.selection!r} scores none"
+            )
+        if self.gradient == "sequence":
+            self._check_sequence()
+
+    @property
+    def routes_keys_and_values(self) -> bool:
+        """Whether the gradient mode is one of :data:`KEY_VALUE_MODES`."""
+        return self.gradient in KEY_VALUE_MODES
+
+    def check_router(self, router: Any, *, gives_confidence: bool) -> None:
+        """Raise unless a router can go with these settings.
+
+        Args:
+            router: What scores; ``None`` for the model itself at full depth.
+            gives_confidence: Whether it tells the model's confidence at every token.
+
+        Raises:
+            ValueError: If it would not be read, or lacks what is read.
+        """
+        if router is not None and not self.reads_scores:
+            raise ValueError(
+                f"a router scores tokens, and selection={self.selection!r} reads no score; leave router=None"
+            )
+        if self.dynamic_threshold and not gives_confidence:
+            raise ValueError(
+                f"dynamic_threshold needs the model's confidence at every token, and {type(router).__name__} gives "
+                "scores alone; use a truncated router or none"
+            )
+        if self.engine == "interleaved" and router is None and self.reads_scores:
+            raise ValueError(
+                "engine='interleaved' needs the selection before the layers: give a router "
+                "(create_truncated_router(model)), selection='random' or 'supervised', or leave engine=None"
+            )
+
+    def _check_supervised(self) -> None:
+        if self.gradient == "sequence":
+            raise ValueError("selection='supervised' keeps tokens, and gradient='sequence' keeps whole sequences")
+        for name in ("block_size", "warmup_steps"):
+            value, nothing = getattr(self, name), getattr(type(self), name)
+            if value != nothing:
+                raise ValueError(
+                    f"{name}={value} would change which tokens are kept, and selection='supervised' keeps exactly the "
+                    f"countable ones; leave {name}={nothing}"
+                )
+
+    def _check_sequence(self) -> None:
+        if self.selection == "sequence_aware":
+            raise ValueError(
+                "selection='sequence_aware' keeps tokens of every sequence, and gradient='sequence' leaves sequences "
+                "out; use selection='topk'"
+            )
+        if self.block_size != type(self).block_size:
+            raise ValueError(
+                f"block_size={self.block_size} selects blocks of tokens, and gradient='sequence' keeps whole "
+                "sequences; leave block_size=1"
+            )

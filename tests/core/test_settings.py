@@ -1,0 +1,52 @@
+"""Names, defaults and checks are written once, and every constructor reads them there."""
+
+import inspect
+
+import pytest
+
+from cggr_core import CGGRLinearLoss, CGGRLoss, CGGRModel, CGGRScorer, Schedule, create_truncated_router, select
+from cggr_core.settings import (
+    MODEL_SELECTIONS,
+    SCORELESS,
+    SELECTIONS,
+    WITH_PROBABILITIES,
+    RoutingSettings,
+    SelectionSettings,
+    default_router_depth,
+)
+from tests.support.tiny_models import ROUTABLE
+
+
+@pytest.mark.parametrize("public", [CGGRModel, CGGRLoss, CGGRLinearLoss, CGGRScorer, Schedule, select])
+def test_defaults_are_those_of_the_settings(public):
+    parameters = inspect.signature(public).parameters
+    shared = {name: p.default for name, p in parameters.items() if hasattr(RoutingSettings, name)}
+    assert len(shared) >= 4
+    assert shared == {name: getattr(RoutingSettings, name) for name in shared}
+
+
+def test_constructors_hold_what_they_were_given():
+    given = {"selection": "topk", "scoring": "loss", "min_tokens_ratio": 0.5, "seed": 3, "block_size": 2}
+    for made in (CGGRLoss(**given), CGGRLinearLoss(**given), CGGRScorer(lambda ids: None, **given)):
+        assert made.settings == SelectionSettings(**given)
+    assert CGGRModel(ROUTABLE["llama"](), gradient="exact", **given).settings == RoutingSettings(
+        gradient="exact", **given
+    )
+
+
+def test_the_sets_of_selections():
+    assert set(MODEL_SELECTIONS) == {*SELECTIONS, "supervised"}
+    assert set(SELECTIONS) > WITH_PROBABILITIES
+    assert {name for name in MODEL_SELECTIONS if not RoutingSettings(selection=name).reads_scores} == SCORELESS
+
+
+@pytest.mark.parametrize("made", [CGGRLoss, SelectionSettings])
+def test_supervised_is_a_models_selection(made):
+    with pytest.raises(ValueError, match=r"selection must be one of 'stratified', 'sampled', .* got 'supervised'"):
+        made(selection="supervised")
+
+
+@pytest.mark.parametrize(("layers", "depth"), [(0, 1), (4, 1), (16, 2), (30, 3), (32, 4)])
+def test_a_router_is_an_eighth_of_the_model(layers, depth):
+    assert default_router_depth(layers) == depth
+    assert create_truncated_router(ROUTABLE["llama"]()).num_layers == 1
