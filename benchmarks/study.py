@@ -29,7 +29,7 @@ from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study
 from cggr_train.study.analysis import Outcome
 from cggr_train.study.arms import plan_arms, save_arms
-from cggr_train.study.bench import WARMUP, Bench
+from cggr_train.study.context import WARMUP, StudyContext
 from cggr_train.study.intervals import Interval
 from cggr_train.study.run import RESULTS, prepare_study
 from cggr_train.study.settings import STUDY
@@ -147,25 +147,25 @@ def _equal_time(outcome: Outcome, name: str) -> dict[str, Any]:
 
 def add_routers(folder: Path, routers: list[str]) -> None:
     """Give a prepared study further arms: ``kv`` at keep ratio 0.25 with other routers than the full depth."""
-    bench = Bench(folder, pick_device("cpu"))
-    asked = bench.settings
+    context = StudyContext(folder, pick_device("cpu"))
+    asked = context.settings
     more = plan_arms(
         asked.train.routing, gradients=["kv"], ratios=[0.25], selections=["stratified"], scorings=asked.scorings,
-        batch_size=asked.train.batch_size, routers=routers, num_layers=bench.model(0).config.num_hidden_layers,
+        batch_size=asked.train.batch_size, routers=routers, num_layers=context.model(0).config.num_hidden_layers,
     )  # fmt: skip
-    save_arms(folder, [*bench.arms.values(), *(arm for arm in more if arm.name not in bench.arms)])
+    save_arms(folder, [*context.arms.values(), *(arm for arm in more if arm.name not in context.arms)])
 
 
 def try_rates(folder: Path, rates: list[float], results: Path, name: str, device: str) -> None:
     """Train the standard arm of a prepared study with each learning rate, and write what came of it."""
-    bench = Bench(folder, pick_device(device))
-    asked, arm = bench.settings, next(iter(bench.arms.values()))
+    context = StudyContext(folder, pick_device(device))
+    asked, arm = context.settings, next(iter(context.arms.values()))
     steps = asked.train.steps or 1
     found: dict[str, dict[str, Any]] = {}
     for rate in rates:
-        bench.settings = dataclasses.replace(asked, train=dataclasses.replace(asked.train, learning_rate=rate))
+        context.settings = dataclasses.replace(asked, train=dataclasses.replace(asked.train, learning_rate=rate))
         run = train_run(
-            bench, arm, RATES_SEED, points=[steps], warmup_steps=WARMUP * steps, eval_sequences=64, save_model=False,
+            context, arm, RATES_SEED, points=[steps], warmup_steps=WARMUP * steps, eval_sequences=64, save_model=False,
             tell=lambda **values: None,
         )  # fmt: skip
         assert run is not None  # nobody stops it
@@ -173,7 +173,7 @@ def try_rates(folder: Path, rates: list[float], results: Path, name: str, device
         found[f"{rate:g}"] = {**_record.summary([loss]), "unit": "nat", "train_seconds": run["train_seconds"]}
         print(f"learning rate {rate:g}: {loss:.4f} in {run['train_seconds']:.1f} s", flush=True)
         noted = {"seed": RATES_SEED, "steps": steps, "batch": arm.batch_size, "sequence": asked.train.length}
-        _record.write(name, found, settings=noted, control=f"{rates[0]:g}", device=bench.device, folder=results)
+        _record.write(name, found, settings=noted, control=f"{rates[0]:g}", device=context.device, folder=results)
 
 
 def take_times(source: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from cggr_train.loop import Clock, Progress, train_steps
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, run
 from cggr_train.study.arms import Arm
-from cggr_train.study.bench import Bench
+from cggr_train.study.context import StudyContext
 from cggr_train.study.plan import make_plan
 from cggr_train.study.training import train_run
 
@@ -28,7 +28,7 @@ BAR = 0.05
 ARMS = ("standard", "kv-0.25-stratified-gradnorm")
 
 
-def prepared(folder: Path, arguments: argparse.Namespace) -> Bench:
+def prepared(folder: Path, arguments: argparse.Namespace) -> StudyContext:
     """A study that is ready to run, and goes no further."""
     corpus, heldout = write_corpus(folder / "corpus", max_characters=3_000_000)
     train = TrainSettings(
@@ -36,24 +36,24 @@ def prepared(folder: Path, arguments: argparse.Namespace) -> Bench:
         batch_size=8, steps=arguments.steps, learning_rate=2e-3, device="cpu",
     )  # fmt: skip
     run.prepare_study(StudySettings(train=train, equal=("tokens",)), folder, Console(file=io.StringIO()))
-    return Bench(folder, torch.device("cpu"))
+    return StudyContext(folder, torch.device("cpu"))
 
 
-def bare(bench: Bench, arm: Arm, steps: int) -> None:
+def bare(context: StudyContext, arm: Arm, steps: int) -> None:
     """The training alone."""
-    training = bench.training(arm, 0)
+    training = context.training(arm, 0)
     train_steps(
-        training.learner, training.optimizer, training.batches, bench.loop(steps, warmup_steps=1), Progress(),
-        Clock(bench.device), on_step=lambda loss, rate: None,
+        training.learner, training.optimizer, training.batches, context.loop(steps, warmup_steps=1), Progress(),
+        Clock(context.device), on_step=lambda loss, rate: None,
     )  # fmt: skip
 
 
-def studied(bench: Bench, arm: Arm, steps: int) -> None:
+def studied(context: StudyContext, arm: Arm, steps: int) -> None:
     """The same as a run of the study, evaluated where the study does."""
-    plan = make_plan(bench.settings, list(bench.arms.values()), dict.fromkeys(bench.arms, 1.0))
+    plan = make_plan(context.settings, list(context.arms.values()), dict.fromkeys(context.arms, 1.0))
     assert plan.points[arm.name][-1] == steps
     train_run(
-        bench, arm, 0, points=plan.points[arm.name], warmup_steps=plan.warmup_steps,
+        context, arm, 0, points=plan.points[arm.name], warmup_steps=plan.warmup_steps,
         eval_sequences=plan.eval_sequences, save_model=False, tell=lambda **values: None,
     )  # fmt: skip
 
@@ -67,11 +67,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepared(Path(folder), arguments)
+        context = prepared(Path(folder), arguments)
         rows = {}
         for name in ARMS:
             calls = {
-                kind: functools.partial(call, bench, bench.arms[name], arguments.steps)
+                kind: functools.partial(call, context, context.arms[name], arguments.steps)
                 for kind, call in (("bare", bare), ("studied", studied))
             }
             seconds: dict[str, list[float]] = {kind: [] for kind in calls}
@@ -87,10 +87,11 @@ def main() -> None:
             added = _record.summary(ratios)
             rows[f"{name}, studied"] |= {"added": added, "bar": BAR, "met": added["median"] <= BAR}
             print(f"{name}: {added['median']:+.1%} ({added['spread'][0]:+.1%} to {added['spread'][1]:+.1%})")
-        shared = bench.settings.train
+        shared = context.settings.train
         settings = {
             "seed": 0, "config": arguments.config, "steps": arguments.steps, "batch": shared.batch_size,
-            "sequence": shared.length, "evaluations": bench.settings.evaluations, "clock": "processor time, one thread",
+            "sequence": shared.length, "evaluations": context.settings.evaluations,
+            "clock": "processor time, one thread",
         }  # fmt: skip
         print(_record.write("study_overhead", rows, settings=settings, control="standard, bare"))
 

@@ -18,7 +18,7 @@ from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study, start_study
 from cggr_train.study import run as run_module
 from cggr_train.study.arms import Arm
-from cggr_train.study.bench import Bench
+from cggr_train.study.context import StudyContext
 from cggr_train.study.estimators import compare_gradients
 from cggr_train.study.kept import BINS, kept_shares
 from cggr_train.study.timing import time_steps
@@ -46,7 +46,7 @@ class OwnPool:
                 return
             tell = functools.partial(on_progress, request)
             result = answer(
-                Bench(self.folder, CPU), request.body, lambda event, tell=tell, **values: tell(values), stop
+                StudyContext(self.folder, CPU), request.body, lambda event, tell=tell, **values: tell(values), stop
             )
             if result is not None:
                 yield request, result
@@ -157,14 +157,14 @@ def test_a_study_that_was_cut_short_measures_only_what_is_missing(study, console
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(study):
     folder = study
-    bench = Bench(folder, CPU)
-    arm = bench.arms["kv-0.25-stratified-gradnorm"]
+    context = StudyContext(folder, CPU)
+    arm = context.arms["kv-0.25-stratified-gradnorm"]
     options = {"points": [3, 6], "warmup_steps": 1, "eval_sequences": 8, "save_model": False}
-    whole = train_run(bench, arm, 5, **options, tell=lambda **values: None)
+    whole = train_run(context, arm, 5, **options, tell=lambda **values: None)
     asked = iter([False] * 4 + [True])
-    assert train_run(bench, arm, 5, **options, tell=lambda **values: None, stop=lambda: next(asked)) is None
+    assert train_run(context, arm, 5, **options, tell=lambda **values: None, stop=lambda: next(asked)) is None
     assert (folder / "runs" / f"{arm.name}-seed5" / "checkpoints" / "step-00000004").is_dir()
-    resumed = train_run(bench, arm, 5, **options, tell=lambda **values: None)
+    resumed = train_run(context, arm, 5, **options, tell=lambda **values: None)
     assert resumed["points"] == whole["points"]
     assert not (folder / "runs" / f"{arm.name}-seed5").exists()
 
@@ -182,14 +182,14 @@ def diverge(monkeypatch, name, step):
 
         original(learner, *arguments, on_step=after, **options)
 
-    own = Bench.training
+    own = StudyContext.training
 
     def named(self, arm, *arguments, **options):
         found = own(self, arm, *arguments, **options)
         found.learner.arm = arm.name
         return found
 
-    monkeypatch.setattr(Bench, "training", named)
+    monkeypatch.setattr(StudyContext, "training", named)
     monkeypatch.setattr(training, "train_steps", train_steps)
 
 
@@ -230,7 +230,7 @@ def test_a_standard_run_that_diverges_ends_the_study(study, console, monkeypatch
 
 
 def test_a_model_that_cannot_be_saved_leaves_its_run_to_be_done_again(study, monkeypatch):
-    bench = Bench(study, CPU)
+    context = StudyContext(study, CPU)
 
     def full(self, *arguments, **options):
         raise SafetensorError("No space left on device")
@@ -238,15 +238,15 @@ def test_a_model_that_cannot_be_saved_leaves_its_run_to_be_done_again(study, mon
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     options = {"points": [2], "warmup_steps": 1, "eval_sequences": 8, "save_model": True}
     with pytest.raises(SaveError, match=r"the model .*model could not be saved: No space left on device"):
-        train_run(bench, bench.arms["standard"], 7, **options, tell=lambda **values: None)
+        train_run(context, context.arms["standard"], 7, **options, tell=lambda **values: None)
 
 
 def test_a_learning_rate_that_diverges_at_once_does_not_spoil_the_timing(study):
-    bench = Bench(study, CPU)
-    bench.settings = dataclasses.replace(
-        bench.settings, train=dataclasses.replace(bench.settings.train, learning_rate=1e30, clip=0.0)
+    context = StudyContext(study, CPU)
+    context.settings = dataclasses.replace(
+        context.settings, train=dataclasses.replace(context.settings.train, learning_rate=1e30, clip=0.0)
     )
-    assert len(time_steps(bench, bench.arms["kv-0.25-stratified-gradnorm"], seconds=0.01)["step_seconds"]) >= 2
+    assert len(time_steps(context, context.arms["kv-0.25-stratified-gradnorm"], seconds=0.01)["step_seconds"]) >= 2
 
 
 def test_bad_settings_leave_nothing_to_resume(tmp_path, data_files, console):
@@ -298,19 +298,19 @@ def test_a_folder_holds_one_study(study, data_files, console):
 def test_the_exact_estimators_are_told_from_the_biased_ones(study):
     """Of everything kept the gradient is the full one; exact sampling has no bias; fewer tokens vary more."""
     folder = study
-    bench = Bench(folder, CPU)
-    bench.settings = dataclasses.replace(bench.settings, draws=24)
+    context = StudyContext(folder, CPU)
+    context.settings = dataclasses.replace(context.settings, draws=24)
 
     def arm(name, gradient, ratio, selection="random"):
-        routing = dataclasses.replace(bench.arms["kv-0.25-random"].routing, gradient=gradient, ratio=ratio)
+        routing = dataclasses.replace(context.arms["kv-0.25-random"].routing, gradient=gradient, ratio=ratio)
         return Arm(name, name, "random", "cggr", 4, dataclasses.replace(routing, selection=selection))
 
     drawn = [
         arm("all", "exact", 1.0), arm("half", "exact", 0.5), arm("quarter", "exact", 0.25),
-        arm("detached", "detached", 0.25), arm("top", "exact", 0.25, "topk"), bench.arms["standard-b2"],
+        arm("detached", "detached", 0.25), arm("top", "exact", 0.25, "topk"), context.arms["standard-b2"],
     ]  # fmt: skip
     weights = folder / "runs" / "standard-seed0" / "model"
-    found = {arm.name: compare_gradients(bench, arm, weights=weights, seed=0) for arm in drawn}
+    found = {arm.name: compare_gradients(context, arm, weights=weights, seed=0) for arm in drawn}
     cosine = {name: sum(values["cosine"]) / len(values["cosine"]) for name, values in found.items()}
     variance = {name: values["variance"][0] for name, values in found.items()}
     bias = {name: values["bias"][0] for name, values in found.items()}
@@ -328,11 +328,11 @@ def test_the_exact_estimators_are_told_from_the_biased_ones(study):
 
 def test_kept_shares_follow_the_strategy(study):
     folder = study
-    bench = Bench(folder, CPU)
-    asked = bench.arms["kv-0.25-stratified-gradnorm"]
+    context = StudyContext(folder, CPU)
+    asked = context.arms["kv-0.25-stratified-gradnorm"]
     top = dataclasses.replace(asked, name="top", routing=dataclasses.replace(asked.routing, selection="topk"))
     shares = kept_shares(
-        bench, [asked, top, bench.arms["kv-0.25-random"]],
+        context, [asked, top, context.arms["kv-0.25-random"]],
         weights=folder / "runs" / "standard-seed0" / "model", seed=0,
     )  # fmt: skip
     for by in shares.values():
@@ -345,18 +345,18 @@ def test_kept_shares_follow_the_strategy(study):
 
 
 def test_routers_that_learn_and_remember_are_arms_like_others(study):
-    bench = Bench(study, CPU)
-    asked = bench.arms["kv-0.25-stratified-gradnorm"]
+    context = StudyContext(study, CPU)
+    asked = context.arms["kv-0.25-stratified-gradnorm"]
     options = {"points": [6], "warmup_steps": 1, "eval_sequences": 8, "save_model": False}
     told = {}
     for router in ("learned", "remembered"):
         arm = dataclasses.replace(asked, name=router, routing=dataclasses.replace(asked.routing, router=router))
-        whole = train_run(bench, arm, 3, **options, tell=lambda **values: None)
+        whole = train_run(context, arm, 3, **options, tell=lambda **values: None)
         stop = iter([False] * 4 + [True])
         assert (
-            train_run(bench, arm, 3, **options, tell=lambda **values: None, stop=lambda stop=stop: next(stop)) is None
+            train_run(context, arm, 3, **options, tell=lambda **values: None, stop=lambda stop=stop: next(stop)) is None
         )
-        resumed = train_run(bench, arm, 3, **options, tell=lambda **values: None)
+        resumed = train_run(context, arm, 3, **options, tell=lambda **values: None)
         assert resumed["points"] == whole["points"]
         assert resumed["router"] == whole["router"]
         assert resumed["engine"] == "interleaved"
@@ -366,8 +366,8 @@ def test_routers_that_learn_and_remember_are_arms_like_others(study):
 
 def test_steps_are_timed_and_memory_is_the_arms_own(study):
     folder = study
-    bench = Bench(folder, CPU)
-    found = time_steps(bench, bench.arms["standard"], seconds=0.01)
+    context = StudyContext(folder, CPU)
+    found = time_steps(context, context.arms["standard"], seconds=0.01)
     assert len(found["step_seconds"]) >= 2
     assert all(value > 0 for value in found["step_seconds"])
     assert found["peak_bytes"] >= found["start_bytes"] > 0

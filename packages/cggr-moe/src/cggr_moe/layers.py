@@ -23,6 +23,7 @@ from cggr_core.checks import (
 )
 from cggr_core.monitor import Monitor
 from cggr_moe.grouped import moe_experts_reference as moe_experts_reference  # registers the op
+from cggr_moe.hf_block import Block, make_block, read_block
 from cggr_moe.routing import Routing
 
 __all__ = ["PersistentTRMLP", "create_persistent_tr_mlp"]
@@ -209,15 +210,21 @@ class PersistentTRMLP(nn.Module):
     @classmethod
     def from_hf(cls, block: nn.Module) -> Self:
         """A layer that shares the parameters of a Hugging Face block; see :func:`cggr_moe.from_hf_block`."""
-        from cggr_moe.huggingface import from_hf_block
-
-        return from_hf_block(block, cls)
+        parts = read_block(block)
+        with torch.device("meta"):
+            layer = cls(*parts[:4], norm_topk_prob=parts.norm_topk_prob)
+        layer.gate.weight = parts.gate_EH
+        layer.gate_up_proj, layer.down_proj = parts.gate_up_E2IH, parts.down_EHI
+        layer._load = torch.zeros(parts.num_experts, dtype=torch.int64, device=parts.gate_EH.device)
+        return layer.train(parts.training)
 
     def to_hf(self, kind: str = "qwen3_moe") -> nn.Module:
         """A Hugging Face block that shares this layer's parameters; see :func:`cggr_moe.to_hf_block`."""
-        from cggr_moe.huggingface import to_hf_block
-
-        return to_hf_block(self, kind)
+        if self.router_bias is not None:
+            raise ValueError("the layer has a router bias, which no Hugging Face block of these kinds has")
+        sizes = (self.hidden_dim, self.intermediate_dim, self.num_experts, self.top_k, self.norm_topk_prob)
+        parameters = (self.gate.weight, self.gate_up_proj, self.down_proj)
+        return make_block(Block(*sizes, *parameters, self.training), kind)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         bias = self.router_bias

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.ends import plain_errors
+from cggr_train.commands.errors import plain_errors
 from cggr_train.errors import InputError
 
 

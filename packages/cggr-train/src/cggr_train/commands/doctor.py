@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cggr_train.commands.ends import plain_errors
+from cggr_train.commands.errors import plain_errors
 
 
 def doctor() -> None:

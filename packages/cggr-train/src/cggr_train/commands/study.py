@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.ends import only_with_resume, plain_errors
+from cggr_train.commands.errors import only_with_resume, plain_errors
 from cggr_train.errors import InputError
 
 

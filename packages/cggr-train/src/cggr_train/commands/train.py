@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.ends import only_with_resume, plain_errors
+from cggr_train.commands.errors import only_with_resume, plain_errors
 
 
 def train(

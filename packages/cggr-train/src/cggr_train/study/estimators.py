@@ -11,17 +11,17 @@ from torch import Tensor
 from cggr_train.data.batches import in_order
 from cggr_train.learner import Learner, build_learner
 from cggr_train.study.arms import Arm
-from cggr_train.study.bench import Bench
+from cggr_train.study.context import StudyContext
 
 
-def compare_gradients(bench: Bench, arm: Arm, *, weights: Path | None, seed: int) -> dict[str, list[float]]:
+def compare_gradients(context: StudyContext, arm: Arm, *, weights: Path | None, seed: int) -> dict[str, list[float]]:
     """Draw gradients of an arm and compare them with the full gradient of the same batch.
 
     A standard arm with a smaller batch draws that many sequences of the batch, so that the batch of equal cost is
     measured as an estimator like the others. Only whole batches are taken: of a shorter one, it would draw too much.
 
     Args:
-        bench: The study; its settings say how many batches and draws.
+        context: The study; its settings say how many batches and draws.
         arm: The arm; not one that scores by what its own run observed.
         weights: Folder of the model at which gradients are taken; None takes the start of ``seed``.
         seed: Of the draws.
@@ -31,35 +31,35 @@ def compare_gradients(bench: Bench, arm: Arm, *, weights: Path | None, seed: int
         (mean squared distance from the mean over draws) and ``bias`` (squared distance of that mean from the full
         gradient, less the variance it still has), both over the full gradient's squared norm.
     """
-    settings = bench.settings
+    settings = context.settings
     train = settings.train
     batches = in_order(
-        bench.tokens.heldout, length=train.length, batch_size=train.batch_size,
+        context.tokens.heldout, length=train.length, batch_size=train.batch_size,
         limit=settings.gradient_batches * train.batch_size,
     )  # fmt: skip
     whole = [batch for batch in batches if len(batch) == train.batch_size]
-    model = bench.model(seed, folder=weights).train()
+    model = context.model(seed, folder=weights).train()
     found: dict[str, list[float]] = {"cosine": [], "variance": [], "bias": []}
     full = build_learner(model, "standard", arm.routing, seed=seed)
     learner = build_learner(model, arm.method, arm.routing, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for batch in whole:
-        truth = _gradient(bench, full, batch)
+        truth = _gradient(context, full, batch)
         drawn = _Draws(truth)
         for _ in range(settings.draws):
             rows = batch
             if arm.method == "standard" and arm.batch_size < len(batch):
                 rows = batch[torch.randperm(len(batch), generator=generator)[: arm.batch_size]]
-            drawn.add(_gradient(bench, learner, rows))
+            drawn.add(_gradient(context, learner, rows))
         for name, value in drawn.result().items():
             found[name] += value
     return found
 
 
-def _gradient(bench: Bench, learner: Learner, batch: Tensor) -> Tensor:
+def _gradient(context: StudyContext, learner: Learner, batch: Tensor) -> Tensor:
     """All gradients of the model in one float32 vector ``[N]``."""
-    input_ids = batch.to(bench.device)
-    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.bfloat16):
+    input_ids = batch.to(context.device)
+    with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.bfloat16):
         loss = learner.loss(input_ids)
     loss.backward()
     parts = []

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from cggr_train.data.batches import in_order
 from cggr_train.study.arms import Arm
-from cggr_train.study.bench import Bench
+from cggr_train.study.context import StudyContext
 
 BINS = 10
 DRAWS = 4
 
 
 @torch.no_grad()
-def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> dict[str, dict[str, Any]]:
+def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: int) -> dict[str, dict[str, Any]]:
     """Select from held-out batches as each arm would and count what is kept.
 
     Args:
-        bench: The study.
+        context: The study.
         arms: Routed arms, none of which scores by what its own run observed.
         weights: Folder of the model that scores.
         seed: Of the selections.
@@ -34,14 +34,14 @@ def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> d
     """
     from cggr_core import score, select
 
-    train = bench.settings.train
-    model = bench.model(seed, folder=weights).eval()
+    train = context.settings.train
+    model = context.model(seed, folder=weights).eval()
     limit = min(train.eval_sequences, 4 * train.batch_size)
-    batches = in_order(bench.tokens.heldout, length=train.length, batch_size=train.batch_size, limit=limit)
-    counts = torch.from_numpy(np.bincount(bench.tokens.train, minlength=len(bench.tokenizer)))
+    batches = in_order(context.tokens.heldout, length=train.length, batch_size=train.batch_size, limit=limit)
+    counts = torch.from_numpy(np.bincount(context.tokens.train, minlength=len(context.tokenizer)))
     sums = {arm.name: {name: torch.zeros(2, BINS) for name in ("position", "frequency", "score")} for arm in arms}
     for number, batch in enumerate(batches):
-        input_ids = batch.to(bench.device)
+        input_ids = batch.to(context.device)
         targets = input_ids[:, 1:]
         countable = torch.ones_like(targets, dtype=torch.bool)
         bins = {
@@ -52,7 +52,7 @@ def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> d
         for arm in arms:
             key = (arm.routing.scoring, arm.routing.depth(model.config.get_text_config().num_hidden_layers))
             if key not in known:
-                known[key] = score(_statistics(bench, model, key[1], input_ids), scoring=arm.routing.scoring)
+                known[key] = score(_statistics(context, model, key[1], input_ids), scoring=arm.routing.scoring)
             scores = known[key]
             bins["score"] = _bins(scores.cpu())
             for draw in range(DRAWS):
@@ -69,11 +69,11 @@ def kept_shares(bench: Bench, arms: list[Arm], *, weights: Path, seed: int) -> d
     }
 
 
-def _statistics(bench: Bench, model: Any, depth: int | None, input_ids: Tensor) -> Any:
+def _statistics(context: StudyContext, model: Any, depth: int | None, input_ids: Tensor) -> Any:
     """Token statistics ``[B, S - 1]`` by the first ``depth`` layers, or by the whole model."""
     from cggr_core import create_truncated_router, token_statistics
 
-    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.bfloat16):
+    with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.bfloat16):
         if depth is None:
             logits = model(input_ids=input_ids, use_cache=False).logits
         else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cggr_train.study.arms import Arm
-from cggr_train.study.bench import WARMUP
+from cggr_train.study.context import WARMUP
 from cggr_train.study.settings import StudySettings
 
 READINGS = ("tokens", "kept", "time")

@@ -13,7 +13,7 @@ from cggr_train.loop import Clock, LearningRate, Progress, train_steps
 from cggr_train.memory import memory_in_use, peak_memory, reset_peak_memory
 from cggr_train.recorded import EAGER_STEPS
 from cggr_train.study.arms import Arm
-from cggr_train.study.bench import Bench
+from cggr_train.study.context import StudyContext
 
 WARMUP_STEPS = EAGER_STEPS + 1
 """Of which the last is recorded, where steps are."""
@@ -21,11 +21,11 @@ BLOCK = 4
 """Steps between two looks at the clock: waiting after each would keep an accelerator from being fed ahead."""
 
 
-def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
+def time_steps(context: StudyContext, arm: Arm, *, seconds: float) -> dict[str, Any]:
     """Take steps for a few seconds at a learning rate of nothing, so that an arm that will diverge is timed too.
 
     Args:
-        bench: The study.
+        context: The study.
         arm: What to time.
         seconds: How long; at least two blocks of steps are timed.
 
@@ -34,8 +34,8 @@ def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
         ``engine``.
     """
     gc.collect()  # what the arm before held is not this one's
-    training = bench.training(arm, bench.settings.train.seed)
-    device, progress = bench.device, Progress()
+    training = context.training(arm, context.settings.train.seed)
+    device, progress = context.device, Progress()
     reset_peak_memory(device)
     start_bytes = memory_in_use(device)
     clock = Clock(device)
@@ -52,7 +52,7 @@ def time_steps(bench: Bench, arm: Arm, *, seconds: float) -> dict[str, Any]:
                     blocks.append((now - started) / BLOCK)
                 started = now
 
-    settings = dataclasses.replace(bench.loop(10**6, warmup_steps=1), learning_rate=LearningRate(0.0))
+    settings = dataclasses.replace(context.loop(10**6, warmup_steps=1), learning_rate=LearningRate(0.0))
     train_steps(
         training.learner, training.optimizer, training.batches, settings, progress, clock,
         on_step=on_step, stop=lambda: len(blocks) >= 2 and sum(blocks) * BLOCK >= seconds,

@@ -25,7 +25,7 @@ from cggr_train.loop import Clock, Progress, train_steps
 from cggr_train.remembered_file import FILE_NAME, fingerprint, save_remembered
 from cggr_train.study.arms import Arm
 from cggr_train.study.average import RunningAverage
-from cggr_train.study.bench import Bench, Training
+from cggr_train.study.context import StudyContext, Training
 
 TELL_SECONDS, SAVE_SECONDS = 1.0, 60.0
 ROUTER_METRICS = ("router_correlation", "remembered", "score_age_epochs")
@@ -33,7 +33,7 @@ ROUTER_METRICS = ("router_correlation", "remembered", "score_age_epochs")
 
 
 def train_run(
-    bench: Bench,
+    context: StudyContext,
     arm: Arm,
     seed: int,
     *,
@@ -47,7 +47,7 @@ def train_run(
     """Train up to the last of ``points``, or go on from where an interrupted run of the same arm and seed left off.
 
     Args:
-        bench: The study.
+        context: The study.
         arm: How to train.
         seed: Of weights, data order and selections.
         points: Steps after which the averaged weights are evaluated on the held-out batches, ascending.
@@ -66,10 +66,10 @@ def train_run(
     Raises:
         SaveError: If a checkpoint cannot be written.
     """
-    folder = bench.folder / "runs" / f"{arm.name}-seed{seed}"
-    run = _Run(bench, arm, seed, folder, eval_sequences, tell)
+    folder = context.folder / "runs" / f"{arm.name}-seed{seed}"
+    run = _Run(context, arm, seed, folder, eval_sequences, tell)
     run.resume()
-    settings = bench.loop(points[-1], warmup_steps=warmup_steps)
+    settings = context.loop(points[-1], warmup_steps=warmup_steps)
     if run.progress.step == 0 and not run.curve:
         run.evaluate()
     remaining = frozenset(points)
@@ -77,7 +77,7 @@ def train_run(
     def on_step(loss: torch.Tensor, rate: float) -> None:
         run.after_step(loss, total=points[-1], evaluate=run.progress.step in remaining)
 
-    run.clock = Clock(bench.device, elapsed=run.progress.seconds)
+    run.clock = Clock(context.device, elapsed=run.progress.seconds)
     try:
         train_steps(
             run.training.learner, run.training.optimizer, run.training.batches, settings, run.progress, run.clock,
@@ -106,19 +106,19 @@ def train_run(
 
 class _Run:
     def __init__(
-        self, bench: Bench, arm: Arm, seed: int, folder: Path, eval_sequences: int, tell: Callable[..., None]
+        self, context: StudyContext, arm: Arm, seed: int, folder: Path, eval_sequences: int, tell: Callable[..., None]
     ) -> None:
-        self.bench, self.arm, self.seed, self.folder, self.tell = bench, arm, seed, folder, tell
-        self.heldout = bench.heldout(eval_sequences)
+        self.context, self.arm, self.seed, self.folder, self.tell = context, arm, seed, folder, tell
+        self.heldout = context.heldout(eval_sequences)
         folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = latest_checkpoint(folder / "checkpoints")
-        self.training: Training = bench.training(arm, seed, weights=self._checkpoint)
+        self.training: Training = context.training(arm, seed, weights=self._checkpoint)
         self.average = RunningAverage(self.training.learner.model)
         self.progress = Progress()
-        self.clock = Clock(bench.device)
+        self.clock = Clock(context.device)
         self.curve: list[dict[str, Any]] = []
         # on the device, so that counting does not wait for it
-        self.kept = torch.zeros((), dtype=torch.int64, device=bench.device)
+        self.kept = torch.zeros((), dtype=torch.int64, device=context.device)
         self._told = self._saved = time.monotonic()
 
     def resume(self) -> None:
@@ -131,7 +131,7 @@ class _Run:
         self.curve = state.learner["curve"]
         self.kept.fill_(state.learner["kept"])
         self.progress = state.progress
-        restore_random_state(state.random, self.bench.device)
+        restore_random_state(state.random, self.context.device)
 
     def after_step(self, loss: torch.Tensor, *, total: int, evaluate: bool) -> None:
         step = self.progress.step
@@ -153,7 +153,7 @@ class _Run:
     def evaluate(self) -> None:
         with self.clock.paused(), self.average.in_place():
             loss = heldout_loss(
-                self.training.learner.model, self.heldout, device=self.bench.device, bfloat16=self.bench.bfloat16
+                self.training.learner.model, self.heldout, device=self.context.device, bfloat16=self.context.bfloat16
             )
         if not math.isfinite(loss):
             if self.progress.step == 0:
@@ -170,7 +170,7 @@ class _Run:
         try:
             with self.average.in_place():
                 self.training.learner.model.save_pretrained(folder)
-                self.bench.tokenizer.save_pretrained(folder)
+                self.context.tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
             raise SaveError(f"the model {folder} could not be saved: {error}; its run is not on record yet") from error
 
@@ -182,11 +182,11 @@ class _Run:
             "kept": int(self.kept),
         }
         state = TrainingState(
-            self.progress, self.training.optimizer.state_dict(), learner, random_state(self.bench.device)
+            self.progress, self.training.optimizer.state_dict(), learner, random_state(self.context.device)
         )
         also = None if self.training.learner.memory is None else self._save_memory
         with self.clock.paused():
-            save_checkpoint(self.folder / "checkpoints", self.training.learner.model, self.bench.tokenizer, state,
+            save_checkpoint(self.folder / "checkpoints", self.training.learner.model, self.context.tokenizer, state,
                             keep=1, also=also)  # fmt: skip
 
     def _save_memory(self, checkpoint: Path) -> None:

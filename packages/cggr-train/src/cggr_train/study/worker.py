@@ -21,7 +21,7 @@ import torch
 
 from cggr_train.errors import InputError, RunError
 from cggr_train.interrupt import StopRequest
-from cggr_train.study.bench import Bench
+from cggr_train.study.context import StudyContext
 from cggr_train.study.estimators import compare_gradients
 from cggr_train.study.kept import kept_shares
 from cggr_train.study.timing import time_steps
@@ -32,12 +32,12 @@ Tell = Callable[..., None]
 PARENT_SECONDS = 0.25
 
 
-def serve(bench: Bench, requests: TextIO, tell: Tell, stop: Callable[[], bool]) -> None:
+def serve(context: StudyContext, requests: TextIO, tell: Tell, stop: Callable[[], bool]) -> None:
     """Answer every request; see the module's description."""
     for line in requests:
         request: dict[str, Any] = json.loads(line)
         try:
-            result = answer(bench, request, tell, stop)
+            result = answer(context, request, tell, stop)
         except (InputError, RunError) as error:
             tell("error", kind="input" if isinstance(error, InputError) else "run", message=str(error))
             continue
@@ -47,25 +47,27 @@ def serve(bench: Bench, requests: TextIO, tell: Tell, stop: Callable[[], bool]) 
         tell("result", result=result)
 
 
-def answer(bench: Bench, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]) -> dict[str, Any] | None:
+def answer(
+    context: StudyContext, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     """Do what one request asks for."""
-    arms = [bench.arms[name] for name in request["arms"]]
+    arms = [context.arms[name] for name in request["arms"]]
     weights = Path(request["weights"]) if request.get("weights") else None
     match request["do"]:
         case "time":
-            return time_steps(bench, arms[0], seconds=request["seconds"])
+            return time_steps(context, arms[0], seconds=request["seconds"])
         case "train":
             return train_run(
-                bench, arms[0], request["seed"], points=request["points"], warmup_steps=request["warmup_steps"],
+                context, arms[0], request["seed"], points=request["points"], warmup_steps=request["warmup_steps"],
                 eval_sequences=request["eval_sequences"],
                 save_model=request["save_model"], stop=stop,
                 tell=lambda **values: tell("progress", **values),
             )  # fmt: skip
         case "gradients":
-            return compare_gradients(bench, arms[0], weights=weights, seed=request["seed"])
+            return compare_gradients(context, arms[0], weights=weights, seed=request["seed"])
         case "kept":
             assert weights is not None
-            return {"arms": kept_shares(bench, arms, weights=weights, seed=request["seed"])}
+            return {"arms": kept_shares(context, arms, weights=weights, seed=request["seed"])}
         case unknown:
             raise ValueError(f"the request {unknown!r} is not one of time, train, gradients and kept")
 
@@ -97,7 +99,7 @@ def main(folder: str, device: str, threads: str, parent: str) -> None:
 
     with StopRequest() as stop:
         try:
-            serve(Bench(Path(folder), where), sys.stdin, tell, lambda: stop.requested)
+            serve(StudyContext(Path(folder), where), sys.stdin, tell, lambda: stop.requested)
         except BrokenPipeError:
             sys.exit(1)  # whoever asked is gone
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -13,9 +13,27 @@ from cggr_train.state_file import load_state, save_state
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from cggr_train.trainer.mixin import CGGRMixin
+    from cggr_core import CGGRModel
 
 STATE_NAME = "cggr_state"
+
+
+class RoutedTrainer(Protocol):
+    """The side of a Trainer that the callback sees."""
+
+    resumed_from: Path | None
+
+    def routed_model(self) -> CGGRModel:
+        """The model whose schedule is moved on and saved."""
+        ...
+
+    def forget_steps(self) -> None:
+        """Begin counting anew."""
+        ...
+
+    def step_routing(self) -> None:
+        """Move the keep ratio on by one optimizer step."""
+        ...
 
 
 class CGGRCallback(TrainerCallback):
@@ -26,7 +44,7 @@ class CGGRCallback(TrainerCallback):
     step.
     """
 
-    def __init__(self, trainer: CGGRMixin) -> None:
+    def __init__(self, trainer: RoutedTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(
@@ -34,7 +52,7 @@ class CGGRCallback(TrainerCallback):
     ) -> None:
         """Begin the schedule, or continue it where the checkpoint left it."""
         routed = self._trainer.routed_model()
-        self._trainer._forget_steps()
+        self._trainer.forget_steps()
         checkpoint = self._trainer.resumed_from
         if state.global_step and checkpoint is not None and (checkpoint / f"{STATE_NAME}.json").exists():
             routed.load_routing_state_dict(load_state(checkpoint, STATE_NAME))

@@ -80,7 +80,7 @@ class CGGRMixin(_Base):
         self._routed: CGGRModel | None = None
         self._routed_for: Any = None
         self._scoring = Stopwatch()
-        self._forget_steps()
+        self.forget_steps()
         super().__init__(*args, **kwargs)
         check_supported(self, self.cggr, router)
         # The Trainer counts the items of a step only for losses that are divided by them.
@@ -102,7 +102,7 @@ class CGGRMixin(_Base):
             self._routed.scoring_stopwatch = self._scoring
         return self._routed
 
-    def _forget_steps(self) -> None:
+    def forget_steps(self) -> None:
         """Begin counting rows and adding up metrics anew: before a run, and after a batch that did not fit."""
         self._metrics_window = MetricsWindow()
         self._scoring.read()

@@ -37,7 +37,7 @@ class Training(NamedTuple):
     batches: Batches
 
 
-class Bench:
+class StudyContext:
     """A study's folder, seen from one device.
 
     Args:
