@@ -8,7 +8,7 @@ import pytest
 from tests.support.launchers import environment
 
 
-@pytest.mark.parametrize("worker", ["ddp_worker", "fsdp_worker"])
+@pytest.mark.parametrize("worker", ["ddp_worker", "fsdp_worker", "logprobs_worker"])
 def test_two_ranks_equal_one(tmp_path, worker):
     command = [sys.executable, "-m", f"tests.support.{worker}"]
     ranks = [

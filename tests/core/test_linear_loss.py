@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cggr_core import backends, linear_loss
+from cggr_core import backends, head_chunks
 from cggr_core.linear_loss import linear_cross_entropy, linear_cross_entropy_by_autograd
 from tests.support.allocations import largest_allocation
 
@@ -17,7 +17,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch):
-    monkeypatch.setattr(linear_loss, "_CPU_CHUNK", 100)
+    monkeypatch.setattr(head_chunks, "_CPU_CHUNK", 100)
 
 
 def operands(N=7, H=5, V=23, dtype=torch.float64, kind="plain"):
@@ -230,7 +230,7 @@ def test_strided_operands(reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("N", [64, 1024])
 def test_memory_is_a_chunk_and_the_gradients(reduction, N, monkeypatch):
-    monkeypatch.setattr(linear_loss, "_CPU_CHUNK", 1000)
+    monkeypatch.setattr(head_chunks, "_CPU_CHUNK", 1000)
     hidden, weight, targets, _ = operands(N, 4, 250, dtype=torch.float32)
 
     def step():

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 
-from cggr_core import difficulty, linear_loss
+from cggr_core import difficulty, head_chunks
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
 from cggr_core.selection import Selection
 from cggr_core.settings import SELECTIONS
@@ -277,7 +277,7 @@ def test_a_draw_can_be_given():
 def test_the_linear_loss_never_holds_all_logits(tokens, monkeypatch):
     monkeypatch.setattr(difficulty, "_CPU_HEAD_CHUNK", 4096)
     monkeypatch.setattr(difficulty, "_CPU_CHUNK", 4096)
-    monkeypatch.setattr(linear_loss, "_CPU_CHUNK", 4096)
+    monkeypatch.setattr(head_chunks, "_CPU_CHUNK", 4096)
     hidden, weight = torch.randn(1, tokens, 2, requires_grad=True), torch.randn(256, 2, requires_grad=True)
     targets = torch.randint(0, 256, (1, tokens))
     criterion = CGGRLinearLoss()

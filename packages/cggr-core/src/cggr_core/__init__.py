@@ -8,6 +8,16 @@ from importlib.metadata import version
 
 from cggr_core.learned_router import LearnedRouter
 from cggr_core.linear_loss import linear_cross_entropy
+from cggr_core.logprobs import (
+    RoutedHidden,
+    TokenLogprobs,
+    keep_nonzero,
+    keep_random,
+    keep_tokens,
+    keep_top_entropy,
+    routed_hidden,
+    routed_logprobs,
+)
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
 from cggr_core.model import CGGRModel
 from cggr_core.remembered import RememberedScores
@@ -37,5 +47,13 @@ __all__ = [
     "TokenStatistics",
     "linear_cross_entropy",
     "loss_coefficients",
+    "routed_logprobs",
+    "routed_hidden",
+    "TokenLogprobs",
+    "RoutedHidden",
+    "keep_tokens",
+    "keep_top_entropy",
+    "keep_random",
+    "keep_nonzero",
     "__version__",
 ]

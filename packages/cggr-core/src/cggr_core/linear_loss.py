@@ -16,14 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from cggr_core.backends import register_reference, resolve
 from cggr_core.checks import check_choice, check_float, check_same_device, check_shape, check_targets, values_are_free
-from cggr_core.head import accumulation_dtype, autocast_active, check_head, head_logits, head_operands, product_dtype
+from cggr_core.head import accumulation_dtype, check_head, head_operands, product_dtype
+from cggr_core.head_chunks import HeadChunks, HeadGradients, row_chunks, scatter_rows, without_autocast
 
 __all__ = ["chunked_linear_cross_entropy", "linear_cross_entropy", "linear_cross_entropy_by_autograd"]
 
 REDUCTIONS = ("sum", "none")
-# Logits of a chunk, in elements. On CPU: large enough for a fast product, small enough for the last-level cache.
-_CHUNK = 2**25
-_CPU_CHUNK = 2**21
 
 
 def _row_terms(
@@ -65,94 +63,6 @@ def linear_cross_entropy_by_autograd(
     return loss.sum() if reduction == "sum" else loss
 
 
-def _chunks(rows: int, hidden: Tensor, vocab_size: int) -> list[slice]:
-    small = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max(1, min(rows, (_CPU_CHUNK if small else _CHUNK) // vocab_size))
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-class _Head:
-    """One chunk at a time of a head: its rows' losses, and the gradients of their weighted sum."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        row_index: Tensor | None,
-        softcap: float | None,
-        scale: float | None,
-        product_dtype: torch.dtype,
-    ) -> None:
-        # Cast here and not in the graph: the gradient of a float32 weight stays float32 under autocast.
-        self.hidden, self.weight = hidden.to(product_dtype), weight.to(product_dtype)
-        self.bias = None if bias is None else bias.to(product_dtype)
-        self.targets = targets.clamp(0, weight.shape[0] - 1)
-        self.row_index, self.softcap, self.scale = row_index, softcap, scale
-        self.dtype = accumulation_dtype(product_dtype)
-
-    def rows(self, chunk: slice, dead: Tensor) -> Tensor:
-        """Hidden rows of a chunk, zeros where dead: whatever is in those rows, their gradients must come out as 0."""
-        rows = self.hidden[chunk] if self.row_index is None else self.hidden[self.row_index[chunk]]
-        return rows.masked_fill(dead[:, None], 0.0)
-
-    def losses(self, rows: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss [n], exp of the shifted logits [n, V], its sums [n], and the slope of the softcap [n, V]."""
-        x = head_logits(rows, self.weight, self.bias, None, self.scale).to(self.dtype)
-        slope = None
-        if self.softcap is not None:
-            x = x.div_(self.softcap).tanh_()
-            slope = 1.0 - x.square()
-            x = x.mul_(self.softcap)
-        x = x.sub_(x.amax(1, keepdim=True))
-        shifted_y = x.gather(1, self.targets[chunk, None])[:, 0]
-        e = x.exp_()
-        sums = e.sum(1)
-        return (sums.log() - shifted_y).clamp_(min=0.0), e, sums, slope
-
-    def logit_gradients(
-        self, e: Tensor, sums: Tensor, slope: Tensor | None, coefficient: Tensor, chunk: slice
-    ) -> Tensor:
-        """Gradient [n, V] of the weighted losses with respect to the head's output before scale and softcap."""
-        if self.scale is not None:
-            coefficient = coefficient * self.scale
-        grad = e.mul_((coefficient / sums)[:, None])
-        grad.scatter_add_(1, self.targets[chunk, None], -coefficient[:, None])
-        if slope is not None:
-            grad.mul_(slope)
-        return grad
-
-
-class _Gradients:
-    """Gradients of the three operands, accumulated over chunks; only those that are asked for exist."""
-
-    def __init__(self, head: _Head, rows: int, needs: tuple[bool, bool, bool]) -> None:
-        like, weight = head.hidden, head.weight
-        self.hidden = like.new_empty(rows, like.shape[1]) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=head.dtype) if needs[2] and head.bias is not None else None
-
-    def add(self, grad: Tensor, rows: Tensor, weight: Tensor, chunk: slice) -> None:
-        if self.bias is not None:
-            self.bias.add_(grad.sum(0))
-        grad = grad.to(rows.dtype)
-        if self.hidden is not None:
-            self.hidden[chunk] = torch.mm(grad, weight)
-        if self.weight is not None:
-            if self.weight.dtype == grad.dtype:
-                # Not addmm_: torch's flop counter does not know it.
-                torch.addmm(self.weight, grad.t(), rows, out=self.weight)
-            else:
-                self.weight.add_(torch.mm(grad.t(), rows))
-
-
-def _scatter_rows(grad: Tensor, row_index: Tensor | None, rows: int) -> Tensor:
-    if row_index is None:
-        return grad
-    return grad.new_zeros(rows, grad.shape[1]).index_add_(0, row_index, grad)
-
-
 class _SumLoss(torch.autograd.Function):
     """Weighted sum of the losses; its gradients are made in the forward."""
 
@@ -169,13 +79,13 @@ class _SumLoss(torch.autograd.Function):
         scale: float | None,
         product_dtype: torch.dtype,
     ) -> Tensor:
-        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale, product_dtype)
+        head = HeadChunks(hidden, weight, bias, targets, row_index, softcap, scale, product_dtype)
         needs = ctx.needs_input_grad[:3]
         M = targets.shape[0]
         total = coefficient.new_zeros(())
-        gradients = _Gradients(head, M, needs)
+        gradients = HeadGradients(head, M, needs)
         dead = coefficient == 0.0
-        for chunk in _chunks(M, hidden, weight.shape[0]):
+        for chunk in row_chunks(M, hidden, weight.shape[0]):
             rows = head.rows(chunk, dead[chunk])
             loss, e, sums, slope = head.losses(rows, chunk)
             total += (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0).sum()
@@ -191,7 +101,7 @@ class _SumLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, row_index = ctx.saved_tensors
         if hidden is not None:
-            hidden = _scatter_rows((hidden * upstream).to(ctx.dtypes[0]), row_index, ctx.rows)
+            hidden = scatter_rows((hidden * upstream).to(ctx.dtypes[0]), row_index, ctx.rows)
         # Not in place: the graph may be walked twice.
         weight = None if weight is None else (weight * upstream).to(ctx.dtypes[1])
         bias = None if bias is None else (bias * upstream).to(ctx.dtypes[2])
@@ -214,11 +124,11 @@ class _RowLoss(torch.autograd.Function):
         scale: float | None,
         product_dtype: torch.dtype,
     ) -> Tensor:
-        head = _Head(hidden, weight, bias, targets, row_index, softcap, scale, product_dtype)
+        head = HeadChunks(hidden, weight, bias, targets, row_index, softcap, scale, product_dtype)
         M = targets.shape[0]
         dead = coefficient == 0.0
         out = torch.zeros_like(coefficient)
-        for chunk in _chunks(M, hidden, weight.shape[0]):
+        for chunk in row_chunks(M, hidden, weight.shape[0]):
             loss = head.losses(head.rows(chunk, dead[chunk]), chunk)[0]
             out[chunk] = (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0)
         ctx.save_for_backward(hidden, weight, bias, targets, coefficient, row_index)
@@ -229,19 +139,19 @@ class _RowLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, coefficient, row_index = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, targets, row_index, ctx.softcap, ctx.scale, ctx.product_dtype)
+        head = HeadChunks(hidden, weight, bias, targets, row_index, ctx.softcap, ctx.scale, ctx.product_dtype)
         M = targets.shape[0]
         dead = coefficient == 0.0
         coefficient = (coefficient * upstream).masked_fill(dead, 0.0)
-        gradients = _Gradients(head, M, ctx.needs_input_grad[:3])
-        for chunk in _chunks(M, hidden, weight.shape[0]):
+        gradients = HeadGradients(head, M, ctx.needs_input_grad[:3])
+        for chunk in row_chunks(M, hidden, weight.shape[0]):
             rows = head.rows(chunk, dead[chunk])
             _, e, sums, slope = head.losses(rows, chunk)
             grad = head.logit_gradients(e, sums, slope, coefficient[chunk], chunk)
             gradients.add(grad, rows, head.weight, chunk)
         grad_hidden, grad_weight, grad_bias = gradients.hidden, gradients.weight, gradients.bias
         if grad_hidden is not None:
-            grad_hidden = _scatter_rows(grad_hidden.to(hidden.dtype), row_index, hidden.shape[0])
+            grad_hidden = scatter_rows(grad_hidden.to(hidden.dtype), row_index, hidden.shape[0])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
@@ -271,22 +181,14 @@ def chunked_linear_cross_entropy(
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(dtype))
     if reduction == "none":
-        return _no_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
+        return without_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
     if values_are_free(coefficient):
         # Counting the rows costs nothing here, so rows without weight cost nothing either.
         live = coefficient.nonzero()[:, 0]
         if live.shape[0] < coefficient.shape[0]:
             row_index = live if row_index is None else row_index[live]
             targets, coefficient = targets[live], coefficient[live]
-    return _no_autocast(_SumLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
-
-
-def _no_autocast(function: type[torch.autograd.Function], hidden: Tensor, *arguments: Any) -> Tensor:
-    # The operands are cast inside; autocast must not cast the accumulators as well.
-    if not autocast_active(hidden.device.type):
-        return function.apply(hidden, *arguments)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return function.apply(hidden, *arguments)
+    return without_autocast(_SumLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
 
 
 register_reference("linear_cross_entropy", chunked_linear_cross_entropy)

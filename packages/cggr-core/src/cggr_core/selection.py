@@ -24,7 +24,7 @@ from cggr_core.checks import (
 from cggr_core.sampling import compact, descending_rank, kept_counts
 from cggr_core.settings import SCOPES, SELECTIONS, WITH_PROBABILITIES, SelectionSettings
 
-__all__ = ["Selection", "plain_weight", "select", "slots_for"]
+__all__ = ["Selection", "check_mask", "plain_weight", "select", "slots_for", "slots_in_steps"]
 
 _CAPACITY_STEP = 64
 
@@ -38,6 +38,16 @@ def slots_for(ratio: float, length: int) -> int:
     """
     # 0.07 * 100 is 7.000000000000001: the small step back keeps the ceiling at 7.
     return max(min(1, length), min(length, math.ceil(ratio * length - 1e-9)))
+
+
+def slots_in_steps(count: int, length: int) -> int:
+    """Slots for ``count`` tokens of ``length``, rounded up to a multiple of 64, so that shapes repeat.
+
+    Example:
+        >>> slots_in_steps(70, 1000), slots_in_steps(70, 100)
+        (128, 100)
+    """
+    return min(length, -(-count // _CAPACITY_STEP) * _CAPACITY_STEP)
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,13 @@ class Selection:
             >>> Selection.from_mask(mask, capacity=2).index
             tensor([[0, 2]])
         """
-        _check_mask("mask", mask)
+        check_mask("mask", mask)
         countable = torch.ones_like(mask) if countable is None else countable
-        _check_mask("countable", countable, mask, "mask")
+        check_mask("countable", countable, mask, "mask")
         B, S = mask.shape
         if capacity is None:
             largest = int(mask.sum(1).max()) if mask.numel() else 0
-            capacity = -(-largest // _CAPACITY_STEP) * _CAPACITY_STEP
+            capacity = slots_in_steps(largest, mask.shape[1])
         capacity = min(S, check_at_least("capacity", capacity, 0))
         keep = mask & (mask.cumsum(1) <= capacity)
         index, valid = compact(keep, capacity)
@@ -135,7 +145,8 @@ class Selection:
         return cls(index, valid, slot_weight, (kept / n.clamp(min=1)).to(torch.float32), (B, S))
 
 
-def _check_mask(name: str, mask: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+def check_mask(name: str, mask: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+    """Raise unless ``mask`` is a bool tensor ``[B, S]``, of the shape and on the device of ``like``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {came}; use {name}.bool()")
@@ -269,7 +280,7 @@ def select(
     check_float("score", score)
     if score.dim() != 2:
         raise ValueError(f"score must be [B, S], got shape {tuple(score.shape)}")
-    _check_mask("countable", countable, score, "score")
+    check_mask("countable", countable, score, "score")
     if capacity is not None:
         check_at_least("capacity", capacity, 1)
 

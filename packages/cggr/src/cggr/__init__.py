@@ -15,8 +15,16 @@ from cggr_core import (
     CGGRScorer,
     LearnedRouter,
     RememberedScores,
+    RoutedHidden,
     Selection,
+    TokenLogprobs,
     create_truncated_router,
+    keep_nonzero,
+    keep_random,
+    keep_tokens,
+    keep_top_entropy,
+    routed_hidden,
+    routed_logprobs,
 )
 
 __version__: str = version("cggr")
@@ -28,9 +36,17 @@ __all__ = [
     "CGGRScorer",
     "LearnedRouter",
     "RememberedScores",
+    "RoutedHidden",
     "Selection",
+    "TokenLogprobs",
     "__version__",
     "create_truncated_router",
+    "keep_nonzero",
+    "keep_random",
+    "keep_tokens",
+    "keep_top_entropy",
+    "routed_hidden",
+    "routed_logprobs",
 ]
 
 # name -> (module that has it, extra that installs the module)

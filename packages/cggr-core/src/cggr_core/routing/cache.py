@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cggr_core.routing.ordering import backward_in_turn
-from cggr_core.routing.rows import Places, merge_rows, replace_rows
+from cggr_core.routing.rows import Places, merge_rows, replace_rows, stop_gradient
 
 KeyValue = tuple[Tensor, Tensor]
 OptionalKeyValue = tuple[Tensor | None, Tensor | None]
@@ -160,10 +160,18 @@ class RoutedCache(PassCache):
             )
             return keys, values
         if self._others is None or self._other_places is None:
-            return fresh  # every position is in the pass, in order
+            return self._all_fresh(fresh)
         others, merged = self._others(layer_idx, (key_states.detach(), value_states.detach()))
         keys, values = (
             merge_rows(other, kept, others=self._other_places, keeps=self._merging, merged=whole)
             for other, kept, whole in zip(others, fresh, merged, strict=True)
         )
+        return keys, values
+
+    def _all_fresh(self, fresh: KeyValue) -> KeyValue:
+        """Keys and values where every position is in the pass, in order."""
+        valid = self._merging.valid
+        if valid is None:
+            return fresh
+        keys, values = (stop_gradient(part.transpose(1, 2), passes=valid).transpose(1, 2) for part in fresh)
         return keys, values

@@ -116,17 +116,20 @@ class Engine:
         if packed and self._probe.packing_obstacle is not None:
             raise ValueError(self._probe.packing_obstacle)
 
-    def plain(self, arguments: dict[str, Any], *, depth: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def plain(
+        self, arguments: dict[str, Any], *, depth: int | None = None, hidden: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """An ordinary forward, with or without gradients as the caller has set them.
 
         Args:
             arguments: Of the model's forward, as its caller gave them.
             depth: Layers to run before the final norm; all by default.
+            hidden: Give the head's input whatever the head is.
 
         Returns:
             Head values ``[B, S, ...]``, and the model's auxiliary loss if it has one.
         """
-        if not self.architecture.head.fused:
+        if not (self.architecture.head.fused or hidden):
             with self._truncated(depth):
                 output = self._forward(arguments)
             return output.logits, self._auxiliary_loss(output)
@@ -213,7 +216,13 @@ class Engine:
         return context, context.logits if own_head else (seen[0] if head else None)
 
     def gradient(
-        self, inputs: TokenInputs, selection: Selection, context: Context, *, keep_graph: bool
+        self,
+        inputs: TokenInputs,
+        selection: Selection,
+        context: Context,
+        *,
+        keep_graph: bool,
+        hidden: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Kept tokens through all layers with gradients.
 
@@ -222,13 +231,14 @@ class Engine:
             selection: The kept tokens.
             context: Of any depth; ``NO_CONTEXT`` to interleave every layer.
             keep_graph: Mode ``kv`` rather than ``detached``.
+            hidden: Give the head's input whatever the head is.
 
         Returns:
             Head values ``[B, K, ...]``, and the model's auxiliary loss over the kept tokens if it has one.
         """
         assert self._probe is not None, "prepare() comes first"
         seen: list[Tensor] = []
-        fused = self.architecture.head.fused
+        fused = self.architecture.head.fused or hidden
         output = gradient_pass(
             self.model,
             self.architecture,

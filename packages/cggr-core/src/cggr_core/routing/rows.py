@@ -121,7 +121,7 @@ class _StopGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (passes,) = ctx.saved_tensors
-        return grad.masked_fill(~passes[:, :, None], 0), None
+        return grad.masked_fill(~passes.reshape(*passes.shape, *(1 for _ in grad.shape[2:])), 0), None
 
 
 def merge_rows(other: Tensor, kept: Tensor, *, others: Places, keeps: Places, merged: Tensor | None = None) -> Tensor:
@@ -155,5 +155,5 @@ def replace_rows(full: Tensor, kept: Tensor, *, keeps: Places) -> Tensor:
 
 
 def stop_gradient(hidden: Tensor, *, passes: Tensor) -> Tensor:
-    """``hidden`` ``[B, K, H]`` itself, with gradients only at ``passes`` ``[B, K]``."""
+    """``hidden`` ``[B, K, ...]`` itself, with gradients only at ``passes`` ``[B, K]``."""
     return _StopGradient.apply(hidden, passes)

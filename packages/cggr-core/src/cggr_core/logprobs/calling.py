@@ -1,0 +1,96 @@
+"""The engine of a model, and a call that reaches it through whatever the model is wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cggr_core.model import CGGRModel
+from cggr_core.monitor import Monitor
+
+if TYPE_CHECKING:
+    from cggr_core.routing import Engine
+
+__all__ = ["EngineOfModel", "call_in_forward", "engine_of", "language_model"]
+
+_ATTRIBUTE = "_cggr_engine_of_model"
+
+
+class EngineOfModel:
+    """A model's engine and what its steps post, kept in the model's own ``__dict__``.
+
+    A table on the side would keep every model alive for ever, since an engine holds its model. A copy or a pickle of
+    the model takes an empty dictionary in its place, and makes an engine of its own when it is used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from cggr_core.routing import Engine
+
+        self.engine: Engine = Engine(model)
+        self.monitor = Monitor()
+        self._structure = _structure(model)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether this was made of ``model``, as it is now."""
+        return self.engine.model is model and self._structure == _structure(model)
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[()]]:
+        return dict, ()
+
+
+def _structure(model: nn.Module) -> tuple[int, ...]:
+    # Modules that are replaced (a resized head, an adapter) change it; the engine holds the old ones, so that no new
+    # one can have the same id.
+    from cggr_core.routing import unwrapped
+
+    return id(unwrapped(model).get_output_embeddings()), *(id(module) for module in model.modules())
+
+
+def engine_of(model: nn.Module) -> EngineOfModel:
+    """The engine of a Hugging Face model, made at the first call and anew when the model's modules have changed."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    if not (isinstance(found, EngineOfModel) and found.fits(model)):
+        found = model.__dict__[_ATTRIBUTE] = EngineOfModel(model)
+    return found
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model, or the PEFT wrapper of one, inside ``DistributedDataParallel`` and the like.
+
+    Raises:
+        TypeError: If ``model`` is no module, or there is no Hugging Face model in it.
+    """
+    inner: Any = model
+    while True:
+        if isinstance(inner, CGGRModel):
+            inner = inner.model
+        elif isinstance(inner, nn.Module) and hasattr(inner, "get_output_embeddings"):
+            return inner
+        elif isinstance(inner, nn.Module) and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise TypeError(
+                f"model must be a Hugging Face language model, a PEFT or CGGRModel wrapper of one, or one of these "
+                f"prepared for several devices (with the model as its .module), got {type(model).__name__}"
+                + ("; pass the model that was compiled" if hasattr(inner, "_orig_mod") else "")
+            )
+
+
+def call_in_forward(model: nn.Module, inner: nn.Module, run: Callable[[], Any], arguments: dict[str, Any]) -> Any:
+    """Call ``model`` and let ``run`` be the forward of the ``inner`` one.
+
+    ``DistributedDataParallel``, FSDP2's ``fully_shard`` and whatever else hooks a model see one ordinary call, around
+    all the passes that ``run`` makes.
+    """
+    from cggr_core.routing import replaced_forwards, without_hooks
+
+    own = inner.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with replaced_forwards({inner: own}), without_hooks(inner):
+            return run()
+
+    with replaced_forwards({inner: forward}):
+        return model(**arguments)

@@ -1,0 +1,225 @@
+"""Token log-probabilities and hidden states whose gradients are routed: what any loss can be made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.checks import check_finite_number, check_flag, count_bad_targets, values_are_free
+from cggr_core.logprobs.calling import EngineOfModel, call_in_forward, engine_of, language_model
+from cggr_core.logprobs.head import TokenHead
+from cggr_core.logprobs.kept import Kept, bad_keep_message, count_bad
+from cggr_core.logprobs.passes import RoutedPasses, aligned_targets, check_mode
+from cggr_core.logprobs.results import RoutedHidden, TokenLogprobs
+from cggr_core.selection import Selection
+
+__all__ = ["routed_hidden", "routed_logprobs"]
+
+
+def routed_logprobs(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    *,
+    keep: Tensor | Selection,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    gradient_mode: str = "kv",
+    engine: str | None = None,
+    targets: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    everywhere: bool = False,
+    **inputs: Any,
+) -> TokenLogprobs:
+    """Log-probabilities of a batch's tokens whose gradients reach the kept ones: any loss can be made of them.
+
+    Tokens that are not kept are forward-only in every layer, and rows that keep nothing are not run. Everything is in
+    *target alignment*: position t is about the prediction of the token at t + 1, in ``keep``, in ``targets`` and in
+    what is returned. A mask of the tokens themselves, such as TRL's completion mask, becomes one by
+    :func:`keep_tokens`.
+
+    With the tokens ``the cat sat``, of which ``cat sat`` is the completion, ``keep`` is ``[True, True, False]``:
+    position 0 predicts ``cat``, position 1 predicts ``sat``, position 2 nothing. ``logprob[0, 0]`` is ln p(cat | the).
+
+    With dropout, every computation of a token draws its own mask.
+
+    Args:
+        model: A Hugging Face language model, a PEFT or :class:`CGGRModel` wrapper of one, or either prepared by
+            ``DistributedDataParallel`` or ``fully_shard``: its own call is made, once, around all passes.
+        input_ids: int64 ``[B, S]``.
+        keep: bool ``[B, S]``, the positions whose log-probabilities take gradients; or a :class:`Selection`, as from
+            :func:`keep_random`. A mask costs one read from the device, which decides how many slots a row has, in
+            steps of 64, and which rows are run; a selection costs none, and runs all rows.
+        attention_mask: ``[B, S]``, 1 = token, 0 = padding, on any side.
+        position_ids: int64 ``[B, S]``. Without an attention mask, positions that start anew are packed documents, and
+            nothing is attended to, or predicted, across them.
+        gradient_mode: What a kept token's gradient reaches: ``"exact"`` everything, ``"kv"`` kept tokens at every layer
+            and all tokens' key/value projections, ``"detached"`` kept tokens alone. Under ``torch.no_grad`` all are one
+            plain forward.
+        engine: ``"interleaved"`` or ``"two_pass"``, same numbers; ``None`` takes the cheaper one that can do it.
+        targets: int64 ``[B, S]``, what each position is to predict, -100 for nothing. By default the next input token
+            of the same document, which masked language models and ``inputs_embeds`` do not have.
+        temperature: What the logits are divided by.
+        entropy: Also the entropies, which take gradients as the log-probabilities do.
+        everywhere: Also give the log-probabilities (and entropies) of the positions that are not kept, as constants;
+            this needs a forward of all tokens to the head. Otherwise they are 0.
+        **inputs: ``inputs_embeds``, ``token_type_ids`` and other inputs of the model.
+
+    Returns:
+        :class:`TokenLogprobs`. Where nothing is kept, zeros that are connected to the graph.
+
+    Raises:
+        TypeError: If the model or the dtype of an argument is wrong.
+        ValueError: If shapes or devices do not fit, ``keep`` marks padding or positions without a target, the mode is
+            not possible for this model, or log-probabilities are NaN. What only a look at a device's values can tell
+            of a selection or of targets is raised one call later there.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4)
+        >>> model = LlamaForCausalLM(config)
+        >>> input_ids = torch.randint(0, 64, (2, 12))
+        >>> completion = torch.arange(12).expand(2, -1) >= 8
+        >>> policy = routed_logprobs(model, input_ids, keep=keep_tokens(completion))
+        >>> advantages = torch.tensor([[1.0], [-0.5]])
+        >>> loss = -(advantages * policy.logprob).sum() / policy.keep.sum()
+        >>> loss.backward()
+    """
+    check_mode(gradient_mode, engine, everywhere=check_flag("everywhere", everywhere), inputs=inputs)
+    check_flag("entropy", entropy)
+    if check_finite_number("temperature", temperature) <= 0.0:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    inner = language_model(model)
+    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}
+
+    def run() -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        found = engine_of(inner)
+        _raise_what_was_found(found)
+        passes = RoutedPasses(found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=False)
+        architecture = found.engine.architecture
+        tokens = aligned_targets(
+            targets, passes.batch, shifted=architecture.shifted, vocab_size=found.engine.vocab_size
+        )
+        outside = count_bad_targets(tokens, found.engine.vocab_size)
+        if not values_are_free(tokens):
+            tokens = tokens.masked_fill((tokens < 0) | (tokens >= found.engine.vocab_size), -100)
+        values = passes.run(keep, tokens, everywhere=everywhere)
+        kept, head = values.kept, TokenHead(architecture.head, temperature)
+        here = (tokens if kept.rows is None else tokens.index_select(0, kept.rows)).gather(1, kept.selection.index)
+        here = here.masked_fill(~kept.selection.valid, -100)
+        logprob, spread = head.logprobs(values.at_kept, here, entropy=entropy)
+        _post(found, logprob, keep, passes, tokens, outside)
+        others: tuple[Tensor | None, Tensor | None] = (None, None)
+        if values.everywhere is not None:
+            others = head.constants(values.everywhere, tokens, entropy=entropy)
+        selection = kept.whole_selection()
+        weight = torch.zeros(kept.shape, device=tokens.device).scatter(1, selection.index, selection.weight)
+        logprob = kept.spread(logprob, others[0])
+        spread = None if spread is None else kept.spread(spread, others[1])
+        return logprob, spread, selection.mask, weight, values.auxiliary_loss
+
+    return TokenLogprobs(*call_in_forward(model, inner, run, _given(arguments)))
+
+
+def routed_hidden(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    *,
+    keep: Tensor | Selection,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    gradient_mode: str = "kv",
+    engine: str | None = None,
+    **inputs: Any,
+) -> RoutedHidden:
+    """Final hidden states of the kept tokens with routed gradients, for a head of one's own.
+
+    For distillation, value and reward heads, and other losses that are not about one target per token. The model's own
+    head is not run, and gets no gradient here: ``DistributedDataParallel`` needs ``find_unused_parameters=True``.
+
+    Args:
+        model: As in :func:`routed_logprobs`.
+        input_ids: int64 ``[B, S]``.
+        keep: bool ``[B, S]``, the positions whose hidden states are wanted; or a :class:`Selection`.
+        attention_mask: As in :func:`routed_logprobs`.
+        position_ids: As in :func:`routed_logprobs`.
+        gradient_mode: As in :func:`routed_logprobs`.
+        engine: As in :func:`routed_logprobs`.
+        **inputs: As in :func:`routed_logprobs`.
+
+    Returns:
+        :class:`RoutedHidden`. Where nothing is kept, zeros that are connected to the graph.
+
+    Raises:
+        TypeError: If the model or the dtype of an argument is wrong.
+        ValueError: If shapes or devices do not fit, ``keep`` marks padding, or the mode is not possible for this model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4)
+        >>> model, value_head = LlamaForCausalLM(config), torch.nn.Linear(32, 1)
+        >>> input_ids = torch.randint(0, 64, (2, 12))
+        >>> states = routed_hidden(model, input_ids, keep=torch.arange(12).expand(2, -1) >= 8)
+        >>> returns = states.selection.gather(torch.randn(2, 12))
+        >>> error = (value_head(states.hidden)[..., 0] - returns).square()
+        >>> loss = (error * states.selection.valid).sum() / states.selection.valid.sum()
+        >>> loss.backward()
+    """
+    check_mode(gradient_mode, engine, everywhere=False, inputs=inputs)
+    inner = language_model(model)
+    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}
+    kept: list[Kept] = []
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        found = engine_of(inner)
+        _raise_what_was_found(found)
+        passes = RoutedPasses(found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=True)
+        values = passes.run(keep, None, everywhere=False)
+        kept.append(values.kept)
+        hidden = values.at_kept.masked_fill(~values.kept.selection.valid[:, :, None], 0.0)
+        _post(found, hidden, keep, passes, None, None)
+        return values.kept.in_whole_batch(hidden), values.auxiliary_loss
+
+    hidden, auxiliary_loss = call_in_forward(model, inner, run, _given(arguments))
+    return RoutedHidden(hidden, kept[0].whole_selection(), auxiliary_loss)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _post(
+    found: EngineOfModel,
+    values: Tensor,
+    keep: Tensor | Selection,
+    passes: RoutedPasses,
+    targets: Tensor | None,
+    outside: Tensor | None,
+) -> None:
+    """Note what must not be; on the CPU it is raised at once, elsewhere by the next call."""
+    bad = count_bad(keep.mask, passes.batch, targets) if isinstance(keep, Selection) else values.new_zeros(2)
+    outside = bad.new_zeros(()) if outside is None else outside
+    found.monitor.post(torch.stack([values.detach().isnan().sum(), outside.to(bad.dtype), *bad]).float())
+    if values_are_free(values):
+        _raise_what_was_found(found)
+
+
+def _raise_what_was_found(found: EngineOfModel) -> None:
+    posted = found.monitor.read()
+    if posted is None:
+        return
+    nan, outside, padding, no_target = (int(count) for count in posted)
+    if outside:
+        raise ValueError(
+            f"targets of the last call had {outside} value(s) outside [0, {found.engine.vocab_size}) that are not -100"
+        )
+    if padding or no_target:
+        raise ValueError("in the last call, " + bad_keep_message(padding, no_target))
+    if nan:
+        raise ValueError(
+            f"NaN at {nan} place(s) of the kept tokens: look for an overflow or a bad learning rate before this step"
+        )

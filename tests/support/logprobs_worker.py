@@ -1,0 +1,107 @@
+"""One rank of :mod:`tests.core.test_distributed`: log-probabilities of half of the batch through DDP and FSDP2."""
+
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from cggr_core import routed_hidden, routed_logprobs
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+WAYS = (
+    ("exact", None),
+    ("kv", "interleaved"),
+    ("kv", "two_pass"),
+    ("detached", "interleaved"),
+    ("detached", "two_pass"),
+)
+TIMEOUT = timedelta(minutes=2)  # a rank that dies must not leave the other waiting
+
+
+def main(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=TIMEOUT)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, VOCAB, (4, 80), generator=generator)
+    advantages = torch.randn(4, 1, generator=generator)
+    keep = torch.rand(4, 80, generator=generator) < 0.3
+    keep[:, -1] = False
+    keep[1] = False  # a row that is not run
+    nothing_on_one = keep.clone()
+    nothing_on_one[:2] = False
+    mine = slice(2 * rank, 2 * rank + 2)
+    for kept in (keep, nothing_on_one):
+        for gradient, engine in WAYS:
+            way = {"gradient_mode": gradient, "engine": engine}
+            whole = ROUTABLE["llama"]()
+            policy_loss(whole, input_ids, kept, advantages, kept.sum(), way).backward()
+            wanted = gradients(whole)
+            for prepare in (DistributedDataParallel, sharded(mesh), sharded(mesh, ends_apart=True)):
+                model = ROUTABLE["llama"]()
+                prepared = prepare(model)
+                # Both take the mean over ranks, so each divides by its share of the global count.
+                loss = policy_loss(prepared, input_ids[mine], kept[mine], advantages[mine], kept.sum() / 2, way)
+                loss.backward()
+                found = {name: whole_tensor(parameter.grad) for name, parameter in model.named_parameters()}
+                error = relative_error(found, wanted)
+                assert error <= 1e-5, (way, prepare, error)
+    check_hidden(mesh, input_ids, keep, mine)
+    # A rank that leaves while the other still gathers would break its connection.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def policy_loss(
+    model: nn.Module, input_ids: Tensor, keep: Tensor, advantages: Tensor, count: Tensor, way: dict
+) -> Tensor:
+    found = routed_logprobs(model, input_ids, keep=keep, entropy=True, **way)
+    return -(advantages * found.logprob + 0.1 * found.entropy).sum() / count
+
+
+def check_hidden(mesh, input_ids: Tensor, keep: Tensor, mine: slice) -> None:
+    """With a head of one's own beside the model, whose own head is not used."""
+    torch.manual_seed(0)
+    head = nn.Linear(32, 1)
+
+    def loss_of(model, rows, keep, count):
+        states = routed_hidden(model, rows, keep=keep)
+        return (head(states.hidden)[..., 0].tanh() * states.selection.valid).sum() / count
+
+    whole = ROUTABLE["llama"]()
+    loss_of(whole, input_ids, keep, keep.sum()).backward()
+    wanted = gradients(whole)
+    for prepare in (lambda model: DistributedDataParallel(model, find_unused_parameters=True), sharded(mesh)):
+        model = ROUTABLE["llama"]()
+        prepared = prepare(model)
+        loss_of(prepared, input_ids[mine], keep[mine], keep.sum() / 2).backward()
+        found = {name: whole_tensor(parameter.grad) for name, parameter in model.named_parameters()}
+        found = {name: torch.zeros_like(wanted[name]) if grad is None else grad for name, grad in found.items()}
+        error = relative_error(found, wanted)
+        assert error <= 1e-5, error
+
+
+def sharded(mesh, *, ends_apart: bool = False):
+    def prepare(model):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        if ends_apart:
+            fully_shard(model.get_input_embeddings(), mesh=mesh)
+            fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+        return fully_shard(model, mesh=mesh)
+
+    return prepare
+
+
+def whole_tensor(grad: Tensor | None) -> Tensor | None:
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
