@@ -71,6 +71,18 @@ def test_equals_the_autograd_reference(name, gradient):
         assert_equal(routed(model, labels, selection, gradient=gradient, engine=engine, input_ids=input_ids), wanted)
 
 
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+def test_slots_for_all_tokens_of_which_some_hold_none(gradient):
+    model, input_ids = ROUTABLE["llama"](), batch()
+    kept = random_selection(aligned(model, input_ids).countable)
+    weight = torch.zeros(input_ids.shape).scatter_(1, kept.index, kept.weight)
+    selection = Selection.from_mask(kept.mask, weight=weight, countable=aligned(model, input_ids).countable)
+    assert selection.index.shape[1] == LENGTH and not selection.valid.all()
+    wanted = reference(model, input_ids, kept, gradient=gradient, input_ids=input_ids)
+    for engine in ENGINES:
+        assert_equal(routed(model, input_ids, selection, gradient=gradient, engine=engine, input_ids=input_ids), wanted)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ROUTABLE)
 def test_padded_rows(name, side):

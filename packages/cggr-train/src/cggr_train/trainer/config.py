@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 class CGGRConfig:
     """How tokens are scored and kept, and what their gradient reaches; the arguments of :class:`cggr_core.CGGRModel`.
 
+    Three settings depend on the trainer where they are left out. ``selection``: ``"stratified"`` for the cross-entropy
+    of Trainer and SFTTrainer; ``"supervised"`` for DPO, KTO, GRPO and RLOO, whose losses say which tokens they are
+    about; ``"topk"`` for distillation. ``scoring``: ``"gradnorm"``; ``"entropy"`` of the student for distillation.
+    ``min_tokens_ratio``: 0.25; 0.5 for distillation.
+
     No field has the name of one of ``TrainingArguments``, so that ``HfArgumentParser`` reads both from one command
     line or one YAML file.
 
@@ -38,17 +43,23 @@ class CGGRConfig:
     gradient: GradientMode = field(
         default=RoutingSettings.gradient, metadata={"help": "What a kept token's gradient reaches."}
     )
-    min_tokens_ratio: float = field(
-        default=RoutingSettings.min_tokens_ratio,
-        metadata={"help": "Keep ratio: kept tokens / countable tokens, in (0, 1]."},
+    min_tokens_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep ratio: kept tokens / countable tokens, in (0, 1]; "
+            f"{RoutingSettings.min_tokens_ratio} if not given."
+        },
     )
-    selection: ModelSelection = field(
-        default=RoutingSettings.selection,
+    selection: ModelSelection | None = field(
+        default=None,
         metadata={"help": "How the kept tokens are chosen; 'supervised' keeps exactly those with a label."},
     )
-    scoring: Scoring = field(
-        default=RoutingSettings.scoring,
-        metadata={"help": "What makes a token worth learning from; 'excess' needs reference_nll in the batches."},
+    scoring: Literal[Scoring, "divergence"] | None = field(
+        default=None,
+        metadata={
+            "help": "What makes a token worth learning from; 'excess' needs reference_nll in the batches, 'divergence' "
+            "a teacher."
+        },
     )
     router: Literal["full_depth", "truncated", "learned"] = field(
         default="full_depth",
@@ -88,6 +99,10 @@ class CGGRConfig:
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
     )
+    skip_zero_advantage: bool | None = field(
+        default=None,
+        metadata={"help": "Leave rows without an advantage out of a policy update; by default where that is exact."},
+    )
 
     def build(self, model: nn.Module, *, seed: int = 0, **overrides: Any) -> CGGRModel:
         """The model with its gradient routed as these settings say.
@@ -107,9 +122,9 @@ class CGGRConfig:
         settings: dict[str, Any] = {
             "router": None if "router" in overrides else self._router(model),
             "gradient": self.gradient,
-            "min_tokens_ratio": self.min_tokens_ratio,
-            "selection": self.selection,
-            "scoring": self.scoring,
+            "min_tokens_ratio": given(self.min_tokens_ratio, RoutingSettings.min_tokens_ratio),
+            "selection": given(self.selection, RoutingSettings.selection),
+            "scoring": given(self.scoring, RoutingSettings.scoring),
             "engine": self.engine,
             "num_strata": self.num_strata,
             "min_tokens_per_sequence": self.min_tokens_per_sequence,
@@ -133,3 +148,8 @@ class CGGRConfig:
             layers = cast(Any, model).config.get_text_config().num_hidden_layers
             return LearnedRouter(depth=self.router_depth or default_router_depth(layers))
         raise ValueError(f"router must be 'full_depth', 'truncated' or 'learned', got {self.router!r}")
+
+
+def given(value: Any, default: Any) -> Any:
+    """A setting, or what stands for it where it is left out."""
+    return default if value is None else value

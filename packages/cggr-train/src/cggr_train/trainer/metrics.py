@@ -15,7 +15,7 @@ _MEANS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "gradnorm_kept": lambda metrics: metrics["countable_tokens"],
     "full_loss": lambda metrics: metrics["countable_tokens"],
 }
-_COUNTS = ("kept_tokens", "countable_tokens")
+_COUNTS = ("kept_tokens", "countable_tokens", "rows_skipped")
 _FOLD_AFTER = 256
 
 
@@ -43,9 +43,9 @@ class MetricsWindow:
             reduce: Adds a float64 tensor ``[n]`` up over all ranks.
 
         Returns:
-            ``kept_tokens`` and ``countable_tokens`` in all, ``keep_ratio``, and the means over tokens of
-            ``score_kept``, ``score_dropped``, ``gradnorm_kept`` and ``full_loss`` where they are known; nothing if
-            there was no forward.
+            ``kept_tokens`` and ``countable_tokens`` in all, ``keep_ratio``, ``rows_skipped`` where rows can be, and
+            the means over tokens of ``score_kept``, ``score_dropped``, ``gradnorm_kept`` and ``full_loss`` where they
+            are known; nothing if there was no forward.
         """
         self._fold()
         sums, self._sums = self._sums, {}
@@ -54,6 +54,8 @@ class MetricsWindow:
         numbers = dict(zip(sums, reduce(torch.stack(list(sums.values()))).tolist(), strict=True))
         kept, countable = numbers["kept_tokens"], numbers["countable_tokens"]
         found = {"keep_ratio": kept / max(countable, 1), "kept_tokens": kept, "countable_tokens": countable}
+        if "rows_skipped" in numbers:
+            found["rows_skipped"] = numbers["rows_skipped"]
         for name, tokens in _MEANS.items():
             if name in numbers and tokens(numbers):
                 found[name] = numbers[name] / tokens(numbers)

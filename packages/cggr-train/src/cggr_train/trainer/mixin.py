@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from cggr_train.trainer.callback import CGGRCallback
 from cggr_train.trainer.config import CGGRConfig
 from cggr_train.trainer.metrics import MetricsWindow
 from cggr_train.trainer.supported import check_class, check_supported
+from cggr_train.trainer.trl import task_loss, trains_by_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,9 +61,6 @@ class CGGRMixin(_Base):
         ValueError: If the training arguments ask for what cannot be combined with CGGR, or a setting is not valid.
     """
 
-    # Whether the loss is divided by the items of the whole step: where they are known, as for the models' own losses.
-    loss_is_scaled_for_ga = None
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_class(cls, CGGRMixin)
@@ -79,10 +79,14 @@ class CGGRMixin(_Base):
         self._router = router
         self._routed: CGGRModel | None = None
         self._routed_for: Any = None
-        self._scoring = Stopwatch()
+        self._scoring, self._updating, self._update = Stopwatch(), Stopwatch(), ExitStack()
         self.forget_steps()
         super().__init__(*args, **kwargs)
-        check_supported(self, self.cggr, router)
+        self._by_task = trains_by_task(type(self))
+        self._task_loss = task_loss(self, self.cggr, self._scoring)
+        check_supported(self, self.cggr, router, own_loss=self._task_loss is not None)
+        if self._by_task:
+            return
         # The Trainer counts the items of a step only for losses that are divided by them.
         self._model_takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
@@ -106,13 +110,13 @@ class CGGRMixin(_Base):
         """Begin counting rows and adding up metrics anew: before a run, and after a batch that did not fit."""
         self._metrics_window = MetricsWindow()
         self._scoring.read()
-        self._steps_since_log = 0
+        self._updating.read()
+        self._last_record: tuple[int, float] | None = None
         self._micro_batch = (-1, 0)
 
     def step_routing(self) -> None:
         """Move the keep ratio on by one optimizer step; the callback does."""
         self.routed_model().step()
-        self._steps_since_log += 1
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; a resumed run makes the selections of the uninterrupted one."""
@@ -121,6 +125,7 @@ class CGGRMixin(_Base):
             output = Path(str(self.args.output_dir))
             checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
         self.resumed_from = Path(checkpoint) if checkpoint else None
+        self.forget_steps()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -143,11 +148,14 @@ class CGGRMixin(_Base):
         Raises:
             ValueError: If outputs are wanted in training, or the batch cannot be routed.
         """
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch, **kwargs}
         if not model.training:
-            batch = evaluation_batch(inputs)
-            return self._own_loss(
-                model, batch, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
-            )
+            return self._own_loss(model, evaluation_batch(inputs), **options)
+        self._update.enter_context(self._updating.measure(self.accelerator.device))
+        if self._task_loss is not None and inputs.get("token_weight") is None:
+            loss = self._task_loss.loss(super().compute_loss, model, evaluation_batch(inputs), **options)
+            self._metrics_window.add(self._task_loss.metrics)
+            return loss
         if return_outputs:
             raise ValueError("return_outputs=True in training: the logits of tokens that are not kept are not computed")
         if inputs.get("labels") is None:
@@ -156,7 +164,7 @@ class CGGRMixin(_Base):
                 "them (DataCollatorForLanguageModeling(tokenizer, mlm=False) does)"
             )
         routed = self.routed_model()
-        place = {"draw": self.state.global_step, "first_row": self._first_row()}
+        place = {"draw": self.state.global_step, "first_row": self.first_row()}
         with routed.in_place(), self.accelerator.autocast():
             loss = model(**routed_batch(inputs), num_items=_at_least_one(num_items_in_batch), **place)
         self._metrics_window.add(routed.metrics)
@@ -164,6 +172,13 @@ class CGGRMixin(_Base):
             # The items are those of all ranks, and the gradients are averaged over the ranks.
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, forwards and backward; the time of both is measured, what comes before them is not."""
+        if self._last_record is None:
+            self._last_record = self.state.global_step, time.perf_counter()
+        with self._update:  # entered where the loss begins
+            return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics of the steps since the last record to a record of the training loss."""
@@ -178,6 +193,8 @@ class CGGRMixin(_Base):
         self._signature_columns = [*known, *(name for name in STEP_COLUMNS if name not in known)]
 
     def _own_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self._by_task:
+            return super().compute_loss(*args, **kwargs)
         accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._model_takes_items
         try:
             return super().compute_loss(*args, **kwargs)
@@ -185,18 +202,22 @@ class CGGRMixin(_Base):
             self.model_accepts_loss_kwargs = accepts
 
     def _read_metrics(self) -> dict[str, float]:
-        steps, self._steps_since_log = self._steps_since_log, 0
         found = self._metrics_window.read(self._sum_over_ranks)
-        seconds = self._scoring.read()
-        if found and seconds:
-            found["scoring_seconds"] = seconds / max(steps, 1)
-        return found
+        scoring, updating = self._scoring.read(), self._updating.read()
+        now = self.state.global_step, time.perf_counter()
+        before, self._last_record = self._last_record, now
+        if not found or before is None:
+            return found
+        steps, seconds = max(now[0] - before[0], 1), now[1] - before[1]
+        if scoring:
+            found["scoring_seconds"] = scoring / steps
+        return {**found, "update_seconds": updating / steps, "update_share": updating / seconds}
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         total: Any = self.accelerator.reduce(sums, "sum")
         return total
 
-    def _first_row(self) -> int:
+    def first_row(self) -> int:
         """Number of this micro-batch's first row in its optimizer step, over all micro-batches and ranks."""
         step, micro_batch = self._micro_batch
         micro_batch = micro_batch + 1 if step == self.state.global_step else 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cggr_core import RememberedScores
+from cggr_train.trainer.trl.kinds import KNOWN
 
 if TYPE_CHECKING:
     from cggr_train.trainer.config import CGGRConfig
 
 
-# Trainers whose own loss is the cross-entropy of the labels, which is what CGGR computes.
-_PLAIN_LOSSES = {("transformers.trainer", "Trainer"), ("trl.trainer.sft_trainer", "SFTTrainer")}
+# Trainers whose loss is known: the cross-entropy of the labels, or one that is routed as it stands.
+_KNOWN_LOSSES = {("transformers.trainer", "Trainer"), *KNOWN}
 
 
 def check_class(kind: type, mixin: type) -> None:
@@ -25,7 +26,7 @@ def check_class(kind: type, mixin: type) -> None:
         TypeError: Naming the class, and what to write instead.
     """
     order = kind.__mro__
-    losses = [base for base in order if "compute_loss" in vars(base)]
+    losses = [base for base in order if {"compute_loss", "_compute_loss"} & vars(base).keys()]
     for base in losses[: losses.index(mixin)]:
         if not issubclass(base, mixin):
             raise TypeError(
@@ -33,26 +34,32 @@ def check_class(kind: type, mixin: type) -> None:
                 f"the loss; write class {kind.__name__}({mixin.__name__}, {base.__name__})"
             )
     for base in losses[losses.index(mixin) + 1 :]:
-        if (base.__module__, base.__name__) not in _PLAIN_LOSSES:
+        if (base.__module__, base.__name__) not in _KNOWN_LOSSES:
+            known = ", ".join(sorted(name for _, name in _KNOWN_LOSSES))
             raise TypeError(
-                f"{base.__name__} has a compute_loss of its own, and CGGR computes the plain cross-entropy in its "
-                f"place; {mixin.__name__} goes with Trainer, SFTTrainer and subclasses that leave compute_loss alone "
-                f"(what is to be done around it belongs in {kind.__name__}, which calls super().compute_loss)"
+                f"{base.__name__} has a loss of its own, and which tokens it is about is not known; {mixin.__name__} "
+                f"goes with {known} and subclasses that leave compute_loss alone (what is to be done around it "
+                f"belongs in {kind.__name__}, which calls super().compute_loss)"
             )
 
 
-def check_supported(trainer: Any, config: CGGRConfig, router: Any) -> None:
+def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: bool) -> None:
     """Raise where the Trainer would train on something else than it was asked to.
 
     Args:
         trainer: A Hugging Face Trainer that has been set up.
         config: The settings of CGGR.
         router: A router of the caller's own, or None.
+        own_loss: Whether the trainer's own loss is routed, rather than the cross-entropy of tokens picked by a score.
 
     Raises:
         ValueError: Naming the argument, and what to use instead.
     """
     arguments, accelerator = trainer.args, trainer.accelerator
+    if own_loss and router is not None:
+        raise ValueError(
+            "router scores tokens for their cross-entropy, and this trainer's loss names its own; leave it out"
+        )
     if isinstance(router, RememberedScores):
         raise ValueError(
             "router is RememberedScores, which has to know on the host which examples a batch holds, and whose scores "
@@ -65,8 +72,11 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any) -> None:
         )
     if callable(trainer.compute_loss_func):
         raise ValueError("compute_loss_func would see a forward of all tokens; CGGR computes the loss, leave it out")
-    if getattr(arguments, "loss_type", "nll") not in ("nll", "chunked_nll"):
-        raise ValueError(f"loss_type={arguments.loss_type!r}: CGGR computes the plain cross-entropy, loss_type='nll'")
+    if not own_loss and getattr(arguments, "loss_type", "nll") not in ("nll", "chunked_nll"):
+        raise ValueError(
+            f"loss_type={arguments.loss_type!r}: tokens picked by a score learn from the plain cross-entropy; use "
+            "loss_type='nll', or selection='supervised'"
+        )
     if arguments.torch_compile:
         raise ValueError("torch_compile=True compiles a forward that CGGR does not run; leave it False")
     if arguments.neftune_noise_alpha and config.gradient in ("kv", "detached"):

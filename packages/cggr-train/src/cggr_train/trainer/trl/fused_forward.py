@@ -1,0 +1,268 @@
+"""TRL's fused forward, ``model(..., labels=labels, fused_lm_head=True)``, with a backward of the kept tokens alone.
+
+TRL's trainers make every loss of the per-token log-probabilities that this call returns; labels of -100 get no logits
+there, and all tokens go through the layers with gradients. Here they are forward-only in every layer too. The losses,
+their normalisers and the head stay TRL's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from cggr_core import Selection
+from cggr_core.routing import NO_CONTEXT, Engine, replaced_forwards, unwrapped, without_hooks
+from cggr_core.stopwatch import Stopwatch
+from cggr_train.trainer.batch import routed_batch
+from cggr_train.trainer.trl.rows import is_in, rows_of, spread, take_rows
+
+IGNORED = -100
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Not for the passes: no cache of the caller's is filled, and router losses are asked for in their own way.
+_INERT = frozenset({"use_cache", "output_router_logits", "return_dict"})
+
+# Of countable [B, S] and, where the plan measures, the values of all labelled tokens by name [B, S]: the kept tokens
+# [B, S], and factors on their gradients [B, S] or None.
+Choose = Callable[[Tensor, "Mapping[str, Tensor] | None"], "tuple[Tensor, Tensor | None]"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one update keeps.
+
+    Attributes:
+        choose: The kept tokens; all labelled ones if None.
+        rows: bool ``[B]``, the rows that take part in the update; all if None. The others leave the forward.
+        measure: Whether values of all labelled tokens are needed, by ``choose`` or by the loss. They cost a forward.
+        fill: ``[B, S]`` log-probabilities to report where nothing is computed; 0 if None.
+    """
+
+    choose: Choose | None = None
+    rows: Tensor | None = None
+    measure: bool = False
+    fill: Tensor | None = None
+
+
+class RoutedForward:
+    """In place of a model's forward during a training loss; see the module.
+
+    Args:
+        model: The model as the trainer holds it, with TRL's fused head, possibly wrapped by PEFT.
+        gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
+        scoring: Adds up the time of measuring.
+
+    Attributes:
+        metrics: ``kept_tokens``, ``countable_tokens`` and ``rows_skipped`` of the last update, 0-dim tensors.
+    """
+
+    def __init__(self, model: nn.Module, gradient: str, scoring: Stopwatch) -> None:
+        self.model = model
+        self.metrics: dict[str, Tensor] = {}
+        self._engine = Engine(model)
+        self._gradient = gradient
+        self._scoring = scoring
+
+    @contextmanager
+    def installed(self, plan: Plan) -> Iterator[None]:
+        """Route every fused call with gradients; other calls are the model's own."""
+        own: Callable[..., Any] = self.model.forward
+
+        def forward(*args: Any, **inputs: Any) -> Any:
+            if not (inputs.get("fused_lm_head") and torch.is_grad_enabled()):
+                return own(*args, **inputs)
+            if args or inputs.get("labels") is None:
+                raise ValueError("a routed fused forward takes its inputs by name, and labels that are not shifted")
+            # The passes call the model inside its own call, whose hooks have run.
+            with replaced_forwards({self.model: own}), without_hooks(self.model), _uncached_autocast():
+                return self._fused(plan, **{name: inputs[name] for name in inputs if name != "fused_lm_head"})
+
+        with replaced_forwards({self.model: forward}):
+            yield
+
+    def _fused(self, plan: Plan, *, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
+        countable = targets != IGNORED
+        rows = rows_of(plan.rows, countable, inputs)
+        run = self._plain if self._gradient == "exact" else self._routed
+        output, keep, weight = run(plan, inputs, targets, rows)
+        for name in _PER_TOKEN:
+            value = output.get(name)
+            if value is None:
+                continue
+            if weight is not None and value.requires_grad:
+                value = value.detach() + weight * (value - value.detach())
+            output[name] = value[:, :-1]
+        count = countable.sum()
+        output.label_mask = countable[:, :-1]
+        output.loss = -output.log_probs.sum() / (
+            count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        )
+        taking_part = is_in(rows, len(targets), targets.device)
+        self.metrics = {
+            "kept_tokens": (keep & taking_part[:, None]).sum(),
+            "countable_tokens": count,
+            "rows_skipped": (countable.any(1) & ~taking_part).sum(),
+        }
+        return output
+
+    def _plain(
+        self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """TRL's own forward; the selection picks what the head and its backward see."""
+        countable = targets != IGNORED
+        keep, weight = (countable, None) if plan.measure else _chosen(plan, countable, None)
+        output = self._own(inputs, targets.masked_fill(~keep, IGNORED), rows)
+        index = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+        index, valid = (index, keep) if rows is None else (index[rows], keep[rows])
+        values = _per_token(output)
+        beside = self._beside(plan, inputs, targets, rows)
+        for name, value in values.items():
+            output[name] = spread(value, index, valid, rows, self._below(name, value, targets, plan, beside))
+        if plan.measure:
+            measured = {name: output[name].detach() for name in values}
+            keep, weight = _chosen(plan, countable, measured)
+        return output, keep, weight
+
+    def _routed(
+        self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """Kept tokens through the layers with gradients, after or between passes of the others without."""
+        countable, part = targets != IGNORED, targets if rows is None else targets[rows]
+        arguments = {name: value for name, value in routed_batch(inputs).items() if name not in _INERT}
+        keep_graph, engine = self._gradient == "kv", self._engine
+        with self._router_losses(wanted=bool(inputs.get("output_router_logits"))):
+            batch = engine.inputs(**take_rows(arguments, rows, len(targets)))
+            engine.prepare(batch, routing=True)
+            context, measured = NO_CONTEXT, None
+            if plan.measure:
+                with self._scoring.measure(targets.device):
+                    context, hidden = self._head_input(
+                        lambda: engine.context(batch, depth=engine.depth, keep_graph=keep_graph, head=True)
+                    )
+                    measured = self._measured(plan, inputs, targets, rows, hidden)
+            keep, weight = _chosen(plan, countable, measured)
+            kept = keep if rows is None else keep[rows]
+            selection = Selection.from_mask(kept)
+            if not selection.index.shape[1]:  # nothing is kept: one slot that holds nothing connects the graph
+                selection = Selection.from_mask(kept, capacity=1)
+            auxiliary, hidden = self._head_input(
+                lambda: engine.gradient(batch, selection, context, keep_graph=keep_graph)[::-1]
+            )
+        index, valid = selection.index, selection.valid
+        output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
+        for name, value in _per_token(output).items():
+            below = self._below(name, value, targets, plan, measured)
+            output[name] = spread(value, index, valid, rows, below)
+        output.aux_loss = auxiliary
+        return output, keep, weight
+
+    @torch.no_grad()
+    def _measured(
+        self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None, hidden: Tensor
+    ) -> dict[str, Tensor]:
+        """Values of all labelled tokens, ``[B, S]`` each, from the head's input of the rows that were run."""
+        values = _per_token(self._head(hidden, targets if rows is None else targets[rows]))
+        if rows is None:
+            return values
+        beside = self._beside(plan, inputs, targets, rows)
+        return {
+            name: self._below(name, value, targets, plan, beside).index_copy(0, rows, value)
+            for name, value in values.items()
+        }
+
+    @torch.no_grad()
+    def _beside(
+        self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None
+    ) -> dict[str, Tensor] | None:
+        """Values of the rows that left, ``[B, S]`` each, where the plan measures."""
+        if rows is None or not plan.measure:
+            return None
+        others = (~is_in(rows, len(targets), targets.device)).nonzero()[:, 0]
+        values = _per_token(self._own(inputs, targets, others))
+        return {name: value.new_zeros(targets.shape).index_copy(0, others, value) for name, value in values.items()}
+
+    def _own(self, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None) -> Any:
+        """TRL's fused forward of some rows."""
+        labels = pad(targets[:, :-1], (1, 0), value=IGNORED)
+        output = self.model(**take_rows({**inputs, "labels": labels}, rows, len(targets)), fused_lm_head=True)
+        for name, value in _per_token(output).items():
+            # Virtual tokens of prompt learning come first; the last position predicts nothing.
+            output[name] = pad(value[:, 1 - targets.shape[1] :], (0, 1))
+        return output
+
+    def _head(self, hidden: Tensor, targets: Tensor) -> Any:
+        """TRL's fused head on hidden states ``[b, K, H]`` with their targets ``[b, K]``."""
+        base = unwrapped(self.model)
+        # The fused forward reads the backbone's last hidden state; labels that are shifted are scored as they stand.
+        backbone = {base.base_model: lambda *_, **__: SimpleNamespace(last_hidden_state=hidden)}
+        with replaced_forwards(backbone), without_hooks(base.base_model):
+            return base.forward(fused_lm_head=True, shift_labels=targets, output_router_logits=False)
+
+    def _head_input(self, passed: Callable[[], tuple[Any, Any]]) -> tuple[Any, Tensor]:
+        """What a pass gives besides its head values, and the input of the output embedding, for TRL's head."""
+        seen: list[Tensor] = []
+        module = self._engine.architecture.head.module
+
+        def note(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append(hidden)
+            return hidden.detach()
+
+        with replaced_forwards({module: note}):
+            found, values = passed()
+        # A head that is one matrix is read by the engine itself, and its module not called.
+        return found, seen[0] if seen else values
+
+    @staticmethod
+    def _below(name: str, like: Tensor, targets: Tensor, plan: Plan, measured: Mapping[str, Tensor] | None) -> Tensor:
+        """What is reported where nothing is computed, ``[B, S]``."""
+        if measured is not None:
+            return measured[name]
+        if name == "log_probs" and plan.fill is not None:
+            return plan.fill.to(like.dtype)
+        below = like.new_zeros(targets.shape)
+        if name == "entropy":
+            # The mean of what is computed, so that the trainer's mean over all tokens is that one.
+            computed = like.detach()
+            below = below + computed.sum() / (computed != 0).sum().clamp(min=1)
+        return below
+
+    @contextmanager
+    def _router_losses(self, *, wanted: bool) -> Iterator[None]:
+        """Let the gradient pass report the expert routers' balancing loss, without a coefficient: TRL has its own."""
+        if not wanted:
+            yield
+            return
+        config = unwrapped(self.model).config.get_text_config()
+        before = config.output_router_logits, config.router_aux_loss_coef
+        config.output_router_logits, config.router_aux_loss_coef = True, 1.0
+        try:
+            yield
+        finally:
+            config.output_router_logits, config.router_aux_loss_coef = before
+
+
+def _chosen(plan: Plan, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    return (countable, None) if plan.choose is None else plan.choose(countable, measured)
+
+
+def _per_token(output: Any) -> dict[str, Tensor]:
+    """The fields that the trainer has asked TRL's head for."""
+    return {name: value for name in _PER_TOKEN if (value := output.get(name)) is not None}
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    # A weight cast where gradients are off would be reused, silently without a gradient, where they are on.
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

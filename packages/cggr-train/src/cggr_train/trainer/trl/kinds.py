@@ -1,0 +1,60 @@
+"""Which of TRL's trainers are known, and by what their losses are routed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cggr_core.stopwatch import Stopwatch
+    from cggr_train.trainer.config import CGGRConfig
+    from cggr_train.trainer.trl.task import TaskLoss
+
+# The classes whose losses are known, by the module and the name that TRL gives them.
+KNOWN = {
+    ("trl.trainer.sft_trainer", "SFTTrainer"): "sft",
+    ("trl.trainer.dpo_trainer", "DPOTrainer"): "preference",
+    ("trl.trainer.kto_trainer", "KTOTrainer"): "preference",
+    ("trl.trainer.grpo_trainer", "GRPOTrainer"): "policy",
+    ("trl.trainer.rloo_trainer", "RLOOTrainer"): "policy",
+}
+
+
+def kind_of(trainer_class: type) -> str | None:
+    """What the class's loss is routed by, or None for the cross-entropy of a plain Trainer."""
+    for base in trainer_class.__mro__:
+        found = KNOWN.get((base.__module__, base.__name__))
+        if found is not None:
+            return found
+    return None
+
+
+def trains_by_task(trainer_class: type) -> bool:
+    """Whether the trainer has a loss of its own, which says by itself which tokens it is about."""
+    return kind_of(trainer_class) not in (None, "sft")
+
+
+def task_loss(trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> TaskLoss | None:
+    """What routes a trainer's own loss.
+
+    Args:
+        trainer: The trainer, set up.
+        config: The settings of CGGR.
+        scoring: Adds up the time of scoring.
+
+    Returns:
+        None where the loss is the cross-entropy of tokens picked by a score.
+
+    Raises:
+        ValueError: If a setting does not go with the trainer's loss.
+        RuntimeError: If TRL is of a version without what is taken hold of.
+    """
+    kind = kind_of(type(trainer))
+    if kind is None or (kind == "sft" and config.selection != "supervised"):
+        return None
+    if kind == "policy":
+        from cggr_train.trainer.trl.policy import PolicyLoss
+
+        return PolicyLoss(trainer, config, scoring)
+    from cggr_train.trainer.trl.task import LabelledLoss
+
+    return LabelledLoss(trainer, config, scoring)

@@ -1,0 +1,82 @@
+"""Rows of a batch that take part in an update, and values put back where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What is given once for each row; images and the like are counted otherwise, and keep all rows in.
+_PER_ROW = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"})
+
+
+def rows_of(wanted: Tensor | None, countable: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+    """The rows to run, which costs one value from the device; None for all.
+
+    Rows without a labelled token leave too. One row stays where none would, so that every rank runs its passes, and
+    their number is rounded up so that shapes repeat.
+
+    Args:
+        wanted: bool ``[B]``; None for all.
+        countable: bool ``[B, S]``.
+        inputs: Arguments of the model's forward.
+
+    Returns:
+        int64 ``[b]``, ascending, or None.
+    """
+    size = countable.shape[0]
+    if size == 1 or any(isinstance(value, Tensor) and name not in _PER_ROW for name, value in inputs.items()):
+        return None
+    taking_part = countable.any(1) if wanted is None else countable.any(1) & wanted
+    count = int(taking_part.sum())
+    step = max(1, size // 8)
+    count = min(size, max(1, -(-count // step) * step))
+    if count == size:
+        return None
+    # Rows that take part first, then whatever comes; ascending again.
+    return taking_part.to(torch.int8).argsort(descending=True, stable=True)[:count].sort().values
+
+
+def take_rows(inputs: Mapping[str, Any], rows: Tensor | None, size: int) -> dict[str, Any]:
+    """The arguments of a forward over those rows.
+
+    Args:
+        inputs: Arguments of a forward over all rows.
+        rows: int64 ``[b]``, or None for all.
+        size: Number of all rows B.
+    """
+    if rows is None:
+        return dict(inputs)
+    return {
+        name: value.index_select(0, rows) if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+        for name, value in inputs.items()
+    }
+
+
+def is_in(rows: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """Whether each row is one of ``rows``: bool ``[B]``."""
+    if rows is None:
+        return torch.ones(size, dtype=torch.bool, device=device)
+    return torch.zeros(size, dtype=torch.bool, device=device).index_fill(0, rows, True)
+
+
+def spread(values: Tensor, index: Tensor, valid: Tensor, rows: Tensor | None, below: Tensor) -> Tensor:
+    """Values of some positions of some rows, and others elsewhere.
+
+    Args:
+        values: ``[b, K]``, may carry a graph.
+        index: int64 ``[b, K]``, their positions.
+        valid: bool ``[b, K]``; slots that are not are left out.
+        rows: int64 ``[b]``, their rows; None for all.
+        below: ``[B, S]``, what stands elsewhere.
+
+    Returns:
+        ``[B, S]``.
+    """
+    width = below.shape[1]
+    # Slots that hold nothing go to a column of their own, so that no position is written twice.
+    padded = torch.nn.functional.pad(below if rows is None else below.index_select(0, rows), (0, 1))
+    placed = padded.scatter(1, index.masked_fill(~valid, width), values.to(below.dtype))[:, :width]
+    return placed if rows is None else below.index_copy(0, rows, placed)

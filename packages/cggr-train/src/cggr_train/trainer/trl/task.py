@@ -1,0 +1,145 @@
+"""A trainer's own loss on the tokens that its task names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cggr_core import select
+from cggr_core.routing import unwrapped
+from cggr_core.settings import RoutingSettings
+from cggr_train.trainer.config import given
+from cggr_train.trainer.trl.fused_forward import Plan, RoutedForward
+from cggr_train.trainer.trl.hooks import check_fused_head
+
+if TYPE_CHECKING:
+    from cggr_core.stopwatch import Stopwatch
+    from cggr_train.trainer.config import CGGRConfig
+
+# Settings that pick tokens by a score, which these losses do not have; each with the value that asks for nothing.
+_OF_SCORES = {"router": "full_depth", "ratio_warmup_steps": 0, "dynamic_threshold": False, "block_size": 1}
+
+
+class TaskLoss:
+    """What routes a trainer's own loss; made once, after the trainer.
+
+    Args:
+        trainer: The trainer, set up.
+        config: The settings of CGGR.
+        scoring: Adds up the time of scoring.
+
+    Raises:
+        ValueError: If a setting does not go with this loss.
+        RuntimeError: If TRL is of a version without what is taken hold of.
+    """
+
+    selections: tuple[str, ...] = ("supervised", "random")
+    scorings: tuple[str, ...] = ()
+    default_ratio = RoutingSettings.min_tokens_ratio
+
+    def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
+        self.trainer = trainer
+        self.config = config
+        self.scoring = scoring
+        self.selection: str = given(config.selection, self.selections[0])
+        self.ratio: float = given(config.min_tokens_ratio, self.default_ratio)
+        self._check_settings()
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """``kept_tokens``, ``countable_tokens`` and ``rows_skipped`` of the last update."""
+        raise NotImplementedError
+
+    def loss(self, own: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+        """The trainer's own loss, its backward spent on the kept tokens.
+
+        Args:
+            own: The trainer's ``compute_loss``.
+            model: The model, as the trainer has wrapped it.
+            inputs: A batch.
+            **options: Of ``compute_loss``.
+        """
+        raise NotImplementedError
+
+    def _check_settings(self) -> None:
+        config, name = self.config, self._name()
+        if config.gradient == "sequence":
+            raise ValueError(
+                f"gradient='sequence' keeps whole sequences by their scores, and {name} says itself which rows count; "
+                "use 'kv', 'detached' or 'exact'"
+            )
+        if self.selection not in self.selections:
+            known = " or ".join(map(repr, self.selections))
+            raise ValueError(
+                f"selection={self.selection!r} picks tokens by a score of their cross-entropy, and {name} has a loss "
+                f"of its own; use {known}"
+            )
+        if config.scoring is not None and config.scoring not in self.scorings:
+            known = f"use {' or '.join(map(repr, self.scorings))}" if self.scorings else "leave it out"
+            raise ValueError(f"scoring={config.scoring!r} is not for the loss of {name}; {known}")
+        for setting, idle in _OF_SCORES.items():
+            if getattr(config, setting) != idle:
+                raise ValueError(
+                    f"{setting}={getattr(config, setting)!r} goes with tokens picked by a score, and {name} names "
+                    f"its own; leave it at {idle!r}"
+                )
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"min_tokens_ratio must be in (0, 1], got {self.ratio}")
+
+    def _name(self) -> str:
+        return next(base.__name__ for base in type(self.trainer).__mro__ if base.__module__.split(".")[0] == "trl")
+
+    def _random(self, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        """Every labelled token alike, with the inverse of its probability as a factor on its gradient."""
+        trainer = self.trainer
+        selection = select(
+            torch.zeros(countable.shape, device=countable.device),
+            countable,
+            ratio=self.ratio,
+            selection="random",
+            seed=trainer.args.seed if self.config.selection_seed is None else self.config.selection_seed,
+            draw=trainer.state.global_step,
+            first_row=trainer.first_row(),
+        )
+        width = countable.shape[1]
+        weight = torch.zeros((len(countable), width + 1), device=countable.device)
+        weight = weight.scatter(1, selection.index.masked_fill(~selection.valid, width), selection.weight)[:, :width]
+        return selection.mask, weight
+
+
+class LabelledLoss(TaskLoss):
+    """SFT on supervised tokens, DPO and KTO: what has a label keeps its gradient, prompts are forward-only.
+
+    A random share of the labelled tokens needs the values of all of them, for the sums that preference losses are of.
+    """
+
+    def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
+        super().__init__(trainer, config, scoring)
+        check_fused_head(trainer, unwrapped(trainer.model))
+        self._forward: RoutedForward | None = None
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """``kept_tokens``, ``countable_tokens`` and ``rows_skipped`` of the last update."""
+        return {} if self._forward is None else self._forward.metrics
+
+    def loss(self, own: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+        """The trainer's own loss, its backward spent on the kept tokens."""
+        with self.forward().installed(self.plan(inputs)):
+            return own(model, inputs, **options)
+
+    def plan(self, inputs: dict[str, Any]) -> Plan:
+        """What this update keeps."""
+        if self.selection == "random":
+            return Plan(choose=self._random, measure=True)
+        return Plan()
+
+    def forward(self) -> RoutedForward:
+        """What stands in for the forward of the trainer's present model."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self._forward is None or self._forward.model is not model:
+            self._forward = RoutedForward(model, self.config.gradient, self.scoring)
+        return self._forward

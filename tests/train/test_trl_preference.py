@@ -1,0 +1,150 @@
+"""DPO, KTO and supervised SFT: TRL's own loss and gradient, prompts forward-only in every layer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.functional import pad
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from cggr_core import select
+from cggr_train import CGGRConfig
+from tests.support.trl_kit import PROMPTS, QUIET, build, error, model_for, step, stopped_by_hand
+
+pytestmark = QUIET
+
+PAIRS = [
+    {"prompt": text, "chosen": f"    return a * {n}\n", "rejected": "    return b" + " + 1" * n + "\n"}
+    for n, text in enumerate(PROMPTS)
+]
+SINGLES = [
+    {"prompt": text, "completion": f"    return a * {n}" + " - b" * n + "\n", "label": n % 2 == 0}
+    for n, text in enumerate(PROMPTS)
+]
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    def made(kind, config, cggr=None, **values):
+        rows = {DPOTrainer: PAIRS, KTOTrainer: SINGLES, SFTTrainer: [dict(row) for row in SINGLES]}[kind]
+        if kind is SFTTrainer:
+            rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+        elif "peft_config" not in values:
+            with torch.random.fork_rng():
+                values["ref_model"] = model_for(tokenizer)
+                for parameter in values["ref_model"].parameters():  # another policy, so that ratios are not all 1
+                    parameter.data.mul_(0.9)
+        return build(
+            kind, config, tmp_path, tokenizer, cggr=cggr, train_dataset=Dataset.from_list(rows), max_length=32, **values
+        )
+
+    return made
+
+
+def batch_of(made):
+    return next(iter(made.get_train_dataloader()))
+
+
+def labelled(inputs) -> torch.Tensor:
+    """Positions whose next token the loss is about."""
+    mask = inputs["completion_mask"].bool() if "completion_mask" in inputs else inputs["labels"] != -100
+    return pad(mask[:, 1:], (0, 1))
+
+
+CASES = {
+    "dpo": (DPOTrainer, DPOConfig, {}),
+    "dpo, several losses": (DPOTrainer, DPOConfig, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
+    "dpo, weighted": (DPOTrainer, DPOConfig, {"use_weighting": True}),
+    "dpo, length": (DPOTrainer, DPOConfig, {"ld_alpha": 0.5}),
+    "kto": (KTOTrainer, KTOConfig, {}),
+    "kto, apo": (KTOTrainer, KTOConfig, {"loss_type": "apo_zero_unpaired"}),
+    "sft": (SFTTrainer, SFTConfig, {}),
+    "sft, dft": (SFTTrainer, SFTConfig, {"loss_type": "dft"}),
+}
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_trls_loss_with_the_gradient_of_the_labelled_tokens(make, name, gradient):
+    kind, config, values = CASES[name]
+    plain = make(kind, config, **values)
+    made = make(kind, config, CGGRConfig(gradient=gradient, selection="supervised"), **values)
+    inputs = batch_of(plain)
+    keep = labelled(inputs)
+    with stopped_by_hand(
+        plain.model, keep if gradient != "exact" else torch.ones_like(keep), detached=gradient == "detached"
+    ):
+        wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+    assert made._task_loss.metrics["kept_tokens"] == made._task_loss.metrics["countable_tokens"] == keep.sum()
+    if gradient == "kv":
+        assert error(ours, step(plain, inputs)[1]) >= 1e-3
+
+
+@pytest.mark.parametrize("kind", [DPOTrainer, KTOTrainer])
+def test_a_random_share_leaves_the_loss_as_it_is(make, kind):
+    config = {DPOTrainer: DPOConfig, KTOTrainer: KTOConfig}[kind]
+    plain = make(kind, config)
+    made = make(kind, config, CGGRConfig(selection="random", min_tokens_ratio=0.5, selection_seed=4))
+    inputs = batch_of(plain)
+    countable = labelled(inputs)
+    kept = select(torch.zeros(countable.shape), countable, ratio=0.5, selection="random", seed=4, draw=0)
+    width = countable.shape[1]
+    weight = torch.zeros(len(countable), width + 1)
+    weight = weight.scatter_(1, kept.index.masked_fill(~kept.valid, width), kept.weight)[:, :width]
+    own = plain.model.forward
+
+    def weighted(*args, **kwargs):
+        output = own(*args, **kwargs)
+        if torch.is_grad_enabled():
+            value = output.log_probs
+            output["log_probs"] = value.detach() + weight[:, :-1] * (value - value.detach())
+        return output
+
+    plain.model.__dict__["forward"] = weighted
+    with stopped_by_hand(plain.model, kept.mask):
+        wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "sft"])
+def test_it_trains_and_saves_a_model(make, tmp_path, name):
+    from transformers import LlamaForCausalLM
+
+    kind, config, _ = CASES[name]
+    made = make(kind, config, CGGRConfig(selection="supervised"), max_steps=2, save_strategy="steps", save_steps=2)
+    made.train()
+    record = made.state.log_history[0]
+    assert record["keep_ratio"] == 1.0 and record["rows_skipped"] == 0
+    assert 0 < record["update_share"] <= 1
+    assert {"entropy", "num_tokens"} <= record.keys()
+    loaded, information = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2", output_loading_info=True)
+    assert not any(information[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(p.equal(q) for p, q in zip(loaded.parameters(), made.model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by peft
+def test_adapters_with_the_base_as_reference(make):
+    from peft import LoraConfig
+
+    adapters = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False, exclude_modules=["lm_head"])
+    plain = make(DPOTrainer, DPOConfig, peft_config=adapters)
+    made = make(DPOTrainer, DPOConfig, CGGRConfig(gradient="exact"), peft_config=adapters)
+    made.model.load_state_dict(plain.model.state_dict())
+    inputs = batch_of(plain)
+    wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+    routed = make(DPOTrainer, DPOConfig, CGGRConfig(), peft_config=adapters)
+    routed.model.load_state_dict(plain.model.state_dict())
+    assert step(routed, inputs)[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_evaluation_is_trls_own(make):
+    plain = make(DPOTrainer, DPOConfig, eval_dataset=Dataset.from_list(PAIRS))
+    made = make(DPOTrainer, DPOConfig, CGGRConfig(), eval_dataset=Dataset.from_list(PAIRS))
+    assert made.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
