@@ -61,7 +61,7 @@ def make_step(shape: Shape, engine: str, method: str, tokens: Tensor) -> Callabl
             loss = called(input_ids=tokens, labels=tokens, **more).loss
         else:
             place = {"draw": done, "first_row": dist.get_rank() * tokens.shape[0]}
-            with routed.in_place():
+            with routed.routed_forward():
                 loss = called(input_ids=tokens, labels=tokens, num_items=num_items, **place)
         (loss * world).backward()
         optimizer.step()

@@ -82,7 +82,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def rankings(wrapped: CGGRModel, depth: int, input_ids: Tensor) -> dict[str, float]:
     """Rank correlation of both routers with the true score of held-out tokens."""
-    passes, inputs = wrapped._passes, {"input_ids": input_ids}
+    passes, inputs = wrapped._engine, {"input_ids": input_ids}
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((len(input_ids), 1), -100)], dim=1)
     countable = targets != -100
     readout = HeadReadout(passes.architecture.head, ignore_index=-100)

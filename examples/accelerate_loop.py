@@ -40,7 +40,7 @@ def main(
             last = number == accumulate - 1
             place = (number * accelerator.num_processes + accelerator.process_index) * batch_size
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                with routed.in_place(), accelerator.autocast():
+                with routed.routed_forward(), accelerator.autocast():
                     loss = model(input_ids, labels=input_ids, num_items=num_items, draw=step, first_row=place)
                 accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over the ranks
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

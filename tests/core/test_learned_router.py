@@ -31,7 +31,7 @@ def test_learns_a_score_that_depends_on_both_inputs():
     correlations = []
     for step in range(150):
         hidden, target, score = batch(seed=step)
-        correlations.append(router.observe(hidden, target, score, torch.ones(256))["router_correlation"].item())
+        correlations.append(router.learn(hidden, target, score, torch.ones(256))["router_correlation"].item())
     assert correlations[0] == 0.0, "before anything was observed all predictions are alike"
     assert sum(correlations[-20:]) / 20 > 0.8
     hidden, target, score = batch(seed=1000)
@@ -47,7 +47,7 @@ def test_a_few_steps_suffice_where_the_target_agrees_with_the_hidden_state(embed
     for step in range(20):
         hidden, target, _ = batch(seed=step, embedding_size=embedding_size)
         score = torch.sigmoid(-(hidden[:, :EMBEDDING] * target[:, :EMBEDDING]).sum(1))
-        found.append(router.observe(hidden, target, score, torch.ones(256))["router_correlation"])
+        found.append(router.learn(hidden, target, score, torch.ones(256))["router_correlation"])
     assert (found[-1] > 0.7) == (embedding_size == HIDDEN)
 
 
@@ -57,7 +57,7 @@ def test_the_scale_of_the_embeddings_is_nothing_to_it(embedding_size):
     for step in range(3):
         hidden, target, score = batch(seed=step, embedding_size=embedding_size)
         for router, scale in zip(routers, (1.0, 64.0), strict=True):
-            router.observe(hidden, scale * target, score, torch.ones(256))
+            router.learn(hidden, scale * target, score, torch.ones(256))
     one, other = routers[0](hidden, target), routers[1](hidden, 64.0 * target)
     torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
 
@@ -65,12 +65,12 @@ def test_the_scale_of_the_embeddings_is_nothing_to_it(embedding_size):
 def test_predictions_are_those_of_averaged_weights():
     router = attached()
     before = [value.clone() for value in router.averaged.parameters()]
-    router.observe(*batch(), torch.ones(256))
+    router.learn(*batch(), torch.ones(256))
     for average, start, value in zip(router.averaged.parameters(), before, router.head.parameters(), strict=True):
         torch.testing.assert_close(average, start + (value - start) * 10 / 11)
     router.updates.fill_(10_000)
     before = [value.clone() for value in router.averaged.parameters()]
-    router.observe(*batch(seed=1), torch.ones(256))
+    router.learn(*batch(seed=1), torch.ones(256))
     for average, start, value in zip(router.averaged.parameters(), before, router.head.parameters(), strict=True):
         torch.testing.assert_close(average, start + (value - start) * 0.02)
 
@@ -79,19 +79,19 @@ def test_the_scale_of_the_scores_is_that_of_the_predictions():
     router = attached()
     hidden, target, score = batch()
     assert torch.equal(router(hidden, target), torch.zeros(256))
-    router.observe(hidden, target, 100.0 + 5.0 * score, torch.ones(256))
+    router.learn(hidden, target, 100.0 + 5.0 * score, torch.ones(256))
     assert (router(hidden, target).mean() - 115.0).abs() < 1.0
 
 
 def test_weights_correct_for_the_selection(monkeypatch):
     """Over many draws of kept tokens, the weighted gradient is that of all tokens."""
-    monkeypatch.setattr("cggr_core.learned_router._UPDATES", 1)
+    monkeypatch.setattr("cggr_core.experimental.learned_router._UPDATES", 1)
     hidden, target, score = batch(64)
     countable = torch.ones(1, 64, dtype=torch.bool)
 
     def movement(draw: int | None, weighted: bool = True) -> torch.Tensor:
         router = attached()
-        router.observe(hidden, target, score, torch.ones(64))
+        router.learn(hidden, target, score, torch.ones(64))
         router.moments.mul_(1e6)  # what is observed from here on does not move the scale
         chosen, weight = slice(None), torch.ones(64)
         if draw is not None:
@@ -100,7 +100,7 @@ def test_weights_correct_for_the_selection(monkeypatch):
             weight = weight if weighted else torch.full_like(weight, 4.0)
         found = []
         router._step = lambda parameters, gradients: found.append(torch.cat([part.flatten() for part in gradients]))
-        router.observe(hidden[chosen], target[chosen], score[chosen], weight)
+        router.learn(hidden[chosen], target[chosen], score[chosen], weight)
         return found[0] * weight.sum() / 64  # the loss is divided by the sum of the weights
 
     def errors_in_standard_errors(weighted: bool) -> torch.Tensor:
@@ -119,11 +119,11 @@ def test_what_does_not_count_teaches_nothing():
     spoiled = score.clone()
     spoiled[::2] = torch.tensor([float("nan"), float("inf")]).repeat(64)
     for _ in range(3):
-        part.observe(hidden[1::2], target[1::2], score[1::2], torch.ones(128))
-        whole.observe(hidden, target, spoiled, weight)
+        part.learn(hidden[1::2], target[1::2], score[1::2], torch.ones(128))
+        whole.learn(hidden, target, spoiled, weight)
     torch.testing.assert_close(whole(hidden, target), part(hidden, target))
     nothing = attached()
-    found = nothing.observe(hidden, target, spoiled, torch.zeros(256))
+    found = nothing.learn(hidden, target, spoiled, torch.zeros(256))
     assert found["router_correlation"] == 0
     assert torch.equal(nothing(hidden, target), torch.zeros(256))
 
@@ -132,7 +132,7 @@ def test_a_score_that_does_not_vary():
     router = attached()
     hidden, target, _ = batch()
     for _ in range(3):
-        found = router.observe(hidden, target, torch.full((256,), 7.0), torch.ones(256))
+        found = router.learn(hidden, target, torch.full((256,), 7.0), torch.ones(256))
     assert found["router_correlation"] == 0
     torch.testing.assert_close(router(hidden, target), torch.full((256,), 7.0), rtol=1e-3, atol=0)
 
@@ -142,7 +142,7 @@ def test_state_round_trip(updates):
     """Through a file, and with the optimizer's moments: the copy goes on as the original does."""
     router = attached(learning_rate=1e-2)
     for step in range(updates):
-        router.observe(*batch(seed=step), torch.ones(256))
+        router.learn(*batch(seed=step), torch.ones(256))
     file = io.BytesIO()
     torch.save(router.state_dict(), file)
     file.seek(0)
@@ -151,7 +151,7 @@ def test_state_round_trip(updates):
     copied = copy.deepcopy(router)
     for step in range(updates, updates + 3):
         for other in (router, again, copied):
-            other.observe(*batch(seed=step), torch.ones(256))
+            other.learn(*batch(seed=step), torch.ones(256))
     hidden, target, _ = batch(seed=99)
     assert torch.equal(router(hidden, target), again(hidden, target))
     assert torch.equal(router(hidden, target), copied(hidden, target))
@@ -161,7 +161,7 @@ def test_low_precision_inputs_are_learned_from_in_float32():
     router = attached()
     hidden, target, score = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        router.observe(hidden.bfloat16(), target.bfloat16(), score, torch.ones(256))
+        router.learn(hidden.bfloat16(), target.bfloat16(), score, torch.ones(256))
         predicted = router(hidden.bfloat16(), target.bfloat16())
     assert predicted.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in router.parameters())

@@ -53,7 +53,9 @@ class TestBadInput:
             CGGRModel(ROUTABLE["llama"](), **settings)
 
     def test_a_router_that_cannot_be_called(self):
-        with pytest.raises(TypeError, match="router must be callable, a LearnedRouter or RememberedScores, got int"):
+        with pytest.raises(
+            TypeError, match=r"router must be callable or have the methods of cggr_core\.step\.Router, got int"
+        ):
             CGGRModel(ROUTABLE["llama"](), 3)
 
     @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cggr_core.step
+import cggr_core.step.selecting
 from cggr_core import CGGRModel, CGGRScorer, LearnedRouter, Selection
-from cggr_core.observation import Observation
+from cggr_core.step import Observation
 from tests.support.model_steps import MODES, ROUTED, backward, checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
@@ -27,9 +27,9 @@ def learned(model, *, forwards: int = 0, depth: int = 1, router: LearnedRouter |
 @pytest.fixture
 def selections(monkeypatch):
     """Every selection that is made."""
-    made, select = [], cggr_core.step.select
+    made, select = [], cggr_core.step.selecting.select
     monkeypatch.setattr(
-        cggr_core.step, "select", lambda *args, **kwargs: made.append(select(*args, **kwargs)) or made[-1]
+        cggr_core.step.selecting, "select", lambda *args, **kwargs: made.append(select(*args, **kwargs)) or made[-1]
     )
     return made
 
@@ -136,7 +136,8 @@ def test_the_vocabulary_meets_no_more_than_kept_and_observed_tokens(gradient, en
 def test_observed_tokens_are_drawn_with_the_same_probability():
     """Thinned slots are evenly spaced from a random start, so that none is left out for good."""
     slots = torch.arange(10).expand(2, 10)
-    whole = Observation(slots[..., None].float(), slots, slots.float(), torch.arange(2), slots)
+    of_a_step = (None,) * 4
+    whole = Observation(*of_a_step, slots[..., None].float(), slots, slots.float(), torch.arange(2), slots, None)
     counts = torch.zeros(10)
     for draw in range(800):
         thinned = whole.thinned(6, seed=0, draw=torch.tensor(draw))
@@ -149,10 +150,8 @@ def test_observed_tokens_are_drawn_with_the_same_probability():
 def test_a_loss_without_weights_leaves_the_regression_corrected(monkeypatch, selections):
     model, input_ids = ROUTABLE["llama"](), tokens(length=24)
     wrapped = learned(model, forwards=2, unbiased=False)
-    seen, observe = [], wrapped.router.observe
-    monkeypatch.setattr(
-        wrapped.router, "observe", lambda h, t, s, weight: seen.append(weight) or observe(h, t, s, weight)
-    )
+    seen, learn = [], wrapped.router.learn
+    monkeypatch.setattr(wrapped.router, "learn", lambda h, t, s, weight: seen.append(weight) or learn(h, t, s, weight))
     loss, found = backward(wrapped, input_ids)
     weight = selections[-1].weight
     assert len(weight[weight > 0].unique()) > 3
@@ -184,9 +183,9 @@ def test_a_resumed_run_makes_the_same_selections(gradient):
 
 def test_state_of_another_kind_of_model():
     model = ROUTABLE["llama"]()
-    with pytest.raises(ValueError, match="holds no LearnedRouter's weights"):
+    with pytest.raises(ValueError, match="holds nothing that a router learned, and this model's LearnedRouter learns"):
         learned(model).load_routing_state_dict(CGGRModel(model).routing_state_dict())
-    with pytest.raises(ValueError, match="give it the same router"):
+    with pytest.raises(ValueError, match="what a router learned, and this model has no router"):
         CGGRModel(model).load_routing_state_dict(learned(model).routing_state_dict())
 
 

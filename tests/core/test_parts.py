@@ -63,7 +63,7 @@ class TestInPlace:
         calls = []
         model.register_forward_pre_hook(lambda *_: calls.append("before"))
         model.register_forward_hook(lambda *_: calls.append("after"))
-        with routed.in_place():
+        with routed.routed_forward():
             loss = model(input_ids=input_ids, labels=labels, draw=0)
         assert calls == ["before", "after"]
         assert loss.equal(direct)
@@ -75,7 +75,7 @@ class TestInPlace:
         model = ROUTABLE["llama"]().train()
         routed = CGGRModel(model).eval()
         model.train()
-        with routed.in_place():
+        with routed.routed_forward():
             assert model(input_ids=input_ids, labels=labels).shape == ()
             model.eval()
             assert model(input_ids=input_ids, labels=labels).logits.shape == (4, 12, VOCAB)
@@ -83,6 +83,6 @@ class TestInPlace:
     def test_it_is_undone(self):
         model = ROUTABLE["llama"]()
         routed = CGGRModel(model)
-        with pytest.raises(RuntimeError, match="inside"), routed.in_place():
+        with pytest.raises(RuntimeError, match="inside"), routed.routed_forward():
             raise RuntimeError("inside")
         assert "forward" not in model.__dict__

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cggr_core.readout
-import cggr_core.step
+import cggr_core.step.selecting
 from cggr_core import CGGRModel, CGGRScorer, RememberedScores, token_statistics
 from tests.support.model_steps import MODES, ROUTED, backward, tokens
 from tests.support.reference_routing import relative_error
@@ -19,7 +19,7 @@ def remember(memory, ids, score, kept=None):
     """One forward in which ``score`` [R, K] of the first positions was observed."""
     kept = torch.ones(score.shape, dtype=torch.bool) if kept is None else kept
     position = torch.arange(score.shape[1]).expand(score.shape)
-    memory.observe(torch.tensor(ids), torch.arange(len(ids)), position, score, kept)
+    memory.remember(torch.tensor(ids), torch.arange(len(ids)), position, score, kept)
 
 
 class TestMemory:
@@ -27,10 +27,10 @@ class TestMemory:
         memory = RememberedScores.empty(examples=5, length=6)
         remember(memory, [3, 1], torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
         memory.flush()
-        score, metrics = memory.read(torch.tensor([1, 0]), COUNTABLE)
+        score, metrics = memory.recall(torch.tensor([1, 0]), COUNTABLE)
         assert score.tolist() == [[3.0, 6.0, 4.5, 4.5], [4.5] * 4]
         assert metrics["remembered"] == 2 / 8
-        nothing, metrics = memory.read(torch.tensor([0, 4]), COUNTABLE)
+        nothing, metrics = memory.recall(torch.tensor([0, 4]), COUNTABLE)
         assert nothing.tolist() == [[1.0] * 4] * 2
         assert metrics["remembered"] == metrics["score_age"] == 0
 
@@ -38,7 +38,7 @@ class TestMemory:
         memory = RememberedScores.empty(examples=2, length=4)
         score = torch.tensor([[1.0, 2.0, float("nan"), 1e9]])
         remember(memory, [1], score, kept=torch.tensor([[True, False, True, True]]))
-        assert memory.score[1].tolist() == [1.0, 0.0, 0.0, 65504.0]
+        assert memory.scores[1].tolist() == [1.0, 0.0, 0.0, 65504.0]
         assert memory.observed[1].tolist() == [0, -1, -1, 0]
         assert memory.observed[0].tolist() == [-1] * 4
 
@@ -47,12 +47,12 @@ class TestMemory:
         remember(memory, [0, 1], torch.ones(2, 4))
         remember(memory, [2, 3], torch.ones(2, 4))
         remember(memory, [0, 2], torch.ones(2, 2))
-        _, metrics = memory.read(torch.tensor([0, 1]), COUNTABLE)  # all but what the last forward observed
+        _, metrics = memory.recall(torch.tensor([0, 1]), COUNTABLE)  # all but what the last forward observed
         assert metrics["remembered"] == 1
         assert metrics["score_age"] == 3
         assert metrics["score_age_epochs"] == 1.5
         memory.flush()
-        _, metrics = memory.read(torch.tensor([0, 1]), COUNTABLE)
+        _, metrics = memory.recall(torch.tensor([0, 1]), COUNTABLE)
         assert metrics["score_age"] == (2 * 1 + 6 * 3) / 8
 
     def test_uncountable_tokens_do_not_count(self):
@@ -60,14 +60,14 @@ class TestMemory:
         remember(memory, [0], torch.tensor([[1.0, 5.0]]))
         memory.flush()
         countable = torch.tensor([[True, False, True, True]])
-        score, metrics = memory.read(torch.tensor([0]), countable)
+        score, metrics = memory.recall(torch.tensor([0]), countable)
         assert score.tolist() == [[1.0, 5.0, 1.0, 1.0]]
         assert metrics["remembered"] == pytest.approx(1 / 3)
 
     def test_an_example_twice_in_a_batch_keeps_the_later_row(self):
         memory = RememberedScores.empty(examples=1, length=4)
         remember(memory, [0, 0], torch.tensor([[1.0, 1.0], [2.0, 2.0]]), kept=torch.tensor([[True] * 2, [True, False]]))
-        assert memory.score[0].tolist() == [2.0, 1.0, 0.0, 0.0]
+        assert memory.scores[0].tolist() == [2.0, 1.0, 0.0, 0.0]
 
     def test_a_copy_waits_for_what_is_under_way(self):
         class Event:
@@ -82,8 +82,8 @@ class TestMemory:
         memory._pending[0] = memory._pending[0]._replace(arrived=Event())
         copied = copy.deepcopy(memory)
         remember(copied, [0], torch.tensor([[5.0, 5.0]]))
-        assert copied.score.tolist() == [[5.0, 5.0, 0.0, 0.0], [3.0, 2.0, 0.0, 0.0]]
-        assert memory.score.tolist() == [[0.0] * 4, [3.0, 2.0, 0.0, 0.0]]
+        assert copied.scores.tolist() == [[5.0, 5.0, 0.0, 0.0], [3.0, 2.0, 0.0, 0.0]]
+        assert memory.scores.tolist() == [[0.0] * 4, [3.0, 2.0, 0.0, 0.0]]
 
     @pytest.mark.parametrize(
         ("ids", "error", "message"),
@@ -106,11 +106,11 @@ class TestMemory:
 
     def test_tensors_that_cannot_be_a_memory(self):
         observed = torch.full((2, 4), -1, dtype=torch.int32)
-        with pytest.raises(TypeError, match=r"score must be torch\.float16"):
+        with pytest.raises(TypeError, match=r"scores must be torch\.float16"):
             RememberedScores(torch.zeros(2, 4), observed)
         with pytest.raises(ValueError, match="observed must have shape"):
             RememberedScores(torch.zeros(2, 5, dtype=torch.float16), observed)
-        with pytest.raises(ValueError, match=r"score must be \[E, L\] on the CPU"):
+        with pytest.raises(ValueError, match=r"scores must be \[E, L\] on the CPU"):
             RememberedScores(torch.zeros(2, 4, dtype=torch.float16, device="meta"), observed)
 
 
@@ -123,13 +123,13 @@ def train(memory, model, *, gradient="kv", forwards=1, ids=(4, 0, 2), **settings
 
 @pytest.mark.parametrize(("gradient", "engine"), [*ROUTED, ("exact", None)])
 def test_the_step_is_that_of_the_selection(gradient, engine, monkeypatch):
-    made, select = [], cggr_core.step.select
+    made, select = [], cggr_core.step.selecting.select
 
     def noted(*args, **kwargs):
         made.append(select(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(cggr_core.step, "select", noted)
+    monkeypatch.setattr(cggr_core.step.selecting, "select", noted)
     model, memory = ROUTABLE["llama"](), RememberedScores.empty(examples=6, length=20)
     wrapped = train(memory, model, gradient=gradient, engine=engine, selection="sampled", forwards=2)
     loss, found = backward(wrapped, tokens(), example_ids=torch.tensor([4, 0, 2]))
@@ -151,7 +151,7 @@ def test_true_scores_are_remembered_where_tokens_were_kept(gradient):
     truth = token_statistics(logits, tokens()[:, 1:]).gradnorm
     assert not kept[:, 11:].any()
     kept = kept[:, :11]
-    torch.testing.assert_close(memory.score[[4, 0, 2], :11][kept].float(), truth[kept], rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(memory.scores[[4, 0, 2], :11][kept].float(), truth[kept], rtol=2e-3, atol=1e-3)
     assert (memory.observed[[1, 3, 5]] == -1).all()
 
 
@@ -215,5 +215,5 @@ def test_misuse(settings, inputs, message):
 
 
 def test_not_in_a_scorer():
-    with pytest.raises(TypeError, match="router must be callable, got RememberedScores"):
+    with pytest.raises(TypeError, match="a RememberedScores works in CGGRModel"):
         CGGRScorer(RememberedScores.empty(examples=1, length=1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cggr_core.step
+import cggr_core.step.selecting
 from cggr_train.data import Batches
 from cggr_train.learner import Routing, build_learner
 from cggr_train.loop import Budget, Clock, LearningRate, LoopSettings, Progress, build_optimizer, train_steps
@@ -43,7 +43,7 @@ def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1):
     stream = np.random.default_rng(0).integers(0, 512, 64 * 40)
     settings = LoopSettings(Budget(STEPS), LearningRate(3e-3), accumulate, bfloat16=bfloat16, cuda_graph=recorded)
     made, losses, indices = [], [], []
-    select = cggr_core.step.select
+    select = cggr_core.step.selecting.select
 
     def remembered(*arguments, **options):
         made.append(select(*arguments, **options))
@@ -55,7 +55,7 @@ def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1):
         indices.append([] if not made else made[-1].index.tolist())
 
     with monkeypatch.context() as patch:
-        patch.setattr(cggr_core.step, "select", remembered)
+        patch.setattr(cggr_core.step.selecting, "select", remembered)
         train_steps(
             learner, optimizer, Batches(stream, length=64, batch_size=4, seed=0), settings, Progress(),
             Clock(torch.device("cuda")), on_step=on_step,

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-import cggr_core.step
+import cggr_core.step.selecting
 from cggr_train import CGGRConfig
 from tests.support.launchers import finish, launched
 from tests.support.trainer_kit import CHECKPOINTING, change, examples, pad, relative_error, trainer
@@ -35,14 +35,14 @@ def _one_gpu(monkeypatch):
 @pytest.fixture
 def selections(monkeypatch):
     """The mask of every selection that is made."""
-    made, select = [], cggr_core.step.select
+    made, select = [], cggr_core.step.selecting.select
 
     def noted(*args, **kwargs):
         selection = select(*args, **kwargs)
         made.append(selection.mask)
         return selection
 
-    monkeypatch.setattr(cggr_core.step, "select", noted)
+    monkeypatch.setattr(cggr_core.step.selecting, "select", noted)
     return made
 
 

@@ -93,7 +93,7 @@ def check_remembered_scores(rank: int, input_ids: torch.Tensor) -> None:
         alone, shared = found
         assert ((alone.observed >= 0) == (shared.observed >= 0)).all()
         assert (shared.observed >= 0).any(1).sum() > 2, "rows of both ranks"
-        torch.testing.assert_close(shared.score, alone.score, rtol=1e-3, atol=0)
+        torch.testing.assert_close(shared.scores, alone.scores, rtol=1e-3, atol=0)
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def nothing_shared():
     """Let this rank compute as if it were alone."""
     with (
         mock.patch("cggr_core.collectives.world_size", return_value=1),
-        mock.patch("cggr_core.score_source.world_size", return_value=1),
+        mock.patch("cggr_core.experimental.remembered_scores.world_size", return_value=1),
     ):
         yield
 

@@ -70,7 +70,7 @@ def main(rank: int, store: str) -> None:
                 ends = [model.model.norm, model.get_input_embeddings(), model.lm_head]
                 fully_shard(ends, mesh=mesh, reshard_after_forward=False)
             fully_shard(model, mesh=mesh)
-            with routed.in_place():
+            with routed.routed_forward():
                 # FSDP2 takes the mean over ranks, so each divides by its share of the global count.
                 loss = model(
                     input_ids=input_ids[mine], labels=labels[mine], num_items=count / 2, draw=0, first_row=mine.start

@@ -38,7 +38,7 @@ def main() -> None:
     assert agreeing >= 0.99  # a token at the edge of being drawn may differ by the order of a sum
     known = (alone.observed >= 0) & (shared.observed >= 0)
     assert known.any(1).all(), "examples of both ranks"
-    torch.testing.assert_close(shared.score[known], alone.score[known], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(shared.scores[known], alone.scores[known], rtol=1e-2, atol=1e-3)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -37,7 +37,7 @@ class TestFile:
         path = tmp_path / FILE_NAME
         save_remembered(path, memory(), examples="text")
         again = load_remembered(path, examples="text")
-        assert again.score.equal(memory().score)
+        assert again.scores.equal(memory().scores)
         assert again.observed.equal(memory().observed)
         assert again.forwards == 7
         with safe_open(path, framework="pt") as file:
@@ -54,12 +54,12 @@ class TestFile:
                 assert any(str(path) in line for line in maps)
         for _ in range(2):
             ids, row = torch.tensor([4]), torch.tensor([0])
-            opened.observe(ids, row, torch.tensor([[2]]), torch.tensor([[9.0]]), torch.tensor([[True]]))
-        assert opened.score[4, 2] == 9
+            opened.remember(ids, row, torch.tensor([[2]]), torch.tensor([[9.0]]), torch.tensor([[True]]))
+        assert opened.scores[4, 2] == 9
         assert path.read_bytes() == before
         save_remembered(path, opened, examples="text")
-        assert load_remembered(path, examples="text").score[4, 2] == 9
-        assert opened.score[4, 2] == 9, "the memory goes on after its file was replaced"
+        assert load_remembered(path, examples="text").scores[4, 2] == 9
+        assert opened.scores[4, 2] == 9, "the memory goes on after its file was replaced"
 
     @pytest.mark.parametrize("where", ["write", "rename"])
     def test_a_full_disk_leaves_the_last_good_file(self, tmp_path, monkeypatch, where):
@@ -97,7 +97,7 @@ class TestFile:
         killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
         assert killed.returncode == -signal.SIGKILL
         assert len(list(tmp_path.iterdir())) == 2, "the unfinished file is there under another name"
-        assert load_remembered(path, examples="text").score.equal(memory().score)
+        assert load_remembered(path, examples="text").scores.equal(memory().scores)
 
     def test_other_examples(self, tmp_path):
         path = tmp_path / FILE_NAME

@@ -6,7 +6,7 @@ imported when they are first used.
 
 from importlib.metadata import version
 
-from cggr_core.learned_router import LearnedRouter
+from cggr_core.experimental import LearnedRouter, RememberedScores
 from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.logprobs import (
     RoutedHidden,
@@ -20,8 +20,7 @@ from cggr_core.logprobs import (
 )
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
 from cggr_core.model import CGGRModel
-from cggr_core.remembered import RememberedScores
-from cggr_core.router import TruncatedRouter, create_truncated_router
+from cggr_core.routers import TruncatedRouter, create_truncated_router
 from cggr_core.schedule import Schedule
 from cggr_core.scorer import CGGRScorer
 from cggr_core.scoring import TokenStatistics, linear_token_statistics, score, token_statistics

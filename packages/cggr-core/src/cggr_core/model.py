@@ -3,25 +3,17 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from cggr_core.checks import values_are_free
-from cggr_core.collectives import sum_over_ranks
-from cggr_core.learned_router import LearnedRouter
-from cggr_core.model_checks import check_inputs, check_router, check_unused, without_wishes
-from cggr_core.monitor import Monitor
-from cggr_core.remembered import RememberedScores
-from cggr_core.router import TruncatedRouter
+from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
-from cggr_core.scoring import TokenStatistics
 from cggr_core.selection import Selection
 from cggr_core.settings import RoutingSettings
-from cggr_core.step import TrainingStep
+from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, run_step
+from cggr_core.step.checks import check_unused, drop_inert_arguments
 from cggr_core.stopwatch import Stopwatch
-from cggr_core.targets import Targets, align_labels
 
 
 class CGGRModel(nn.Module):
@@ -94,7 +86,7 @@ class CGGRModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        router: Callable[..., Any] | RememberedScores | None = None,
+        router: Callable[..., Any] | Router | None = None,
         *,
         gradient: str = RoutingSettings.gradient,
         scoring: str = RoutingSettings.scoring,
@@ -112,7 +104,7 @@ class CGGRModel(nn.Module):
         engine: str | None = RoutingSettings.engine,
     ) -> None:
         super().__init__()
-        from cggr_core.routing import Engine, unwrapped
+        from cggr_core.routing import Engine
 
         self.settings = RoutingSettings(
             gradient=gradient,
@@ -130,24 +122,19 @@ class CGGRModel(nn.Module):
             seed=seed,
             ignore_index=ignore_index,
         )
-        check_router(self.settings, router)
         self.schedule = Schedule.of(self.settings)
+        self._engine = Engine(model)
+        scores_by = as_router(router, self._engine)
+        self.settings.check_router(router, gives_confidence=scores_by.gives_confidence)
         self.model = model
-        self._passes = Engine(model)
-        if isinstance(router, TruncatedRouter) and unwrapped(router.model) is unwrapped(model):
-            # Shared parameters are registered once; and its passes are run by this model's own engine.
-            self._own_depth: int | None = router.num_layers
-            self.__dict__["router"] = router
+        if isinstance(router, TruncatedRouter) and scores_by.depth is not None:
+            self.__dict__["router"] = router  # shared parameters are registered once
         else:
-            self._own_depth = None
             self.router = router
-        if isinstance(router, LearnedRouter):
-            passes = self._passes
-            router.attach(layers=passes.depth, hidden_size=passes.hidden_size, embedding_size=passes.embedding_size)
-            self._own_depth = router.depth
+        self.__dict__["_router"] = scores_by
         self.scoring_stopwatch: Stopwatch | None = None
-        self._monitor = Monitor()
-        self._draw_on_device: Tensor | None = None
+        self._deferred = DeferredErrors()
+        self._draws = Draws(self.schedule)
         self._metrics: dict[str, Any] = {}
 
     def forward(
@@ -206,13 +193,12 @@ class CGGRModel(nn.Module):
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
-        arguments = without_wishes(arguments)
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
-        self._take_what_was_found(wait=self.schedule.reads_confidence)
-        batch = self._passes.inputs(**arguments)
-        check_inputs(
-            self,
-            batch,
+        self._raise_deferred_errors(wait=self.schedule.reads_confidence)
+        batch = StepBatch.checked(
+            self.settings,
+            self._engine,
+            arguments=drop_inert_arguments(arguments),
             labels=labels,
             token_weight=token_weight,
             reference_nll=reference_nll,
@@ -222,34 +208,21 @@ class CGGRModel(nn.Module):
             first_row=first_row,
             example_ids=example_ids,
         )
-        self._passes.prepare(batch, routing=self.settings.routes_keys_and_values)
-        targets = align_labels(
-            labels,
-            shifted=self._passes.architecture.shifted,
-            vocab_size=self._passes.vocab_size,
-            ignore_index=self.settings.ignore_index,
-        )
-        step = TrainingStep(
-            self,
-            batch,
-            arguments,
-            targets,
-            token_weight=token_weight,
-            reference_nll=reference_nll,
-            num_items=num_items,
-            selection=selection,
-            draw=draw,
-            first_row=first_row,
-            example_ids=example_ids,
-        )
-        loss = getattr(step, self.settings.gradient)()
-        self._metrics = step.metrics(loss)
+        router: Router = self._router
+        if self.scoring_stopwatch is not None:
+            router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
+        router.prepare(batch)
+        self._engine.prepare(batch.tokens, routing=self.settings.routes_keys_and_values)
+        result = run_step(self.settings, batch, self._engine, router, self.schedule, self._draws)
         self.schedule.note_forward()
-        self._watch(targets, step.scores.statistics, loss)
-        return loss
+        self._deferred.post(result, self.schedule)
+        self._metrics = result.metrics
+        if result.observation is not None:
+            self._metrics |= router.observe(result.observation)
+        return result.loss
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def routed_forward(self) -> Iterator[None]:
         """Let a call of the wrapped model itself be this model's :meth:`forward`, for the length of the block.
 
         For training loops in which something around the wrapped model must see its call: ``DistributedDataParallel``,
@@ -262,7 +235,7 @@ class CGGRModel(nn.Module):
             >>> prepared = torch.nn.Sequential(LlamaForCausalLM(config))
             >>> model = CGGRModel(prepared[0]).train()
             >>> input_ids = torch.randint(0, 64, (2, 16))
-            >>> with model.in_place():
+            >>> with model.routed_forward():
             ...     loss = prepared[0](input_ids=input_ids, labels=input_ids)
             >>> loss.shape
             torch.Size([])
@@ -314,8 +287,7 @@ class CGGRModel(nn.Module):
         scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
         ``gradnorm_kept``, the share of the squared logit-gradient norms that kept tokens hold, where the scores
         know them, ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
-        ``router_correlation``, a :class:`LearnedRouter`'s predictions against what was observed; ``remembered``,
-        ``score_age`` and ``score_age_epochs``, see :meth:`RememberedScores.read`; ``auxiliary_loss``, the expert
+        what a router of :mod:`cggr_core.experimental` says; ``auxiliary_loss``, the expert
         routers' balancing loss over the tokens of the backward pass, which ``loss``
         includes, where the model's config asks for it (``output_router_logits``).
         """
@@ -326,12 +298,12 @@ class CGGRModel(nn.Module):
 
         The memory of :class:`RememberedScores` is not in it, and is saved by whoever made it.
         """
-        self._take_what_was_found(wait=True)
+        self._raise_deferred_errors(wait=True)
         state = self.schedule.state_dict()
-        if self._draw_on_device is not None:
-            state["draws"] = int(self._draw_on_device)
-        if isinstance(self.router, LearnedRouter):
-            state["router"] = copy.deepcopy(self.router.state_dict())  # it goes on learning
+        state["draws"] = self._draws.count
+        learned = self._router.state_dict()
+        if learned:
+            state["router"] = copy.deepcopy(learned)  # it goes on learning
         return state
 
     def load_routing_state_dict(self, state: dict[str, Any]) -> None:
@@ -342,16 +314,18 @@ class CGGRModel(nn.Module):
             RuntimeError: If a learned router's state is one of other sizes.
         """
         schedule = {name: value for name, value in state.items() if name != "router"}
-        if ("router" in state) != isinstance(self.router, LearnedRouter):
+        learns = bool(self._router.state_dict())
+        if ("router" in state) != learns:
             raise ValueError(
-                "the state holds a LearnedRouter's weights, and this model has none; give it the same router"
+                "the state holds what a router learned, and this model has no router that learns; give it the same one"
                 if "router" in state
-                else "the state holds no LearnedRouter's weights, and this model has one; it is another run's"
+                else f"the state holds nothing that a router learned, and this model's {type(self.router).__name__} "
+                "learns; it is another run's"
             )
         self.schedule.load_state_dict(schedule)
-        self._draw_on_device = None
-        if isinstance(self.router, LearnedRouter):
-            self.router.load_state_dict(state["router"])
+        self._draws.restart()
+        if learns:
+            self._router.load_state_dict(state["router"])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The wrapped model's."""
@@ -369,50 +343,7 @@ class CGGRModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def _watch(self, targets: Targets, statistics: TokenStatistics | None, loss: Tensor) -> None:
-        """Note counts of what must not be, and the confidence, to be read without waiting."""
-        if values_are_free(loss) and bool(loss.isnan()):
-            raise ValueError(
-                "the loss is NaN: logits are NaN or infinite at a kept token, or a token_weight is NaN; look for an "
-                "overflow or a bad learning rate before this step"
-            )
-        # Without statistics the number of tokens is not known: -1 stands for some.
-        nan = -loss.detach().isnan().long()
-        confidence = torch.full((), torch.nan, device=targets.invalid.device)
-        if statistics is not None:
-            found = next(value for value in statistics[:-1] if value is not None)
-            count = (found.isnan() & targets.countable).sum()
-            nan = torch.where(count > 0, count, nan)
-            if self.schedule.reads_confidence:
-                # Of all ranks, so that they go on with the same ratio.
-                count = self._metrics["countable_tokens"]
-                total = sum_over_ranks(torch.stack([self._metrics["confidence"] * count, count.float()]))
-                confidence = total[0] / total[1]
-        self._monitor.post(torch.stack([targets.invalid.float(), nan.float(), confidence]))
-
-    def _next_draw(self, device: torch.device) -> int | Tensor:
-        """Number of this forward's random draw; counted on the device, so that a replayed graph draws anew."""
-        if device.type == "cpu":
-            return self.schedule.next_draw()
-        if self._draw_on_device is None or self._draw_on_device.device != device:
-            draws = self.schedule.state_dict()["draws"] if self._draw_on_device is None else int(self._draw_on_device)
-            self._draw_on_device = torch.full((), draws, dtype=torch.int64, device=device)
-        draw = self._draw_on_device.clone()
-        self._draw_on_device.add_(1)
-        return draw
-
-    def _take_what_was_found(self, *, wait: bool = False) -> None:
-        found = self._monitor.read(wait=wait)
-        if found is None:
-            return
-        invalid, nan, confidence = found
-        if invalid:
-            raise ValueError(
-                f"labels of the last step had {int(invalid)} value(s) outside [0, {self._passes.vocab_size}) that are "
-                f"not ignore_index={self.settings.ignore_index}; they were not counted"
-            )
-        if nan:
-            where = f"the logits of the last step were NaN at {int(nan)} tokens" if nan > 0 else "the last loss was NaN"
-            raise ValueError(f"{where}; look for an overflow or a bad learning rate before that step")
-        if confidence == confidence:
-            self.schedule.observe(confidence)
+    def _raise_deferred_errors(self, *, wait: bool) -> None:
+        self._deferred.raise_deferred_errors(
+            self.schedule, vocab_size=self._engine.vocab_size, ignore_index=self.settings.ignore_index, wait=wait
+        )

@@ -17,13 +17,13 @@ from cggr_core.checks import (
     count_bad_targets,
     values_are_free,
 )
-from cggr_core.learned_router import LearnedRouter
 from cggr_core.monitor import Monitor
-from cggr_core.router import TruncatedRouter, router_statistics
+from cggr_core.routers import TruncatedRouter, router_statistics
 from cggr_core.schedule import Schedule
 from cggr_core.scoring import fields_for, score
 from cggr_core.selection import select
 from cggr_core.settings import SCOPES, SelectionSettings
+from cggr_core.step import Router
 from cggr_core.targets import at_predictors
 
 __all__ = ["CGGRScorer"]
@@ -86,10 +86,12 @@ class CGGRScorer(nn.Module):
         shifted: bool | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(router, Router):
+            raise TypeError(
+                f"a {type(router).__name__} works in CGGRModel, which shows it what it reads; here nothing does"
+            )
         if not callable(router):
             raise TypeError(f"router must be callable, got {type(router).__name__}")
-        if isinstance(router, LearnedRouter):
-            raise TypeError("a LearnedRouter works in CGGRModel, where it learns; here it would have no hidden states")
         self.router = router
         self.scope = check_choice("scope", scope, SCOPES)
         self.settings = SelectionSettings(

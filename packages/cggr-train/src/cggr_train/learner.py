@@ -195,7 +195,7 @@ class RoutedLearner:
         """See :class:`Learner`."""
         place: dict[str, Any] = {"draw": draw, "first_row": first_row, "example_ids": example_ids}
         try:
-            with self.routed.in_place():
+            with self.routed.routed_forward():
                 return self.wrapped(input_ids=input_ids, labels=input_ids, num_items=num_items, **place)
         except ValueError as error:  # a mode that this architecture cannot have, or logits that are NaN
             raise InputError(str(error)) from error

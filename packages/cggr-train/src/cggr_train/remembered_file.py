@@ -51,7 +51,7 @@ def save_remembered(path: Path, memory: RememberedScores, *, examples: str) -> N
     temporary = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     metadata = {"examples": examples, "forwards": str(memory.forwards), "format": "pt"}
     try:
-        save_file({"score": memory.score, "observed": memory.observed}, temporary, metadata=metadata)
+        save_file({"score": memory.scores, "observed": memory.observed}, temporary, metadata=metadata)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

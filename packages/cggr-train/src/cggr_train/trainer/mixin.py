@@ -165,7 +165,7 @@ class CGGRMixin(_Base):
             )
         routed = self.routed_model()
         place = {"draw": self.state.global_step, "first_row": self.first_row()}
-        with routed.in_place(), self.accelerator.autocast():
+        with routed.routed_forward(), self.accelerator.autocast():
             loss = model(**routed_batch(inputs), num_items=_at_least_one(num_items_in_batch), **place)
         self._metrics_window.add(routed.metrics)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

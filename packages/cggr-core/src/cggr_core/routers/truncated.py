@@ -1,4 +1,4 @@
-"""Routers: whatever produces scores before the gradient pass."""
+"""The first layers of a model as a router, and token statistics by any router."""
 
 import warnings
 from collections.abc import Collection

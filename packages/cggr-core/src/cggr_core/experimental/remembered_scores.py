@@ -1,12 +1,15 @@
 """RememberedScores: the last score of every token, kept by example, as the selection of the next epoch."""
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_core.checks import check_at_least, check_shape
-from cggr_core.collectives import gather_from_ranks, world_size
+from cggr_core.collectives import gather_from_ranks, largest_over_ranks, world_size
+from cggr_core.monitor import Monitor
+from cggr_core.step.batch import StepBatch
+from cggr_core.step.router import Observation, ScoreRequest, Scores
 
 NEVER = -1
 
@@ -31,7 +34,7 @@ class RememberedScores:
     does not wait for it (on several ranks it waits until the device has begun the forward).
 
     Args:
-        score: float16 ``[E, L]`` on the CPU, for E examples of at most L tokens.
+        scores: float16 ``[E, L]`` on the CPU, for E examples of at most L tokens.
         observed: int32 ``[E, L]``, the training forward that each score was observed in, -1 for none.
         forwards: Training forwards so far.
 
@@ -41,7 +44,8 @@ class RememberedScores:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from cggr_core import CGGRModel, RememberedScores
+        >>> from cggr_core import CGGRModel
+        >>> from cggr_core.experimental import RememberedScores
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=4)
         >>> memory = RememberedScores.empty(examples=100, length=16)
@@ -52,16 +56,21 @@ class RememberedScores:
         4
     """
 
-    def __init__(self, score: Tensor, observed: Tensor, *, forwards: int = 0) -> None:
-        for name, tensor, dtype in (("score", score, torch.float16), ("observed", observed, torch.int32)):
+    depth: ClassVar[int | None] = None
+    reads_hidden: ClassVar[bool] = False
+    gives_confidence: ClassVar[bool] = False
+
+    def __init__(self, scores: Tensor, observed: Tensor, *, forwards: int = 0) -> None:
+        for name, tensor, dtype in (("scores", scores, torch.float16), ("observed", observed, torch.int32)):
             if tensor.dtype != dtype:
                 raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
             if tensor.device.type != "cpu" or tensor.dim() != 2:
                 raise ValueError(f"{name} must be [E, L] on the CPU, got {list(tensor.shape)} on {tensor.device}")
-        check_shape("observed", observed, score.shape, "that of score")
-        self._score, self._observed = score, observed
+        check_shape("observed", observed, scores.shape, "that of scores")
+        self._score, self._observed = scores, observed
         self._forwards = check_at_least("forwards", forwards, 0)
         self._pending: list[_Observed] = []
+        self._largest_batch: Monitor | None = None
 
     @classmethod
     def empty(cls, *, examples: int, length: int) -> "RememberedScores":
@@ -90,7 +99,7 @@ class RememberedScores:
         return examples, length
 
     @property
-    def score(self) -> Tensor:
+    def scores(self) -> Tensor:
         """float16 ``[E, L]``: the last score of every token, 0 where there is none; waits for the device."""
         self.flush()
         return self._score
@@ -109,6 +118,50 @@ class RememberedScores:
     def flush(self) -> None:
         """Wait for all that was observed, and write it; after that, every forward sees it."""
         self._settle(0)
+
+    def attach(self, *, layers: int, hidden_size: int, embedding_size: int) -> None:
+        """Nothing of the model matters."""
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Check which examples a batch holds, where its kept tokens will be remembered; asked by a step."""
+        if batch.selection is not None:
+            return
+        self.check_ids(batch.example_ids, batch.shape)
+        self._largest_batch = None
+        if torch.is_grad_enabled() and world_size() > 1:
+            # Asked at the start of the forward, so that the answer is there when its observations are exchanged.
+            self._largest_batch = Monitor()
+            sizes = [torch.full((), size, device=batch.tokens.position_ids.device) for size in batch.shape]
+            self._largest_batch.post(largest_over_ranks(torch.stack(sizes)))
+
+    def score(self, request: ScoreRequest) -> Scores:
+        """The scores of a batch; asked by a step."""
+        assert request.batch.example_ids is not None  # checked
+        score, metrics = self.recall(request.batch.example_ids, request.batch.countable)
+        return Scores(score, metrics=metrics)
+
+    def observe(self, seen: Observation) -> dict[str, Tensor]:
+        """Remember the scores of a step's kept tokens."""
+        assert seen.batch.example_ids is not None  # checked
+        row, *slots = self._as_on_all_ranks(seen.row, seen.position, seen.scores(), seen.weight > 0)
+        self.remember(seen.batch.example_ids, row, *slots)
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: whoever made the memory saves it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _as_on_all_ranks(self, row: Tensor, *slots: Tensor) -> list[Tensor]:
+        """Rows ``[R]`` and slots ``[R, K]``, with zeros up to the shape of the largest batch of any rank."""
+        largest = None if self._largest_batch is None else self._largest_batch.read(wait=True)
+        if largest is None:
+            return [row, *slots]
+        rows, length = (int(size) for size in largest)
+        more, longer = rows - row.shape[0], length - slots[0].shape[1]
+        return [nn.functional.pad(row, (0, more)), *(nn.functional.pad(slot, (0, longer, 0, more)) for slot in slots)]
 
     def check_ids(self, example_ids: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """Return ``example_ids`` if they name the rows of a batch.
@@ -143,7 +196,7 @@ class RememberedScores:
             raise ValueError(f"the batch has rows of {shape[1]} tokens, and {longest} are remembered of an example")
         return example_ids
 
-    def read(self, example_ids: Tensor, countable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def recall(self, example_ids: Tensor, countable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores of a batch, and how old they are.
 
         Args:
@@ -169,7 +222,7 @@ class RememberedScores:
         }
         return torch.where(observed != NEVER, score, mean), metrics
 
-    def observe(self, example_ids: Tensor, row: Tensor, position: Tensor, score: Tensor, kept: Tensor) -> None:
+    def remember(self, example_ids: Tensor, row: Tensor, position: Tensor, score: Tensor, kept: Tensor) -> None:
         """Remember scores; they are written once they have come from the device.
 
         Args:

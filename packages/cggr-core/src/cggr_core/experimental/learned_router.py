@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.func import functional_call
 
 from cggr_core.checks import check_at_least, check_finite_number
 from cggr_core.collectives import sum_over_ranks
+from cggr_core.step.batch import StepBatch
+from cggr_core.step.router import Observation, ScoreRequest, Scores
 
 # Of the running mean and spread of the scores: they follow training within some hundred steps.
 _DECAY = 0.99
@@ -59,7 +61,8 @@ class LearnedRouter(nn.Module):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from cggr_core import CGGRModel, LearnedRouter
+        >>> from cggr_core import CGGRModel
+        >>> from cggr_core.experimental import LearnedRouter
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         ...                      num_attention_heads=4)
         >>> model = CGGRModel(LlamaForCausalLM(config), LearnedRouter(depth=1)).train()
@@ -69,6 +72,9 @@ class LearnedRouter(nn.Module):
         'interleaved'
     """
 
+    depth: int
+    reads_hidden: ClassVar[bool] = True
+    gives_confidence: ClassVar[bool] = False
     moments: Tensor
     updates: Tensor
 
@@ -145,8 +151,30 @@ class LearnedRouter(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return mean + std * averaged(hidden, target, unit)
 
+    def prepare(self, batch: StepBatch) -> None:
+        """Raise if the batch names examples, which this router does not read."""
+        if batch.example_ids is not None:
+            raise ValueError("example_ids is read by a router of RememberedScores only; leave it out")
+
+    def score(self, request: ScoreRequest) -> Scores:
+        """The predicted scores of a batch; asked by a step."""
+        assert request.hidden is not None  # a step leaves it for a router that reads it
+        return Scores(self(request.hidden, request.engine.embeddings(request.batch.embeddable)))
+
     @torch.no_grad()
-    def observe(self, hidden: Tensor, target: Tensor, score: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def observe(self, seen: Observation) -> dict[str, Tensor]:
+        """Learn from some of a step's kept tokens; see :meth:`learn`."""
+        assert seen.hidden is not None  # a step leaves it for a router that reads it
+        seen = seen.thinned(self.observed_tokens, seed=self.seed, draw=self.updates)
+        return self.learn(
+            seen.gather(seen.hidden).flatten(0, 1),
+            seen.engine.embeddings(seen.gather(seen.batch.embeddable)).flatten(0, 1),
+            seen.scores().flatten(),
+            seen.weight.flatten(),
+        )
+
+    @torch.no_grad()
+    def learn(self, hidden: Tensor, target: Tensor, score: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Learn from tokens whose score is known; the host reads nothing.
 
         Args:

@@ -1,0 +1,106 @@
+"""The arguments of a training forward, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cggr_core.selection import Selection
+from cggr_core.settings import RoutingSettings
+from cggr_core.step.checks import check_step_arguments
+from cggr_core.targets import Targets, align_labels
+
+if TYPE_CHECKING:
+    from cggr_core.routing import Engine, TokenInputs
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One batch of a training step; see :meth:`cggr_core.CGGRModel.forward` for what each argument means.
+
+    Attributes:
+        arguments: Of the wrapped model's forward.
+        tokens: The same, explicit for every token.
+        targets: What the logits at each position predict.
+        token_weight: ``[B, S]`` or ``None``.
+        reference_nll: ``[B, S]`` or ``None``.
+        num_items: Countable tokens that the loss is divided by; ``None`` for the batch's own.
+        selection: Kept tokens chosen by the caller, or ``None``.
+        draw: Number of the random draw; ``None`` counts up.
+        first_row: Number of the first row among the rows of that draw.
+        example_ids: int64 ``[B]`` on the CPU, or ``None``.
+    """
+
+    arguments: dict[str, Any]
+    tokens: TokenInputs
+    targets: Targets
+    token_weight: Tensor | None = None
+    reference_nll: Tensor | None = None
+    num_items: Tensor | float | None = None
+    selection: Selection | None = None
+    draw: int | Tensor | None = None
+    first_row: int = 0
+    example_ids: Tensor | None = None
+
+    @classmethod
+    def checked(
+        cls, settings: RoutingSettings, engine: Engine, *, arguments: dict[str, Any], labels: Tensor, **given: Any
+    ) -> StepBatch:
+        """The batch, if its arguments fit each other and the settings.
+
+        Args:
+            settings: Of the step.
+            engine: The passes over the model.
+            arguments: Of the wrapped model's forward.
+            labels: int64 ``[B, S]``, as the wrapped model takes them.
+            **given: The other attributes.
+
+        Raises:
+            TypeError: If an argument has a wrong type or dtype.
+            ValueError: If a shape, a device or (on CPU) a label does not fit, or an argument is missing or would not
+                be read.
+        """
+        tokens = engine.inputs(**arguments)
+        check_step_arguments(settings, tokens.shape, tokens.position_ids, labels=labels, **given)
+        targets = align_labels(
+            labels,
+            shifted=engine.architecture.shifted,
+            vocab_size=engine.vocab_size,
+            ignore_index=settings.ignore_index,
+        )
+        return cls(arguments, tokens, targets, **given)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, S)``."""
+        return self.tokens.shape
+
+    @property
+    def countable(self) -> Tensor:
+        """Bool ``[B, S]``; the labels are aligned at the first look, which a step takes after its first pass."""
+        return self.targets.countable
+
+    @property
+    def embeddable(self) -> Tensor:
+        """The targets int64 ``[B, S]``, with some token in place of what is not countable."""
+        return torch.where(self.countable, self.targets.tokens, 0)
+
+    @property
+    def divisor(self) -> Tensor | float:
+        """What the loss is divided by."""
+        return self.countable.sum().clamp(min=1) if self.num_items is None else self.num_items
+
+    def rows(self, index: Tensor) -> dict[str, Any]:
+        """The arguments for the rows ``index`` ``[R]`` alone."""
+        count = self.shape[0]
+        return {
+            name: value.index_select(0, index) if _has_rows(value, count) else value
+            for name, value in self.arguments.items()
+        }
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count

@@ -1,0 +1,78 @@
+"""The pass over all tokens that comes before the selection."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cggr_core.step.batch import StepBatch
+from cggr_core.step.router import Router
+
+if TYPE_CHECKING:
+    from cggr_core.routing import Context, Engine
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What it left.
+
+    Attributes:
+        depth: Layers that were run; 0 for no pass.
+        values: Head values ``[B, S, ...]`` above them, where the head was run.
+        hidden: Input ``[B, S, H]`` of the layer at the router's depth, where the router reads that.
+        context: Keys and values for the gradient pass of ``kv`` and ``detached``.
+        auxiliary_loss: The model's, of an ordinary forward.
+    """
+
+    depth: int = 0
+    values: Tensor | None = None
+    hidden: Tensor | None = None
+    context: Context | None = None
+    auxiliary_loss: Tensor | None = None
+
+
+def first_pass(
+    mode: str, way: str, batch: StepBatch, engine: Engine, router: Router | None, *, scored: bool
+) -> FirstPass:
+    """Run all tokens as far as the scores and the other passes need it.
+
+    Args:
+        mode: Gradient mode.
+        way: How ``kv`` and ``detached`` are computed.
+        batch: The batch.
+        engine: The passes over the model.
+        router: What scores or looks on; ``None`` where nothing does.
+        scored: Whether the selection is made from scores.
+    """
+    tap = router.depth if router is not None and router.reads_hidden else None
+    own_head = router.depth if scored and router is not None and tap is None else None
+    if mode == "sequence":
+        # What is kept is whole rows, which run anew: this pass is for the scores alone.
+        with torch.no_grad():
+            if tap is not None:
+                return FirstPass(tap, hidden=engine.hidden(batch.arguments, depth=tap))
+            if own_head == engine.depth:
+                return FirstPass(engine.depth, engine.plain(batch.arguments)[0])
+        return FirstPass()
+    with nullcontext([]) if tap is None else engine.hidden_states(tap) as hidden:
+        if mode == "exact":
+            values, auxiliary_loss = engine.plain(batch.arguments)
+            left = FirstPass(engine.depth, values, auxiliary_loss=auxiliary_loss)
+        else:
+            left = _context(
+                mode, engine.depth if way == "two_pass" else (tap or own_head or 0), batch, engine, own_head
+            )
+    return left if not hidden else FirstPass(left.depth, left.values, hidden[0], left.context, left.auxiliary_loss)
+
+
+def _context(mode: str, depth: int, batch: StepBatch, engine: Engine, own_head: int | None) -> FirstPass:
+    from cggr_core.routing import NO_CONTEXT
+
+    if depth == 0:
+        return FirstPass(context=NO_CONTEXT)
+    context, values = engine.context(batch.tokens, depth=depth, keep_graph=mode == "kv", head=own_head == depth)
+    return FirstPass(depth, values, context=context)

@@ -1,0 +1,81 @@
+"""The kept tokens of a step, or its kept rows, from the scores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from cggr_core.schedule import Schedule
+from cggr_core.selection import Selection, plain_weight, select
+from cggr_core.settings import SUPERVISED, RoutingSettings
+from cggr_core.step.batch import StepBatch
+from cggr_core.step.draws import Draws
+
+
+def select_tokens(
+    settings: RoutingSettings, batch: StepBatch, score: Tensor | None, schedule: Schedule, draws: Draws
+) -> tuple[Selection, Tensor]:
+    """The kept tokens, and 1 / their inclusion probability ``[B, K]``.
+
+    Args:
+        settings: Of the step.
+        batch: The batch; a selection that its caller made is the answer.
+        score: ``[B, S]``, or ``None`` where the selection reads none.
+        schedule: The ratio, and with it the slots.
+        draws: Numbers the random choice.
+    """
+    countable, length = batch.countable, batch.shape[1]
+    if batch.selection is not None:
+        return batch.selection, batch.selection.weight
+    if settings.selection == SUPERVISED:
+        selection = Selection.from_mask(countable, countable=countable)
+        return selection, selection.weight
+    if score is None:
+        score = torch.zeros(countable.shape, device=countable.device)
+    capacity = schedule.capacity(length)
+    if settings.selection == "sequence_aware":
+        capacity = min(max(capacity, settings.min_tokens_per_sequence), length)
+    return _select(settings, batch, score, countable, schedule, draws, capacity, settings.block_size)
+
+
+def select_rows(
+    settings: RoutingSettings, batch: StepBatch, score: Tensor | None, schedule: Schedule, draws: Draws
+) -> tuple[Selection, Tensor]:
+    """The kept rows of the batch, as one row of ``B`` tokens, and 1 / their inclusion probability ``[1, K]``."""
+    counts = batch.countable.sum(1)
+    row_score = counts.float() if score is None else (score * batch.countable).sum(1) / counts.clamp(min=1)
+    return _select(settings, batch, row_score[None], (counts > 0)[None], schedule, draws, None, 1)
+
+
+def _select(
+    settings: RoutingSettings,
+    batch: StepBatch,
+    score: Tensor,
+    countable: Tensor,
+    schedule: Schedule,
+    draws: Draws,
+    capacity: int | None,
+    block_size: int,
+) -> tuple[Selection, Tensor]:
+    # A router that observes is told the probabilities, also where the loss is the plain mean over the kept tokens.
+    selection = select(
+        score,
+        countable,
+        ratio=schedule.ratio,
+        selection=settings.selection,
+        scope="row",
+        capacity=capacity,
+        num_strata=settings.num_strata,
+        min_tokens_per_sequence=settings.min_tokens_per_sequence,
+        block_size=block_size,
+        unbiased=True,
+        seed=settings.seed,
+        draw=draws.next(countable.device) if batch.draw is None else batch.draw,
+        first_row=batch.first_row,
+    )
+    weight = selection.weight
+    if not settings.unbiased:
+        selection = dataclasses.replace(selection, weight=plain_weight(countable, selection.valid))
+    return selection, weight
