@@ -3,6 +3,7 @@
 import sys
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cggr_core import routed_hidden, routed_logprobs
+from cggr_core import SharedContext, routed_hidden, routed_logprobs
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -53,6 +54,7 @@ def main(rank: int, store: str) -> None:
                 error = relative_error(found, wanted)
                 assert error <= 1e-5, (way, prepare, error)
     check_hidden(mesh, input_ids, keep, mine)
+    check_shared_context(mesh, input_ids, keep, advantages, mine)
     # A rank that leaves while the other still gathers would break its connection.
     dist.barrier()
     dist.destroy_process_group()
@@ -85,6 +87,31 @@ def check_hidden(mesh, input_ids: Tensor, keep: Tensor, mine: slice) -> None:
         found = {name: torch.zeros_like(wanted[name]) if grad is None else grad for name, grad in found.items()}
         error = relative_error(found, wanted)
         assert error <= 1e-5, error
+
+
+def check_shared_context(mesh, input_ids: Tensor, keep: Tensor, advantages: Tensor, mine: slice) -> None:
+    """Each rank has two completions of one prompt."""
+    before, rows, kept = input_ids[::2, :20], input_ids[:, 20:], keep[:, 20:]
+    prompt = slice(mine.start // 2, mine.start // 2 + 1)
+    for gradient, engine in WAYS:
+        way = {"gradient_mode": gradient, "engine": engine}
+        whole = ROUTABLE["llama"]()
+        loss = policy_loss(whole, rows, kept, advantages, kept.sum(), {**way, "context": SharedContext(before)})
+        loss.backward()
+        wanted = gradients(whole)
+        for prepare in (DistributedDataParallel, sharded(mesh), sharded(mesh, ends_apart=True)):
+            model = ROUTABLE["llama"]()
+            prepared = prepare(model)
+            more = {**way, "context": SharedContext(before[prompt])}
+            if gradient == "exact" and prepare is not DistributedDataParallel:
+                with pytest.raises(ValueError, match="not possible under fully_shard"):
+                    policy_loss(prepared, rows[mine], kept[mine], advantages[mine], kept.sum() / 2, more)
+                continue
+            loss = policy_loss(prepared, rows[mine], kept[mine], advantages[mine], kept.sum() / 2, more)
+            loss.backward()
+            found = {name: whole_tensor(parameter.grad) for name, parameter in model.named_parameters()}
+            error = relative_error(found, wanted)
+            assert error <= 1e-5, (way, prepare, error)
 
 
 def sharded(mesh, *, ends_apart: bool = False):

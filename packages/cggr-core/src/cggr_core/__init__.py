@@ -10,6 +10,7 @@ from cggr_core.experimental import LearnedRouter, RememberedScores
 from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.logprobs import (
     RoutedHidden,
+    SharedContext,
     TokenLogprobs,
     keep_nonzero,
     keep_random,
@@ -50,6 +51,7 @@ __all__ = [
     "routed_hidden",
     "TokenLogprobs",
     "RoutedHidden",
+    "SharedContext",
     "keep_tokens",
     "keep_top_entropy",
     "keep_random",

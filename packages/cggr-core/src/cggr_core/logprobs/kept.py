@@ -14,7 +14,7 @@ from cggr_core.selection import Selection, check_mask, slots_in_steps
 if TYPE_CHECKING:
     from cggr_core.routing import TokenInputs
 
-__all__ = ["Kept", "bad_keep_message", "count_bad", "kept_tokens"]
+__all__ = ["Kept", "all_tokens", "bad_keep_message", "count_bad", "kept_tokens"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Kept:
         selection: Of the rows that are run.
         rows: Which rows those are, int64 ``[R]`` ascending; ``None`` for all.
         shape: ``(B, S)`` of the whole batch.
+        row_numbers: The rows as numbers on the host; empty for all.
     """
 
     selection: Selection
     rows: Tensor | None
     shape: tuple[int, int]
+    row_numbers: list[int]
 
     def spread(self, values: Tensor, elsewhere: Tensor | None = None) -> Tensor:
         """``values`` ``[R, K]`` at the kept positions of ``[B, S]``; ``elsewhere`` ``[B, S]``, or 0, at the others."""
@@ -88,7 +90,7 @@ def kept_tokens(keep: Tensor | Selection, batch: TokenInputs, targets: Tensor | 
         check_same_device("keep.index", keep.index, "the input", batch.position_ids)
         if values_are_free(keep.index):
             _raise_if_bad(count_bad(keep.mask, batch, targets).tolist())
-        return Kept(keep, None, batch.shape)
+        return Kept(keep, None, batch.shape, [])
     check_mask("keep", keep)
     if tuple(keep.shape) != batch.shape:
         raise ValueError(
@@ -101,12 +103,20 @@ def kept_tokens(keep: Tensor | Selection, batch: TokenInputs, targets: Tensor | 
     counts = counts[2:]
     rows = [row for row, count in enumerate(counts) if count] or [0]
     chosen, of_rows = None, keep
-    if not every_row and len(rows) < len(counts):
+    if every_row or len(rows) == len(counts):
+        rows = []
+    else:
         chosen = torch.tensor(rows, device=keep.device)
         of_rows = keep.index_select(0, chosen)
     capacity = slots_in_steps(max(1, *counts), batch.shape[1])
     weight = torch.ones_like(of_rows, dtype=torch.float32)
-    return Kept(Selection.from_mask(of_rows, weight=weight, capacity=capacity), chosen, batch.shape)
+    return Kept(Selection.from_mask(of_rows, weight=weight, capacity=capacity), chosen, batch.shape, rows)
+
+
+def all_tokens(batch: TokenInputs) -> Selection:
+    """The selection of every position of a batch, padding included: a gradient pass over it is an ordinary forward."""
+    everything = torch.ones(batch.shape, dtype=torch.bool, device=batch.position_ids.device)
+    return Selection.from_mask(everything, capacity=batch.shape[1])
 
 
 def count_bad(keep: Tensor, batch: TokenInputs, targets: Tensor | None) -> Tensor:

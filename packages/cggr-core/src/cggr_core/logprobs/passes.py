@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cggr_core.checks import check_choice, check_targets
-from cggr_core.logprobs.kept import Kept, kept_tokens
+from cggr_core.logprobs.kept import Kept, all_tokens, kept_tokens
+from cggr_core.logprobs.shared_context import SharedContext, SharedRun
 from cggr_core.selection import Selection
 from cggr_core.settings import ENGINES, GRADIENT_MODES
 from cggr_core.targets import at_predictors
@@ -118,19 +119,37 @@ class RoutedPasses:
         gradient_mode: One of :data:`MODES`; without gradients (``torch.no_grad``) every mode is one plain forward.
         engine: One of :data:`ENGINES`, or ``None``.
         hidden: Give the head's input whatever the head is.
+        context: What stands before the rows, or ``None``.
     """
 
     def __init__(
-        self, passes: Engine, arguments: dict[str, Any], *, gradient_mode: str, engine: str | None, hidden: bool
+        self,
+        passes: Engine,
+        arguments: dict[str, Any],
+        *,
+        gradient_mode: str,
+        engine: str | None,
+        hidden: bool,
+        context: SharedContext | None,
     ) -> None:
         self._passes = passes
         self._arguments = {name: value for name, value in arguments.items() if value is not None}
         self._routing = gradient_mode != "exact" and torch.is_grad_enabled()
+        self._gradient_mode = gradient_mode
         self._keep_graph = gradient_mode == "kv"
         self._engine = engine
         self._hidden = hidden
-        self.batch = passes.inputs(**self._arguments)
-        passes.prepare(self.batch, routing=self._routing)
+        self._context = context
+        if context is None:
+            self.batch = passes.inputs(**self._arguments)
+            passes.prepare(self.batch, routing=self._routing)
+        else:
+            if not isinstance(context, SharedContext):
+                raise TypeError(f"context must be a SharedContext, got {type(context).__name__}")
+            context.check(self._arguments)
+            shared = SharedRun(passes, context, self._arguments)
+            self.batch = shared.batch
+            shared.prepare()
 
     def run(self, keep: Tensor | Selection, targets: Tensor | None, *, everywhere: bool) -> Values:
         """Run the passes.
@@ -141,11 +160,13 @@ class RoutedPasses:
             everywhere: Whether values of other tokens are wanted too.
         """
         kept = kept_tokens(keep, self.batch, targets, every_row=everywhere)
-        if not self._routing:
+        if self._context is None and not self._routing:
             return self._plain(kept, everywhere=everywhere)
+        batch = self._rows(kept)
+        if not self._routing:
+            return self._all_after_context(kept, batch, everywhere=everywhere)
         from cggr_core.routing import NO_CONTEXT
 
-        batch = self.batch if kept.rows is None else _rows_of(self.batch, kept.rows)
         context, values = NO_CONTEXT, None
         if everywhere or self._engine == "two_pass":
             context, values = self._passes.context(
@@ -156,13 +177,36 @@ class RoutedPasses:
         )
         return Values(kept, at_kept, values, auxiliary_loss)
 
+    def _rows(self, kept: Kept) -> TokenInputs:
+        """The rows that are run, after their contexts if they have any."""
+        if self._context is None:
+            return self.batch if kept.rows is None else _rows_of(self.batch, kept.rows)
+        context, arguments = self._context, self._arguments
+        if kept.rows is not None:
+            context = context.of_rows(kept.row_numbers, kept.shape[0])
+            arguments = {name: value.index_select(0, kept.rows) for name, value in arguments.items()}
+        return SharedRun(self._passes, context, arguments).after_context(gradient_mode=self._gradient_mode)
+
+    def _all_after_context(self, kept: Kept, batch: TokenInputs, *, everywhere: bool) -> Values:
+        """All tokens of the rows with an ordinary graph, through a gradient pass that keeps every one of them."""
+        from cggr_core.routing import NO_CONTEXT
+
+        values, auxiliary_loss = self._passes.gradient(
+            batch, all_tokens(batch), NO_CONTEXT, keep_graph=False, hidden=self._hidden
+        )
+        return _at_kept(kept, values, auxiliary_loss, everywhere=everywhere)
+
     def _plain(self, kept: Kept, *, everywhere: bool) -> Values:
         arguments = self._arguments
         if kept.rows is not None:
             arguments = {name: _rows(value, kept.rows, kept.shape[0]) for name, value in arguments.items()}
         values, auxiliary_loss = self._passes.plain(arguments, hidden=self._hidden)
-        index = kept.selection.index[:, :, None].expand(-1, -1, values.shape[2])
-        return Values(kept, values.gather(1, index), values.detach() if everywhere else None, auxiliary_loss)
+        return _at_kept(kept, values, auxiliary_loss, everywhere=everywhere)
+
+
+def _at_kept(kept: Kept, values: Tensor, auxiliary_loss: Tensor | None, *, everywhere: bool) -> Values:
+    index = kept.selection.index[:, :, None].expand(-1, -1, values.shape[2])
+    return Values(kept, values.gather(1, index), values.detach() if everywhere else None, auxiliary_loss)
 
 
 def _rows(value: Any, rows: Tensor, batch_size: int) -> Any:

@@ -13,6 +13,7 @@ from cggr_core.logprobs.head import TokenHead
 from cggr_core.logprobs.kept import Kept, bad_keep_message, count_bad
 from cggr_core.logprobs.passes import RoutedPasses, aligned_targets, check_mode
 from cggr_core.logprobs.results import RoutedHidden, TokenLogprobs
+from cggr_core.logprobs.shared_context import SharedContext
 from cggr_core.selection import Selection
 
 __all__ = ["routed_hidden", "routed_logprobs"]
@@ -31,6 +32,7 @@ def routed_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     everywhere: bool = False,
+    context: SharedContext | None = None,
     **inputs: Any,
 ) -> TokenLogprobs:
     """Log-probabilities of a batch's tokens whose gradients reach the kept ones: any loss can be made of them.
@@ -65,6 +67,8 @@ def routed_logprobs(
         entropy: Also the entropies, which take gradients as the log-probabilities do.
         everywhere: Also give the log-probabilities (and entropies) of the positions that are not kept, as constants;
             this needs a forward of all tokens to the head. Otherwise they are 0.
+        context: Prompts that stand before the rows and are run once, each for all the rows that go on from it; in
+            ``"kv"`` the rows' gradients reach its key/value projections, in ``"exact"`` all of it.
         **inputs: ``inputs_embeds``, ``token_type_ids`` and other inputs of the model.
 
     Returns:
@@ -98,7 +102,9 @@ def routed_logprobs(
     def run() -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         found = engine_of(inner)
         _raise_what_was_found(found)
-        passes = RoutedPasses(found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=False)
+        passes = RoutedPasses(
+            found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=False, context=context
+        )
         architecture = found.engine.architecture
         tokens = aligned_targets(
             targets, passes.batch, shifted=architecture.shifted, vocab_size=found.engine.vocab_size
@@ -133,6 +139,7 @@ def routed_hidden(
     position_ids: Tensor | None = None,
     gradient_mode: str = "kv",
     engine: str | None = None,
+    context: SharedContext | None = None,
     **inputs: Any,
 ) -> RoutedHidden:
     """Final hidden states of the kept tokens with routed gradients, for a head of one's own.
@@ -148,6 +155,7 @@ def routed_hidden(
         position_ids: As in :func:`routed_logprobs`.
         gradient_mode: As in :func:`routed_logprobs`.
         engine: As in :func:`routed_logprobs`.
+        context: As in :func:`routed_logprobs`.
         **inputs: As in :func:`routed_logprobs`.
 
     Returns:
@@ -177,7 +185,9 @@ def routed_hidden(
     def run() -> tuple[Tensor, Tensor | None]:
         found = engine_of(inner)
         _raise_what_was_found(found)
-        passes = RoutedPasses(found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=True)
+        passes = RoutedPasses(
+            found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=True, context=context
+        )
         values = passes.run(keep, None, everywhere=False)
         kept.append(values.kept)
         hidden = values.at_kept.masked_fill(~values.kept.selection.valid[:, :, None], 0.0)

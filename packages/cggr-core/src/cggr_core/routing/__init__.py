@@ -12,11 +12,13 @@ from cggr_core.routing.context_pass import NO_CONTEXT, Context
 from cggr_core.routing.engine import Engine
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patching import replaced_forwards, without_hooks
+from cggr_core.routing.shared import Shared
 
 __all__ = [
     "NO_CONTEXT",
     "Context",
     "Engine",
+    "Shared",
     "TokenInputs",
     "replaced_forwards",
     "transformers",

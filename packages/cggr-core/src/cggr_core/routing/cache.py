@@ -14,20 +14,27 @@ from transformers.cache_utils import Cache
 
 from cggr_core.routing.ordering import backward_in_turn
 from cggr_core.routing.rows import Places, merge_rows, replace_rows, stop_gradient
+from cggr_core.routing.shared import KeyValue, Shared
 
-KeyValue = tuple[Tensor, Tensor]
 OptionalKeyValue = tuple[Tensor | None, Tensor | None]
 
 
 class PassCache(Cache):
-    """A cache for one pass over ``queries`` of ``length`` positions; ``update`` is what subclasses differ in."""
+    """A cache for one pass over ``queries`` of ``length`` positions; ``update`` is what subclasses differ in.
+
+    Args:
+        queries: Tokens of the pass in each row.
+        length: Positions of the batch's rows.
+        shared: What stands before them.
+    """
 
     is_compileable: Any = False  # a property of Cache
 
-    def __init__(self, *, queries: int, length: int) -> None:
+    def __init__(self, *, queries: int, length: int, shared: Shared | None) -> None:
         super().__init__(layers=[])
         self._queries = queries
-        self._length = length
+        self._shared = shared
+        self._length = length if shared is None else shared.length + length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the queries, as models count them."""
@@ -42,6 +49,14 @@ class PassCache(Cache):
         """Queries are placed by the mask builders."""
         return 0
 
+    def _whole(
+        self, layer: int, own: KeyValue, *, constant: bool, in_turn: bool = False, made: KeyValue | None = None
+    ) -> KeyValue:
+        """Keys and values of all positions, what is shared among them."""
+        if self._shared is None:
+            return own
+        return self._shared.before(layer, own, constant=constant, in_turn=in_turn, made=made)
+
 
 class RecordingCache(PassCache):
     """Notes keys and values of every layer of a pass over all positions.
@@ -50,10 +65,11 @@ class RecordingCache(PassCache):
         length: Positions ``S``.
         keep_graph: Keep the graph of keys and values (gradient mode ``kv``); gradients are off after each ``update``
             either way, so that nothing else of the layer is kept.
+        shared: What stands before every row.
     """
 
-    def __init__(self, *, length: int, keep_graph: bool) -> None:
-        super().__init__(queries=length, length=length)
+    def __init__(self, *, length: int, keep_graph: bool, shared: Shared | None) -> None:
+        super().__init__(queries=length, length=length, shared=shared)
         self.recorded: dict[int, KeyValue] = {}
         self._keep_graph = keep_graph
 
@@ -62,7 +78,7 @@ class RecordingCache(PassCache):
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
-        return constant
+        return self._whole(layer_idx, constant, constant=True)
 
 
 class EnoughError(Exception):
@@ -78,10 +94,20 @@ class OtherTokensCache(PassCache):
         length: Positions ``S = M + K``.
         keep_graph: Keep the graph of keys and values (gradient mode ``kv``).
         last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises :class:`EnoughError` there.
+        shared: What stands before every row.
     """
 
-    def __init__(self, *, index: Tensor, kept_index: Tensor, length: int, keep_graph: bool, last_layer: int) -> None:
-        super().__init__(queries=index.shape[1], length=length)
+    def __init__(
+        self,
+        *,
+        index: Tensor,
+        kept_index: Tensor,
+        length: int,
+        keep_graph: bool,
+        last_layer: int,
+        shared: Shared | None,
+    ) -> None:
+        super().__init__(queries=index.shape[1], length=length, shared=shared)
         self._last_layer = last_layer
         self._others = Places(index, length)
         self._keeps = Places(kept_index, length)
@@ -103,7 +129,7 @@ class OtherTokensCache(PassCache):
             merge_rows(other, kept, others=self._others, keeps=self._keeps)
             for other, kept in zip(constant, self.kept, strict=True)
         )
-        self.merged = keys, values
+        self.merged = self._whole(layer_idx, (keys, values), constant=True)
         return self.merged
 
 
@@ -120,6 +146,8 @@ class RoutedCache(PassCache):
             are at hand, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
         in_turn: Whether the recorded keys and values have their backward pass inside the layer's.
+        shared: What stands before every row.
+        note: Where to note the kept tokens' own keys and values, or ``None``.
     """
 
     def __init__(
@@ -130,11 +158,14 @@ class RoutedCache(PassCache):
         length: int,
         recorded: dict[int, KeyValue],
         other_index: Tensor | None,
-        others: Callable[[int, KeyValue], tuple[KeyValue, OptionalKeyValue]] | None,
+        others: Callable[[int, KeyValue], tuple[KeyValue, KeyValue | None]] | None,
         keep_graph: bool,
         in_turn: bool,
+        shared: Shared | None,
+        note: dict[int, KeyValue] | None,
     ) -> None:
-        super().__init__(queries=index.shape[1], length=length)
+        super().__init__(queries=index.shape[1], length=length, shared=shared)
+        self._note = note
         self._in_turn = in_turn
         self._replacing = Places(index, length, valid)
         # In mode "detached", a filler slot is a constant to the kept tokens, like any other token. In mode "kv" its
@@ -151,22 +182,33 @@ class RoutedCache(PassCache):
         # on how often that happens, and the other tokens' are answered from memory.
         self.updated.add(layer_idx)
         fresh = key_states, value_states
+        if self._note is not None:
+            self._note.setdefault(layer_idx, fresh)
+        own, made = self._own(layer_idx, fresh)
+        return self._whole(layer_idx, own, constant=False, in_turn=self._in_turn, made=made)
+
+    def _own(self, layer_idx: int, fresh: KeyValue) -> tuple[KeyValue, KeyValue | None]:
+        """Keys and values of the rows' own positions, and of all positions if they were put together already."""
         if layer_idx in self._recorded:
             recorded = self._recorded[layer_idx]
             if self._in_turn:
-                recorded = backward_in_turn(recorded, before=key_states)
+                recorded = backward_in_turn(recorded, before=fresh[0])
             keys, values = (
                 replace_rows(full, kept, keeps=self._replacing) for full, kept in zip(recorded, fresh, strict=True)
             )
-            return keys, values
+            return (keys, values), None
         if self._others is None or self._other_places is None:
-            return self._all_fresh(fresh)
-        others, merged = self._others(layer_idx, (key_states.detach(), value_states.detach()))
+            return self._all_fresh(fresh), None
+        others, made = self._others(layer_idx, (fresh[0].detach(), fresh[1].detach()))
+        merged: OptionalKeyValue = (None, None)
+        if made is not None:
+            before = 0 if self._shared is None else self._shared.length
+            merged = made[0][:, :, before:], made[1][:, :, before:]
         keys, values = (
             merge_rows(other, kept, others=self._other_places, keeps=self._merging, merged=whole)
             for other, kept, whole in zip(others, fresh, merged, strict=True)
         )
-        return keys, values
+        return (keys, values), made
 
     def _all_fresh(self, fresh: KeyValue) -> KeyValue:
         """Keys and values where every position is in the pass, in order."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
-from cggr_core.routing.cache import KeyValue, RecordingCache
+from cggr_core.routing.cache import RecordingCache
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import routed_masks, whole_rows
 from cggr_core.routing.patching import (
@@ -20,6 +20,7 @@ from cggr_core.routing.patching import (
     without_autocast_cache,
     without_checkpointing,
 )
+from cggr_core.routing.shared import KeyValue
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def context_pass(
     Raises:
         RuntimeError: If a layer did not hand its keys and values over.
     """
-    cache = RecordingCache(length=inputs.shape[1], keep_graph=keep_graph)
+    cache = RecordingCache(length=inputs.shape[1], keep_graph=keep_graph, shared=inputs.shared)
     resume: list[Tensor] = []
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ def context_pass(
 def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[None]:
     # transformers looks for packed documents only where no cache is passed, so they are put into the mask here;
     # without padding and packing its own shortcuts (plain causal attention) stay in force.
-    if inputs.segment is None and inputs.padding is None:
+    if inputs.segment is None and inputs.padding is None and inputs.shared is None:
         with whole_rows():
             yield
         return

@@ -16,6 +16,7 @@ from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.patching import replaced_forwards
 from cggr_core.routing.probe import Probe, probe
+from cggr_core.routing.shared import KeyValue
 from cggr_core.routing.truncation import truncated
 from cggr_core.selection import Selection
 
@@ -223,6 +224,7 @@ class Engine:
         *,
         keep_graph: bool,
         hidden: bool = False,
+        note: dict[int, KeyValue] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Kept tokens through all layers with gradients.
 
@@ -232,6 +234,7 @@ class Engine:
             context: Of any depth; ``NO_CONTEXT`` to interleave every layer.
             keep_graph: Mode ``kv`` rather than ``detached``.
             hidden: Give the head's input whatever the head is.
+            note: Where to note the kept tokens' keys and values of every layer, with their graph.
 
         Returns:
             Head values ``[B, K, ...]``, and the model's auxiliary loss over the kept tokens if it has one.
@@ -248,6 +251,7 @@ class Engine:
             keep_graph=keep_graph,
             read_head=seen.append if fused else None,
             layer_output=self._probe.layer_output,
+            note=note,
         )
         return seen[0] if fused else output.logits, self._auxiliary_loss(output)
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
-from cggr_core.routing.cache import EnoughError, KeyValue, OptionalKeyValue, OtherTokensCache, RoutedCache
+from cggr_core.routing.cache import EnoughError, OtherTokensCache, RoutedCache
 from cggr_core.routing.context_pass import (
     Context,
     HeadReader,
@@ -39,6 +39,7 @@ from cggr_core.routing.patching import (
     without_checkpointing,
 )
 from cggr_core.routing.rows import stop_gradient
+from cggr_core.routing.shared import KeyValue
 from cggr_core.selection import Selection
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -54,6 +55,7 @@ def gradient_pass(
     keep_graph: bool,
     read_head: HeadReader | None,
     layer_output: LayerOutput,
+    note: dict[int, KeyValue] | None = None,
 ) -> Any:
     """Run the kept tokens through all layers with gradients.
 
@@ -67,6 +69,7 @@ def gradient_pass(
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.
         layer_output: Wraps a hidden state the way the model's layers return it.
+        note: Where to note the kept tokens' keys and values ``[B, H, K, D]`` of every layer, with their graph.
 
     Returns:
         What the model returned; its logits are the kept tokens' where the head was run.
@@ -89,6 +92,8 @@ def gradient_pass(
         others=None if others is None else others.run,
         keep_graph=keep_graph,
         in_turn=keep_graph and shards_layers(architecture.layers),
+        shared=inputs.shared,
+        note=note,
     )
     replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
     for number, layer in enumerate(architecture.layers):
@@ -159,6 +164,7 @@ class _OtherTokens:
             length=inputs.shape[1],
             keep_graph=keep_graph,
             last_layer=len(architecture.layers) - 1,
+            shared=inputs.shared,
         )
         self._calls, hidden = self._layer_calls(model, architecture, inputs, layer_output, attention)
         if context.hidden is not None:
@@ -197,7 +203,7 @@ class _OtherTokens:
             model(**inputs.arguments(self.index), **inputs.quiet, **cache, use_cache=True)
         return calls, layer_input(*calls[0])
 
-    def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, OptionalKeyValue]:
+    def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, KeyValue | None]:
         """Keys and values of the other tokens at ``layer``, computed at the first call, and all tokens' if made."""
         if layer not in self._cache.recorded:
             self._cache.kept = kept
@@ -210,11 +216,11 @@ class _OtherTokens:
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
                 self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._cache.kept = None
-            merged, self._cache.merged = self._cache.merged or (None, None), None
+            merged, self._cache.merged = self._cache.merged, None
             self._calls[layer] = ((), {})  # frees the masks of layers that are done
             return self._cache.recorded[layer], merged
         # A checkpointed layer is being recomputed.
-        return self._cache.recorded[layer], (None, None)
+        return self._cache.recorded[layer], None
 
 
 def _unhooked_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:

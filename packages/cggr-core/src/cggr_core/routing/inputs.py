@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cggr_core.checks import check_float, check_integers, check_same_device
 from cggr_core.routing.architectures import Architecture, default_position_ids, unwrapped
 from cggr_core.routing.masks import Visibility, packed_segments
+from cggr_core.routing.shared import Shared
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
 
@@ -24,6 +25,7 @@ class TokenInputs:
         segment: Packed document of every token ``[B, S]``, or ``None``.
         passes_positions: Whether the model's forward takes ``position_ids``.
         passes_padding: Whether the model itself is given the attention mask besides the mask builders.
+        shared: What stands before every row and was run apart, or ``None``.
         quiet: Arguments that switch off what only the gradient pass is to report (expert routers' logits).
         options: Everything else, passed on as it is.
     """
@@ -36,6 +38,7 @@ class TokenInputs:
     passes_padding: bool
     quiet: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    shared: Shared | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,13 +51,35 @@ class TokenInputs:
         arguments = {name: _rows(tensor, index) for name, tensor in self.per_token.items()}
         if self.passes_positions:
             arguments["position_ids"] = _rows(self.position_ids, index)
-        if self.padding is not None and self.passes_padding:
-            arguments["attention_mask"] = self.padding
+        padding = self._whole_padding
+        if padding is not None and self.passes_padding:
+            arguments["attention_mask"] = padding
         return {**arguments, **self.options}
 
     def visibility(self, index: Tensor | None = None, *, key_gradient: str = "all") -> Visibility:
         """What the queries at ``index`` may attend to."""
-        return Visibility(index, self.shape[1], self.padding, self.segment, self.position_ids, key_gradient)
+        if self.shared is None:
+            return Visibility(index, self.shape[1], self.padding, self.segment, self.position_ids, key_gradient)
+        length = self.shared.length + self.shape[1]
+        places = torch.arange(length, device=self.position_ids.device).expand(self.shape[0], -1)
+        position = places[:, self.shared.length :] if index is None else index + self.shared.length
+        return Visibility(position, length, self._whole_padding, None, places, key_gradient)
+
+    @property
+    def _whole_padding(self) -> Tensor | None:
+        """The attention mask of what is shared and of the rows, or ``None``."""
+        if self.shared is None:
+            return self.padding
+        parts = []
+        for padding, length in ((self._shared_padding, self.shared.length), (self.padding, self.shape[1])):
+            parts.append(self.position_ids.new_ones(self.shape[0], length) if padding is None else padding.long())
+        return None if self._shared_padding is None and self.padding is None else torch.cat(parts, dim=1)
+
+    @property
+    def _shared_padding(self) -> Tensor | None:
+        if self.shared is None or self.shared.padding is None:
+            return None
+        return self.shared.spread(self.shared.padding, self.shape[0])
 
 
 def token_inputs(

@@ -1,0 +1,91 @@
+"""Tokens that several rows of a batch go on from: their keys and values are made once and attended to by all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_core.routing.ordering import backward_in_turn
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What stands before every row of a batch.
+
+    Attributes:
+        recorded: Keys and values ``[N, H, L, D]`` of every layer.
+        length: Tokens ``L`` before every row.
+        rows: Which of the N each row of the batch goes on from, int64 ``[B]``; ``None`` for ``B / N`` neighbouring rows
+            each.
+        padding: ``[N, L]``, false or 0 at padding; ``None`` without padding.
+    """
+
+    recorded: dict[int, KeyValue]
+    length: int
+    rows: Tensor | None
+    padding: Tensor | None
+
+    def before(self, layer: int, own: KeyValue, *, constant: bool, in_turn: bool, made: KeyValue | None) -> KeyValue:
+        """Keys and values ``[B, H, L + S, D]``: those of the shared tokens, and a batch's own.
+
+        Args:
+            layer: The layer.
+            own: Keys and values of the rows' own tokens, ``[B, H, S, D]``.
+            constant: Let no gradient reach the shared tokens.
+            in_turn: Have the shared tokens' backward inside the layer's.
+            made: The result, where it is at hand; it then only gets its gradients.
+        """
+        shared = self.recorded[layer]
+        if constant:
+            shared = shared[0].detach(), shared[1].detach()
+        elif in_turn:
+            keys, values = backward_in_turn(shared, before=own[0])
+            shared = keys, values
+        results = made or (None, None)
+        keys, values = (
+            _PutBefore.apply(first, rest, self.rows, result)
+            for first, rest, result in zip(shared, own, results, strict=True)
+        )
+        return keys, values
+
+    def spread(self, per_shared: Tensor, batch_size: int) -> Tensor:
+        """``per_shared`` ``[N, ...]`` for each row, ``[B, ...]``."""
+        if self.rows is not None:
+            return per_shared.index_select(0, self.rows)
+        return per_shared.repeat_interleave(batch_size // per_shared.shape[0], dim=0)
+
+
+class _PutBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: Tensor, own: Tensor, rows: Tensor | None, made: Tensor | None) -> Tensor:
+        ctx.rows, ctx.count, ctx.length = rows, shared.shape[0], shared.shape[2]
+        if made is not None:
+            return made.view_as(made)
+        batch, heads, own_length, size = own.shape
+        full = own.new_empty(batch, ctx.length + own_length, heads, size)
+        first, shared = full[:, : ctx.length], shared.transpose(1, 2)
+        if rows is None:
+            first.unflatten(0, (ctx.count, -1)).copy_(shared[:, None])
+        else:
+            first.copy_(shared.index_select(0, rows))
+        full[:, ctx.length :] = own.transpose(1, 2)
+        return full.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shared_grad = own_grad = None
+        if ctx.needs_input_grad[0]:
+            first = grad[:, :, : ctx.length]
+            if ctx.rows is None:
+                shared_grad = first.unflatten(0, (ctx.count, -1)).sum(1)
+            else:
+                # Accumulated in float32: in half precision, each of G additions would round.
+                exact = torch.float64 if grad.dtype == torch.float64 else torch.float32
+                total = grad.new_zeros(ctx.count, *first.shape[1:], dtype=exact)
+                shared_grad = total.index_add_(0, ctx.rows, first.to(exact)).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            own_grad = grad[:, :, ctx.length :]
+        return shared_grad, own_grad, None, None

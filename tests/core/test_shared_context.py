@@ -1,0 +1,181 @@
+"""Rows that share a context run once equal rows that each have it before them."""
+
+import pytest
+import torch
+
+from cggr_core import SharedContext, routed_hidden, routed_logprobs
+from tests.support.logprobs import WAYS, slots, some
+from tests.support.model_steps import checkpoint_activations, tokens
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
+
+PROMPTS, GROUP, BEFORE, LENGTH = 2, 3, 7, 9
+ROWS = PROMPTS * GROUP
+
+
+def batch(padded=False, owners=None):
+    """A context, the rows' inputs, and the inputs with the context before every row."""
+    prompts = torch.randint(3, VOCAB, (PROMPTS, BEFORE + 1), generator=torch.Generator().manual_seed(0))
+    completions = torch.randint(3, VOCAB, (ROWS, LENGTH - 1), generator=torch.Generator().manual_seed(1))
+    of_row = torch.arange(ROWS) // GROUP if owners is None else owners
+    rows = torch.cat([prompts[of_row, -1:], completions], dim=1)
+    before = prompts[:, :-1]
+    context = SharedContext(before, rows=owners)
+    shared, repeated = {"input_ids": rows}, {"input_ids": torch.cat([before[of_row], rows], dim=1)}
+    if padded:
+        prompt_mask, row_mask = torch.ones_like(before), torch.ones_like(rows)
+        prompt_mask[0, :3], row_mask[1, -2:] = 0, 0
+        context = SharedContext(before, prompt_mask, owners)
+        shared["attention_mask"] = row_mask
+        repeated["attention_mask"] = torch.cat([prompt_mask[of_row], row_mask], dim=1)
+    return context, shared, repeated
+
+
+def kept():
+    keep = some(ROWS, LENGTH)
+    keep[:, 0] = True  # predicts the first token of the completion
+    keep[1, -3:] = False
+    return keep
+
+
+def before_rows(keep):
+    return torch.cat([torch.zeros(ROWS, BEFORE, dtype=torch.bool), keep], dim=1)
+
+
+def step(model, keep, inputs, *, gradient="kv", engine=None, capacity=6, **more):
+    """Log-probabilities of the rows, and gradients of a loss of them and of the entropies."""
+    form = slots(keep, capacity) if capacity else keep
+    found = routed_logprobs(model, **inputs, keep=form, gradient_mode=gradient, engine=engine, entropy=True, **more)
+    weight = torch.randn(ROWS, LENGTH, generator=torch.Generator().manual_seed(2))
+    logprob = found.logprob[:, -LENGTH:]
+    (weight * (logprob + found.entropy[:, -LENGTH:])).sum().backward()
+    return logprob.detach(), gradients(model)
+
+
+def assert_same(found, wanted):
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    assert relative_error(found[1], wanted[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached"])
+@pytest.mark.parametrize("name", [name for name in ROUTABLE if "masked" not in name])
+def test_equals_the_repeated_form(name, gradient):
+    model, (context, shared, repeated) = ROUTABLE[name](), batch()
+    wanted = step(model, before_rows(kept()), repeated, gradient=gradient)
+    assert_same(step(model, kept(), shared, gradient=gradient, context=context), wanted)
+
+
+@pytest.mark.parametrize(("gradient", "engine"), WAYS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon-alibi"])
+def test_padded_contexts_and_rows(name, gradient, engine):
+    model, (context, shared, repeated) = ROUTABLE[name](), batch(padded=True)
+    wanted = step(model, before_rows(kept()), repeated, gradient=gradient, engine=engine)
+    assert_same(step(model, kept(), shared, gradient=gradient, engine=engine, context=context), wanted)
+
+
+@pytest.mark.parametrize(("gradient", "engine"), WAYS)
+def test_rows_in_any_order(gradient, engine):
+    owners = torch.tensor([1, 0, 0, 1, 1, 1])
+    model, (context, shared, repeated) = ROUTABLE["llama"](), batch(padded=True, owners=owners)
+    wanted = step(model, before_rows(kept()), repeated, gradient=gradient, engine=engine)
+    assert_same(step(model, kept(), shared, gradient=gradient, engine=engine, context=context), wanted)
+
+
+@pytest.mark.parametrize("without", [[0, 3], [0, 1, 2], [1], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize("owners", [None, torch.tensor([1, 0, 0, 1, 1, 1])])
+def test_rows_that_keep_nothing_are_not_run_nor_are_their_contexts(owners, gradient, without):
+    model, (context, shared, repeated) = ROUTABLE["llama"](), batch(padded=True, owners=owners)
+    keep = kept()
+    keep[without] = False
+    wanted = step(model, before_rows(keep), repeated, gradient=gradient, capacity=None)
+    found = step(model, keep, shared, gradient=gradient, capacity=None, context=context)
+    if keep.any():
+        assert_same(found, wanted)
+    else:
+        assert not found[0].any() and not any(grad.any() for grad in found[1].values())
+
+
+@pytest.mark.parametrize(("gradient", "engine"), WAYS)
+def test_checkpointing_changes_nothing(gradient, engine):
+    model, (context, shared, _) = ROUTABLE["llama"](), batch()
+    wanted = step(model, kept(), shared, gradient=gradient, engine=engine, context=context)
+    checkpoint_activations(model)
+    assert_same(step(model, kept(), shared, gradient=gradient, engine=engine, context=context), wanted)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_everywhere_and_without_gradients(gradient):
+    model, (context, shared, repeated) = ROUTABLE["gemma2"](), batch()
+    settings = {"gradient_mode": gradient, "entropy": True, "everywhere": True}
+    wanted = routed_logprobs(model, **repeated, keep=before_rows(kept()), **settings)
+    found = routed_logprobs(model, **shared, keep=kept(), context=context, **settings)
+    with torch.no_grad():
+        constant = routed_logprobs(model, **shared, keep=kept(), context=context, **settings)
+    for value in (found, constant):
+        torch.testing.assert_close(value.logprob[:, :-1], wanted.logprob[:, BEFORE:-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(value.entropy[:, :-1], wanted.entropy[:, BEFORE:-1], rtol=1e-4, atol=1e-4)
+    assert found.logprob.requires_grad and not constant.logprob.requires_grad
+
+
+def test_hidden_states():
+    model, (context, shared, repeated) = ROUTABLE["llama"](), batch(padded=True)
+    results = []
+    for inputs, keep, more in ((repeated, before_rows(kept()), {}), (shared, kept(), {"context": context})):
+        states = routed_hidden(model, **inputs, keep=slots(keep, 6), **more)
+        states.hidden.square().sum().backward()
+        results.append((states.hidden[states.selection.valid].detach(), gradients(model)))
+    assert_same(*results)
+
+
+def test_half_precision_sums_the_rows_in_float32():
+    owners = torch.arange(ROWS) // GROUP
+    model = ROUTABLE["llama"]()
+    wanted = step(model, kept(), batch()[1], context=batch()[0])[1]
+    for order in (None, owners):
+        context, shared, _ = batch(owners=order)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = step(model, kept(), shared, context=context)[1]
+        assert relative_error(found, wanted) <= 0.05
+
+
+@pytest.mark.parametrize(("gradient", "engine"), WAYS)
+def test_the_context_is_run_once(gradient, engine):
+    model, (context, shared, _) = ROUTABLE["llama"](), batch()
+    step(model, kept(), shared, gradient=gradient, engine=engine, context=context)
+    run = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: run.append(out[..., 0].numel()))
+    step(model, kept(), shared, gradient=gradient, engine=engine, context=context)
+    hook.remove()
+    again = ROWS * 6 if engine == "two_pass" else 0  # kept tokens, in slots
+    assert sum(run) == PROMPTS * BEFORE + ROWS * LENGTH + again
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "message"),
+    [
+        (SharedContext(tokens(4, 5)), ValueError, "6 rows cannot go on from 4 contexts in equal shares"),
+        (SharedContext(tokens(2, 5)[0]), ValueError, r"context.input_ids must be \[N, L\]"),
+        (SharedContext(tokens(2, 5).float()), TypeError, "context.input_ids must hold integers"),
+        (SharedContext(tokens(2, 5), torch.ones(2, 4)), ValueError, r"context.attention_mask must have shape \(2, 5\)"),
+        (SharedContext(tokens(2, 5), rows=torch.zeros(2).long()), ValueError, r"context.rows must have shape \(6,\)"),
+        (SharedContext(tokens(2, 5), rows=torch.arange(6)), ValueError, r"context.rows must be in \[0, 2\)"),
+        (tokens(2, 5), TypeError, "context must be a SharedContext, got Tensor"),
+    ],
+)
+def test_bad_contexts(context, error, message):
+    with pytest.raises(error, match=message):
+        routed_logprobs(ROUTABLE["llama"](), **batch()[1], keep=kept(), context=context)
+
+
+def test_what_cannot_go_with_a_context():
+    context, shared, _ = batch()
+    with pytest.raises(ValueError, match="as input_ids and attention_mask alone, got position_ids, token_type_ids"):
+        zeros = torch.zeros_like(shared["input_ids"])
+        more = {"position_ids": zeros, "token_type_ids": zeros}
+        routed_logprobs(ROUTABLE["llama"](), **shared, **more, keep=kept(), context=context)
+    with pytest.raises(ValueError, match="a context is shared through keys and values"):
+        routed_logprobs(UNROUTABLE["mamba"](), **shared, keep=kept(), context=context, gradient_mode="exact")
+    model = ROUTABLE["mixtral"](output_router_logits=True)
+    with pytest.raises(ValueError, match="no balancing loss of expert routers"):
+        routed_logprobs(model, **shared, keep=kept(), context=context, gradient_mode="exact")
