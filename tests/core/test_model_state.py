@@ -88,7 +88,9 @@ class TestMetrics:
         assert metrics["kept_tokens"] == 9
         torch.testing.assert_close(metrics["loss"], loss)
         torch.testing.assert_close(metrics["score_kept"], loss)  # top-k of the loss, unweighted: the same mean
-        assert metrics["score_dropped"] < metrics["score_kept"]
+        # All scores together are the full loss's terms: tokens without a label have no part in either mean.
+        sums = 9 * metrics["score_kept"] + (33 - 9) * metrics["score_dropped"]
+        torch.testing.assert_close(sums, 33 * metrics["full_loss"])
         torch.testing.assert_close(
             metrics["full_loss"], model(input_ids=input_ids, labels=input_ids).loss.detach(), rtol=1e-5, atol=0
         )

@@ -131,6 +131,22 @@ class TestSurroundings:
         backward(part, input_ids, attention_mask=attention_mask)
         assert part.metrics["auxiliary_loss"] != wrapped.metrics["auxiliary_loss"]
 
+    @pytest.mark.parametrize("gradient", ["kv", "detached"])
+    @pytest.mark.parametrize("name", ["gpt-oss", "mixtral", "qwen3-moe"])
+    def test_balancing_loss_is_the_same_in_both_engines(self, name, gradient):
+        """The interleaved engine calls layers inside layers, whose routers must not be collected."""
+        model, input_ids = ROUTABLE[name](output_router_logits=True, router_aux_loss_coef=0.5), tokens()
+        found = {}
+        for engine in ("interleaved", "two_pass"):
+            wrapped = CGGRModel(model, gradient=gradient, engine=engine, selection="random", min_tokens_ratio=0.25)
+            loss, grads = backward(wrapped, input_ids, draw=0)
+            found[engine] = loss, wrapped.metrics["auxiliary_loss"], grads
+        (loss, auxiliary, grads), (other_loss, other_auxiliary, other_grads) = found.values()
+        assert auxiliary > 0.1
+        torch.testing.assert_close(auxiliary, other_auxiliary)
+        torch.testing.assert_close(loss, other_loss)
+        assert relative_error(grads, other_grads) <= 1e-5
+
     @pytest.mark.parametrize("gradient", MODES)
     def test_a_head_that_is_not_one_matrix_is_run_by_the_model(self, gradient):
         class DoublingHead(nn.Linear):

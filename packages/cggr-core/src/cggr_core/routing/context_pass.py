@@ -17,7 +17,6 @@ from cggr_core.routing.masks import routed_masks, whole_rows
 from cggr_core.routing.patching import (
     attention_implementation,
     replaced_forwards,
-    without_autocast_cache,
     without_checkpointing,
 )
 from cggr_core.routing.shared import KeyValue
@@ -100,7 +99,6 @@ def context_pass(
         replacements[layer] = partial(run, layer.forward) if number < depth else skip
     with (
         without_checkpointing(architecture),
-        without_autocast_cache(),
         _context_masks(model, architecture, inputs),
         replaced_forwards(replacements),
     ):

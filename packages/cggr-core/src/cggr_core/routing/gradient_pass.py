@@ -35,7 +35,6 @@ from cggr_core.routing.patching import (
     attention_implementation,
     replaced_forwards,
     uses_checkpointing,
-    without_autocast_cache,
     without_checkpointing,
 )
 from cggr_core.routing.rows import stop_gradient
@@ -110,7 +109,6 @@ def gradient_pass(
         replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
     with (
         without_checkpointing(architecture),
-        without_autocast_cache(),
         attention_implementation(architecture, attention),
         routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
         replaced_forwards(replacements),
@@ -194,7 +192,6 @@ class _OtherTokens:
         replacements[architecture.head.module] = partial(read_in_place_of_head, ignore_head)
         with (
             without_checkpointing(architecture),
-            without_autocast_cache(),
             attention_implementation(architecture, attention),
             routed_masks(inputs.visibility(self.index)),
             replaced_forwards(replacements),

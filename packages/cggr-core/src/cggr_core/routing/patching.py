@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from cggr_core.routing.architectures import Architecture
@@ -60,21 +59,6 @@ def without_checkpointing(architecture: Architecture) -> Iterator[None]:
 def uses_checkpointing(layer: nn.Module) -> bool:
     """Whether transformers was asked to recompute this layer in the backward pass."""
     return layer.training and layer.__dict__.get("gradient_checkpointing") is True
-
-
-@contextmanager
-def without_autocast_cache() -> Iterator[None]:
-    """Cast weights afresh at every use under autocast.
-
-    A weight cast where gradients are off is cached without its graph, and would be reused, silently without a
-    gradient, where they are on.
-    """
-    before = torch.is_autocast_cache_enabled()
-    try:
-        torch.set_autocast_cache_enabled(False)
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager
