@@ -47,7 +47,9 @@ def build(kind: type, config: type, folder: Any, tokenizer: Any, *, cggr: CGGRCo
         "use_cpu": True, "logging_steps": 1, "bf16": False, "dataloader_pin_memory": False, "disable_tqdm": True,
     }  # fmt: skip
     model, peft_config = values.pop("model", None), values.pop("peft_config", None)
-    more: dict[str, Any] = {name: values.pop(name) for name in ("train_dataset", "eval_dataset") if name in values}
+    more: dict[str, Any] = {
+        name: values.pop(name) for name in ("train_dataset", "eval_dataset", "data_collator") if name in values
+    }
     if hasattr(config, "num_generations"):
         plain.update(num_generations=2, max_completion_length=COMPLETION)
         more["reward_funcs"] = lambda completions, **_: [trained_text(text) for text in completions]

@@ -189,7 +189,7 @@ class Engine:
         return truncated(self.architecture, depth, self._probe.layer_output)
 
     def context(
-        self, inputs: TokenInputs, *, depth: int, keep_graph: bool, head: bool
+        self, inputs: TokenInputs, *, depth: int, keep_graph: bool, head: bool, hidden: bool = False
     ) -> tuple[Context, Tensor | None]:
         """All tokens through ``depth`` layers without keeping activations.
 
@@ -198,13 +198,14 @@ class Engine:
             depth: Number of layers.
             keep_graph: Keep the graph of keys and values.
             head: Whether the head values are wanted.
+            hidden: Give the head's input whatever the head is.
 
         Returns:
             Keys and values, and the head values ``[B, S, ...]`` if wanted.
         """
         assert self._probe is not None, "prepare() comes first"
         seen: list[Tensor] = []
-        own_head = head and not self.architecture.head.fused
+        own_head = head and not (self.architecture.head.fused or hidden)
         context = context_pass(
             self.model,
             self.architecture,

@@ -8,7 +8,7 @@ their normalisers and the head stay TRL's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from cggr_core import Selection
 from cggr_core.routing import NO_CONTEXT, Engine, replaced_forwards, unwrapped, without_hooks
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
+from cggr_train.trainer.trl.hooks import uncached_autocast
 from cggr_train.trainer.trl.rows import is_in, rows_of, spread, take_rows
 
 IGNORED = -100
@@ -57,17 +58,21 @@ class RoutedForward:
         model: The model as the trainer holds it, with TRL's fused head, possibly wrapped by PEFT.
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
         scoring: Adds up the time of measuring.
+        autocast: The trainer's mixed precision.
 
     Attributes:
         metrics: ``kept_tokens``, ``countable_tokens`` and ``rows_skipped`` of the last update, 0-dim tensors.
     """
 
-    def __init__(self, model: nn.Module, gradient: str, scoring: Stopwatch) -> None:
+    def __init__(
+        self, model: nn.Module, gradient: str, scoring: Stopwatch, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         self.model = model
         self.metrics: dict[str, Tensor] = {}
         self._engine = Engine(model)
         self._gradient = gradient
         self._scoring = scoring
+        self._autocast = autocast
 
     @contextmanager
     def installed(self, plan: Plan) -> Iterator[None]:
@@ -80,7 +85,12 @@ class RoutedForward:
             if args or inputs.get("labels") is None:
                 raise ValueError("a routed fused forward takes its inputs by name, and labels that are not shifted")
             # The passes call the model inside its own call, whose hooks have run.
-            with replaced_forwards({self.model: own}), without_hooks(self.model), _uncached_autocast():
+            with (
+                replaced_forwards({self.model: own}),
+                without_hooks(self.model),
+                self._autocast(),
+                uncached_autocast(),
+            ):
                 return self._fused(plan, **{name: inputs[name] for name in inputs if name != "fused_lm_head"})
 
         with replaced_forwards({self.model: forward}):
@@ -98,7 +108,7 @@ class RoutedForward:
                 continue
             if weight is not None and value.requires_grad:
                 value = value.detach() + weight * (value - value.detach())
-            output[name] = value[:, :-1]
+            output[name] = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value)[:, :-1]
         count = countable.sum()
         output.label_mask = countable[:, :-1]
         output.loss = -output.log_probs.sum() / (
@@ -143,8 +153,8 @@ class RoutedForward:
             context, measured = NO_CONTEXT, None
             if plan.measure:
                 with self._scoring.measure(targets.device):
-                    context, hidden = self._head_input(
-                        lambda: engine.context(batch, depth=engine.depth, keep_graph=keep_graph, head=True)
+                    context, hidden = engine.context(
+                        batch, depth=engine.depth, keep_graph=keep_graph, head=True, hidden=True
                     )
                     measured = self._measured(plan, inputs, targets, rows, hidden)
             keep, weight = _chosen(plan, countable, measured)
@@ -152,9 +162,7 @@ class RoutedForward:
             selection = Selection.from_mask(kept)
             if not selection.index.shape[1]:  # nothing is kept: one slot that holds nothing connects the graph
                 selection = Selection.from_mask(kept, capacity=1)
-            auxiliary, hidden = self._head_input(
-                lambda: engine.gradient(batch, selection, context, keep_graph=keep_graph)[::-1]
-            )
+            hidden, auxiliary = engine.gradient(batch, selection, context, keep_graph=keep_graph, hidden=True)
         index, valid = selection.index, selection.valid
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
@@ -205,20 +213,6 @@ class RoutedForward:
         with replaced_forwards(backbone), without_hooks(base.base_model):
             return base.forward(fused_lm_head=True, shift_labels=targets, output_router_logits=False)
 
-    def _head_input(self, passed: Callable[[], tuple[Any, Any]]) -> tuple[Any, Tensor]:
-        """What a pass gives besides its head values, and the input of the output embedding, for TRL's head."""
-        seen: list[Tensor] = []
-        module = self._engine.architecture.head.module
-
-        def note(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            seen.append(hidden)
-            return hidden.detach()
-
-        with replaced_forwards({module: note}):
-            found, values = passed()
-        # A head that is one matrix is read by the engine itself, and its module not called.
-        return found, seen[0] if seen else values
-
     @staticmethod
     def _below(name: str, like: Tensor, targets: Tensor, plan: Plan, measured: Mapping[str, Tensor] | None) -> Tensor:
         """What is reported where nothing is computed, ``[B, S]``."""
@@ -255,14 +249,3 @@ def _chosen(plan: Plan, countable: Tensor, measured: Mapping[str, Tensor] | None
 def _per_token(output: Any) -> dict[str, Tensor]:
     """The fields that the trainer has asked TRL's head for."""
     return {name: value for name in _PER_TOKEN if (value := output.get(name)) is not None}
-
-
-@contextmanager
-def _uncached_autocast() -> Iterator[None]:
-    # A weight cast where gradients are off would be reused, silently without a gradient, where they are on.
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 TESTED = "TRL 1.16"
 
 
@@ -22,6 +24,17 @@ def overridden(trainer: Any, **methods: Any) -> Iterator[None]:
         for name in methods:
             vars(trainer).pop(name, None)
         vars(trainer).update(before)
+
+
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """Cast weights at every use: one cast where gradients are off would be reused, without, where they are on."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def check_fused_head(trainer: Any, model: Any) -> None:

@@ -16,6 +16,8 @@ KNOWN = {
     ("trl.trainer.kto_trainer", "KTOTrainer"): "preference",
     ("trl.trainer.grpo_trainer", "GRPOTrainer"): "policy",
     ("trl.trainer.rloo_trainer", "RLOOTrainer"): "policy",
+    ("trl.trainer.distillation_trainer", "DistillationTrainer"): "distillation",
+    ("trl.experimental.gkd.gkd_trainer", "GKDTrainer"): "gkd",
 }
 
 
@@ -55,6 +57,14 @@ def task_loss(trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> TaskLoss 
         from cggr_train.trainer.trl.policy import PolicyLoss
 
         return PolicyLoss(trainer, config, scoring)
+    if kind == "distillation":
+        from cggr_train.trainer.trl.distillation import DistillationLoss
+
+        return DistillationLoss(trainer, config, scoring)
+    if kind == "gkd":
+        from cggr_train.trainer.trl.gkd import GKDLoss
+
+        return GKDLoss(trainer, config, scoring)
     from cggr_train.trainer.trl.task import LabelledLoss
 
     return LabelledLoss(trainer, config, scoring)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cggr_core import select
+from cggr_core import keep_random
 from cggr_core.routing import unwrapped
 from cggr_core.settings import RoutingSettings
 from cggr_train.trainer.config import given
@@ -92,18 +92,18 @@ class TaskLoss:
     def _name(self) -> str:
         return next(base.__name__ for base in type(self.trainer).__mro__ if base.__module__.split(".")[0] == "trl")
 
+    def draw(self) -> dict[str, int]:
+        """Numbers of the next random draw: the same however the step is split."""
+        trainer, seed = self.trainer, self.config.selection_seed
+        return {
+            "seed": trainer.args.seed if seed is None else seed,
+            "draw": trainer.state.global_step,
+            "first_row": trainer.first_row(),
+        }
+
     def _random(self, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """Every labelled token alike, with the inverse of its probability as a factor on its gradient."""
-        trainer = self.trainer
-        selection = select(
-            torch.zeros(countable.shape, device=countable.device),
-            countable,
-            ratio=self.ratio,
-            selection="random",
-            seed=trainer.args.seed if self.config.selection_seed is None else self.config.selection_seed,
-            draw=trainer.state.global_step,
-            first_row=trainer.first_row(),
-        )
+        selection = keep_random(countable, self.ratio, **self.draw())
         width = countable.shape[1]
         weight = torch.zeros((len(countable), width + 1), device=countable.device)
         weight = weight.scatter(1, selection.index.masked_fill(~selection.valid, width), selection.weight)[:, :width]
@@ -141,5 +141,6 @@ class LabelledLoss(TaskLoss):
         """What stands in for the forward of the trainer's present model."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if self._forward is None or self._forward.model is not model:
-            self._forward = RoutedForward(model, self.config.gradient, self.scoring)
+            autocast = self.trainer.accelerator.autocast
+            self._forward = RoutedForward(model, self.config.gradient, self.scoring, autocast)
         return self._forward
