@@ -27,6 +27,7 @@ def step(model, input_ids=None, *, gradient="kv", engine=None, keep=None, **inpu
     return found
 
 
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
 @pytest.mark.parametrize(("gradient", "engine"), WAYS)
 @pytest.mark.filterwarnings("ignore:the head of PeftModelForCausalLM is not one matrix")

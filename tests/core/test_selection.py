@@ -400,7 +400,13 @@ def test_from_mask():
     assert made.ratio == 1.0
     assert Selection.from_mask(mask, countable=mask).weight.max() == 1.0
     assert Selection.from_mask(mask, capacity=10).valid.sum(1).tolist() == [10, 1]
-    assert Selection.from_mask(torch.zeros(2, 5, dtype=torch.bool)).index.shape == (2, 0)
+    nothing = Selection.from_mask(torch.zeros(2, 5, dtype=torch.bool))
+    assert nothing.index.shape == (
+        2,
+        1,
+    )  # an empty slot each, so that a pass over the kept tokens has a token to run on
+    assert not nothing.valid.any()
+    assert not nothing.weight.any()
     assert Selection.from_mask(torch.zeros(0, 5, dtype=torch.bool)).mask.shape == (0, 5)
     assert Selection.from_mask(torch.ones(2, 5, dtype=torch.bool)).index.shape == (2, 5)
 

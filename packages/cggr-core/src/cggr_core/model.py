@@ -212,7 +212,6 @@ class CGGRModel(nn.Module):
         if self.scoring_stopwatch is not None:
             router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
         router.prepare(batch)
-        self._engine.prepare(batch.tokens, routing=self.settings.routes_keys_and_values)
         result = run_step(self.settings, batch, self._engine, router, self.schedule, self._draws)
         self.schedule.note_forward()
         self._deferred.post(result, self.schedule)

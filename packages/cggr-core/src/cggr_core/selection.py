@@ -131,7 +131,8 @@ class Selection:
         if capacity is None:
             largest = int(mask.sum(1).max()) if mask.numel() else 0
             capacity = slots_in_steps(largest, mask.shape[1])
-        capacity = min(S, check_at_least("capacity", capacity, 0))
+        # One slot at least, empty where nothing is kept: a pass over no token at all is more than models take.
+        capacity = min(S, max(check_at_least("capacity", capacity, 0), 1))
         keep = mask & (mask.cumsum(1) <= capacity)
         index, valid = compact(keep, capacity)
         kept, n = keep.sum(), countable.sum()

@@ -79,7 +79,7 @@ def describe(model: nn.Module) -> Architecture:
 
     Raises:
         TypeError: If ``model`` is not a Hugging Face model.
-        ValueError: If it has no output embedding.
+        ValueError: If it has no output embedding, or is an encoder-decoder model.
     """
     base = unwrapped(model)
     config = getattr(base, "config", None)
@@ -87,6 +87,11 @@ def describe(model: nn.Module) -> Architecture:
         raise TypeError(
             f"model must be a Hugging Face transformers language model (PreTrainedModel or a PEFT wrapper of one), "
             f"got {type(model).__name__}"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder model, and CGGR routes causal and masked language models; "
+            "train it with its own forward"
         )
     text_config = config.get_text_config()
     layers, owner = _find_layers(base, text_config.num_hidden_layers)
@@ -136,15 +141,31 @@ def _find_head(base: Any, config: Any) -> Head:
     elif getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
         scale = float(config.logit_scale)
     softcap = getattr(config, "final_logit_softcapping", None)
-    # A subclass with another forward (quantised, LoRA) is not the plain matrix, even where it equals it today.
-    fused = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return Head(module, scale, None if softcap is None else float(softcap), fused)
+    return Head(module, scale, None if softcap is None else float(softcap), is_plain_matrix(module))
+
+
+def is_plain_matrix(module: nn.Module) -> bool:
+    """Whether calling a head is multiplying by its weight and nothing else.
+
+    A subclass with another forward (quantised, LoRA) is not, even where it equals it today; nor is a module with hooks
+    (which may change its output, or bring an offloaded weight) or with a forward of its own.
+    """
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain and "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is done around a module's call, besides gathering its weights (FSDP2)."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+        for registered in hooks
+        for hook in registered.values()
+    )
 
 
 def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:
     name = type(base).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{name} is an encoder-decoder model"
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     stateful = sorted({kind for kind in layer_types if any(word in kind for word in _STATEFUL)})
     if stateful:
@@ -164,6 +185,13 @@ def _cache_name(base: nn.Module, owner: nn.Module) -> str:
     # it that takes one.
     takers = (base, getattr(base, "base_model", base), owner)
     return next((name for module in takers if (name := _cache_parameter(module)) is not None), CACHE_NAMES[0])
+
+
+def structure(model: nn.Module) -> tuple[int, int, int, bool]:
+    """What a description stands and falls with, cheap to compare in every step: the parts that users replace."""
+    base = unwrapped(model)
+    head = base.get_output_embeddings()
+    return id(base), id(head), id(base.get_input_embeddings()), head is not None and is_plain_matrix(head)
 
 
 def default_position_ids(

@@ -1,7 +1,7 @@
 """The context pass: all tokens through the first layers, leaving keys, values and what the head saw."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.architectures import Architecture, has_hooks
 from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import RecordingCache
 from cggr_core.routing.inputs import TokenInputs
@@ -18,6 +18,7 @@ from cggr_core.routing.patching import (
     attention_implementation,
     replaced_forwards,
     without_checkpointing,
+    without_hooks,
 )
 from cggr_core.routing.shared import KeyValue
 
@@ -93,14 +94,13 @@ def context_pass(
         return layer_output(hidden)
 
     replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
-    if read_head is not None:
-        replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
     for number, layer in enumerate(architecture.layers):
         replacements[layer] = partial(run, layer.forward) if number < depth else skip
     with (
         without_checkpointing(architecture),
         _context_masks(model, architecture, inputs),
         replaced_forwards(replacements),
+        head_read_by(architecture, read_head),
     ):
         output = model(**inputs.arguments(), **inputs.quiet, **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(depth)) - cache.recorded.keys())
@@ -123,10 +123,23 @@ def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenIn
         yield
 
 
-def read_in_place_of_head(read_head: HeadReader, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A head's forward that only shows its input; what the model makes of the result is not used."""
-    read_head(hidden)
-    return hidden.detach()
+@contextmanager
+def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> Iterator[None]:
+    """Show the head's input instead of running the head; what the model makes of the result is not used.
+
+    Hooks on the head are about its logits, and are not run. ``None`` changes nothing.
+    """
+    if read_head is None:
+        yield
+        return
+
+    def read(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        read_head(hidden)
+        return hidden.detach()
+
+    head = architecture.head.module
+    with replaced_forwards({head: read}), without_hooks(head) if has_hooks(head) else nullcontext():
+        yield
 
 
 def ignore_head(hidden: Tensor) -> None:

@@ -3,18 +3,17 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture, describe, unwrapped
-from cggr_core.routing.context_pass import Context, context_pass, ignore_head, layer_input, read_in_place_of_head
+from cggr_core.routing.architectures import Architecture, describe, structure, unwrapped
+from cggr_core.routing.context_pass import Context, context_pass, head_read_by, ignore_head, layer_input
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
+from cggr_core.routing.loss_agreement import auxiliary_loss, without_loss_arguments
 from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.patching import replaced_forwards
 from cggr_core.routing.probe import Probe, probe
 from cggr_core.routing.shared import KeyValue
 from cggr_core.routing.truncation import truncated
@@ -33,24 +32,37 @@ class Engine:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes depend on its class
-        self._described = describe(model)
+        self._look()
+
+    def _look(self) -> None:
+        """Describe the model as it is now; what was seen of it before no longer holds."""
+        self._description = describe(self.model)
+        self._structure = structure(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was seen of a model holds functions made for it; a copy looks for itself.
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model = state["model"]
+        self._look()
 
     @property
     def architecture(self) -> Architecture:
         """The description, corrected by what the first batch showed."""
-        return self._described if self._probe is None else self._probe.architecture
+        return self._description if self._probe is None else self._probe.architecture
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return len(self._described.layers)
+        return len(self._description.layers)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the head."""
-        weight = getattr(self._described.head.module, "weight", None)
+        weight = getattr(unwrapped(self.model).get_output_embeddings(), "weight", None)
         if weight is not None and weight.dim() == 2:
             return weight.shape[0]
         return self.model.config.get_text_config().vocab_size
@@ -76,9 +88,13 @@ class Engine:
         **options: Any,
     ) -> TokenInputs:
         """A checked batch; see :func:`cggr_core.routing.inputs.token_inputs`."""
+        # Once a step and before its passes: embeddings are resized, heads replaced and adapters added after a model was
+        # wrapped.
+        if structure(self.model) != self._structure:
+            self._look()
         return token_inputs(
             self.model,
-            self._described,
+            self._description,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -87,26 +103,34 @@ class Engine:
             options=options,
         )
 
-    def prepare(self, inputs: TokenInputs, *, routing: bool) -> None:
+    def without_loss_arguments(
+        self, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
+    ) -> tuple[dict[str, Any], Tensor | float | None]:
+        """A forward's arguments less its loss's; see :mod:`cggr_core.routing.loss_agreement`."""
+        return without_loss_arguments(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
+
+    def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False) -> None:
         """Look at the model on a few tokens of its first batch.
 
         Args:
             inputs: The batch.
             routing: Whether keys and values will be routed.
+            own_loss: Whether the step's loss stands for the model's own, which is then held to it.
 
         Raises:
-            ValueError: If they will, and this model cannot.
+            ValueError: If they will, and this model cannot; or if the model's own loss is another one.
         """
         packed = routing and inputs.segment is not None
         wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
+        wanted |= {"own_loss"} if own_loss else set()
         if self._probe is None or not wanted <= self._probed:
-            self._probe = probe(self.model, self._described, inputs, routing=routing)
+            self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
             self._probed |= wanted
             head = self._probe.architecture.head
-            if self._described.head.fused and not head.fused:
+            if not head.fused:
                 warnings.warn(
-                    f"the head of {type(self.model).__name__} is not one matrix with a scale and a softcap; its own "
-                    "logits are used, [tokens, vocabulary] at a time",
+                    f"the head of {type(unwrapped(self.model)).__name__} is not one matrix with a scale and a softcap, or has "
+                    "hooks or adapters; its own logits are used, [tokens, vocabulary] at a time",
                     stacklevel=3,
                 )
         if routing and self.architecture.obstacle is not None:
@@ -133,14 +157,14 @@ class Engine:
         if not (self.architecture.head.fused or hidden):
             with self._truncated(depth):
                 output = self._forward(arguments)
-            return output.logits, self._auxiliary_loss(output)
+            return output.logits, auxiliary_loss(self.model, output)
         seen: list[Tensor] = []
         with (
             self._truncated(depth),
-            replaced_forwards({self.architecture.head.module: partial(read_in_place_of_head, seen.append)}),
+            head_read_by(self.architecture, seen.append),
         ):
             output = self._forward(arguments)
-        return seen[0], self._auxiliary_loss(output)
+        return seen[0], auxiliary_loss(self.model, output)
 
     def logits(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
         """The logits ``[B, S, V]`` of an ordinary forward through ``depth`` layers (all by default)."""
@@ -155,7 +179,7 @@ class Engine:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(layer_input(args, kwargs).detach())
 
-        hook = self._described.layers[depth].register_forward_pre_hook(note, with_kwargs=True)
+        hook = self._description.layers[depth].register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield seen
         finally:
@@ -163,10 +187,9 @@ class Engine:
 
     def hidden(self, arguments: dict[str, Any], *, depth: int) -> Tensor:
         """Input of layer ``depth`` at every position ``[B, S, H]``, detached; no layer above is run, nor the head."""
-        head = partial(read_in_place_of_head, ignore_head)
         with (
             self._truncated(depth),
-            replaced_forwards({self.architecture.head.module: head}),
+            head_read_by(self.architecture, ignore_head),
             self.hidden_states(depth) as seen,
         ):
             self._forward(arguments)
@@ -254,10 +277,4 @@ class Engine:
             layer_output=self._probe.layer_output,
             note=note,
         )
-        return seen[0] if fused else output.logits, self._auxiliary_loss(output)
-
-    def _auxiliary_loss(self, output: Any) -> Tensor | None:
-        loss = getattr(output, "aux_loss", None)
-        if not isinstance(loss, Tensor):
-            return None
-        return loss * self.model.config.get_text_config().router_aux_loss_coef
+        return seen[0] if fused else output.logits, auxiliary_loss(self.model, output)

@@ -23,9 +23,9 @@ from cggr_core.routing.context_pass import (
     Context,
     HeadReader,
     LayerOutput,
+    head_read_by,
     ignore_head,
     layer_input,
-    read_in_place_of_head,
     with_layer_input,
 )
 from cggr_core.routing.inputs import TokenInputs, other_positions
@@ -105,13 +105,12 @@ def gradient_pass(
             forward = partial(_run_with_fillers, forward, selection.valid)
         if checkpointed or keep_graph:
             replacements[layer] = forward
-    if read_head is not None:
-        replacements[architecture.head.module] = partial(read_in_place_of_head, read_head)
     with (
         without_checkpointing(architecture),
         attention_implementation(architecture, attention),
         routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
         replaced_forwards(replacements),
+        head_read_by(architecture, read_head),
     ):
         output = model(**inputs.arguments(index), **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)
@@ -189,12 +188,12 @@ class _OtherTokens:
 
         replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
         replacements.update(dict.fromkeys(architecture.layers, note))
-        replacements[architecture.head.module] = partial(read_in_place_of_head, ignore_head)
         with (
             without_checkpointing(architecture),
             attention_implementation(architecture, attention),
             routed_masks(inputs.visibility(self.index)),
             replaced_forwards(replacements),
+            head_read_by(architecture, ignore_head),
         ):
             cache = {architecture.cache_name: self._cache}
             model(**inputs.arguments(self.index), **inputs.quiet, **cache, use_cache=True)

@@ -13,6 +13,7 @@ from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, ignore_head
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.loss_agreement import own_alignment
 from cggr_core.routing.masks import packed_segments
 from cggr_core.routing.norms import fused_norms
 from cggr_core.routing.patching import without_checkpointing
@@ -41,7 +42,9 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool) -> Probe:
+def probe(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool, own_loss: bool = False
+) -> Probe:
     """Run the model on at most 2 x 8 tokens of a batch, in evaluation mode, plainly and routed.
 
     Args:
@@ -49,12 +52,13 @@ def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, 
         architecture: Its description.
         inputs: The batch to take tokens from.
         routing: Also compare the routed passes with the plain forward.
+        own_loss: Also hold the model's own loss to cross-entropy, which says how it aligns its labels.
 
     Returns:
         The corrected description. Values are read on the host: this happens once, before the first step.
 
     Raises:
-        ValueError: If the logits are NaN, or not one row for each token.
+        ValueError: If the logits are NaN, or not one row for each token; or if the model's own loss is another one.
     """
     few = _few_tokens(inputs)
     packing_obstacle = None
@@ -80,6 +84,9 @@ def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, 
             if head.softcap is not None:
                 fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
             head = replace(head, fused=_close(fused_logits, logits))
+        if own_loss:
+            shifted = own_alignment(model, architecture, inputs)
+            architecture = architecture if shifted is None else replace(architecture, shifted=shifted)
         obstacle = architecture.obstacle
         if routing and obstacle is None:
             obstacle = _routing_obstacle(model, architecture, few, head_input, layer_output)
@@ -135,7 +142,9 @@ def _plain_forward(
             layer.register_forward_hook(lambda module, args, output: outputs.append(output))
             for layer in architecture.layers[:1]
         ),
-        architecture.head.module.register_forward_pre_hook(lambda module, args: head_inputs.append(args[0])),
+        architecture.head.module.register_forward_pre_hook(
+            lambda module, args: head_inputs.append(args[0]), prepend=True
+        ),
     ]
     try:
         with without_checkpointing(architecture):

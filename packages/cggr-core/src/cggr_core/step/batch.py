@@ -60,11 +60,16 @@ class StepBatch:
 
         Raises:
             TypeError: If an argument has a wrong type or dtype.
-            ValueError: If a shape, a device or (on CPU) a label does not fit, or an argument is missing or would not
-                be read.
+            ValueError: If a shape, a device or (on CPU) a label does not fit, an argument is missing or would not be
+                read, or the model cannot be routed or has another loss.
         """
+        arguments, given["num_items"] = engine.without_loss_arguments(
+            arguments, num_items=given.get("num_items"), ignore_index=settings.ignore_index
+        )
         tokens = engine.inputs(**arguments)
         check_step_arguments(settings, tokens.shape, tokens.position_ids, labels=labels, **given)
+        # How the model aligns its labels is seen on its first batch.
+        engine.prepare(tokens, routing=settings.routes_keys_and_values, own_loss=True)
         targets = align_labels(
             labels,
             shifted=engine.architecture.shifted,

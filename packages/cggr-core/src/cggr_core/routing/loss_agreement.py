@@ -1,0 +1,216 @@
+"""Whether a model's own loss is the cross-entropy of a routed step, held on a few tokens before the first step."""
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cggr_core.head import autocast_active
+from cggr_core.routing.architectures import Architecture, unwrapped
+from cggr_core.routing.inputs import TokenInputs
+
+IGNORED = -100
+_ROWS, _TOKENS = 2, 8
+# Losses are computed in float32 by nearly all models; those that are not round to the logits' dtype.
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
+# Settings that add a term to a loss or change it, by the words that are in their names.
+_LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
+# What losses are known to read, beside what the model's own loss function says it does.
+_LOSS_ARGUMENTS = frozenset(
+    {"num_items_in_batch", "ignore_index", "shift_labels", "label_smoothing", "reduction", "class_weights"}
+)
+_NOT_FOR_LOSS_ALONE = frozenset(
+    {
+        "logits",
+        "labels",
+        "vocab_size",
+        "config",
+        "kwargs",
+        "args",
+        "self",
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "inputs_embeds",
+        "token_type_ids",
+    }
+)
+_MODALITY_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|media|speech)\w*_token_(id|index)$")
+
+
+@torch.no_grad()
+def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> bool | None:
+    """Hold the model's own loss on a few labelled tokens to the cross-entropy of its own logits.
+
+    Args:
+        model: The model, in evaluation mode.
+        architecture: Its description.
+        inputs: The batch to take tokens from.
+
+    Returns:
+        Whether the model shifts its labels; ``None`` where that cannot be seen: it computes no loss, or the rows have
+        a single token.
+
+    Raises:
+        ValueError: If its loss is another one with either alignment, or cannot be computed.
+    """
+    base = unwrapped(model)
+    parameters = inspect.signature(base.forward).parameters
+    takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_labels or inputs.shape[1] < 2:
+        return None
+    arguments, labels = _few_labelled_tokens(base, inputs)
+    name = type(base).__name__
+    try:
+        output = model(**arguments, labels=labels, use_cache=False)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name} was given labels for a few tokens, to hold its own loss to cross-entropy, and raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    own = getattr(output, "loss", None)
+    if own is None:
+        return None
+    if own.numel() != 1:
+        raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, and a routed step has one number")
+    auxiliary = auxiliary_loss(model, output)
+    tolerance = _tolerance(output.logits)
+    found: dict[bool, float] = {}
+    for shifted in (architecture.shifted, not architecture.shifted):
+        ours = _mean_nll(output.logits, labels, shifted)
+        found[shifted] = float(ours if auxiliary is None else ours + auxiliary)
+        if abs(found[shifted] - float(own)) <= tolerance * max(1.0, abs(float(own))):
+            return shifted
+    raise ValueError(
+        f"{name}'s own loss is not the mean cross-entropy of its logits that a routed step computes: on "
+        f"{labels.numel()} tokens it is {float(own):.6g}, cross-entropy {found[True]:.6g} with shifted labels and "
+        f"{found[False]:.6g} without ({_likely_cause(base)}); train it with its own forward, or build your loss from "
+        "its logits"
+    )
+
+
+def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
+    """The part of a model's loss that its expert routers add, weighted as the model weights it."""
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    base = unwrapped(model)
+    config = base.config.get_text_config()
+    for holder in (base, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient"):
+            coefficient = getattr(holder, name, None)
+            if coefficient is not None:
+                return loss * coefficient
+    raise ValueError(
+        f"{type(base).__name__} returns an auxiliary loss, and neither it nor its config has a router_aux_loss_coef to "
+        "weight it with; set config.router_aux_loss_coef, or config.output_router_logits=False"
+    )
+
+
+def without_loss_arguments(
+    model: nn.Module, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
+) -> tuple[dict[str, Any], Tensor | float | None]:
+    """Take what only a model's loss reads out of a forward's arguments: the passes have no labels to go with it.
+
+    Args:
+        model: The model.
+        arguments: Of its forward.
+        num_items: Countable tokens of the whole optimiser step, or ``None``.
+        ignore_index: Of the labels.
+
+    Returns:
+        The other arguments, and ``num_items``, which transformers calls ``num_items_in_batch``.
+
+    Raises:
+        ValueError: If one would change the loss in a way that a routed step does not have, or both names are given.
+    """
+    named = _LOSS_ARGUMENTS | set(_parameters(getattr(unwrapped(model), "loss_function", None)))
+    given = (named - _NOT_FOR_LOSS_ALONE) & arguments.keys()
+    if not given:
+        return arguments, num_items
+    rest = {name: value for name, value in arguments.items() if name not in given}
+    for name in sorted(given):
+        value = arguments[name]
+        if name == "num_items_in_batch":
+            if num_items is not None:
+                raise ValueError("num_items and num_items_in_batch are the same number; give one of them")
+            num_items = value
+        elif name == "ignore_index":
+            if value != ignore_index:
+                raise ValueError(
+                    f"ignore_index={value}: this model was made with ignore_index={ignore_index}; make it with "
+                    f"CGGRModel(model, ignore_index={value})"
+                )
+        elif name == "shift_labels":
+            raise ValueError("shift_labels: a routed step shifts labels itself, as the model does; give labels alone")
+        else:
+            raise ValueError(
+                f"{name} is an argument of the model's own loss, and a routed step's loss is cross-entropy with "
+                "token_weight; leave it out, or build your loss from the model's logits"
+            )
+    return rest, num_items
+
+
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
+
+
+def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Tensor], Tensor]:
+    tokens = {name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()}
+    config = base.config.get_text_config()
+    like = next(iter(tokens.values()))
+    if "input_ids" in tokens:
+        tokens["input_ids"] = labels = _text_alone(tokens["input_ids"], base.config)
+        labels = labels.long().clone()
+    else:
+        labels = torch.arange(like.shape[0] * like.shape[1], device=like.device).view(like.shape[:2])
+        labels = labels % config.vocab_size
+    # What a loss might ignore besides -100, and -100 itself: a padding token is a target like any other.
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(padding, int) and 0 <= padding < config.vocab_size and labels.shape[1] > 2:
+        labels[0, 2] = padding
+    if labels.shape[1] > 3:
+        labels[:, 3] = IGNORED
+    return tokens, labels
+
+
+def _text_alone(input_ids: Tensor, config: Any) -> Tensor:
+    """Token ids in which placeholders of images and the like, which need their inputs, are other tokens."""
+    special = {
+        value
+        for owner in (config, config.get_text_config())
+        for name, value in vars(owner).items()
+        if isinstance(value, int) and _MODALITY_TOKEN.search(name)
+    }
+    if not special:
+        return input_ids
+    plain = next(token for token in range(len(special) + 1) if token not in special)
+    placeholders = torch.isin(input_ids, torch.tensor(sorted(special), device=input_ids.device))
+    return input_ids.masked_fill(placeholders, plain)
+
+
+def _mean_nll(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
+    targets = labels[:, 1:] if shifted else labels
+    logits = logits[:, :-1] if shifted else logits
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def _tolerance(logits: Tensor) -> float:
+    exact = logits.dtype in (torch.float32, torch.float64) and not autocast_active(logits.device.type)
+    return _TOLERANCE if exact else _HALF_TOLERANCE
+
+
+def _likely_cause(base: Any) -> str:
+    if "loss_function" in base.__dict__ or "_loss_function" in base.__dict__:
+        return "its loss_function was replaced"
+    settings = {
+        name: value
+        for name, value in vars(base.config.get_text_config()).items()
+        if _LOSS_SETTINGS.search(name) and isinstance(value, int | float | str) and value not in (0, "", False)
+    }
+    if settings:
+        return "its config has " + ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
+    return "it has a further term, another weighting or other ignored labels"

@@ -1,0 +1,138 @@
+"""The loss of a routed step is the model's own, or the model is refused with both numbers."""
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from cggr_core import CGGRModel
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+    "is_decoder": True,
+}
+XLM = {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
+XLNET = {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "dropout": 0.0}
+
+
+def decoder(name: str):
+    return lambda: getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**BART))
+
+
+# Models that predict the label at its own position.
+UNSHIFTED = {
+    **{name: decoder(name) for name in ("Bart", "MBart", "Pegasus", "Marian", "Blenderbot", "PLBart", "TrOCR")},
+    "XLM": lambda: transformers.XLMWithLMHeadModel(transformers.XLMConfig(**XLM)),
+    "Flaubert": lambda: transformers.FlaubertWithLMHeadModel(transformers.FlaubertConfig(**XLM)),
+    "XLNet": lambda: transformers.XLNetLMHeadModel(transformers.XLNetConfig(**XLNET)),
+}
+
+
+def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def scattered(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.15)
+    return model.train()
+
+
+@pytest.mark.parametrize("name", UNSHIFTED)
+def test_models_that_do_not_shift_labels_keep_their_alignment(name):
+    model, input_ids = scattered(UNSHIFTED[name]()), tokens()
+    labels = input_ids.clone()
+    labels[0, :3] = -100
+    own = model(input_ids=input_ids, labels=labels).loss
+    found = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train()(input_ids, labels=labels)
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_a_replaced_loss_function_is_refused_with_both_numbers(gradient):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    model.loss_function = lambda logits, labels, vocab_size, **options: cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.5
+    )
+    with pytest.raises(ValueError, match=r"own loss is not the mean cross-entropy .* loss_function was replaced"):
+        CGGRModel(model, gradient=gradient).train()(input_ids, labels=input_ids)
+
+
+def test_a_further_term_is_refused_by_the_name_of_its_setting():
+    sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    config = transformers.BambaConfig(
+        vocab_size=VOCAB, num_key_value_heads=2, attn_layer_indices=[1], z_loss_coefficient=0.1, **SIZES, **sizes
+    )
+    model, input_ids = scattered(transformers.BambaForCausalLM(config)), tokens()
+    with pytest.raises(ValueError, match=r"z_loss_coefficient=0\.1"):
+        CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
+
+
+@pytest.mark.parametrize("loss_type", ["ForMaskedLM"])
+def test_a_loss_type_in_the_config_is_honoured(loss_type):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    model.loss_type = loss_type
+    own = model(input_ids=input_ids, labels=input_ids).loss
+    found = CGGRModel(model, min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached"])
+def test_num_items_in_batch_is_num_items(gradient):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    own = model(input_ids=input_ids, labels=input_ids, num_items_in_batch=1000).loss
+    wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids, num_items_in_batch=1000), own)
+    with pytest.raises(ValueError, match="num_items and num_items_in_batch are the same number"):
+        wrapped(input_ids, labels=input_ids, num_items=3, num_items_in_batch=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"shift_labels": torch.ones(2, 12, dtype=torch.int64)}, "shift_labels: a routed step shifts labels itself"),
+        ({"ignore_index": 0}, r"make it with CGGRModel\(model, ignore_index=0\)"),
+        ({"label_smoothing": 0.1}, "label_smoothing is an argument of the model's own loss"),
+    ],
+)
+def test_arguments_of_the_loss_are_refused_by_name(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        CGGRModel(ROUTABLE["llama"]()).train()(tokens(), labels=tokens(), **arguments)
+
+
+def test_the_ignored_label_that_is_in_force_may_be_said():
+    wrapped, input_ids = CGGRModel(ROUTABLE["llama"](), min_tokens_ratio=1.0).train(), tokens()
+    torch.testing.assert_close(
+        wrapped(input_ids, labels=input_ids, ignore_index=-100), wrapped(input_ids, labels=input_ids)
+    )
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached", "sequence"])
+def test_encoder_decoder_models_are_refused_at_construction(gradient):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        CGGRModel(model, gradient=gradient)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_balancing_losses_are_weighted_as_the_model_weights_them(name, gradient):
+    model, input_ids = ROUTABLE[name](), tokens()
+    model.config.output_router_logits = True
+    model.router_aux_loss_coef = 0.37  # not what the config says: the model reads its own attribute
+    own = model(input_ids=input_ids, labels=input_ids).loss
+    found = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
