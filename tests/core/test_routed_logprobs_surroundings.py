@@ -30,7 +30,6 @@ def step(model, input_ids=None, *, gradient="kv", engine=None, keep=None, **inpu
 @pytest.mark.filterwarnings("ignore:the head of:UserWarning")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
 @pytest.mark.parametrize(("gradient", "engine"), WAYS)
-@pytest.mark.filterwarnings("ignore:the head of PeftModelForCausalLM is not one matrix")
 @PEFT_ASKS
 def test_lora(gradient, engine, targets):
     torch.manual_seed(0)
