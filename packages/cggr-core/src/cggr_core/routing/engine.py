@@ -129,8 +129,8 @@ class Engine:
             head = self._probe.architecture.head
             if not head.fused:
                 warnings.warn(
-                    f"the head of {type(unwrapped(self.model)).__name__} is not one matrix with a scale and a softcap, or "
-                    "has hooks or adapters; its own logits are used, [tokens, vocabulary] at a time",
+                    f"the head of {type(unwrapped(self.model)).__name__} is more than one matrix with a scale and a "
+                    "softcap (it may have hooks or adapters); its own logits are used, [tokens, vocabulary] at a time",
                     stacklevel=3,
                 )
         if routing and self.architecture.obstacle is not None:
