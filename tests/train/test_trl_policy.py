@@ -119,18 +119,41 @@ def test_prompts_and_observations_of_tools_are_forward_only(grpo, tokenizer, gra
 
 
 def passes_of(made, monkeypatch):
-    """Rows and slots of every gradient pass, and rows of every context pass."""
+    """Rows and slots of every gradient pass, and rows and tokens of every context pass."""
     engine, seen = made._task_loss.forward()._engine, {"gradient": [], "context": []}
     for name in seen:
         own = getattr(engine, name)
 
         def noted(batch, *args, own=own, name=name, **kwargs):
-            slots = args[0].index.shape[1] if name == "gradient" else None
-            seen[name].append((batch.shape[0], slots))
+            seen[name].append((batch.shape[0], args[0].index.shape[1] if name == "gradient" else batch.shape[1]))
             return own(batch, *args, **kwargs)
 
         monkeypatch.setattr(engine, name, noted)
     return seen
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+@pytest.mark.parametrize(("name", "quantile"), [("dapo", 1.0), ("dapo", 0.4), ("sequence ratios", 0.4)])
+def test_a_prompt_of_several_completions_is_run_once(grpo, tokenizer, monkeypatch, name, quantile, gradient, ragged):
+    values = {**OPTIONS[name], "top_entropy_quantile": quantile}
+    plain, made = grpo(**values), grpo(CGGRConfig(gradient=gradient), **values)
+    inputs = batch_for(plain, tokenizer, old=True, ragged=ragged)
+    for entry in ("prompt_ids", "prompt_mask"):  # rows 0, 2, 3 and row 1: of two prompts, not in turn
+        inputs[entry] = inputs[entry][[0, 1, 0, 0]]
+    inputs["advantages"] = torch.tensor([1.0, -0.5, 0.2, 0.7])
+    if quantile == 1.0:
+        inputs["prompt_ids"][1], inputs["prompt_mask"][1] = inputs["prompt_ids"][0], inputs["prompt_mask"][0]
+    inputs["old_per_token_logps"] = log_probs_and_entropies(plain, inputs)[0] + 0.05
+    with stopped_by_hand(plain.model, kept_by_the_loss(plain, inputs, quantile), detached=gradient == "detached"):
+        wanted, expected = step(plain, inputs)
+    seen = passes_of(made, monkeypatch)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+    # The prompt but for its last token, once for each of the prompts.
+    assert seen["context"][0] == (1 if quantile == 1.0 else 2, PROMPT - 1)
+    assert seen["gradient"] == [(ROWS, COMPLETION + 1)]
 
 
 class TestRowsWithoutAdvantage:
@@ -227,7 +250,7 @@ class TestEntropies:
         made = grpo(CGGRConfig(), top_entropy_quantile=0.4)
         seen = passes_of(made, monkeypatch)
         step(made, batch_for(made, tokenizer, old=False))
-        assert seen["context"] == [(3, None)] and seen["gradient"][0][0] == 3
+        assert seen["context"] == [(3, PROMPT + COMPLETION)] and seen["gradient"][0][0] == 3
 
     @pytest.mark.parametrize("iterations", [1, 2])
     def test_in_a_run(self, grpo, monkeypatch, iterations):
@@ -238,7 +261,8 @@ class TestEntropies:
         seen = passes_of(made, monkeypatch)
         made.train()
         assert len(seen["gradient"]) == 3
-        assert len(seen["context"]) == (3 if iterations == 1 else 0)
+        scored = [rows for rows, _ in seen["context"] if rows == ROWS]  # the others are of the prompts
+        assert len(scored) == (3 if iterations == 1 else 0)
         record = made.state.log_history[0]
         assert 0 < record["keep_ratio"] <= 0.5
         assert record["rows_skipped"] == 0

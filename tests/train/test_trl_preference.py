@@ -82,6 +82,17 @@ def test_it_is_trls_loss_with_the_gradient_of_the_labelled_tokens(make, name, gr
         assert error(ours, step(plain, inputs)[1]) >= 1e-3
 
 
+def test_the_prompt_of_a_pair_is_run_once(make, monkeypatch):
+    made = make(DPOTrainer, DPOConfig, CGGRConfig())
+    engine, seen = made._task_loss.forward()._engine, []
+    own = engine.context
+    monkeypatch.setattr(engine, "context", lambda batch, **options: seen.append(batch.shape) or own(batch, **options))
+    inputs = batch_of(made)
+    step(made, inputs)
+    first = int(labelled(inputs).any(0).float().argmax())
+    assert seen == [(len(inputs["input_ids"]) // 2, first)] and first > 2
+
+
 @pytest.mark.parametrize("kind", [DPOTrainer, KTOTrainer])
 def test_a_random_share_leaves_the_loss_as_it_is(make, kind):
     config = {DPOTrainer: DPOConfig, KTOTrainer: KTOConfig}[kind]

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from cggr_core import Selection
-from cggr_core.routing import NO_CONTEXT, Engine, replaced_forwards, unwrapped, without_hooks
+from cggr_core import Selection, SharedContext
+from cggr_core.logprobs.shared_context import SharedRun
+from cggr_core.routing import NO_CONTEXT, Engine, TokenInputs, replaced_forwards, unwrapped, without_hooks
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
 from cggr_train.trainer.trl.hooks import uncached_autocast
-from cggr_train.trainer.trl.rows import is_in, rows_of, spread, take_rows
+from cggr_train.trainer.trl.rows import is_in, rows_of, shared_prompts, spread, take_rows
 
 IGNORED = -100
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -43,12 +44,14 @@ class Plan:
         rows: bool ``[B]``, the rows that take part in the update; all if None. The others leave the forward.
         measure: Whether values of all labelled tokens are needed, by ``choose`` or by the loss. They cost a forward.
         fill: ``[B, S]`` log-probabilities to report where nothing is computed; 0 if None.
+        shares_prompts: Whether rows may begin with the same prompt, which is then run once for all of them.
     """
 
     choose: Choose | None = None
     rows: Tensor | None = None
     measure: bool = False
     fill: Tensor | None = None
+    shares_prompts: bool = False
 
 
 class RoutedForward:
@@ -146,24 +149,26 @@ class RoutedForward:
         """Kept tokens through the layers with gradients, after or between passes of the others without."""
         countable, part = targets != IGNORED, targets if rows is None else targets[rows]
         arguments = {name: value for name, value in routed_batch(inputs).items() if name not in _INERT}
+        arguments = take_rows(arguments, rows, len(targets))
         keep_graph, engine = self._gradient == "kv", self._engine
         with self._router_losses(wanted=bool(inputs.get("output_router_logits"))):
-            batch = engine.inputs(**take_rows(arguments, rows, len(targets)))
-            engine.prepare(batch, routing=True)
+            prompts = shared_prompts(arguments, part != IGNORED) if plan.shares_prompts else None
+            start = 0 if prompts is None else prompts.input_ids.shape[1]
+            batch = self._inputs(arguments, prompts)
             context, measured = NO_CONTEXT, None
             if plan.measure:
                 with self._scoring.measure(targets.device):
                     context, hidden = engine.context(
                         batch, depth=engine.depth, keep_graph=keep_graph, head=True, hidden=True
                     )
-                    measured = self._measured(plan, inputs, targets, rows, hidden)
+                    measured = self._measured(plan, inputs, targets, rows, hidden, start)
             keep, weight = _chosen(plan, countable, measured)
-            kept = keep if rows is None else keep[rows]
+            kept = (keep if rows is None else keep[rows])[:, start:]
             selection = Selection.from_mask(kept)
             if not selection.index.shape[1]:  # nothing is kept: one slot that holds nothing connects the graph
                 selection = Selection.from_mask(kept, capacity=1)
             hidden, auxiliary = engine.gradient(batch, selection, context, keep_graph=keep_graph, hidden=True)
-        index, valid = selection.index, selection.valid
+        index, valid = selection.index + start, selection.valid
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
             below = self._below(name, value, targets, plan, measured)
@@ -171,12 +176,30 @@ class RoutedForward:
         output.aux_loss = auxiliary
         return output, keep, weight
 
+    def _inputs(self, arguments: dict[str, Any], prompts: SharedContext | None) -> TokenInputs:
+        """The tokens that are run row by row, after the prompts that are run once."""
+        if prompts is None:
+            batch = self._engine.inputs(**arguments)
+            self._engine.prepare(batch, routing=True)
+            return batch
+        start = prompts.input_ids.shape[1]
+        run = SharedRun(self._engine, prompts, {name: value[:, start:] for name, value in arguments.items()})
+        run.prepare()
+        return run.after_context(gradient_mode=self._gradient)
+
     @torch.no_grad()
     def _measured(
-        self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None, hidden: Tensor
+        self,
+        plan: Plan,
+        inputs: dict[str, Any],
+        targets: Tensor,
+        rows: Tensor | None,
+        hidden: Tensor,
+        start: int,
     ) -> dict[str, Tensor]:
-        """Values of all labelled tokens, ``[B, S]`` each, from the head's input of the rows that were run."""
-        values = _per_token(self._head(hidden, targets if rows is None else targets[rows]))
+        """Values of all labelled tokens, ``[B, S]`` each, from the head's input of what was run, from ``start`` on."""
+        output = self._head(hidden, (targets if rows is None else targets[rows])[:, start:])
+        values = {name: pad(value, (start, 0)) for name, value in _per_token(output).items()}
         if rows is None:
             return values
         beside = self._beside(plan, inputs, targets, rows)

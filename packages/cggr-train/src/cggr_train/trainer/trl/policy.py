@@ -107,6 +107,7 @@ class PolicyLoss(LabelledLoss):
             rows=self._rows(inputs["advantages"]),
             measure=needs_values or (self._narrows and entropies is None),
             fill=_old_log_probs(inputs, before),
+            shares_prompts=self.shares_prompts,
         )
 
     def _rows(self, advantages: Tensor) -> Tensor | None:

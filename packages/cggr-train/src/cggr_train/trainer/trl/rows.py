@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cggr_core import SharedContext
+
 # What is given once for each row; images and the like are counted otherwise, and keep all rows in.
 _PER_ROW = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"})
 
@@ -53,6 +55,28 @@ def take_rows(inputs: Mapping[str, Any], rows: Tensor | None, size: int) -> dict
         name: value.index_select(0, rows) if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
         for name, value in inputs.items()
     }
+
+
+def shared_prompts(arguments: Mapping[str, Any], countable: Tensor) -> SharedContext | None:
+    """What rows begin with, once for all rows that begin alike; None where less than half would be saved.
+
+    The prompts are cut where the first label of the batch is predicted, so that every position stays as it is.
+
+    Args:
+        arguments: Of a forward.
+        countable: bool ``[B, S]``, the positions whose next token has a label.
+    """
+    if arguments.keys() - {"input_ids", "attention_mask"}:
+        return None
+    length = int(countable.any(0).to(torch.int8).argmax())
+    if not length:
+        return None
+    ids, mask = arguments["input_ids"][:, :length], arguments.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask[:, :length].to(ids.dtype)
+    different, owners = torch.cat([ids * mask, mask], dim=1).unique(dim=0, return_inverse=True)
+    if 2 * len(different) > len(ids):
+        return None
+    return SharedContext(different[:, :length], different[:, length:], owners)
 
 
 def is_in(rows: Tensor | None, size: int, device: torch.device) -> Tensor:

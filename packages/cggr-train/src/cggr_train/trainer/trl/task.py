@@ -119,6 +119,8 @@ class LabelledLoss(TaskLoss):
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
         super().__init__(trainer, config, scoring)
         check_fused_head(trainer, unwrapped(trainer.model))
+        # Chosen and rejected completions of a pair begin with the same prompt, and the completions of a group.
+        self.shares_prompts = hasattr(trainer, "loss_weights") or hasattr(trainer, "num_generations")
         self._forward: RoutedForward | None = None
 
     @property
@@ -134,8 +136,8 @@ class LabelledLoss(TaskLoss):
     def plan(self, inputs: dict[str, Any]) -> Plan:
         """What this update keeps."""
         if self.selection == "random":
-            return Plan(choose=self._random, measure=True)
-        return Plan()
+            return Plan(choose=self._random, measure=True, shares_prompts=self.shares_prompts)
+        return Plan(shares_prompts=self.shares_prompts)
 
     def forward(self) -> RoutedForward:
         """What stands in for the forward of the trainer's present model."""
