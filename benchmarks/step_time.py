@@ -96,15 +96,53 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 # The routed passes run norms through torch's fused op; this is the standard step with that alone changed.
 FUSED_NORMS = "standard, fused norms"
+# What TRL's trainers do unless told otherwise: every layer's activations are recomputed in the backward pass.
+CHECKPOINTED = "standard, checkpointed"
+# Labels on the last tenth of every row alone, as in fine-tuning on answers: what the task leaves out is not trained on.
+SUPERVISED_SHARE = 0.1
+SUPERVISED = ", 10% supervised"
 COMPILED = ", compiled parts"
 GRAPH = ", one CUDA graph"
 
 
-def standard_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Callable[[], None]:
     """The step that people run today."""
+    labels = tokens if labels is None else labels
 
     def step() -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        model(input_ids=tokens, labels=labels, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def checkpointed_step(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor | None = None) -> Callable[[], None]:
+    """The standard step with gradient checkpointing, as transformers does it."""
+    standard = standard_step(model, tokens, labels)
+
+    def step() -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            standard()
+        finally:
+            model.gradient_checkpointing_disable()
+
+    return step
+
+
+def end_labels(tokens: Tensor) -> Tensor:
+    """The tokens as labels at the end of every row, -100 before it."""
+    labels = tokens.clone()
+    labels[:, : round(tokens.shape[1] * (1 - SUPERVISED_SHARE))] = -100
+    return labels
+
+
+def supervised_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """``kv`` on the tokens that have a label."""
+    wrapped, labels = CGGRModel(model, gradient="kv", selection="supervised").train(), end_labels(tokens)
+
+    def step() -> None:
+        wrapped(tokens, labels=labels).backward()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -181,6 +219,14 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return GraphStep(make_step(model, tokens, variant.removesuffix(GRAPH), ratio), model)
     if variant == "standard":
         return standard_step(model, tokens)
+    if variant == CHECKPOINTED:
+        return checkpointed_step(model, tokens)
+    if variant == "standard" + SUPERVISED:
+        return standard_step(model, tokens, end_labels(tokens))
+    if variant == CHECKPOINTED + SUPERVISED:
+        return checkpointed_step(model, tokens, end_labels(tokens))
+    if variant == "kv" + SUPERVISED:
+        return supervised_step(model, tokens)
     if variant == FUSED_NORMS:
         return fused_norms_step(model, tokens)
     if variant == "scoring and selection alone":
@@ -268,7 +314,15 @@ def main() -> None:
     main_variants = list(VARIANTS)[:2]
     compiled = ["standard, compiled", *(name + COMPILED for name in main_variants)]
     graphs = [name + GRAPH for name in ("standard", *main_variants, *compiled[1:])]
-    everything = [FUSED_NORMS, *(compiled if cuda else []), *(graphs if shape.launch_bound else []), *VARIANTS]
+    supervised = [name + SUPERVISED for name in ("standard", CHECKPOINTED, "kv")]
+    everything = [
+        FUSED_NORMS,
+        CHECKPOINTED,
+        *supervised,
+        *(compiled if cuda else []),
+        *(graphs if shape.launch_bound else []),
+        *VARIANTS,
+    ]
     variants = ["standard", *(everything if options.only is None else options.only)]
     model, tokens = shape.model(), shape.tokens()
     steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
