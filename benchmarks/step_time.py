@@ -23,9 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import _record
 from cggr_core import CGGRModel, create_truncated_router, score, select
 from cggr_core.readout import HeadReadout
-from cggr_core.routing import replaced_forwards
-from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.norms import fused_norms
+from cggr_core.routing import fused_norms, replaced_forwards, whole_rows
 from cggr_core.scoring import fields_for
 
 SEED = 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cggr_core import CGGRModel
-from cggr_core.routing.norms import fused_norms
+from cggr_core.routing import fused_norms
 from tests.support.model_steps import checkpoint_activations
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB

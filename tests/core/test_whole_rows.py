@@ -6,7 +6,7 @@ import transformers.masking_utils
 from transformers.integrations import sdpa_attention
 
 from cggr_core import CGGRModel, create_truncated_router
-from cggr_core.routing.masks import whole_rows
+from cggr_core.routing import whole_rows
 from tests.support.model_steps import tokens
 from tests.support.tiny_models import ROUTABLE
 

@@ -108,8 +108,7 @@ class StandardLearner:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from cggr_core.routing import replaced_forwards
-        from cggr_core.routing.norms import fused_norms
+        from cggr_core.routing import fused_norms, replaced_forwards
 
         self._with_fused_norms = partial(replaced_forwards, fused_norms(model.modules()))
         self.model = model

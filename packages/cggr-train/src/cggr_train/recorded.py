@@ -117,7 +117,7 @@ class RecordedStep:
         return loss
 
     def _recorded(self, batches: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        from cggr_core.routing.masks import whole_rows  # transformers takes a second to import
+        from cggr_core.routing import whole_rows  # transformers takes a second to import
 
         graph = torch.cuda.CUDAGraph()
         try:

@@ -1,4 +1,21 @@
-"""Engines that run kept tokens through a stock Hugging Face model; the one place that imports transformers."""
+"""Engines that run kept tokens through a stock Hugging Face model; the one place that imports transformers.
+
+The names below are what the other packages may import from here; everything else is core's own.
+
+============================  =========================================================================================
+name                          what it promises
+============================  =========================================================================================
+:class:`Engine`               the passes over one model: ``inputs``, ``prepare``, ``plain``, ``context``, ``gradient``
+:class:`TokenInputs`          a checked batch, as :meth:`Engine.inputs` makes it
+:class:`Shared`               a prompt's keys and values, shared by rows that go on from it
+:class:`Context`              what a context pass left; :data:`NO_CONTEXT` stands for none
+:func:`fused_norms`           forwards to run in place of a model's norms
+:func:`replaced_forwards`     modules with another ``forward`` for the length of a block
+:func:`without_hooks`         a module without its hooks for the length of a block, to be called inside its own call
+:func:`whole_rows`            no look at positions, and no needless mask, for the length of a block
+:func:`unwrapped`             the Hugging Face model inside a PEFT wrapper
+============================  =========================================================================================
+"""
 
 try:
     import transformers
@@ -11,7 +28,9 @@ from cggr_core.routing.architectures import unwrapped
 from cggr_core.routing.context_pass import NO_CONTEXT, Context
 from cggr_core.routing.engine import Engine
 from cggr_core.routing.inputs import TokenInputs
-from cggr_core.routing.patching import replaced_forwards, without_hooks
+from cggr_core.routing.masks import whole_rows
+from cggr_core.routing.norms import fused_norms
+from cggr_core.routing.patches import replaced_forwards, without_hooks
 from cggr_core.routing.shared import Shared
 
 __all__ = [
@@ -20,8 +39,10 @@ __all__ = [
     "Engine",
     "Shared",
     "TokenInputs",
+    "fused_norms",
     "replaced_forwards",
     "transformers",
     "unwrapped",
+    "whole_rows",
     "without_hooks",
 ]

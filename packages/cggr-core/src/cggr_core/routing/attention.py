@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from cggr_core.backends import register_reference, resolve
 from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import unwrapped
 from cggr_core.routing.masks import ROUTED, ROUTED_UNCAPPED, RoutedMask
+from cggr_core.routing.patches import register_attention
 
 _OP = "routed_attention"
 # Attention sinks and biases of some models.
@@ -157,8 +157,6 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
     return choose
 
 
-AttentionInterface.register(ROUTED, _attend)
-AttentionInterface.register(ROUTED_UNCAPPED, _attend_uncapped)
 # Outside of a routed pass, masks are those of SDPA.
-AttentionMaskInterface.register(ROUTED, sdpa_mask)
-AttentionMaskInterface.register(ROUTED_UNCAPPED, sdpa_mask)
+register_attention(ROUTED, _attend, sdpa_mask)
+register_attention(ROUTED_UNCAPPED, _attend_uncapped, sdpa_mask)

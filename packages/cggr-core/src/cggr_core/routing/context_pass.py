@@ -14,7 +14,7 @@ from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import RecordingCache
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import routed_masks, whole_rows
-from cggr_core.routing.patching import (
+from cggr_core.routing.patches import (
     attention_implementation,
     replaced_forwards,
     without_checkpointing,

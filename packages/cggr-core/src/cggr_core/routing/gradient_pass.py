@@ -31,7 +31,7 @@ from cggr_core.routing.context_pass import (
 from cggr_core.routing.inputs import TokenInputs, other_positions
 from cggr_core.routing.masks import routed_masks
 from cggr_core.routing.ordering import shards_layers
-from cggr_core.routing.patching import (
+from cggr_core.routing.patches import (
     attention_implementation,
     replaced_forwards,
     uses_checkpointing,

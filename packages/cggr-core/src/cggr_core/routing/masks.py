@@ -1,21 +1,21 @@
 """Attention masks for queries that are a subset of the positions, on any Hugging Face backend that takes a mask.
 
-Models build their masks through one registry of mask builders. For the length of a pass, each builder is replaced
-by one that asks the same question about other rows: query ``i`` of row ``b`` stands at ``position[b, i]``.
+Models build their masks through one registry of mask builders. In a pass, each builder is one that asks the same
+question about other rows: query ``i`` of row ``b`` stands at ``position[b, i]``.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as BUILDERS
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from cggr_core.routing.patches import MaskBuilder, changed_mask_builders
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
@@ -157,27 +157,16 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
     return window is not None and rest == [causal_mask_function], window
 
 
-@contextmanager
-def _builders_put_back() -> Iterator[None]:
-    """Undo at the end of the block what it does to the registry of mask builders."""
-    before = dict(BUILDERS._local_mapping)
-    try:
-        yield
-    finally:
-        BUILDERS._local_mapping.clear()
-        BUILDERS._local_mapping.update(before)
-
-
-@contextmanager
-def routed_masks(visibility: Visibility) -> Iterator[None]:
+def routed_masks(visibility: Visibility) -> AbstractContextManager[None]:
     """Let the models' mask builders answer for the routed queries for the length of the block."""
-    with _builders_put_back():
-        for name, build in list(BUILDERS.items()):
-            if name in (ROUTED, ROUTED_UNCAPPED):
-                BUILDERS[name] = _numeric_builder(visibility)
-            elif not name.startswith("flash"):  # takes no mask; the passes do not run on it where one is needed
-                BUILDERS[name] = _routed_builder(build, visibility)
-        yield
+
+    def change(name: str, build: MaskBuilder) -> MaskBuilder:
+        if name in (ROUTED, ROUTED_UNCAPPED):
+            return _numeric_builder(visibility)
+        # Flash attention takes no mask; the passes do not run on it where one is needed.
+        return build if name.startswith("flash") else _routed_builder(build, visibility)
+
+    return changed_mask_builders(change)
 
 
 def _numeric_builder(visibility: Visibility) -> Callable[..., RoutedMask]:
@@ -205,27 +194,17 @@ def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callab
     return build_routed
 
 
-@contextmanager
-def whole_rows() -> Iterator[None]:
+def whole_rows() -> AbstractContextManager[None]:
     """Let SDPA go without a mask where plain causal attention needs none, for rows of one document without padding.
 
     transformers leaves such masks out after a look at the positions on the host. While a CUDA graph is recorded it
     cannot look, and makes a dense mask, which costs SDPA its fastest kernels. Whoever enters the block has looked.
     """
-    find_before = masking_utils.find_packed_sequence_indices
-    with _builders_put_back():
-        for name, build in list(BUILDERS.items()):
-            if build is sdpa_mask:
-                BUILDERS[name] = _mask_where_needed
-        masking_utils.find_packed_sequence_indices = _one_document
-        try:
-            yield
-        finally:
-            masking_utils.find_packed_sequence_indices = find_before
+    return changed_mask_builders(_without_needless_masks, one_document=True)
 
 
-def _one_document(position_ids: Tensor) -> None:
-    """What transformers finds of rows that are not packed."""
+def _without_needless_masks(name: str, build: MaskBuilder) -> MaskBuilder:
+    return _mask_where_needed if build is sdpa_mask else build
 
 
 def _mask_where_needed(

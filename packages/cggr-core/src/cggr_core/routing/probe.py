@@ -1,7 +1,5 @@
 """A look at the model on a few tokens before it is trusted: what its layers return, and whether routing is exact."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +14,7 @@ from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.loss_agreement import own_alignment
 from cggr_core.routing.masks import packed_segments
 from cggr_core.routing.norms import fused_norms
-from cggr_core.routing.patching import without_checkpointing
+from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 from cggr_core.selection import Selection
 
 _ROWS, _TOKENS = 2, 8
@@ -64,7 +62,7 @@ def probe(
     packing_obstacle = None
     if routing:
         architecture = replace(architecture, norms=fused_norms(model.modules()))
-    with _evaluation(model):
+    with evaluation_mode(model):
         layer_output, head_input, logits = _plain_forward(model, architecture, few)
         if logits.shape[:2] != few.shape:
             raise ValueError(
@@ -119,17 +117,6 @@ def _packed_in_halves(inputs: TokenInputs) -> TokenInputs:
     positions = torch.arange(length, device=inputs.position_ids.device) % max((length + 1) // 2, 1)
     positions = positions.expand(batch, length).contiguous()
     return replace(inputs, position_ids=positions, segment=packed_segments(positions))
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _plain_forward(

@@ -6,7 +6,7 @@ from typing import Any
 
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.context_pass import layer_input
-from cggr_core.routing.patching import replaced_forwards
+from cggr_core.routing.patches import replaced_forwards
 
 
 @contextmanager

@@ -1,0 +1,191 @@
+"""Every change to an object of transformers or torch, in one place, each with its reach in its docstring.
+
+All of them nest, and are undone whatever happens. Two models may be run in two threads: what is changed of a model is
+changed on that model alone, and what all models share is changed once, at import, for code that asks which context it
+runs in. One model is not run in two threads at a time.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from cggr_core.routing.architectures import Architecture
+
+MaskBuilder = Callable[..., Any]
+ChangeBuilder = Callable[[str, MaskBuilder], MaskBuilder]
+
+_change_of_builders: ContextVar[ChangeBuilder | None] = ContextVar("change_of_builders", default=None)
+_one_document: ContextVar[bool] = ContextVar("one_document", default=False)
+# Compiled code cannot ask for its context, and need not while no pass runs anywhere: then it sees transformers' own.
+_some_pass_runs = False
+_passes = 0
+_lock = threading.Lock()
+
+
+class _BuildersInContext(AttentionMaskInterface):
+    """The registry of mask builders, as the context that reads it has changed it."""
+
+    def __getitem__(self, name: str) -> MaskBuilder:
+        build = super().__getitem__(name)
+        if not _some_pass_runs:
+            return build
+        change = _change_of_builders.get()
+        return build if change is None else change(name, build)
+
+
+_find_packed_sequences = masking_utils.find_packed_sequence_indices
+
+
+def _find_packed_sequences_in_context(position_ids: Tensor) -> Tensor | None:
+    if _some_pass_runs and _one_document.get():
+        return None
+    return _find_packed_sequences(position_ids)
+
+
+# Reach: the process, from the first import on; both do what transformers does wherever no block below is entered.
+ALL_MASK_ATTENTION_FUNCTIONS.__class__ = _BuildersInContext
+masking_utils.find_packed_sequence_indices = _find_packed_sequences_in_context
+
+
+@contextmanager
+def changed_mask_builders(change: ChangeBuilder, *, one_document: bool | None = None) -> Iterator[None]:
+    """Let models get other mask builders from transformers' registry.
+
+    Reach: mask builders that are looked up in the block and in its context, of every model; other threads see
+    transformers' own.
+
+    Args:
+        change: From a builder's name and the builder to the one to use.
+        one_document: Whether transformers is told, without a look, that rows are not packed; ``None`` leaves that as
+            it is.
+    """
+    global _passes, _some_pass_runs
+    changed = _change_of_builders.set(change)
+    told = None if one_document is None else _one_document.set(one_document)
+    with _lock:
+        _passes += 1
+        _some_pass_runs = True
+    try:
+        yield
+    finally:
+        with _lock:
+            _passes -= 1
+            _some_pass_runs = _passes > 0
+        if told is not None:
+            _one_document.reset(told)
+        _change_of_builders.reset(changed)
+
+
+def register_attention(name: str, attend: Callable[..., Any], build_mask: MaskBuilder) -> None:
+    """Add an attention implementation to transformers'.
+
+    Reach: the process; nothing runs on it unless a config names it.
+
+    Args:
+        name: A new name.
+        attend: The attention function.
+        build_mask: Its mask builder.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, build_mask)
+
+
+@contextmanager
+def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another ``forward`` for the length of the block.
+
+    The instance attribute is set, not the class: ``module(...)`` still runs its hooks (those of FSDP2, for one)
+    around the replacement.
+
+    Reach: these modules, whoever calls them.
+    """
+    before = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Call a module inside its own call: its forward hooks have run around the outer one, once.
+
+    Reach: this module, whoever calls it.
+    """
+    before = {name: module.__dict__[name] for name in ("_forward_pre_hooks", "_forward_hooks")}
+    try:
+        module.__dict__.update({name: OrderedDict() for name in before})
+        yield
+    finally:
+        module.__dict__.update(before)
+
+
+@contextmanager
+def without_checkpointing(architecture: Architecture) -> Iterator[None]:
+    """Switch Hugging Face's own gradient checkpointing off: it drops the cache, through which routing works.
+
+    Reach: the modules of this model.
+    """
+    switched: list[Any] = [
+        module for module in architecture.checkpointing if module.__dict__.get("gradient_checkpointing") is True
+    ]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True
+
+
+def uses_checkpointing(layer: nn.Module) -> bool:
+    """Whether transformers was asked to recompute this layer in the backward pass."""
+    return layer.training and layer.__dict__.get("gradient_checkpointing") is True
+
+
+@contextmanager
+def attention_implementation(architecture: Architecture, choose: Callable[[str], str]) -> Iterator[None]:
+    """Run every (sub)config of the model on another attention implementation for the length of the block.
+
+    Reach: these configs, and with them any other model that was made with the same config object.
+    """
+    configs: dict[int, Any] = {id(module.config): module.config for module in architecture.configured}
+    before = {
+        key: config._attn_implementation for key, config in configs.items() if hasattr(config, "_attn_implementation")
+    }
+    try:
+        for key, name in before.items():
+            # The internal attribute: the public setter walks over sub-configs and may refuse.
+            configs[key]._attn_implementation_internal = choose(name)
+        yield
+    finally:
+        for key, name in before.items():
+            configs[key]._attn_implementation_internal = name
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode.
+
+    Reach: its modules, each of which gets its own flag back.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

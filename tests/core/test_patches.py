@@ -1,0 +1,135 @@
+"""What is changed of transformers' and torch's objects holds where it should, and nowhere else."""
+
+import threading
+
+import pytest
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+
+from cggr_core import CGGRModel
+from cggr_core.routing import whole_rows
+from cggr_core.routing.masks import routed_masks
+from tests.support.model_steps import tokens
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE
+
+
+def in_threads(*functions):
+    """Run each function in a thread of its own; the first error is raised here."""
+    errors = []
+
+    def run(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_two_models_run_in_two_threads():
+    """Each step is stopped at its first layer until the other is there too, and comes out as it does alone."""
+    names, settings = ("llama", "gpt2"), {"gradient": "kv", "selection": "random", "min_tokens_ratio": 0.5}
+    batches = [tokens(seed=seed) for seed in (0, 1)]
+    models = [CGGRModel(ROUTABLE[name](), **settings) for name in names]
+    alone = []
+    for model, batch in zip(models, batches, strict=True):
+        model(batch, labels=batch, draw=3).backward()
+        alone.append(gradients(model.model))
+    meeting = threading.Barrier(2, timeout=60)
+    met = []
+
+    def step(number):
+        model, batch = models[number], batches[number]
+
+        def meet(*_):
+            hook.remove()
+            met.append(meeting.wait())
+
+        hook = model._engine.architecture.layers[0].register_forward_pre_hook(meet)
+        model(batch, labels=batch, draw=3).backward()
+
+    in_threads(lambda: step(0), lambda: step(1))
+    assert sorted(met) == [0, 1], "both were inside a pass at once"
+    for model, wanted in zip(models, alone, strict=True):
+        assert relative_error(gradients(model.model), wanted) <= 1e-6
+
+
+def test_a_plain_forward_beside_a_pass_gets_its_own_masks():
+    model, batch = ROUTABLE["llama"](), tokens()
+    padded = torch.ones_like(batch)
+    padded[0, :4] = 0
+    wanted = model(batch, attention_mask=padded).logits
+    inside, done = threading.Event(), threading.Event()
+    found = []
+
+    def routed():
+        # A change that would give the other thread a mask of another shape.
+        visibility = CGGRModel(ROUTABLE["llama"]())._engine.inputs(input_ids=batch).visibility(torch.zeros(3, 2).long())
+        with routed_masks(visibility):
+            inside.set()
+            assert done.wait(60)
+
+    def plain():
+        assert inside.wait(60)
+        found.append(model(batch, attention_mask=padded).logits)
+        done.set()
+
+    in_threads(routed, plain)
+    assert torch.equal(found[0], wanted)
+
+
+def test_blocks_nest_and_leave_what_they_found():
+    inner, outer = object(), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    visibility = CGGRModel(ROUTABLE["llama"]())._engine.inputs(input_ids=tokens()).visibility()
+    repeated = torch.tensor([[0, 1, 0, 1]])
+    assert outer is sdpa_mask
+    with pytest.raises(RuntimeError, match="in the inner block"), whole_rows():
+        without = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        assert without is not sdpa_mask
+        assert masking_utils.find_packed_sequence_indices(repeated) is None
+        with routed_masks(visibility):
+            inner = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        assert inner is not without and ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is without
+        with routed_masks(visibility):
+            raise RuntimeError("in the inner block")
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
+    assert masking_utils.find_packed_sequence_indices(repeated).tolist() == [[0, 0, 1, 1]]
+
+
+def test_a_builder_that_is_registered_later_is_found():
+    def build(**arguments):
+        return sdpa_mask(**arguments)
+
+    AttentionMaskInterface.register("registered_later", build)
+    try:
+        assert ALL_MASK_ATTENTION_FUNCTIONS["registered_later"] is build
+        visibility = CGGRModel(ROUTABLE["llama"]())._engine.inputs(input_ids=tokens()).visibility()
+        with routed_masks(visibility):
+            assert ALL_MASK_ATTENTION_FUNCTIONS["registered_later"] is not build
+    finally:
+        del AttentionMaskInterface._global_mapping["registered_later"]
+
+
+def test_a_plain_model_compiles_as_one_graph():
+    model, batch = ROUTABLE["llama"]().eval(), tokens()
+    wanted = model(batch, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch, use_cache=False).logits, wanted)
+
+
+def test_torch_uses_no_weight_that_was_cast_without_its_graph():
+    """Once it did, silently, under autocast: a pass without gradients would have stopped those of the next."""
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
