@@ -20,7 +20,8 @@ from benchmarks.step_time import (
     peak_on_device,
     standard_step,
 )
-from cggr_core import CGGRModel, LearnedRouter, RememberedScores, create_truncated_router
+from cggr_core import CGGRModel, create_truncated_router
+from cggr_core.experimental import LearnedRouter, RememberedScores
 
 RATIO = 0.25
 TRUNCATED, LEARNED = "truncated router", "learned router"

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core import CGGRModel, LearnedRouter
+from cggr_core import CGGRModel
+from cggr_core.experimental import LearnedRouter
 from cggr_core.readout import HeadReadout
 from cggr_train.data import Batches
 from cggr_train.data.batches import in_order

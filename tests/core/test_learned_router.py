@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from cggr_core import LearnedRouter, select
+from cggr_core import select
+from cggr_core.experimental import LearnedRouter
 
 HIDDEN, EMBEDDING = 16, 12
 

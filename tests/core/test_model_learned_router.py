@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cggr_core.step.selecting
-from cggr_core import CGGRModel, CGGRScorer, LearnedRouter, Selection
+from cggr_core import CGGRModel, CGGRScorer, Selection
+from cggr_core.experimental import LearnedRouter
 from cggr_core.step import Observation
 from tests.support.model_steps import MODES, ROUTED, backward, checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error

@@ -7,7 +7,8 @@ import torch
 
 import cggr_core.readout
 import cggr_core.step.selecting
-from cggr_core import CGGRModel, CGGRScorer, RememberedScores, token_statistics
+from cggr_core import CGGRModel, CGGRScorer, token_statistics
+from cggr_core.experimental import RememberedScores
 from tests.support.model_steps import MODES, ROUTED, backward, tokens
 from tests.support.reference_routing import relative_error
 from tests.support.tiny_models import ROUTABLE

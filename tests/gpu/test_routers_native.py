@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cggr_core import CGGRModel, LearnedRouter, RememberedScores
+from cggr_core import CGGRModel
+from cggr_core.experimental import LearnedRouter, RememberedScores
 from tests.support.gpu_models import gradients, relative_error, tokens, varied
 from tests.support.launchers import finish, launched
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cggr_core import CGGRModel, LearnedRouter, RememberedScores, Selection
+from cggr_core import CGGRModel, Selection
+from cggr_core.experimental import LearnedRouter, RememberedScores
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 

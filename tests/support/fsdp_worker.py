@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cggr_core import CGGRModel, LearnedRouter, create_truncated_router
+from cggr_core import CGGRModel, create_truncated_router
+from cggr_core.experimental import LearnedRouter
 from tests.support.model_steps import checkpoint_activations
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB

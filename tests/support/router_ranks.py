@@ -5,7 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from cggr_core import CGGRModel, RememberedScores
+from cggr_core import CGGRModel
+from cggr_core.experimental import RememberedScores
 from tests.support.gpu_models import tokens, varied
 
 FORWARDS = 4

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cggr_core import RememberedScores
+from cggr_core.experimental import RememberedScores
 from cggr_train import remembered_file as module
 from cggr_train.checkpoint import latest_checkpoint
 from cggr_train.data import Batches
@@ -88,7 +88,7 @@ class TestFile:
         script = (
             "import os, signal, sys, torch\n"
             "from pathlib import Path\n"
-            "from cggr_core import RememberedScores\n"
+            "from cggr_core.experimental import RememberedScores\n"
             "from cggr_train import remembered_file\n"
             "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
             "memory = RememberedScores.empty(examples=20, length=8)\n"

@@ -4,7 +4,7 @@ import pytest
 from peft import PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Seq2SeqTrainer, Trainer
 
-from cggr_core import RememberedScores
+from cggr_core.experimental import RememberedScores
 from cggr_train import CGGRConfig, CGGRMixin, CGGRTrainer
 from tests.support.trainer_kit import examples, pad, tiny_model, trainer
 

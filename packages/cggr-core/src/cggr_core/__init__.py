@@ -4,9 +4,10 @@ Pure torch. transformers is needed only by what runs a Hugging Face model (:clas
 imported when they are first used.
 """
 
+import warnings
 from importlib.metadata import version
+from typing import Any
 
-from cggr_core.experimental import LearnedRouter, RememberedScores
 from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.logprobs import (
     RoutedHidden,
@@ -36,8 +37,6 @@ __all__ = [
     "CGGRScorer",
     "create_truncated_router",
     "TruncatedRouter",
-    "LearnedRouter",
-    "RememberedScores",
     "Schedule",
     "Selection",
     "select",
@@ -58,3 +57,15 @@ __all__ = [
     "keep_nonzero",
     "__version__",
 ]
+
+_EXPERIMENTAL = ("LearnedRouter", "RememberedScores")
+
+
+def __getattr__(name: str) -> Any:
+    # For one release the old place hands the name on.
+    if name not in _EXPERIMENTAL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cggr_core import experimental
+
+    warnings.warn(f"{name} has moved: from cggr_core.experimental import {name}", DeprecationWarning, stacklevel=2)
+    return getattr(experimental, name)

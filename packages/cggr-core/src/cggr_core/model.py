@@ -42,8 +42,8 @@ class CGGRModel(nn.Module):
 
     Args:
         model: A Hugging Face causal or masked language model, or a PEFT wrapper of one.
-        router: What scores the tokens before the layers: :func:`create_truncated_router`, a :class:`LearnedRouter`,
-            :class:`RememberedScores`, or any module that maps the model's inputs to logits. ``None`` scores at full
+        router: What scores the tokens before the layers: :func:`create_truncated_router`, any module that maps the
+            model's inputs to logits, or a router of :mod:`cggr_core.experimental`. ``None`` scores at full
             depth.
         gradient: What the backward pass reaches, see the table.
         min_tokens_ratio: Keep ratio r in (0, 1], after the warm-up.
@@ -165,7 +165,7 @@ class CGGRModel(nn.Module):
             draw: Number of the random draw; ``None`` counts up.
             first_row: Number of the batch's first row among the rows of that draw: micro-batches and ranks that share
                 a draw and number their rows on keep what one batch of all the rows would.
-            example_ids: int64 ``[B]`` on the CPU, which example each row is; for :class:`RememberedScores`.
+            example_ids: int64 ``[B]`` on the CPU, which example each row is; for ``RememberedScores``.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
                 arguments of the wrapped model. Without an attention mask, positions that start anew are packed
                 documents, and nothing is attended to across them.
@@ -295,7 +295,7 @@ class CGGRModel(nn.Module):
     def routing_state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, besides the model, to make the same selections; waits for the device.
 
-        The memory of :class:`RememberedScores` is not in it, and is saved by whoever made it.
+        The memory of ``RememberedScores`` is not in it, and is saved by whoever made it.
         """
         self._raise_deferred_errors(wait=True)
         state = self.schedule.state_dict()

@@ -15,7 +15,7 @@ from cggr_train.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cggr_core import RememberedScores
+    from cggr_core.experimental import RememberedScores
 
 METHODS = ("cggr", "random", "standard")
 
@@ -218,8 +218,9 @@ class RoutedLearner:
 
 
 def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores | None) -> Any:
-    from cggr_core import LearnedRouter, create_truncated_router
+    from cggr_core import create_truncated_router
     from cggr_core.checks import check_choice
+    from cggr_core.experimental import LearnedRouter
 
     name = check_choice("--router", routing.scorer, ROUTERS)
     if name in ("full_depth", "remembered"):

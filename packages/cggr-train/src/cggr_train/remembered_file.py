@@ -12,7 +12,7 @@ import numpy as np
 from cggr_train.errors import InputError, SaveError
 
 if TYPE_CHECKING:
-    from cggr_core import RememberedScores
+    from cggr_core.experimental import RememberedScores
 
 FILE_NAME = "remembered_scores.safetensors"
 """Of the file in a checkpoint's folder."""
@@ -76,7 +76,7 @@ def load_remembered(path: Path, *, examples: str) -> RememberedScores:
     """
     from safetensors import SafetensorError, safe_open
 
-    from cggr_core import RememberedScores
+    from cggr_core.experimental import RememberedScores
 
     try:
         with safe_open(path, framework="pt") as file:

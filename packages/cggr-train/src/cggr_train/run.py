@@ -54,7 +54,7 @@ from cggr_train.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cggr_core import RememberedScores
+    from cggr_core.experimental import RememberedScores
 
 
 class RunResult(NamedTuple):
@@ -184,7 +184,7 @@ class _Run:
         self._window_start = Progress()
 
     def _remembered(self, resumed: Path | None) -> RememberedScores:
-        from cggr_core import RememberedScores
+        from cggr_core.experimental import RememberedScores
 
         if resumed is not None:
             return load_remembered(resumed / FILE_NAME, examples=self.examples)

@@ -4,6 +4,7 @@ This package re-exports the public names of ``cggr_core``. Names of the optional
 first used; where the package is missing, the error names the extra that brings it.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -13,8 +14,6 @@ from cggr_core import (
     CGGRLoss,
     CGGRModel,
     CGGRScorer,
-    LearnedRouter,
-    RememberedScores,
     RoutedHidden,
     Selection,
     SharedContext,
@@ -35,8 +34,6 @@ __all__ = [
     "CGGRLoss",
     "CGGRModel",
     "CGGRScorer",
-    "LearnedRouter",
-    "RememberedScores",
     "RoutedHidden",
     "Selection",
     "SharedContext",
@@ -61,6 +58,9 @@ _OPTIONAL: dict[str, tuple[str, str]] = {
 
 
 def __getattr__(name: str) -> Any:  # with object, a type checker takes none of these names for a function or class
+    if name in ("LearnedRouter", "RememberedScores"):  # for one release
+        warnings.warn(f"{name} has moved: from cggr_core.experimental import {name}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module("cggr_core.experimental"), name)
     if name not in _OPTIONAL:
         raise AttributeError(f"module 'cggr' has no attribute {name!r}")
     module, extra = _OPTIONAL[name]

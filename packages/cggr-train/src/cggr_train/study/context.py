@@ -23,7 +23,7 @@ from cggr_train.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cggr_core import RememberedScores
+    from cggr_core.experimental import RememberedScores
 
 WARMUP = 0.05
 """Share of the standard arm's steps over which every arm's learning rate comes up."""
@@ -83,7 +83,7 @@ class StudyContext:
         return Training(learner, optimizer, batches)
 
     def _memory(self, batches: Batches, checkpoint: Path | None) -> RememberedScores:
-        from cggr_core import RememberedScores
+        from cggr_core.experimental import RememberedScores
 
         if checkpoint is not None:
             return load_remembered(checkpoint / FILE_NAME, examples=fingerprint(batches.sequences))

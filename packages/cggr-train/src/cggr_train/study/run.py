@@ -78,7 +78,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     Raises:
         InputError: If anything given cannot be used.
     """
-    from cggr_core import RememberedScores
+    from cggr_core.experimental import RememberedScores
 
     if (folder / STUDY).exists():
         raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")

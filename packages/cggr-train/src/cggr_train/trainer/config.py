@@ -138,7 +138,8 @@ class CGGRConfig:
         return CGGRModel(model, **{**settings, **overrides})
 
     def _router(self, model: nn.Module) -> Any:
-        from cggr_core import LearnedRouter, create_truncated_router
+        from cggr_core import create_truncated_router
+        from cggr_core.experimental import LearnedRouter
 
         if self.router == "full_depth":
             return None

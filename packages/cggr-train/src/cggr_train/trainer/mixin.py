@@ -52,7 +52,7 @@ class CGGRMixin(_Base):
         *args: Of the Trainer.
         cggr: The settings; the defaults if not given.
         router: A router of the caller's own in place of the one that the settings name; see
-            :class:`cggr_core.CGGRModel`. Not :class:`cggr_core.RememberedScores`.
+            :class:`cggr_core.CGGRModel`. Not :class:`cggr_core.experimental.RememberedScores`.
         **kwargs: Of the Trainer.
 
     Raises:

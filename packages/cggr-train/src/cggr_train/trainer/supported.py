@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cggr_core import RememberedScores
+from cggr_core.experimental import RememberedScores
 from cggr_train.trainer.trl.kinds import KNOWN
 
 if TYPE_CHECKING:
