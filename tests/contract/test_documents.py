@@ -12,6 +12,7 @@ EXAMPLES = [
     "README.md",
     "docs/index.md",
     "docs/getting-started.md",
+    "docs/guides/any-loss.md",
     "docs/guides/own-loop.md",
     "docs/guides/moe.md",
     "docs/recipes/pretraining.md",
