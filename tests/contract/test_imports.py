@@ -1,6 +1,7 @@
 """Which modules may import what, read from the source: rules that import-linter has no words for."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,36 @@ def test_no_test_imports_a_test():
     assert not wrong
     shared = [path.stem for path in (ROOT / "tests" / "support").rglob("*.py")]
     assert len(shared) > 10 and not [name for name in shared if name.startswith("test_")]
+
+
+# What packages other than core may import of it; the docstring of cggr_core.routing says so to people.
+OF_CORE = {"backends", "checks", "experimental", "logprobs", "monitor", "routing", "settings", "step", "stopwatch"}
+
+
+@pytest.mark.parametrize("package", ["cggr", "cggr_moe", "cggr_train"])
+def test_other_packages_import_the_public_part_of_core(package):
+    modules = {path.stem for path in sources("cggr_core")} | {path.parent.name for path in sources("cggr_core")}
+    wrong = []
+    for path in sources(package):
+        for name, line, _ in imports(ast.parse(path.read_text(encoding="utf-8")), depth=3):
+            parts = name.split(".")
+            if parts[0] != "cggr_core" or len(parts) == 1:
+                continue
+            own = parts[1] in modules - OF_CORE and len(parts) == 3
+            inside = (
+                parts[1] in ("routing", "step", "experimental", "logprobs") and len(parts) == 3 and parts[2] in modules
+            )
+            if own or inside:
+                wrong.append(f"{path.relative_to(PACKAGES)}:{line} imports {name}")
+    assert not wrong
+
+
+def test_the_public_part_of_core_is_written_down():
+    routing = next(path for path in sources("cggr_core") if path.parts[-2:] == ("routing", "__init__.py"))
+    docstring = ast.get_docstring(ast.parse(routing.read_text(encoding="utf-8"))) or ""
+    exported = ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", routing.read_text("utf-8"), re.S | re.M)[1])
+    assert [name for name in OF_CORE - {"routing"} if f"``{name}``" not in docstring] == []
+    assert [name for name in exported if f"`{name}`" not in docstring] == []
 
 
 def test_the_reader_of_imports_sees_each_form():

@@ -4,11 +4,12 @@ from cggr_core.logprobs.keeping import keep_nonzero, keep_random, keep_tokens, k
 from cggr_core.logprobs.linear import linear_logprobs
 from cggr_core.logprobs.results import RoutedHidden, TokenLogprobs
 from cggr_core.logprobs.routed import routed_hidden, routed_logprobs
-from cggr_core.logprobs.shared_context import SharedContext
+from cggr_core.logprobs.shared_context import SharedContext, SharedRun
 
 __all__ = [
     "RoutedHidden",
     "SharedContext",
+    "SharedRun",
     "TokenLogprobs",
     "keep_nonzero",
     "keep_random",

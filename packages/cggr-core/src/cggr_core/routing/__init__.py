@@ -1,11 +1,14 @@
 """Engines that run kept tokens through a stock Hugging Face model; the one place that imports transformers.
 
-The names below are what the other packages may import from here; everything else is core's own.
+The names below are what the other packages may import from here. Of core besides, they may import the names of
+``cggr_core`` itself, and those of its modules ``settings``, ``checks``, ``backends``, ``monitor``, ``stopwatch``,
+``step``, ``logprobs`` and ``experimental``. Everything else is core's own, and may change in any release.
 
 ============================  =========================================================================================
 name                          what it promises
 ============================  =========================================================================================
 :class:`Engine`               the passes over one model: ``inputs``, ``prepare``, ``plain``, ``context``, ``gradient``
+:class:`Head`                 what a model does between its last hidden state and its logits
 :class:`TokenInputs`          a checked batch, as :meth:`Engine.inputs` makes it
 :class:`Shared`               a prompt's keys and values, shared by rows that go on from it
 :class:`Context`              what a context pass left; :data:`NO_CONTEXT` stands for none
@@ -18,13 +21,13 @@ name                          what it promises
 """
 
 try:
-    import transformers
+    import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "routing through a model needs transformers >= 5.17: python -m pip install 'cggr-core[transformers]'"
     ) from error
 
-from cggr_core.routing.architectures import unwrapped
+from cggr_core.routing.architectures import Head, unwrapped
 from cggr_core.routing.context_pass import NO_CONTEXT, Context
 from cggr_core.routing.engine import Engine
 from cggr_core.routing.inputs import TokenInputs
@@ -37,11 +40,11 @@ __all__ = [
     "NO_CONTEXT",
     "Context",
     "Engine",
+    "Head",
     "Shared",
     "TokenInputs",
     "fused_norms",
     "replaced_forwards",
-    "transformers",
     "unwrapped",
     "whole_rows",
     "without_hooks",

@@ -1,3 +1,5 @@
+"""Five statistics of each row of logits, in one pass over it."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""Losses and logit gradients of a head, a chunk of its columns at a time."""
+
 import triton
 import triton.language as tl
 

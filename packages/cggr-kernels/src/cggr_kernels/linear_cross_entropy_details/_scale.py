@@ -1,3 +1,5 @@
+"""A gradient times the one that arrives for the loss, in place."""
+
 import triton
 import triton.language as tl
 

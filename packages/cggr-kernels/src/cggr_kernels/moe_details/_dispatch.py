@@ -1,3 +1,5 @@
+"""Rows of tokens to their experts, and back."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""The experts' matrix products over sorted rows, and those of their backward."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""The best experts of each token, the statistics of a batch, and the gradient of both."""
+
 import triton
 import triton.language as tl
 

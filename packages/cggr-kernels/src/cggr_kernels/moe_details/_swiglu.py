@@ -1,3 +1,5 @@
+"""SwiGLU's backward over sorted rows."""
+
 import triton
 import triton.language as tl
 

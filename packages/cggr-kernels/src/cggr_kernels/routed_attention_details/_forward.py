@@ -1,3 +1,5 @@
+"""Attention of query rows to the keys that they see."""
+
 import triton
 import triton.language as tl
 

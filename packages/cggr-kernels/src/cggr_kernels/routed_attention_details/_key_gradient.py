@@ -1,3 +1,5 @@
+"""Gradients of keys and values."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""Gradients of queries."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""Which keys which queries see."""
+
 import triton
 import triton.language as tl
 

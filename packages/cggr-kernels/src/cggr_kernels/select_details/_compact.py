@@ -1,3 +1,5 @@
+"""From a mask to ascending positions."""
+
 import triton
 import triton.language as tl
 

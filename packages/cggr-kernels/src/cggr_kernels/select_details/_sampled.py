@@ -1,3 +1,5 @@
+"""Probabilities proportional to scores, and systematic sampling by them."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""Strata by score, their allocation, and systematic sampling along them."""
+
 import triton
 import triton.language as tl
 

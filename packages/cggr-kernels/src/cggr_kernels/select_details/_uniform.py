@@ -1,3 +1,5 @@
+"""Counter-based random numbers."""
+
 import triton
 import triton.language as tl
 

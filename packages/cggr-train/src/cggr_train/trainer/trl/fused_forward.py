@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from cggr_core import Selection, SharedContext
-from cggr_core.logprobs.shared_context import SharedRun
+from cggr_core.logprobs import SharedRun
 from cggr_core.routing import NO_CONTEXT, Engine, TokenInputs, replaced_forwards, unwrapped, without_hooks
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch

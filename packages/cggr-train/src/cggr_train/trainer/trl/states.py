@@ -15,7 +15,7 @@ from cggr_core.routing import NO_CONTEXT, Engine, without_hooks
 from cggr_train.trainer.batch import routed_batch
 
 if TYPE_CHECKING:
-    from cggr_core.routing.architectures import Head
+    from cggr_core.routing import Head
     from cggr_core.stopwatch import Stopwatch
 
 _CHUNK = 1024  # tokens whose logits are there at once
