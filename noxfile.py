@@ -151,7 +151,10 @@ def fresh(session: nox.Session) -> None:
 
 
 def readme_install_lines() -> list[list[str]]:
-    """What follows ``python -m pip install`` in the README's section on installing, braces expanded as a shell does."""
+    """What follows ``python -m pip install`` in the README's section on installing, less the constraints.
+
+    Braces are expanded as a shell does.
+    """
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Install\n")[1].split("\n## ")[0]
     found = []
     for line in section.splitlines():
@@ -161,7 +164,7 @@ def readme_install_lines() -> list[list[str]]:
                 before, brace, rest = word.partition("{")
                 choices, _, after = rest.partition("}")
                 arguments += [before + choice + after for choice in choices.split(",")] if brace else [word]
-            found.append(arguments)
+            found.append([argument for argument in arguments if argument not in ("-c", "constraints.txt")])
     if not found:
         raise ValueError("README.md has no 'python -m pip install ./packages/...' line under '## Install'")
     return found
@@ -286,10 +289,34 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Build the wheels and source distributions of all packages into dist/."""
+    build_into_dist(session)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build dist/, check its metadata, install it alone in a fresh environment and run the README's examples there."""
+    files = build_into_dist(session)
+    session.install("-c", CONSTRAINTS, "twine")
+    session.run("twine", "check", "--strict", *files)
+    environment = Path(session.create_tmp()) / "released"
+    python = empty_environment(session, environment)
+    wheels = [file for file in files if file.endswith(".whl")]
+    options = ("--no-compile", "--quiet", "-c", CONSTRAINTS)
+    session.run("python", "-m", "pip", "--python", python, "install", *options, *wheels, "trl")
+    session.run(python, "-I", "tests/contract/readme_from_dist.py", env=QUIET, external=True)
+    shutil.rmtree(environment)
+
+
+def build_into_dist(session: nox.Session) -> list[str]:
+    """Build all packages into dist/ and return what was built."""
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     build_distributions(session, ROOT / "dist")
-    for path in sorted((ROOT / "dist").iterdir()):
+    files = sorted((ROOT / "dist").iterdir())
+    if len(files) != 2 * len(PACKAGES):
+        session.error(f"expected a wheel and a source distribution of each package, found {len(files)} files in dist/")
+    for path in files:
         session.log(path.name)
+    return [str(path) for path in files]
 
 
 @nox.session

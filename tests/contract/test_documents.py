@@ -1,5 +1,6 @@
 """The documents keep their word: examples run, links lead somewhere, commands exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from tests.support.documents import DOCUMENTS, ROOT
 EXAMPLES = [
     "README.md",
     "docs/index.md",
-    "docs/getting-started.md",
-    "docs/guides/any-loss.md",
+    "docs/tasks.md",
     "docs/guides/own-loop.md",
     "docs/guides/moe.md",
     "docs/recipes/pretraining.md",
@@ -30,22 +30,28 @@ def small_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers|peft)[.]")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by PEFT
 @pytest.mark.parametrize("document", EXAMPLES)
-def test_examples_run_in_order(document, monkeypatch):
+def test_examples_run_in_order(document, monkeypatch, tmp_path):
     """The Python blocks of a page run one after the other, on a tiny model in place of the reader's own."""
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
 
     from cggr import CGGRLoss, CGGRModel
+    from cggr_train.tokenizer import train_tokenizer
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: small_model())
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
@@ -53,6 +59,7 @@ def test_examples_run_in_order(document, monkeypatch):
     input_ids = torch.randint(0, 64, (2, 16))
     labels = input_ids.clone()
     labels[:, :4] = -100
+    tokenizer = train_tokenizer(["0 + 1 = 2"], vocab_size=257)
     model = small_model()
     names = {
         "torch": torch,
@@ -67,6 +74,9 @@ def test_examples_run_in_order(document, monkeypatch):
         "logits": torch.randn(2, 15, 64, requires_grad=True),
         "targets": labels[:, 1:],
         "token_weight": torch.rand(2, 15),
+        "tokenizer": tokenizer,
+        "dataset": Dataset.from_list([{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(4)]),
+        "args": SFTConfig(max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no"),
     }
     for block in blocks:
         exec(compile(block, document, "exec"), names)
@@ -88,3 +98,20 @@ def test_every_session_that_a_document_names_exists(document):
         re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
     )
     assert named and named <= defined
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_the_readme_has_the_figures_of_its_result():
+    rows = json.loads((ROOT / "benchmarks/results/step_time_1b.json").read_text(encoding="utf-8"))["rows"]
+    told = re.findall(
+        r"^\| (?:standard|CGGR).*\| ([\d.]+) \| ([\d.]+)x \| ([\d.]+) GB \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE,
+    )  # fmt: skip
+    measured = {
+        (f"{1000 * row['median']:.1f}", f"{row['ratio']['median']:.2f}", f"{row['peak_extra_bytes'] / 1e9:.1f}")
+        for row in rows.values()
+    }
+    assert len(told) >= 6 and set(told) <= measured

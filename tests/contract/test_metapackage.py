@@ -1,4 +1,4 @@
-"""`from cggr import ...` is `from cggr_core import ...`, and optional names say which extra brings them."""
+"""`from cggr import ...` is `from cggr_core import ...`, and optional names say what to install for them."""
 
 from importlib import import_module
 
@@ -41,17 +41,17 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_an_optional_name_is_looked_up_when_used(monkeypatch):
-    monkeypatch.setitem(cggr._OPTIONAL, "linspace", ("torch", "moe"))
+    monkeypatch.setitem(cggr._OPTIONAL, "linspace", "torch")
     import torch
 
     assert cggr.linspace is torch.linspace
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(cggr._OPTIONAL, "absent", ("cggr_absent", "moe"))
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(cggr._OPTIONAL, "absent", "cggr_absent")
     wanted = (
-        r"cggr\.absent comes from the package cggr-absent: pip install 'cggr\[moe\]', "
-        r"in a checkout pip install \./packages/cggr-absent$"
+        r"cggr\.absent comes from the package cggr-absent, which is not installed: python -m pip install "
+        r"\./packages/cggr-absent in a checkout of this project, or install its wheel \(cggr_absent-\*\.whl\)$"
     )
     with pytest.raises(ImportError, match=wanted):
         from cggr import absent  # noqa: F401

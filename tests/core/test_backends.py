@@ -51,8 +51,8 @@ def test_falling_back_is_logged_once(caplog):
         made.resolve("op", "cpu")
         made.resolve("op", "cpu")
     assert [record.getMessage() for record in caplog.records] == [
-        "op on cpu runs in torch: no kernel package is installed (pip install cggr-kernels, or ./packages/cggr-kernels "
-        "in a checkout)"
+        "op on cpu runs in torch: no kernel package is installed (python -m pip install ./packages/cggr-kernels in a "
+        "checkout, or the wheel of cggr-kernels)"
     ]
 
 

@@ -61,19 +61,24 @@ def test_rows_are_in_the_order_of_auto_with_the_kernels_of_sdpa_behind_it():
             "computes in float16 and bfloat16 only, and the model is in float32",
             "dtype=torch.bfloat16",
         ),
-        (without("flash-attn-4"), "flash_attention_4", "package flash-attn-4 is not installed", "'cggr-flash[fa4]'"),
+        (
+            without("flash-attn-4"),
+            "flash_attention_4",
+            "package flash-attn-4 is not installed",
+            "'flash-attn-4>=4.0.0b18'",
+        ),
         (without("flash-attn-3"), "flash_attention_3", "package flash-attn-3 is not installed", "on no package regis"),
         (
             without("flash-attn"),
             "flash_attention_2",
             "package flash-attn is not installed",
-            "--no-build-isolation 'cggr-flash[flash-attn]'",
+            "--no-build-isolation 'flash-attn>=2.8'",
         ),
         (
             replace(H200, packages={**ALL_PACKAGES, "flash-attn": "2.3.1"}),
             "flash_attention_2",
             "flash-attn 2.3.1 is installed, and 2.3.3 or later is needed",
-            "cggr-flash[flash-attn]",
+            "flash-attn>=2.8",
         ),
         (
             replace(H200, import_errors={"flash-attn": "ImportError: undefined symbol: _ZN3c10"}),

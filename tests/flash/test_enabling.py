@@ -150,7 +150,7 @@ def test_an_explicit_backend_that_the_machine_lacks_raises_with_the_fix(on_machi
         enable_flash_attention(model, "flash_attention_2")
     assert str(error.value) == (
         "backend='flash_attention_2' cannot be used for LlamaForCausalLM: the package flash-attn is not installed. "
-        "What to do: python -m pip install --no-build-isolation 'cggr-flash[flash-attn]' (it compiles CUDA code). The "
+        "What to do: python -m pip install --no-build-isolation 'flash-attn>=2.8' (it compiles CUDA code). The "
         "model is on 'sdpa', as before"
     )
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from cggr_core.difficulty import difficulty_reference
-from cggr_kernels.difficulty import difficulty
+from cggr_kernels.difficulty import difficulty, difficulty_reference
 
 NAMES = ("entropy", "confidence", "margin", "nll", "gradnorm")
 

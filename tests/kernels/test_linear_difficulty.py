@@ -2,8 +2,7 @@ import pytest
 import torch
 
 import cggr_kernels.linear_difficulty as module
-from cggr_core.difficulty import linear_difficulty_reference
-from cggr_kernels.linear_difficulty import linear_difficulty
+from cggr_kernels.linear_difficulty import linear_difficulty, linear_difficulty_reference
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from cggr_core.sampling import select_reference
-from cggr_kernels.select import STRATEGIES, select
+from cggr_kernels.select import STRATEGIES, select, select_reference
 
 
 def problem(B, S, device, *, ties=False):

@@ -86,5 +86,5 @@ def test_refusals():
 
 def test_a_missing_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'cggr-moe\[transformers\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.17'"):
         PersistentTRMLP(16, 24, num_experts=4, top_k=2).to_hf()

@@ -73,7 +73,10 @@ class _Registry:
         if self.failures:
             return "; ".join(f"backend {name!r} is not available: {why}" for name, why in self.failures.items())
         if not self.kernels:
-            return "no kernel package is installed (pip install cggr-kernels, or ./packages/cggr-kernels in a checkout)"
+            return (
+                "no kernel package is installed (python -m pip install ./packages/cggr-kernels in a checkout, or the "
+                "wheel of cggr-kernels)"
+            )
         return f"no installed backend has {op!r} for device type {device_type!r}"
 
     def resolve(self, op: str, device_type: str) -> Callable[..., Any]:

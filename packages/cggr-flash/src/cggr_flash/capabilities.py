@@ -42,7 +42,7 @@ class _Library(NamedTuple):
 
 _LIBRARIES = {
     "flash_attention_4": _Library(
-        "flash-attn-4", (9, 0), "Hopper", "4.0.0b18", "python -m pip install 'cggr-flash[fa4]'"
+        "flash-attn-4", (9, 0), "Hopper", "4.0.0b18", "python -m pip install 'flash-attn-4>=4.0.0b18'"
     ),
     "flash_attention_3": _Library(
         "flash-attn-3",
@@ -56,7 +56,7 @@ _LIBRARIES = {
         (8, 0),
         "Ampere",
         "2.3.3",
-        "python -m pip install --no-build-isolation 'cggr-flash[flash-attn]' (it compiles CUDA code)",
+        "python -m pip install --no-build-isolation 'flash-attn>=2.8' (it compiles CUDA code)",
     ),
 }
 # The hub's builds of the same libraries, as transformers names them.

@@ -36,8 +36,8 @@ def unavailable() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return (
-            f"triton cannot be imported ({error}); pip install triton (on Windows triton-windows), which the extra "
-            "cggr[cuda] brings"
+            f"triton cannot be imported ({error}); python -m pip install 'triton>=3.6' (on Windows "
+            "'triton-windows>=3.6')"
         )
     if torch.version.hip is not None:
         return f"this PyTorch is built for ROCm ({torch.version.hip}) and the kernels are written for CUDA"

@@ -85,7 +85,7 @@ def make_block(parts: Block, kind: str) -> nn.Module:
         transformers = import_module("transformers")
     except ModuleNotFoundError as error:
         raise ImportError(
-            "a Hugging Face block needs transformers >= 5.17: python -m pip install 'cggr-moe[transformers]'"
+            "a Hugging Face block needs transformers >= 5.17: python -m pip install 'transformers>=5.17'"
         ) from error
     module: Any = import_module(f"transformers.models.{chosen.folder}.modeling_{chosen.folder}")
     config = getattr(transformers, f"{chosen.prefix}Config")(

@@ -106,13 +106,17 @@ def advice(installed: dict[str, str], accelerator: str | None) -> list[Advice]:
 
     Example:
         >>> [item.package for item in advice({"cggr-flash": "0.1"}, "cuda")]
-        ['cggr[cuda]']
+        ['./packages/cggr-kernels']
     """
     found = []
     if "cggr-kernels" not in installed and accelerator in ("cuda", "xpu"):
-        found.append(Advice("cggr[cuda]", "Triton kernels for scoring, selection, the loss and routed attention"))
+        found.append(
+            Advice("./packages/cggr-kernels", "Triton kernels for scoring, selection, the loss and routed attention")
+        )
     if "cggr-flash" not in installed:
-        found.append(Advice("cggr[flash]", "models loaded with the best attention backend, and the list of them here"))
+        found.append(
+            Advice("./packages/cggr-flash", "models loaded with the best attention backend, and the list of them here")
+        )
     return found
 
 
@@ -137,7 +141,12 @@ def show_report(console: Console) -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     items = advice(installed, accelerator.type if accelerator is not None else None)
     if items:
-        _print(console, "For more", ("install", "brings"), [tuple(item) for item in items])
+        _print(
+            console,
+            "For more, in a checkout: python -m pip install …",
+            ("package", "brings"),
+            [tuple(item) for item in items],
+        )
     else:
         console.print("Nothing more to install for this machine.", highlight=False)
 

@@ -14,7 +14,7 @@ try:
     import lightning
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 except ImportError as error:
-    raise ImportError("CGGRModule needs lightning: python -m pip install 'cggr-train[lightning]'") from error
+    raise ImportError("CGGRModule needs lightning: python -m pip install 'lightning>=2.5'") from error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,7 @@
 """Confidence-gated gradient routing: train a transformer on the tokens worth learning from.
 
 This package re-exports the public names of ``cggr_core``. Names of the optional packages are looked up when they are
-first used; where the package is missing, the error names the extra that brings it.
+first used; where the package is missing, the error says how to install it.
 """
 
 import warnings
@@ -48,12 +48,12 @@ __all__ = [
     "routed_logprobs",
 ]
 
-# name -> (module that has it, extra that installs the module)
-_OPTIONAL: dict[str, tuple[str, str]] = {
-    "PersistentTRMLP": ("cggr_moe", "moe"),
-    "create_persistent_tr_mlp": ("cggr_moe", "moe"),
-    "enable_flash_attention": ("cggr_flash", "flash"),
-    "load_model_with_flash_attention": ("cggr_flash", "flash"),
+# name -> the module that has it
+_OPTIONAL: dict[str, str] = {
+    "PersistentTRMLP": "cggr_moe",
+    "create_persistent_tr_mlp": "cggr_moe",
+    "enable_flash_attention": "cggr_flash",
+    "load_model_with_flash_attention": "cggr_flash",
 }
 
 
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:  # with object, a type checker takes none of 
         return getattr(import_module("cggr_core.experimental"), name)
     if name not in _OPTIONAL:
         raise AttributeError(f"module 'cggr' has no attribute {name!r}")
-    module, extra = _OPTIONAL[name]
+    module = _OPTIONAL[name]
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
@@ -72,6 +72,6 @@ def __getattr__(name: str) -> Any:  # with object, a type checker takes none of 
         # An ImportError, because `from cggr import name` would replace the message of an AttributeError.
         package = module.replace("_", "-")
         raise ImportError(
-            f"cggr.{name} comes from the package {package}: pip install 'cggr[{extra}]', "
-            f"in a checkout pip install ./packages/{package}"
+            f"cggr.{name} comes from the package {package}, which is not installed: python -m pip install "
+            f"./packages/{package} in a checkout of this project, or install its wheel ({module}-*.whl)"
         ) from error

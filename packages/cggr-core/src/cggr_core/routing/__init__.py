@@ -24,7 +24,7 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "routing through a model needs transformers >= 5.17: python -m pip install 'cggr-core[transformers]'"
+        "routing through a model needs transformers >= 5.17: python -m pip install 'transformers>=5.17'"
     ) from error
 
 from cggr_core.routing.architectures import Head, unwrapped

@@ -8,7 +8,7 @@ recorded layers first, which is what a truncated router leaves.
 
 import contextvars
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,6 @@ def gradient_pass(
         routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
         replaced_forwards(replacements),
         head_read_by(architecture, read_head),
-        nullcontext() if inputs.shared is None else cache.remade.saving(),
     ):
         output = model(**inputs.arguments(index), **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)
