@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from benchmarks import _record
 from benchmarks.step_time import SEED, SHAPES, Shape
 from cggr_core import CGGRModel
+from cggr_core.settings import RoutingSettings
 from cggr_train import CGGRConfig, CGGRTrainer
 
 BAR = 0.03
@@ -160,8 +161,8 @@ def main() -> None:
     names = [CONTROL, ROUTED, FILTERED, *(() if options.routed_only else OTHERS)]
     settings = {
         "batch": shape.batch, "sequence": shape.length, "layers": shape.layers, "hidden": shape.hidden,
-        "vocabulary": shape.vocab, "dtype": str(shape.dtype), "keep_ratio": CGGRConfig().min_tokens_ratio, "seed": SEED,
-        "optimizer": "AdamW", "steps": options.steps, "warmup": options.warmup,
+        "vocabulary": shape.vocab, "dtype": str(shape.dtype), "keep_ratio": RoutingSettings.min_tokens_ratio,
+        "seed": SEED, "optimizer": "AdamW", "steps": options.steps, "warmup": options.warmup,
     }  # fmt: skip
     name = options.name or f"trainer_overhead_{options.shape}"
     timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}

@@ -107,3 +107,29 @@ def test_sft(tmp_path, model):
     arguments = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
     example("sft")([*arguments, "--selection", "supervised", *CPU])
     assert was_trained(tmp_path / "out", model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers)[.]")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
+def test_grpo(tmp_path, model):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} + {n} =", "answer": f" {2 * n}"}) + "\n" for n in range(8)))
+    arguments = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    arguments += ["--num_generations", "4", "--per_device_train_batch_size", "4", "--max_completion_length", "6"]
+    main = example("grpo")
+    assert main.__globals__["right"]([" 4\n", "4 is it"], answer=["4", "4"]) == [1.0, 0.0]
+    # An untrained model answers nothing right, and a group that is rewarded alike has no advantage.
+    main.__globals__["right"] = lambda completions, **_: [float(number) for number in range(len(completions))]
+    main([*arguments, "--top_entropy_quantile", "0.5", *CPU])
+    assert was_trained(tmp_path / "out", model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers)[.]")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
+def test_dpo(tmp_path, model):
+    data = tmp_path / "data.jsonl"
+    rows = ({"prompt": f"{n} + {n} =", "chosen": f" {2 * n}", "rejected": f" {n}, or"} for n in range(8))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    example("dpo")([*arguments, "--per_device_train_batch_size", "4", *CPU])
+    assert was_trained(tmp_path / "out", model)

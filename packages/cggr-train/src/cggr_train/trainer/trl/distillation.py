@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from cggr_core import keep_random, keep_top_entropy
 from cggr_core.routing import Engine
 from cggr_train.trainer.trl.hooks import check_methods, overridden, uncached_autocast
+from cggr_train.trainer.trl.rows import check_no_images
 from cggr_train.trainer.trl.states import LogitsHead, kept_states, token_scores
 from cggr_train.trainer.trl.task import TaskLoss
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
     from cggr_core.stopwatch import Stopwatch
     from cggr_train.trainer.config import CGGRConfig
 
-_INPUTS_OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "image_position_ids")
+# What TRL hands to its forwards besides tokens and masks.
+_BESIDE = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
 
 
 class DivergenceLoss(TaskLoss):
@@ -138,12 +143,8 @@ class DistillationLoss(DivergenceLoss):
 
     def _compute(self, own: Callable[..., Any], student: Any, inputs: dict[str, Any], num_items: Any) -> Any:
         # Inside the student's own call, whatever it is wrapped in.
-        images = sorted(set(_INPUTS_OF_IMAGES) & inputs.keys())
-        if images and self.config.gradient != "exact":
-            raise ValueError(
-                f"the batch holds {', '.join(images)}: gradient={self.config.gradient!r} runs tokens apart from their "
-                "images; use gradient='exact'"
-            )
+        if self.config.gradient != "exact":
+            check_no_images(inputs, self.config.gradient)
         trainer = self.trainer
         before, length = inputs["prompt_ids"].shape[1] - 1, inputs["completion_ids"].shape[1]
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -152,7 +153,7 @@ class DistillationLoss(DivergenceLoss):
             "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
         }
-        extra = {name: inputs[name] for name in (*_INPUTS_OF_IMAGES, "token_type_ids") if name in inputs}
+        extra = {name: inputs[name] for name in _BESIDE if name in inputs}
         states_of = trainer._get_last_hidden_state
         teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         teacher_states: list[Tensor] = []

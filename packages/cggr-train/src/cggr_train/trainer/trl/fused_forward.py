@@ -23,7 +23,7 @@ from cggr_core.routing import NO_CONTEXT, Engine, TokenInputs, replaced_forwards
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
 from cggr_train.trainer.trl.hooks import uncached_autocast
-from cggr_train.trainer.trl.rows import is_in, rows_of, shared_prompts, spread, take_rows
+from cggr_train.trainer.trl.rows import check_no_images, is_in, rows_of, shared_prompts, spread, take_rows
 
 IGNORED = -100
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -147,6 +147,7 @@ class RoutedForward:
         self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None
     ) -> tuple[Any, Tensor, Tensor | None]:
         """Kept tokens through the layers with gradients, after or between passes of the others without."""
+        check_no_images(inputs, self._gradient)
         countable, part = targets != IGNORED, targets if rows is None else targets[rows]
         arguments = {name: value for name, value in routed_batch(inputs).items() if name not in _INERT}
         arguments = take_rows(arguments, rows, len(targets))

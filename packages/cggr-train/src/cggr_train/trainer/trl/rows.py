@@ -14,6 +14,29 @@ from cggr_core import SharedContext
 _PER_ROW = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"})
 
 
+_OF_IMAGES = frozenset(
+    {"pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "image_position_ids", "spatial_shapes"}
+)
+
+
+def check_no_images(inputs: Mapping[str, Any], gradient: str) -> None:
+    """Raise where tokens would be run apart from the images that they belong to.
+
+    Args:
+        inputs: A batch.
+        gradient: The gradient mode, not ``"exact"``.
+
+    Raises:
+        ValueError: Naming the inputs.
+    """
+    images = sorted(name for name in _OF_IMAGES & inputs.keys() if inputs[name] is not None)
+    if images:
+        raise ValueError(
+            f"the batch holds {', '.join(images)}: gradient={gradient!r} runs tokens apart from their images; use "
+            "gradient='exact'"
+        )
+
+
 def rows_of(wanted: Tensor | None, countable: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
     """The rows to run, which costs one value from the device; None for all.
 

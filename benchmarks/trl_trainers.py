@@ -1,0 +1,348 @@
+"""An update of TRL's trainers, routed and as it comes: SFT on long rows, GRPO on its high-entropy tokens, DPO's pairs.
+
+``python -m benchmarks.trl_trainers cpu`` (two cores, a minute), ``... 1b`` and ``... 0.5b`` (one CUDA device), with
+``--task`` for one of the tasks and ``--seconds`` for how long each is timed. Needs ``trl``.
+
+An update is the forwards and backward of TRL's own ``compute_loss`` over the micro-batches of one optimizer step,
+without generation, rewards and the optimizer, which are the same for all. The control is the trainer as it comes: with
+gradient checkpointing, which TRL switches on. The other plain row has it off. Prompts and completions are random
+tokens, since the time does not depend on them; entropies are those of the model. ``keep`` in a row is the share of all
+tokens that has a backward.
+
+- ``sft``: rows of 8,192 tokens of which 10% are supervised, in four stretches, as an agent's turns are.
+- ``grpo``: 16 prompts with 8 completions of 1,024 tokens each, the top 20% by entropy; prompts of 512 and of 4,096. As
+  TRL has it, the rows are shuffled over micro-batches; *groups together* has them in order, so that more of a
+  micro-batch shares its prompts. *entropies known* is the second iteration over a batch, or any with vLLM: the pass
+  that made the old log-probabilities has them.
+- ``dpo``: pairs of completions of 512 tokens on a prompt of 1,024, with the forward of a reference model.
+"""
+
+import argparse
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from benchmarks import _record
+from benchmarks.step_time import SEED, Shape, peak_on_device
+from cggr_train import CGGRConfig, CGGRMixin
+from cggr_train.tokenizer import train_tokenizer
+
+CONTROL, PLAIN = "TRL, checkpointing", "TRL"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is trained, and the sizes of each task.
+
+    ``plain`` and ``routed`` are tokens of a micro-batch: a routed one holds more in the same memory.
+    """
+
+    model: Shape
+    sft: tuple[int, int]  # rows, tokens
+    groups: int
+    generations: int
+    completion: int
+    prompts: tuple[int, ...]
+    pairs: tuple[int, int, int]  # pairs, prompt, completion
+    plain: int
+    routed: int
+
+
+SIZES = {
+    "cpu": Sizes(
+        Shape(4, 128, 256, 4, 2, 1024, 0, 512, torch.float32, "cpu"),
+        (2, 256), 4, 4, 64, (32, 128), (4, 64, 32), 512, 2048,
+    ),
+    "1b": Sizes(
+        Shape(16, 2048, 8192, 32, 8, 128256, 0, 8192, torch.bfloat16, "cuda"),
+        (2, 8192), 16, 8, 1024, (512, 4096), (8, 1024, 512), 16384, 49152,
+    ),
+    "0.5b": Sizes(
+        Shape(24, 896, 4864, 14, 2, 151936, 0, 8192, torch.bfloat16, "cuda"),
+        (2, 8192), 16, 8, 1024, (512, 4096), (8, 1024, 512), 16384, 49152,
+    ),
+}  # fmt: skip
+# The bars of an update: over the checkpointed one and over the plain one.
+BARS = {"sft": (3.5, 2.8), "grpo": (2.5, 1.9)}
+
+
+class RoutedSFT(CGGRMixin, SFTTrainer):
+    """SFT with the gradient of the supervised tokens."""
+
+
+class RoutedGRPO(CGGRMixin, GRPOTrainer):
+    """GRPO with the gradient of the tokens that its loss is about."""
+
+
+class RoutedDPO(CGGRMixin, DPOTrainer):
+    """DPO with the gradient of the completions."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trainer and the micro-batches that it gets."""
+
+    trainer: Any
+    batches: list[dict[str, Any]]
+    checkpointing: bool = False
+
+
+class Update:
+    """The update of one variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+
+    def __call__(self) -> None:
+        """Forwards and backward of every micro-batch."""
+        trainer, model = self.variant.trainer, self.variant.trainer.model
+        if self.variant.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for batch in self.variant.batches:
+            trainer.compute_loss(model, dict(batch)).backward()
+        model.zero_grad(set_to_none=True)
+        if self.variant.checkpointing:
+            model.gradient_checkpointing_disable()
+
+    def kept(self) -> float:
+        """Share of all tokens that has a backward in every layer."""
+        task = getattr(self.variant.trainer, "_task_loss", None)
+        total = kept = 0
+        for batch in self.variant.batches:
+            tokens = batch["input_ids"] if "input_ids" in batch else (batch["prompt_ids"], batch["completion_ids"])
+            count = tokens.numel() if isinstance(tokens, Tensor) else sum(part.numel() for part in tokens)
+            total += count
+            if task is None:
+                kept += count
+                continue
+            self.variant.trainer.compute_loss(self.variant.trainer.model, dict(batch))
+            kept += int(task.metrics["kept_tokens"])
+        return kept / total
+
+
+def tokens_of(shape: Shape, *sizes: int) -> Tensor:
+    """Random token ids, past the special ones."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(3, shape.vocab, sizes, generator=generator).to(shape.device)
+
+
+@contextmanager
+def trainers(
+    sizes: Sizes, model: Any, plain: Any, routed: Any, config: Any, **values: Any
+) -> Iterator[tuple[Any, Any]]:
+    """The same trainer twice over the same model: as it comes, and routed."""
+    tokenizer = train_tokenizer(["def f(a):\n    return a\n" * 20], vocab_size=300)
+    rows = [{"prompt": "def f(a):\n", "completion": "    return a\n", "chosen": "    1\n", "rejected": "    2\n"}] * 8
+    columns = {SFTConfig: ["prompt", "completion"], GRPOConfig: ["prompt"], DPOConfig: ["prompt", "chosen", "rejected"]}
+    data = Dataset.from_list([{name: row[name] for name in columns[config]} for row in rows])
+    cggr = values.pop("cggr")
+    beside = {name: values.pop(name) for name in ("reward_funcs", "ref_model") if name in values}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = config(
+            folder, report_to="none", bf16=False, use_cpu=sizes.model.device == "cpu", seed=SEED, disable_tqdm=True,
+            **values,
+        )  # fmt: skip
+        made = []
+        for kind, more in ((plain, {}), (routed, {"cggr": cggr})):
+            # Each patches the forward of its model, and generation's settings are its own.
+            made.append(kind(model, args=arguments, train_dataset=data, processing_class=tokenizer, **beside, **more))
+            made[-1].model.train()
+            made[-1].current_gradient_accumulation_steps = 1
+        yield made[0], made[1]
+
+
+def split(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+    """Micro-batches of so many rows."""
+    count = len(next(value for value in batch.values() if isinstance(value, Tensor) and value.dim()))
+    return [
+        {name: value[at : at + rows] if value.dim() else value for name, value in batch.items()}
+        for at in range(0, count, rows)
+    ]
+
+
+@contextmanager
+def sft(sizes: Sizes, model: Any, length: int) -> Iterator[dict[str, Variant]]:
+    """Rows of which a tenth is supervised."""
+    rows, _ = sizes.sft
+    ids = tokens_of(sizes.model, rows, length)
+    position = torch.arange(length, device=ids.device)
+    supervised = position % (length // 4) >= round(length // 4 * 0.9)
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(~supervised, -100),
+    }  # fmt: skip
+    cggr = CGGRConfig(selection="supervised")
+    with trainers(sizes, model, SFTTrainer, RoutedSFT, SFTConfig, cggr=cggr, max_length=None) as (plain, routed):
+        batches = split(batch, max(1, sizes.plain // length))
+        yield {
+            CONTROL: Variant(plain, batches, checkpointing=True),
+            PLAIN: Variant(plain, batches),
+            "CGGR, kv": Variant(routed, batches),
+        }
+
+
+@contextmanager
+def grpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
+    """Groups of completions, an advantage for each."""
+    rows, length = sizes.groups * sizes.generations, prompt + sizes.completion
+    generator = torch.Generator().manual_seed(SEED)
+    batch = {
+        "prompt_ids": tokens_of(sizes.model, sizes.groups, prompt).repeat_interleave(sizes.generations, 0),
+        "completion_ids": tokens_of(sizes.model, rows, sizes.completion),
+        "advantages": torch.randn(rows, generator=generator).to(sizes.model.device),
+    }
+    batch["prompt_mask"] = torch.ones_like(batch["prompt_ids"])
+    batch["completion_mask"] = torch.ones_like(batch["completion_ids"])
+    order = torch.randperm(rows, generator=generator).to(sizes.model.device)
+    items = {"num_items_in_batch": batch["completion_mask"].sum()}
+    shuffled = {name: value[order] for name, value in batch.items()} | items
+    values = {
+        "num_generations": sizes.generations, "per_device_train_batch_size": sizes.generations,
+        "max_completion_length": sizes.completion, "top_entropy_quantile": 0.2, "cggr": CGGRConfig(),
+        "reward_funcs": lambda completions, **_: [0.0] * len(completions),
+    }  # fmt: skip
+    few, many = (max(1, count // length) for count in (sizes.plain, sizes.routed))
+    with trainers(sizes, model, GRPOTrainer, RoutedGRPO, GRPOConfig, **values) as (plain, routed):
+        known = shuffled | old_values(plain, shuffled, few)
+        yield {
+            CONTROL: Variant(plain, split(shuffled, few), checkpointing=True),
+            PLAIN: Variant(plain, split(shuffled, few)),
+            "CGGR, kv": Variant(routed, split(shuffled, many)),
+            "CGGR, kv, groups together": Variant(routed, split(batch | items, many)),
+            "CGGR, kv, entropies known": Variant(routed, split(known, many)),
+        }
+
+
+@torch.no_grad()
+def old_values(trainer: Any, batch: dict[str, Any], rows: int) -> dict[str, Tensor]:
+    """What the pass that makes the old log-probabilities leaves with a batch."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    length = batch["completion_ids"].shape[1]
+    found = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, length, batch_size=rows, compute_entropy=True
+    )
+    return {"old_per_token_logps": found[0], "cggr_entropies": found[1]}
+
+
+@contextmanager
+def dpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
+    """Pairs, chosen ones first, as TRL's collator has them."""
+    pairs, _, completion = sizes.pairs
+    ids = torch.cat(
+        [
+            tokens_of(sizes.model, pairs, prompt).repeat(2, 1),
+            tokens_of(sizes.model, 2 * pairs, completion),
+        ],
+        dim=1,
+    )
+    mask = (torch.arange(prompt + completion, device=ids.device) >= prompt).long().expand_as(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+
+    def batches(tokens: int) -> list[dict[str, Any]]:
+        count = max(1, tokens // (2 * (prompt + completion)))
+        halves = [torch.arange(at, min(at + count, pairs), device=ids.device) for at in range(0, pairs, count)]
+        return [{name: value[torch.cat([at, at + pairs])] for name, value in batch.items()} for at in halves]
+
+    values = {"cggr": CGGRConfig(), "ref_model": copy.deepcopy(model).eval().requires_grad_(False)}
+    with trainers(sizes, model, DPOTrainer, RoutedDPO, DPOConfig, **values) as (plain, routed):
+        yield {
+            CONTROL: Variant(plain, batches(sizes.plain), checkpointing=True),
+            PLAIN: Variant(plain, batches(sizes.plain)),
+            "CGGR, kv": Variant(routed, batches(sizes.routed)),
+        }
+
+
+def cases(sizes: Sizes, tasks: list[str]) -> list[tuple[str, str, Callable[..., Any], int]]:
+    """Name of each measurement, its task, what makes it, and the size that it has."""
+    made = {
+        "sft": [("sft", sft, sizes.sft[1])],
+        "grpo": [(f"grpo_{prompt}", grpo, prompt) for prompt in sizes.prompts],
+        "dpo": [("dpo", dpo, sizes.pairs[1])],
+    }
+    return [(name, task, make, size) for task in tasks for name, make, size in made[task]]
+
+
+def time_variants(variants: dict[str, Variant], *, device: str, seconds: float) -> dict[str, dict[str, Any]]:
+    """Rows of a result; what does not fit into the device's memory is left out and said."""
+    updates, peaks, started = {}, {}, time.perf_counter()
+    for name, variant in variants.items():
+        update = Update(variant)
+        try:
+            peaks[name] = peak_on_device(update) if device == "cuda" else update()
+            updates[name] = update
+        except torch.OutOfMemoryError:
+            print(f"  {name}: does not fit", flush=True)
+            variant.trainer.model.zero_grad(set_to_none=True)
+            variant.trainer.model.gradient_checkpointing_disable()
+            torch.cuda.empty_cache()
+    once = (time.perf_counter() - started) / (3 if device == "cuda" else 1)
+    repeats = max(3, min(20, round(seconds / max(once, 1e-3))))
+    control = CONTROL if CONTROL in updates else next(iter(updates))
+    rows = _record.measure(updates, control=control, repeats=repeats, warmup=1, device=device)
+    for name, update in updates.items():
+        rows[name]["keep"] = update.kept()
+        if device == "cuda":
+            rows[name]["peak_extra_bytes"] = peaks[name]
+    return rows
+
+
+def report(name: str, task: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Print the table, and whether the bars are met."""
+    plain = rows.get(PLAIN, {}).get("median")
+    print(f"{name:32} {'ms':>9} {'faster':>8} {'than plain':>11} {'keep':>6} {'peak GB':>8}")
+    for row, found in rows.items():
+        beside = f"{plain / found['median']:10.2f}x" if plain else f"{'':>11}"
+        peak = f"{found['peak_extra_bytes'] / 1e9:8.1f}" if "peak_extra_bytes" in found else ""
+        times = f"{found['median'] * 1e3:9.1f} {found['ratio']['median']:7.2f}x {beside}"
+        print(f"  {row:30} {times} {found['keep']:6.1%} {peak}")
+    if task in BARS and plain:
+        over_checkpointed, over_plain = BARS[task]
+        found = rows["CGGR, kv"]
+        met = found["ratio"]["median"] >= over_checkpointed and plain / found["median"] >= over_plain
+        print(f"  bar {over_checkpointed}x and {over_plain}x: {'met' if met else 'missed'}")
+
+
+def main() -> None:
+    """Run a shape's tasks, and write a JSON and a plot for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SIZES)
+    parser.add_argument("--task", nargs="*", choices=("sft", "grpo", "dpo"), default=["sft", "grpo", "dpo"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of timing for each measurement")
+    parser.add_argument("--prompts", type=int, nargs="*", help="lengths of GRPO's prompts, instead of the shape's own")
+    parser.add_argument("--plain", type=int, help="tokens of a plain micro-batch, instead of the shape's own")
+    parser.add_argument("--routed", type=int, help="tokens of a routed micro-batch, instead of the shape's own")
+    parser.add_argument("--name", default="trl_trainers", help="first part of the result files' names")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sizes = SIZES[options.shape]
+    changes = {"plain": options.plain, "routed": options.routed, "prompts": options.prompts and tuple(options.prompts)}
+    sizes = replace(sizes, **{name: value for name, value in changes.items() if value})
+    device = sizes.model.device
+    for name, task, make, size in cases(sizes, options.task):
+        model = sizes.model.model()
+        with make(sizes, model, size) as variants:
+            rows = time_variants(variants, device=device, seconds=options.seconds)
+        settings = sizes.model.settings() | {key: value for key, value in vars(sizes).items() if key != "model"}
+        settings |= {"task": task, "size": size, "seed": SEED, "backend": os.environ.get("CGGR_BACKEND", "auto")}
+        control = CONTROL if CONTROL in rows else next(iter(rows))
+        file = f"{options.name}_{name}_{options.shape}"
+        path = _record.write(file, rows, settings=settings, control=control, device=device)
+        _record.plot(_record.load(file), path.with_suffix(".png"), label="seconds per update")
+        report(name, task, rows)
+        del model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
