@@ -16,7 +16,6 @@ from rich.console import Console
 
 from benchmarks import _record
 from cggr_train.demo import write_corpus
-from cggr_train.loop import Clock, Progress, train_steps
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, run
 from cggr_train.study.arms import Arm
@@ -35,17 +34,16 @@ def prepared(folder: Path, arguments: argparse.Namespace) -> StudyContext:
         data=(str(corpus),), heldout=(str(heldout),), config=arguments.config, vocab_size=1024, length=256,
         batch_size=8, steps=arguments.steps, learning_rate=2e-3, device="cpu",
     )  # fmt: skip
-    run.prepare_study(StudySettings(train=train, equal=("tokens",)), folder, Console(file=io.StringIO()))
+    run.prepare_study(
+        StudySettings(train=train, equal=("tokens",), controls=("equal_cost",)), folder, Console(file=io.StringIO())
+    )
     return StudyContext(folder, torch.device("cpu"))
 
 
 def bare(context: StudyContext, arm: Arm, steps: int) -> None:
     """The training alone."""
-    training = context.training(arm, 0)
-    train_steps(
-        training.learner, training.optimizer, training.batches, context.loop(steps, warmup_steps=1), Progress(),
-        Clock(context.device), on_step=lambda loss, rate: None,
-    )  # fmt: skip
+    session = context.session(arm, 0, steps=steps, warmup_steps=1, eval_sequences=1)
+    session.train(lambda loss, rate: None)
 
 
 def studied(context: StudyContext, arm: Arm, steps: int) -> None:

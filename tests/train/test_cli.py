@@ -38,7 +38,7 @@ def test_help_names_every_choice(monkeypatch):
         getattr(RoutingSettings, name)
         for name in ("gradient", "min_tokens_ratio", "selection", "scoring", "warmup_steps")
     ]
-    assert "--router is trained, and with them standard training, standard training with the batch" in cggr(
+    assert "--router is trained, and with them standard training; with gradient checkpointing; with the batch" in cggr(
         "study", "--help"
     ).output.replace("\n", ""), "broken where the terminal ends, not where the source does"
 

@@ -169,7 +169,7 @@ class TestRun:
                 raise SaveError("the remembered scores could not be saved: No space left on device")
             save_remembered(path, *args, **more)
 
-        monkeypatch.setattr("cggr_train.run.save_remembered", full_the_second_time)
+        monkeypatch.setattr("cggr_train.session.save_remembered", full_the_second_time)
         with pytest.raises(SaveError, match=r"the last good checkpoint is .*step-00000002"):
             start_run(wanted, tmp_path / "run", console)
         checkpoints = tmp_path / "run" / "checkpoints"

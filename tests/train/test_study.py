@@ -62,7 +62,8 @@ def settings(data_files, **values):
         data=tuple(map(str, data_files)), config="nano", vocab_size=300, length=32, batch_size=4, steps=6,
         heldout_fraction=0.3, eval_sequences=8, device="cpu",
     )  # fmt: skip
-    given = {"seeds": 2, "evaluations": 2, "draws": 2, "gradient_batches": 1, "calibration_seconds": 0.01}
+    given = {"seeds": 2, "evaluations": 2, "draws": 2, "gradient_batches": 1, "calibration_seconds": 0.01,
+             "controls": ("equal_cost",)}  # fmt: skip
     return StudySettings(train=train, **{**given, "equal": ("tokens",), **values})
 
 
@@ -171,26 +172,22 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(study):
 
 def diverge(monkeypatch, name, step):
     """Make the loss of an arm's learner infinite from a step on."""
-    from cggr_train.study import training
+    original = StudyContext.session
 
-    original = training.train_steps
+    def session(self, arm, *arguments, **options):
+        made = original(self, arm, *arguments, **options)
+        train = made.train
 
-    def train_steps(learner, *arguments, on_step, **options):
-        def after(loss, rate):
-            progress = arguments[3]
-            on_step(loss * float("inf") if progress.step >= step and learner.arm == name else loss, rate)
+        def diverging(on_step, **options):
+            def after(loss, rate):
+                on_step(loss * float("inf") if made.progress.step >= step and arm.name == name else loss, rate)
 
-        original(learner, *arguments, on_step=after, **options)
+            train(after, **options)
 
-    own = StudyContext.training
+        made.train = diverging
+        return made
 
-    def named(self, arm, *arguments, **options):
-        found = own(self, arm, *arguments, **options)
-        found.learner.arm = arm.name
-        return found
-
-    monkeypatch.setattr(StudyContext, "training", named)
-    monkeypatch.setattr(training, "train_steps", train_steps)
+    monkeypatch.setattr(StudyContext, "session", session)
 
 
 def without_runs(folder, *names):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cggr_train.data import IGNORED, count_targets, split_supervised
+
 
 @torch.no_grad()
 def heldout_loss(
@@ -22,7 +24,7 @@ def heldout_loss(
 
     Args:
         model: A Hugging Face causal language model; evaluated in ``eval()`` mode, its mode is put back.
-        batches: Token ids, int64 ``[B, S]`` each; every sequence predicts its last ``S - 1`` tokens.
+        batches: Token ids, int64 ``[B, S]`` each; every sequence predicts its supervised tokens but the first token.
         device: Where the model is.
         bfloat16: Evaluate under bfloat16 autocast.
         reduce: Adds a float64 tensor on the CPU up over all ranks, where each evaluates its share of the batches.
@@ -35,13 +37,15 @@ def heldout_loss(
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for batch in batches:
-            input_ids = batch.to(device)
+            input_ids, labels = split_supervised(batch.to(device))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 logits = model(input_ids=input_ids, use_cache=False).logits
-            targets = input_ids[:, 1:].reshape(-1)
-            losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+            targets = labels[:, 1:].reshape(-1)
+            losses = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum", ignore_index=IGNORED
+            )
             total += losses.double()
-            count += targets.numel()
+            count += int(count_targets(batch))
     finally:
         model.train(training)
     loss, tokens = reduce(torch.tensor([total.item(), count], dtype=torch.float64)).tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from cggr_core.settings import ROUTERS, RoutingSettings, default_router_depth
+from cggr_train.data import count_targets, split_supervised
 from cggr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,14 +68,14 @@ class Learner(Protocol):
 
     def loss(
         self,
-        input_ids: Tensor,
+        rows: Tensor,
         *,
-        num_items: float | None = None,
+        num_items: float | Tensor | None = None,
         draw: int | Tensor | None = None,
         first_row: int = 0,
         example_ids: Tensor | None = None,
     ) -> Tensor:
-        """Loss of next-token prediction on ``input_ids`` ``[B, S]``, float32 scalar with a graph.
+        """Loss of next-token prediction on the supervised tokens of ``rows`` ``[B, S]``, float32 scalar with a graph.
 
         It goes through ``wrapped``: the model itself, or what averages its gradients over the ranks. ``num_items`` is
         the number of countable tokens to divide by, of all micro-batches of an accumulated step together; None divides
@@ -110,26 +113,32 @@ class StandardLearner:
     def __init__(self, model: PreTrainedModel) -> None:
         from cggr_core.routing import fused_norms, replaced_forwards
 
-        self._with_fused_norms = partial(replaced_forwards, fused_norms(model.modules()))
+        norms = fused_norms(model.modules())
+        self._with_fused_norms: Callable[[], AbstractContextManager[Any]] = partial(replaced_forwards, norms)
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # The backward pass runs the layers again, behind the end of any block: there they stay for good.
+            self._with_fused_norms().__enter__()
+            self._with_fused_norms = nullcontext
         self.model = model
         self.wrapped: nn.Module = model
         self.memory: RememberedScores | None = None
-        self._countable = 0
+        self._countable: Tensor | int = 0
 
     def loss(
         self,
-        input_ids: Tensor,
+        rows: Tensor,
         *,
-        num_items: float | None = None,
+        num_items: float | Tensor | None = None,
         draw: int | Tensor | None = None,
         first_row: int = 0,
         example_ids: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Learner`."""
-        self._countable = input_ids.shape[0] * (input_ids.shape[1] - 1)
+        input_ids, labels = split_supervised(rows)
+        self._countable = count_targets(rows)
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
         with self._with_fused_norms():
-            return self.wrapped(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
+            return self.wrapped(input_ids=input_ids, labels=labels, use_cache=False, **extra).loss
 
     def step(self) -> None:
         """Nothing to do."""
@@ -184,18 +193,19 @@ class RoutedLearner:
 
     def loss(
         self,
-        input_ids: Tensor,
+        rows: Tensor,
         *,
-        num_items: float | None = None,
+        num_items: float | Tensor | None = None,
         draw: int | Tensor | None = None,
         first_row: int = 0,
         example_ids: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Learner`."""
+        input_ids, labels = split_supervised(rows)
         place: dict[str, Any] = {"draw": draw, "first_row": first_row, "example_ids": example_ids}
         try:
             with self.routed.routed_forward():
-                return self.wrapped(input_ids=input_ids, labels=input_ids, num_items=num_items, **place)
+                return self.wrapped(input_ids=input_ids, labels=labels, num_items=num_items, **place)
         except ValueError as error:  # a mode that this architecture cannot have, or logits that are NaN
             raise InputError(str(error)) from error
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cggr_train.data import Batches
+from cggr_train.data import Batches, count_targets
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.learner import Learner
 from cggr_train.optimizer_step import OptimizerStep
@@ -180,13 +180,12 @@ def train_steps(
         DivergedError: If a later one cannot: its logits are no longer numbers.
     """
     learner.model.train()
-    per_batch = batches.batch_size * (batches.length - 1)
     # Gradients are averaged over the ranks, so each divides by its share.
     whole = settings.accumulate == 1 and ranks.size == 1
     rows = ranks.rows(batches.batch_size)
     step = OptimizerStep(
         learner, optimizer, clip=settings.clip, bfloat16=settings.bfloat16, batch_size=batches.batch_size,
-        num_items=None if whole else per_batch * settings.accumulate / ranks.size, ranks=ranks,
+        ranks=ranks,
     )  # fmt: skip
     recorded = RecordedStep(step, clock.device) if settings.cuda_graph else None
     while True:
@@ -199,13 +198,15 @@ def train_steps(
         rate = settings.learning_rate.at(spent)
         first = progress.step * settings.accumulate
         numbers = range(first, first + settings.accumulate)
-        taken = [_on_device(batches.get(number)[rows], clock.device) for number in numbers]
+        read = [batches.get(number) for number in numbers]
+        items = None if whole else float(sum(map(count_targets, read))) / ranks.size
+        taken = [_on_device(batch[rows], clock.device) for batch in read]
         try:
             if recorded is not None:
-                loss = recorded(taken, rate=rate, draw=progress.step)
+                loss = recorded(taken, rate=rate, draw=progress.step, num_items=items)
             else:
                 known = None if learner.memory is None else [batches.example_ids(number)[rows] for number in numbers]
-                loss = step(taken, rate=rate, draw=progress.step, example_ids=known)
+                loss = step(taken, rate=rate, draw=progress.step, num_items=items, example_ids=known)
         except InputError as error:
             if progress.step == 0:
                 raise

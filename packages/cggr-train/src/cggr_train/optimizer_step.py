@@ -22,7 +22,6 @@ class OptimizerStep:
         clip: Largest norm of the gradient; None leaves it as it is.
         bfloat16: Run the forward under bfloat16 autocast.
         batch_size: Rows of each batch, of all ranks together.
-        num_items: Countable tokens to divide by; None divides by the batch's own.
         ranks: The processes that share the step.
     """
 
@@ -34,11 +33,10 @@ class OptimizerStep:
         clip: float | None,
         bfloat16: bool,
         batch_size: int,
-        num_items: float | None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.learner, self.optimizer = learner, optimizer
-        self._clip, self._bfloat16, self._num_items = clip, bfloat16, num_items
+        self._clip, self._bfloat16 = clip, bfloat16
         self._batch_size, self._ranks = batch_size, ranks
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -48,6 +46,7 @@ class OptimizerStep:
         *,
         rate: float | Tensor,
         draw: int | Tensor,
+        num_items: float | Tensor | None,
         example_ids: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Take the step.
@@ -56,6 +55,8 @@ class OptimizerStep:
             batches: This rank's rows of each accumulated batch, int64 ``[B, S]`` on the model's device.
             rate: Learning rate; a tensor (0-dim, on the device) where the optimizer can be captured.
             draw: Number of the step's random choices; a tensor (0-dim int64, on the device) where it is recorded.
+            num_items: Supervised tokens to divide by (a 0-dim tensor where the step is recorded); None divides by the
+                batch's own.
             example_ids: int64 ``[B]`` of each batch, where scores are remembered by example.
 
         Returns:
@@ -69,9 +70,7 @@ class OptimizerStep:
             first_row = micro * self._batch_size + self._ranks.rows(self._batch_size).start
             with without_averaging(self.learner.wrapped, last=micro == len(batches) - 1):
                 with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
-                    loss = self.learner.loss(
-                        input_ids, num_items=self._num_items, draw=draw, first_row=first_row, **known
-                    )
+                    loss = self.learner.loss(input_ids, num_items=num_items, draw=draw, first_row=first_row, **known)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         if self._clip is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 from cggr_train.errors import InputError
@@ -48,10 +49,14 @@ def check_seed(value: int) -> None:
         raise InputError(f"--seed must be from 0 to {LARGEST_SEED}, got {value}")
 
 
-def check_routing(routing: Routing) -> None:
+def check_routing(routing: Routing, *, labelled: bool = False) -> None:
     """Refuse names and numbers of a routing that no model can have.
 
     What depends on the model, or on how settings go together, is found when the model is wrapped.
+
+    Args:
+        routing: The settings.
+        labelled: Whether only some tokens of the text are supervised.
 
     Raises:
         InputError: With the nearest name, where one is near.
@@ -63,21 +68,21 @@ def check_routing(routing: Routing) -> None:
         cggr_train.errors.InputError: --selection must be one of ... got 'stratifed'; did you mean 'stratified'?
     """
     from cggr_core.checks import check_choice, check_ratio
-    from cggr_core.settings import GRADIENT_MODES, ROUTERS, SCORINGS, SELECTIONS
+    from cggr_core.settings import GRADIENT_MODES, MODEL_SELECTIONS, ROUTERS, SCORINGS, SELECTIONS
 
     if routing.scoring == "excess":
         raise InputError(
             "--scoring excess compares with a reference model, which training from the command has none of; give "
             "another score (cggr inspect --reference shows this one)"
         )
-    if routing.selection == "supervised":
+    if routing.selection == "supervised" and not labelled:
         raise InputError(
             "--selection supervised keeps the tokens that have a label, and here every token of a text has one; give "
             "another selection, or use CGGRTrainer, whose examples may have prompts without labels"
         )
     try:
         check_choice("--gradient", routing.gradient, GRADIENT_MODES)
-        check_choice("--selection", routing.selection, SELECTIONS)
+        check_choice("--selection", routing.selection, MODEL_SELECTIONS if labelled else SELECTIONS)
         check_choice("--scoring", routing.scoring, [name for name in SCORINGS if name != "excess"])
         if routing.router is not None:
             check_choice("--router", routing.router, ROUTERS)
@@ -87,3 +92,24 @@ def check_routing(routing: Routing) -> None:
     if routing.router_depth is not None:
         check_number("--router-depth", routing.router_depth, least=1)
     check_number("--ratio-warmup-steps", routing.ratio_warmup_steps, least=0)
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """A number of bytes with its unit.
+
+    Raises:
+        InputError: If it is none.
+
+    Example:
+        >>> parse_bytes("--memory-limit", "1.5GB"), parse_bytes("--memory-limit", "2 GiB")
+        (1500000000, 2147483648)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if found is not None and found[2].upper() in UNITS and found[1].count(".") <= 1 and found[1] != ".":
+        number = float(found[1]) * UNITS[found[2].upper()]
+        if number >= 1:
+            return round(number)
+    raise InputError(f"{option} is {text!r}: give bytes with a unit, 24GB or 24GiB say")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cggr_train.data import Documents, TokenStore, build_token_store
+from cggr_train.data import Documents, TokenStore, build_example_store, build_token_store
+from cggr_train.data.documents import has_fields
 from cggr_train.errors import InputError, SaveError
 from cggr_train.learner import METHODS
 from cggr_train.presets import build_config, build_model, check_model_folder, load_model
@@ -33,10 +34,17 @@ def prepare(
     """
     if settings.method not in METHODS:
         raise InputError(f"--method is {settings.method!r}: give one of {', '.join(METHODS)}")
-    documents = Documents(settings.data, field=settings.field, skip_bad=settings.skip_bad)
+    field = settings.field if settings.answer is None else f"{settings.field},{settings.answer}"
+    documents = Documents(settings.data, field=field, skip_bad=settings.skip_bad)
     heldout = None
     if settings.heldout:
-        heldout = Documents(settings.heldout, field=settings.field, skip_bad=settings.skip_bad)
+        heldout = Documents(settings.heldout, field=field, skip_bad=settings.skip_bad)
+    if settings.answer is not None:
+        plain = [path for source in (documents, heldout) if source for path in source.paths if not has_fields(path)]
+        if plain:
+            raise InputError(
+                f"--answer {settings.answer!r} is a key of JSON Lines or Parquet files, and {plain[0]} is plain text"
+            )
     if settings.config is not None:
         build_config(settings.config, vocab_size=settings.vocab_size, length=settings.length)
     if settings.model is not None:
@@ -54,13 +62,15 @@ def prepare(
     console.print("tokenizing …", highlight=False)
     try:
         tokenizer.save_pretrained(folder / "tokenizer")
-        tokens = build_token_store(
+        build = build_token_store if settings.answer is None else build_example_store
+        tokens = build(
             documents, tokenizer, folder / "tokens",
             length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
         )  # fmt: skip
     except OSError as error:  # what cannot be read is another error already
         raise SaveError(f"the text's tokens could not be written to {folder}: {error.strerror or error}") from error
-    skipped = f", [yellow]{tokens.skipped:,} bad lines left out[/]" if tokens.skipped else ""
+    left_out = "bad lines" if settings.answer is None else "examples that are bad or longer than --length"
+    skipped = f", [yellow]{tokens.skipped:,} {left_out} left out[/]" if tokens.skipped else ""
     console.print(
         f"{tokens.documents:,} documents, {len(tokens.train):,} tokens to train on, "
         f"{len(tokens.heldout):,} held out{skipped}",

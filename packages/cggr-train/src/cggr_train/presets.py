@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,13 +107,31 @@ def check_model_folder(path: str) -> None:
             "the Hugging Face hub is downloaded first (hf download NAME --local-dir DIRECTORY)"
         )
     try:
-        AutoConfig.from_pretrained(path, local_files_only=True)
+        AutoConfig.from_pretrained(path, local_files_only=True, **gguf_argument(path))
     except (OSError, ValueError) as error:
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
 
 
+def gguf_argument(path: str) -> dict[str, str]:
+    """What ``from_pretrained`` needs for a directory that holds a model as one GGUF file; nothing for any other.
+
+    Raises:
+        InputError: If the directory has several such files and no configuration, or the package gguf is missing.
+    """
+    if (Path(path) / "config.json").exists():
+        return {}
+    found = sorted(file.name for file in Path(path).glob("*.gguf"))
+    if not found:
+        return {}
+    if len(found) > 1:
+        raise InputError(f"the model directory {path} holds {len(found)} GGUF files; leave one of them in it")
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{path} holds a GGUF file, which takes the package gguf to read: python -m pip install gguf")
+    return {"gguf_file": found[0]}
+
+
 def load_model(path: str) -> PreTrainedModel:
-    """A causal language model from a directory written by ``save_pretrained``, in float32.
+    """A causal language model from a directory written by ``save_pretrained``, or that holds one GGUF file, in float32.
 
     Raises:
         InputError: If the directory is missing, holds no such model, or lacks some of its weights.
@@ -123,11 +142,15 @@ def load_model(path: str) -> PreTrainedModel:
     check_model_folder(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **gguf_argument(path),
+        )  # fmt: skip
     except Exception as error:  # of a damaged directory several libraries raise unrelated types
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
+    if gguf_argument(path):  # its weights are plain float32 now, which can be trained and saved
+        del model.config.quantization_config
+        model.is_quantized = False
     # transformers would go on with random numbers in their place
     missing = sorted(report["missing_keys"])
     if missing:

@@ -65,7 +65,7 @@ class RecordedStep:
     """Takes some steps as they are, records one, and replays it for all later ones.
 
     Batches must have the shape of the first ones. What changes from step to step is read on the device: the batches,
-    the learning rate and the number of the draw.
+    the learning rate, the number of the draw and the items that the loss is divided by.
 
     Args:
         step: The step. Its optimizer must be capturable (:func:`cggr_train.loop.build_optimizer`), and its model on a
@@ -78,12 +78,13 @@ class RecordedStep:
         self._batches: list[Tensor] | None = None
         self._rate = torch.zeros((), device=device)
         self._draw = torch.zeros((), dtype=torch.int64, device=device)
+        self._items: Tensor | None = None
         self._side = torch.cuda.Stream(device)
         self._taken = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss: Tensor | None = None
 
-    def __call__(self, batches: Sequence[Tensor], *, rate: float, draw: int) -> Tensor:
+    def __call__(self, batches: Sequence[Tensor], *, rate: float, draw: int, num_items: float | None) -> Tensor:
         """Take a step; see :meth:`OptimizerStep.__call__`.
 
         Raises:
@@ -96,6 +97,10 @@ class RecordedStep:
             own.copy_(batch)
         self._rate.fill_(rate)
         self._draw.fill_(draw)
+        if num_items is not None:
+            if self._items is None:
+                self._items = torch.zeros((), device=self._device)
+            self._items.fill_(num_items)
         self._taken += 1
         if self._taken <= EAGER_STEPS:
             return self._take_eagerly(self._batches)
@@ -112,7 +117,7 @@ class RecordedStep:
         with torch.cuda.stream(self._side), warnings.catch_warnings():
             # Said to those who would never record; these steps go before a recording.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-            loss = self._step(batches, rate=self._rate, draw=self._draw)
+            loss = self._step(batches, rate=self._rate, draw=self._draw, num_items=self._items)
         current.wait_stream(self._side)
         return loss
 
@@ -123,7 +128,7 @@ class RecordedStep:
         try:
             # A batch's rows are cut from a run of tokens: nothing is padding, and positions do not start anew.
             with whole_rows(), torch.cuda.graph(graph, stream=self._side):
-                self._loss = self._step(batches, rate=self._rate, draw=self._draw)
+                self._loss = self._step(batches, rate=self._rate, draw=self._draw, num_items=self._items)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]
             raise RunError(f"the step cannot be recorded ({reason}); leave --cuda-graph out") from error

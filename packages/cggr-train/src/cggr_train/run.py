@@ -21,40 +21,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cggr_train.checkpoint import (
-    TrainingState,
-    checkpoint_path,
-    latest_checkpoint,
-    load_training_state,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-    what_is_left,
-)
-from cggr_train.data import Batches, TokenStore
-from cggr_train.data.batches import in_order
+from cggr_train.checkpoint import checkpoint_path, latest_checkpoint, what_is_left
+from cggr_train.data import TokenStore
 from cggr_train.device import uses_bfloat16
 from cggr_train.display import Display, numbers, silence
 from cggr_train.errors import DivergedError, InputError
-from cggr_train.evaluate import heldout_loss
 from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
-from cggr_train.learner import build_learner
 from cggr_train.log import JsonlLog, LogError, read_log
-from cggr_train.loop import Budget, Clock, LearningRate, LoopSettings, Progress, build_optimizer, train_steps
+from cggr_train.loop import Budget, LearningRate, LoopSettings, Progress
 from cggr_train.memory import memory_in_use, peak_memory
 from cggr_train.prepare import prepare, prepared
 from cggr_train.presets import load_model
-from cggr_train.ranks import Ranks, joined_ranks
+from cggr_train.ranks import joined_ranks
 from cggr_train.recorded import check_recordable
-from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered, save_remembered
+from cggr_train.session import RunSession, SessionSettings
 from cggr_train.settings import STUDY, TrainSettings
 from cggr_train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cggr_core.experimental import RememberedScores
+    from transformers import PreTrainedTokenizerBase
 
 
 class RunResult(NamedTuple):
@@ -96,8 +82,8 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
             sequences = len(tokens.train) // settings.length
             settings = dataclasses.replace(settings, steps=-(-sequences // (settings.batch_size * settings.accumulate)))
         ranks.on_first(lambda: settings.save(folder / "settings.json"))
-        run = _Run(settings, folder, console, ranks, device, model, tokenizer, tokens)
-        return run.train()
+        session = RunSession(session_settings(settings, device), model, tokens, device, ranks=ranks)
+        return _Run(session, settings, folder, console, tokenizer).train()
 
 
 def resume_run(folder: Path, console: Console, *, steps: int | None = None, seconds: float | None = None) -> RunResult:
@@ -129,93 +115,65 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
         if settings.cuda_graph:
             check_recordable(device, settings.method, settings.routing, processes=ranks.size)
         ranks.on_first(lock.take)
-        state = load_training_state(checkpoint)
         tokens = TokenStore.open(folder / "tokens")
         model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
-        run = _Run(settings, folder, console, ranks, device, model, tokenizer, tokens, resumed=checkpoint)
-        run.restore(state)
-        console.print(f"resuming {folder} from step {state.progress.step:,}", highlight=False)
-        return run.train()
+        session = RunSession(session_settings(settings, device), model, tokens, device, ranks=ranks, resumed=checkpoint)
+        session.resume(checkpoint)
+        console.print(f"resuming {folder} from step {session.progress.step:,}", highlight=False)
+        return _Run(session, settings, folder, console, tokenizer).train()
 
 
-class _Run:
-    def __init__(
-        self,
-        settings: TrainSettings,
-        folder: Path,
-        console: Console,
-        ranks: Ranks,
-        device: torch.device,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        tokens: TokenStore,
-        resumed: Path | None = None,
-    ) -> None:
-        self.settings, self.folder, self.console = settings, folder, console
-        self.ranks, self.device = ranks, device
-        self.model, self.tokenizer = model, tokenizer
-        torch.nn.Module.to(model, device)
-        size = {"length": settings.length, "batch_size": settings.batch_size}
-        self.batches = Batches(tokens.train, **size, seed=settings.seed)
-        self.memory: RememberedScores | None = None
-        if settings.routing.router == "remembered":
-            self.examples = fingerprint(self.batches.sequences)
-            self.memory = self._remembered(resumed)
-        self.learner = build_learner(
-            self.model, settings.method, settings.routing, seed=settings.seed, memory=self.memory
-        )
-        self.learner.wrapped = ranks.wrap(self.model, device)
-        if ranks.size > 1:
-            torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations
-        self.optimizer = build_optimizer(self.model, weight_decay=settings.weight_decay, capturable=settings.cuda_graph)
-        self.heldout = in_order(tokens.heldout, **size, limit=settings.eval_sequences)
-        self.loop = LoopSettings(
+def session_settings(settings: TrainSettings, device: torch.device) -> SessionSettings:
+    """What ``cggr train`` was asked for, as a session takes it."""
+    return SessionSettings(
+        method=settings.method,
+        routing=settings.routing,
+        length=settings.length,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        weight_decay=settings.weight_decay,
+        eval_sequences=settings.eval_sequences,
+        loop=LoopSettings(
             budget=Budget(settings.steps, settings.seconds),
             learning_rate=LearningRate(settings.learning_rate, warmup=settings.lr_warmup),
             accumulate=settings.accumulate,
             clip=settings.clip or None,
             bfloat16=uses_bfloat16(settings.precision, device),
             cuda_graph=settings.cuda_graph,
-        )
-        self.progress = Progress()
+        ),
+    )
+
+
+class _Run:
+    """What ``cggr train`` does around the steps of a session: log, evaluate, save, show."""
+
+    def __init__(
+        self, session: RunSession, settings: TrainSettings, folder: Path, console: Console,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:  # fmt: skip
+        self.session, self.settings, self.folder, self.console = session, settings, folder, console
+        self.ranks, self.tokenizer = session.ranks, tokenizer
         self.saved: tuple[int, Path] | None = None
+        if session.progress.step:
+            self.saved = (session.progress.step, checkpoint_path(folder / "checkpoints", session.progress.step))
         self.heldout_loss: float | None = None
         self._window: list[Tensor] = []
-        self._window_start = Progress()
+        self._window_start = dataclasses.replace(session.progress)
 
-    def _remembered(self, resumed: Path | None) -> RememberedScores:
-        from cggr_core.experimental import RememberedScores
-
-        if resumed is not None:
-            return load_remembered(resumed / FILE_NAME, examples=self.examples)
-        return RememberedScores.empty(examples=self.batches.num_sequences, length=self.batches.length)
-
-    def _save_memory(self, checkpoint: Path) -> None:
-        assert self.memory is not None  # else nobody asks
-        save_remembered(checkpoint / FILE_NAME, self.memory, examples=self.examples)
-
-    def restore(self, state: TrainingState) -> None:
-        self.progress = state.progress
-        self.optimizer.load_state_dict(state.optimizer)
-        self.learner.load_state_dict(state.learner)
-        restore_random_state(state.random, self.device, self.ranks)
-        self._window_start = dataclasses.replace(self.progress)
-        self.saved = (self.progress.step, checkpoint_path(self.folder / "checkpoints", self.progress.step))
+    @property
+    def progress(self) -> Progress:
+        return self.session.progress
 
     def train(self) -> RunResult:
         settings = self.settings
         alone, main = self.ranks.size == 1, self.ranks.main
         self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step) if main else None
-        shown = Display(self.console, settings.method, self.loop.budget)
+        shown = Display(self.console, settings.method, self.session.settings.loop.budget)
         stopping = StopRequest(launched=not alone, quiet=not main, on_hangup=lambda: silence(self.console))
         with stopping as stop, shown as display:
             self.display = display
-            self.clock = Clock(self.device, elapsed=self.progress.seconds)
             try:
-                train_steps(
-                    self.learner, self.optimizer, self.batches, self.loop, self.progress, self.clock,
-                    on_step=self._after_step, stop=lambda: stop.requested, ranks=self.ranks,
-                )  # fmt: skip
+                self.session.train(self._after_step, stop=lambda: stop.requested)
                 self._log_window()
                 stopped, code = self.ranks.agree(stop.requested, stop.exit_code if stop.requested else 0)
                 if not stopped:
@@ -235,7 +193,7 @@ class _Run:
         if step % self.settings.log_every == 0 or saving or evaluating:
             self._log_window()
         self.display.advance(self.progress)
-        ending = self.loop.budget.spent(self.progress) >= 1
+        ending = self.session.settings.loop.budget.spent(self.progress) >= 1
         if evaluating and not ending:
             self._evaluate()
         if saving and not ending:
@@ -248,7 +206,7 @@ class _Run:
         progress, before = self.progress, self._window_start
         rate = (progress.tokens - before.tokens) / max(progress.seconds - before.seconds, 1e-9)
         metrics = self._metrics()
-        memory = memory_in_use(self.device)
+        memory = memory_in_use(self.session.device)
         self._write(
             event="train",
             step=progress.step,
@@ -258,7 +216,7 @@ class _Run:
             seconds=round(progress.seconds, 4),
             tokens_per_second=round(rate, 1),
             memory_bytes=memory,
-            peak_memory_bytes=peak_memory(self.device),
+            peak_memory_bytes=peak_memory(self.session.device),
             **{name: value for name, value in metrics.items() if name != "loss"},
         )
         if not math.isfinite(loss):
@@ -272,7 +230,8 @@ class _Run:
     def _metrics(self) -> dict[str, Any]:
         """The learner's, as plain values, of all ranks together; each has the same number of countable tokens."""
         found = {
-            name: value.item() if isinstance(value, Tensor) else value for name, value in self.learner.metrics.items()
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in self.session.learner.metrics.items()
         }
         numbers = {name: float(value) for name, value in found.items() if not isinstance(value, str)}
         if self.ranks.size > 1:
@@ -286,14 +245,7 @@ class _Run:
             self.log.write(**record)
 
     def _evaluate(self) -> None:
-        with self.clock.paused():
-            self.heldout_loss = heldout_loss(
-                self.model,
-                self.heldout[self.ranks.rank :: self.ranks.size],
-                device=self.device,
-                bfloat16=self.loop.bfloat16,
-                reduce=self.ranks.sum,
-            )
+        self.heldout_loss = self.session.evaluate()
         progress = self.progress
         self._write(
             event="heldout",
@@ -311,17 +263,7 @@ class _Run:
     def _save(self) -> Path:
         if self.saved is not None and self.saved[0] == self.progress.step:
             return self.saved[1]
-        folder = self.folder / "checkpoints"
-        with self.clock.paused():
-            random = random_state(self.device, self.ranks)
-            state = TrainingState(self.progress, self.optimizer.state_dict(), self.learner.state_dict(), random)
-            if self.memory is not None:
-                self.memory.flush()  # on every rank, so that all go on from the same scores
-            also = None if self.memory is None else self._save_memory
-            self.ranks.on_first(
-                lambda: save_checkpoint(folder, self.model, self.tokenizer, state, keep=self.settings.keep, also=also)
-            )
-        path = checkpoint_path(folder, self.progress.step)
+        path = self.session.save(self.folder / "checkpoints", self.tokenizer, keep=self.settings.keep)
         self.saved = (self.progress.step, path)
         return path
 

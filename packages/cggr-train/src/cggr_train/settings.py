@@ -30,6 +30,7 @@ class TrainSettings:
     tokenizer: str | None = None
     vocab_size: int = 8192
     field: str = "text"
+    answer: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_fraction: float = 0.02
     skip_bad: bool = False
@@ -69,7 +70,7 @@ class TrainSettings:
             if budget is not None:
                 check_number(option, budget, above=0)
         check_seed(self.seed)
-        check_routing(self.routing)
+        check_routing(self.routing, labelled=self.answer is not None)
         if not 0 < self.heldout_fraction <= 0.5:
             raise InputError(f"--heldout-fraction must be in (0, 0.5], got {self.heldout_fraction}")
         if not 0 <= self.lr_warmup < 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cggr_train.errors import InputError
+from cggr_train.presets import gguf_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise InputError(f"the tokenizer directory {folder} does not exist")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf_argument(folder))
     except Exception as error:  # transformers raises several unrelated types for a directory without a tokenizer
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"the directory {folder} holds no tokenizer that can be loaded ({reason})") from error

@@ -13,7 +13,9 @@ SCORINGS = "gradnorm, combined, loss, entropy or margin"
 Data = Annotated[
     list[Path] | None, typer.Argument(help="Text, .jsonl or .parquet files to train on.", show_default=False)
 ]
-Model = Annotated[str | None, typer.Option(help="Directory of a Hugging Face model to train on.")]
+Model = Annotated[
+    str | None, typer.Option(help="Directory of a Hugging Face model to train on, or that holds one as a GGUF file.")
+]
 Config = Annotated[
     str | None, typer.Option(help="Train from scratch: nano, micro, tiny, small, base, large, or a config.json.")
 ]
@@ -22,6 +24,10 @@ Tokenizer = Annotated[
 ]
 VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the data.")]
 Field = Annotated[str, typer.Option(help="Key or column that holds the text; a,b joins two.")]
+Answer = Annotated[
+    str | None,
+    typer.Option(help="Key or column of the answer; --field is the question then, and the answer alone is supervised."),
+]
 Heldout = Annotated[
     list[Path] | None, typer.Option(help="File held out, instead of a share of the data; once for each file.")
 ]

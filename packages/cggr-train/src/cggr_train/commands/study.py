@@ -23,6 +23,7 @@ def study(
     tokenizer: options.Tokenizer = None,
     vocab_size: options.VocabSize = 8192,
     field: options.Field = "text",
+    answer: options.Answer = None,
     heldout: options.Heldout = None,
     heldout_fraction: options.HeldoutFraction = 0.02,
     skip_bad: options.SkipBad = False,
@@ -36,6 +37,9 @@ def study(
         str, typer.Option(help="What scores: full_depth,truncated,learned,remembered; one by default.")
     ] = "",
     router_depth: options.RouterDepth = None,
+    controls: Annotated[
+        str, typer.Option(help="Standard arms beside the first: equal_cost,checkpointed,equal_memory.")
+    ] = "equal_cost,checkpointed,equal_memory",
     control_batch: Annotated[str, typer.Option(help="Further standard arms, in sequences per step: 1,2,…")] = "",
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
     equal: Annotated[str, typer.Option(help="What every run must reach: tokens,time.")] = "tokens,time",
@@ -47,6 +51,16 @@ def study(
     weight_decay: options.WeightDecay = 0.1,
     clip: options.Clip = 1.0,
     seed: Annotated[int, typer.Option(help="First of the seeds, of weights, data order and selections.")] = 0,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Bytes a step may take, 24GB say: each arm gets the largest micro-batch that fits."),
+    ] = None,
+    rates: Annotated[str, typer.Option(help="Learning rates of which each arm gets the best for it: 1e-4,3e-4,…")] = "",
+    evaluate: Annotated[
+        str, typer.Option("--eval", help="loss, or exact-match: answer the held-out questions as well.")
+    ] = "loss",
+    answer_after: Annotated[str | None, typer.Option(help='Mark before what is compared of an answer: "####".')] = None,
+    questions: Annotated[int | None, typer.Option(help="Held-out questions to ask; without it all.")] = None,
     evaluations: Annotated[int, typer.Option(help="Points of each curve.")] = 8,
     eval_sequences: options.EvalSequences = 64,
     draws: Annotated[int, typer.Option(help="Gradients drawn of each arm and held-out batch; 0: none.")] = 8,
@@ -62,8 +76,9 @@ def study(
     For example: cggr study data.jsonl --model path/to/model --steps 300 --ratio 0.25,0.5
 
     Every combination of --gradient, --ratio, --selection, --scoring and --router is trained, and with them standard
-    training, standard training with the batch of equal cost, and random tokens at the same ratio. Writes results.jsonl
-    and report.html. Ctrl-C stops after the current steps and saves (exit code 130); --resume goes on.
+    training; with gradient checkpointing; with the batch of equal cost; with as many sequences at a time as the routed
+    step's memory has room for; and random tokens at the same ratio. Writes results.jsonl and report.html. Ctrl-C stops
+    after the current steps and saves (exit code 130); --resume goes on.
     """
     with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {resume or out}"):
         if resume is not None:
@@ -72,6 +87,7 @@ def study(
         from transformers.utils.logging import disable_progress_bar
 
         from cggr_train.learner import Routing
+        from cggr_train.option_checks import parse_bytes
         from cggr_train.settings import TrainSettings
         from cggr_train.study import StudySettings, resume_study, start_study
 
@@ -88,6 +104,7 @@ def study(
                     tokenizer=tokenizer,
                     vocab_size=vocab_size,
                     field=field,
+                    answer=answer,
                     heldout=tuple(map(str, heldout or ())),
                     heldout_fraction=heldout_fraction,
                     skip_bad=skip_bad,
@@ -118,6 +135,12 @@ def study(
                 gradient_batches=gradient_batches,
                 parallel=parallel,
                 calibration_seconds=calibration_seconds,
+                controls=split("--controls", controls),
+                memory_limit=None if memory_limit is None else parse_bytes("--memory-limit", memory_limit),
+                rates=split("--rates", rates, float),
+                accuracy=exact_match_asked(evaluate),
+                answer_after=answer_after,
+                questions=questions,
             )
             result = start_study(settings, out, console)
         if result.exit_code:
@@ -140,3 +163,14 @@ def split(option: str, text: str, kind: Callable[[str], Any] = str) -> tuple[Any
         return tuple(dict.fromkeys(kind(part) for part in parts))
     except ValueError as error:
         raise InputError(f"{option} is {text!r}: give numbers separated by commas") from error
+
+
+def exact_match_asked(evaluate: str) -> bool:
+    """Whether ``--eval`` asks for more than the loss.
+
+    Raises:
+        InputError: If it is unknown.
+    """
+    if evaluate not in ("loss", "exact-match"):
+        raise InputError(f"--eval is {evaluate!r}: give loss or exact-match")
+    return evaluate == "exact-match"

@@ -2,6 +2,18 @@
 
 from cggr_train.data.batches import Batches
 from cggr_train.data.documents import Documents
+from cggr_train.data.examples import build_example_store
+from cggr_train.data.supervision import IGNORED, Supervised, count_targets, split_supervised
 from cggr_train.data.token_store import TokenStore, build_token_store
 
-__all__ = ["Batches", "Documents", "TokenStore", "build_token_store"]
+__all__ = [
+    "Batches",
+    "Documents",
+    "TokenStore",
+    "build_token_store",
+    "build_example_store",
+    "IGNORED",
+    "Supervised",
+    "split_supervised",
+    "count_targets",
+]

@@ -44,7 +44,10 @@ class Batches:
         self._order = np.empty(0, dtype=np.int64)
 
     def get(self, number: int) -> Tensor:
-        """Token ids of batch ``number``, int64 ``[batch_size, length]``; it may span two epochs."""
+        """Token ids of batch ``number``, int64 ``[batch_size, length]``; it may span two epochs.
+
+        Where only some tokens are supervised, the others are written as :mod:`cggr_train.data.supervision` says.
+        """
         return torch.from_numpy(self.sequences[self._rows(number)].astype(np.int64))
 
     def example_ids(self, number: int) -> Tensor:

@@ -65,6 +65,10 @@ class Documents:
 
     def __iter__(self) -> Iterator[str]:
         """Yield every document that is not empty, in file order."""
+        yield from filter(None, map("\n".join, self.records()))
+
+    def records(self) -> Iterator[tuple[str, ...]]:
+        """Yield the text of each field of every document, in file order; a whole file is one text."""
         self.skipped = 0
         for path in self.paths:
             suffix = path.suffix.lower()
@@ -72,17 +76,17 @@ class Documents:
                 self._json_lines if suffix in JSON_LINES else self._parquet if suffix in PARQUET else self._whole_file
             )
             try:
-                yield from (text for text in reader(path) if text)
+                yield from reader(path)
             except OSError as error:
                 raise InputError(f"the data file {path} cannot be read: {error.strerror or error}") from error
 
-    def _whole_file(self, path: Path) -> Iterator[str]:
+    def _whole_file(self, path: Path) -> Iterator[tuple[str, ...]]:
         try:
-            yield path.read_text(encoding="utf-8-sig")  # without a byte order mark
+            yield (path.read_text(encoding="utf-8-sig"),)  # without a byte order mark
         except UnicodeDecodeError as error:
             self._bad(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})", error, what="such files")
 
-    def _json_lines(self, path: Path) -> Iterator[str]:
+    def _json_lines(self, path: Path) -> Iterator[tuple[str, ...]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -92,11 +96,11 @@ class Documents:
                 except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or numbers and nests beyond reason
                     self._bad(f"{path}, line {number}: not JSON ({error})", error)
                     continue
-                text = self._join(record, f"{path}, line {number}")
-                if text is not None:
-                    yield text
+                parts = self._parts(record, f"{path}, line {number}")
+                if parts is not None:
+                    yield parts
 
-    def _parquet(self, path: Path) -> Iterator[str]:
+    def _parquet(self, path: Path) -> Iterator[tuple[str, ...]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -114,13 +118,13 @@ class Documents:
                 for batch in file.iter_batches(batch_size=1024, columns=self.fields):
                     for record in batch.to_pylist():
                         row += 1
-                        text = self._join(record, f"{path}, row {row}")
-                        if text is not None:
-                            yield text
+                        parts = self._parts(record, f"{path}, row {row}")
+                        if parts is not None:
+                            yield parts
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:
                 raise InputError(f"the data file {path} is damaged after row {row} ({error})") from error
 
-    def _join(self, record: object, where: str) -> str | None:
+    def _parts(self, record: object, where: str) -> tuple[str, ...] | None:
         if not isinstance(record, dict):
             self._bad(f"{where}: expected an object with {' and '.join(self.fields)}, got {_kind(record)}")
             return None
@@ -139,12 +143,17 @@ class Documents:
         except UnicodeEncodeError as error:
             self._bad(f"{where}: half a surrogate pair ({text[error.start]!r}), which is no character", error)
             return None
-        return text
+        return tuple(parts)
 
     def _bad(self, message: str, cause: Exception | None = None, *, what: str = "such lines") -> None:
         if not self.skip_bad:
             raise InputError(f"{message}; --skip-bad leaves {what} out and counts them") from cause
         self.skipped += 1
+
+
+def has_fields(path: Path) -> bool:
+    """Whether the documents of a file have named fields."""
+    return path.suffix.lower() in JSON_LINES | PARQUET
 
 
 def _kind(value: object) -> str:

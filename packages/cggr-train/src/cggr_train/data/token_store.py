@@ -23,7 +23,7 @@ class TokenStore(NamedTuple):
     """Token ids of both splits, one stream each, documents closed by the end-of-text token."""
 
     train: np.ndarray
-    """Shape ``[N]``, uint16 or uint32, mapped from disk."""
+    """Shape ``[N]``, uint16 or uint32, mapped from disk; int32 where only some tokens are supervised."""
     heldout: np.ndarray
     """Shape ``[M]``, same dtype."""
     documents: int
@@ -88,7 +88,7 @@ def build_token_store(
     paths = {split: folder / f"{split}.bin" for split in SPLITS}
     with paths["train"].open("wb") as train, paths["heldout"].open("wb") as heldout:
         files = {"train": train, "heldout": heldout}
-        sides = ((text, "heldout" if _hash_share(text) < threshold else "train") for text in documents)
+        sides = ((text, "heldout" if in_heldout(text, threshold) else "train") for text in documents)
         if heldout_documents is not None:
             sides = itertools.chain(sides, ((text, "heldout") for text in heldout_documents))
         for split, ids in _encode(sides, tokenizer):
@@ -112,9 +112,22 @@ def build_token_store(
             raise InputError(
                 f"the {split} text has {count:,} tokens, fewer than one sequence of {length:,} (--length){left_out}"
             )
-    meta = {"dtype": dtype.name, **counts, "documents": count_documents, "skipped": skipped}
+    return write_meta(folder, dtype, counts, documents=count_documents, skipped=skipped)
+
+
+def write_meta(
+    folder: Path, dtype: np.dtype[Any], counts: dict[str, int], *, documents: int, skipped: int
+) -> TokenStore:
+    """Finish a store: say what its files hold, and map them."""
+    meta = {"dtype": dtype.name, **counts, "documents": documents, "skipped": skipped}
     (folder / "tokens.json").write_text(json.dumps(meta, indent=2) + "\n")
     return TokenStore.open(folder)
+
+
+def in_heldout(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out share: equal texts are on the same side."""
+    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
 def _encode(sides: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
@@ -129,11 +142,6 @@ def _encode(sides: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
 
 def _write(file: BinaryIO, ids: list[int], dtype: np.dtype) -> None:
     file.write(np.asarray(ids, dtype=dtype).tobytes())
-
-
-def _hash_share(text: str) -> float:
-    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _split_by_position(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cggr_train.report.curves import FAINT, INK, new_figure
+from cggr_train.study.frontier import measured_by_accuracy, non_dominated, points
 from cggr_train.study.intervals import interval
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cggr_train.study.arms import Arm
 
 SELECTION_COLOURS = {
+    "supervised": "#009e73",
     "random": "#e69f00",
     "stratified": "#009e73",
     "sampled": "#56b4e9",
@@ -25,8 +27,40 @@ SELECTION_COLOURS = {
     "topk": "#d55e00",
 }
 """From the Okabe-Ito palette, like those of the standard arms: told apart by colour-blind readers too."""
-ROLE_COLOURS = {"standard": INK, "equal_cost": "#0072b2", "batch": "#8a8a8a"}
+ROLE_COLOURS = {
+    "standard": INK,
+    "equal_cost": "#0072b2",
+    "batch": "#8a8a8a",
+    "checkpointed": "#7b4ab5",
+    "equal_memory": "#a0522d",
+}
 LINES = ("-", "--", ":", "-.")
+
+
+def draw_frontier(outcome: Outcome) -> bytes:
+    """Quality in the same time against peak memory: one point for each arm, the non-dominated ones joined."""
+    every = points(outcome)
+    with new_figure(10, 5.5) as figure:
+        axes = figure.subplots()
+        scale = 100 if measured_by_accuracy(outcome) else 1
+        for point in every:
+            arm, found = outcome.arm(point.name), point.quality
+            ends = [[0.0], [0.0]]
+            if found.low is not None and found.high is not None:
+                ends = [[scale * (found.mean - found.low)], [scale * (found.high - found.mean)]]
+            where = point.peak_bytes / 2**30
+            axes.errorbar(
+                where, scale * found.mean, yerr=ends, color=_colour(arm), marker="o", capsize=3, linewidth=1.2
+            )
+            axes.annotate(arm.title, (where, scale * found.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        best = non_dominated(every)
+        x, y = ([p.peak_bytes / 2**30 for p in best], [scale * p.quality.mean for p in best])
+        axes.plot(x, y, color=FAINT, linewidth=1.2, zorder=0)
+        what = "Right answers, %" if measured_by_accuracy(outcome) else "Held-out loss, nats per token"
+        axes.set_title(f"{what}, after the same time")
+        axes.set_xlabel("peak memory of a step, GiB")
+        axes.margins(x=0.18, y=0.1)
+        return _png(figure)
 
 
 def draw_losses(outcome: Outcome) -> bytes:
@@ -79,7 +113,7 @@ def draw_costs(outcome: Outcome) -> bytes:
         time.barh(places, middle, xerr=spread, color=colours, height=0.65, error_kw={"linewidth": 1, "ecolor": INK})
         adds = [outcome.memory[a.name]["peak_bytes"] - outcome.memory[a.name]["start_bytes"] for a in arms]
         memory.barh(places, [max(0, value) / 2**20 for value in adds], color=colours, height=0.65)
-        time.set_yticks(places, [arm.label for arm in arms], fontsize=8)
+        time.set_yticks(places, [arm.title for arm in arms], fontsize=8)
         time.invert_yaxis()
         time.set_title("Time of a step, scoring included")
         time.set_xlabel("ms (median and quartiles)")
@@ -120,7 +154,7 @@ def draw_kept(outcome: Outcome) -> bytes:
 
 def _groups(outcome: Outcome) -> list[tuple[str, list[Arm]]]:
     """Routed arms of one gradient mode and ratio, with the standard arms that they are held against."""
-    standard = [arm for arm in outcome.arms if arm.role in ("standard", "batch")]
+    standard = [arm for arm in outcome.arms if arm.role in ("standard", "batch", "checkpointed", "equal_memory")]
     groups: dict[tuple[str, float], list[Arm]] = {}
     for arm in outcome.arms:
         if arm.method != "standard":
@@ -137,7 +171,7 @@ def _curves(axes: Axes, outcome: Outcome, arms: Sequence[Arm], where: Callable[[
     for arm in arms:
         # of an arm that diverged, as far as every seed got
         across = list(zip(*outcome.curves[arm.name], strict=arm.name not in outcome.diverged))
-        label = f"{arm.label} (diverged)" if arm.name in outcome.diverged else arm.label
+        label = f"{arm.title} (diverged)" if arm.name in outcome.diverged else arm.title
         x = [statistics.fmean(where(point) for point in points) for points in across]
         found = [interval([point["heldout_loss"] for point in points]) for points in across]
         axes.plot(x, [value.mean for value in found], label=label, marker="o", markersize=2.5,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cggr_train.report.page import write_page
-from cggr_train.report.plots import draw_costs, draw_kept, draw_losses
+from cggr_train.report.plots import draw_costs, draw_frontier, draw_kept, draw_losses
 from cggr_train.report.tables import study_cells
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ def write_study_page(
         title=f"Study: {train.model or train.config}",
         verdict=verdict,
         tables=study_cells(outcome),
-        labels={arm.name: arm.label for arm in outcome.arms},
+        labels={arm.name: arm.title for arm in outcome.arms},
+        rates=", ".join(f"{arm.title} {arm.learning_rate:g}" for arm in outcome.arms if arm.learning_rate),
         settings=settings,
         study=study,
+        frontier=draw_frontier(outcome),
         losses=draw_losses(outcome),
         costs=draw_costs(outcome),
         kept=draw_kept(outcome) if outcome.kept else None,

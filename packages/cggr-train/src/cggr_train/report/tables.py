@@ -10,11 +10,15 @@ from rich.table import Table
 
 from cggr_train.display import format_bytes
 from cggr_train.report.text import count, difference, duration, loss
+from cggr_train.study.analysis import FURTHER_CONTROLS
+from cggr_train.study.intervals import interval
 
 if TYPE_CHECKING:
     from cggr_train.study.analysis import Outcome
 
 READING_NAMES = {"time": "equal time", "tokens": "equal tokens", "kept": "equal kept tokens"}
+
+FURTHER = dict(zip(FURTHER_CONTROLS, ("checkpointed", "equal memory"), strict=True))
 
 DIVERGED, CONTROL_DIVERGED = "diverged", "control diverged"
 
@@ -40,6 +44,8 @@ class Cells(NamedTuple):
 def study_cells(outcome: Outcome) -> list[Cells]:
     """The tables of a study."""
     found = [_losses(outcome), _differences(outcome)]
+    if outcome.accuracy:
+        found.insert(1, _accuracies(outcome))
     return [*found, _gradients(outcome)] if outcome.gradients else found
 
 
@@ -51,13 +57,13 @@ def comparison_tables(outcome: Outcome) -> list[Table]:
             title=cells.title, caption=cells.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
             pad_edge=False, collapse_padding=True,
         )  # fmt: skip
-        longest = max(len(word) for name, _ in cells.rows for word in outcome.arm(name).label.split())
+        longest = max(len(word) for name, _ in cells.rows for word in outcome.arm(name).title.split())
         for number, heading in enumerate(cells.headings):
             least = None if number else longest  # so that names are broken between words
             table.add_column(heading, justify="right" if number else "left", overflow="fold", min_width=least)
         for name, row in cells.rows:
             table.add_row(
-                outcome.arm(name).label,
+                outcome.arm(name).title,
                 *(f"[bold]{cell}[/]" if (name, n) in cells.best else cell for n, cell in enumerate(row)),
             )
         tables.append(table)
@@ -89,7 +95,13 @@ def _losses(outcome: Outcome) -> Cells:
         f"Held-out loss, nats per token ({seeds}, ± half of the 95% interval)",
         f"Read at {duration(amounts['time'])} of training (steps times the step's time, measured alone), "
         f"{count(amounts['tokens'])} tokens seen, {count(amounts['kept'])} tokens kept.",
-        ["arm", "step", "peak memory", "training adds", *READING_NAMES.values()],
+        [
+            "arm",
+            "step",
+            "peak memory",
+            "training adds",
+            *READING_NAMES.values(),
+        ],
         rows,
         frozenset(best),
     )
@@ -102,24 +114,44 @@ def _read(outcome: Outcome, name: str) -> list[str]:
     return [loss(outcome.comparisons[reading][name].loss) for reading in READING_NAMES]
 
 
-def _differences(outcome: Outcome) -> Cells:
+def _accuracies(outcome: Outcome) -> Cells:
+    """Shares of right answers at the end of every arm's time."""
+    found = {name: interval(shares) for name, shares in outcome.accuracy.items()}
     rows = []
     for arm in outcome.arms:
-        if arm.role in ("standard", "batch", "equal_cost"):
+        value, cell = found.get(arm.name), DIVERGED
+        if value is not None:
+            cell = f"{value.mean:.1%}" + ("" if value.high is None else f" ±{value.high - value.mean:.1%}")
+        rows.append((arm.name, [format_bytes(outcome.memory[arm.name]["peak_bytes"]), cell]))
+    return Cells(
+        "Held-out questions answered exactly, by greedy decoding, after the same time",
+        "± half of the 95% interval over seeds.",
+        ["arm", "peak memory", "accuracy"],
+        rows,
+        frozenset({(max(found, key=lambda name: found[name].mean), 1)}),
+    )
+
+
+def _differences(outcome: Outcome) -> Cells:
+    rows = []
+    present = {arm.name for arm in outcome.arms}
+    further = {name: heading for name, heading in FURTHER.items() if name in present}
+    for arm in outcome.arms:
+        if arm.method == "standard":
             continue
         equal = arm.equal_cost if arm.equal_cost != "standard" else None
         if arm.name in outcome.diverged:
-            rows.append((arm.name, [DIVERGED] * 3))
+            rows.append((arm.name, [DIVERGED] * (3 + len(further))))
             continue
         found = outcome.comparisons["time"][arm.name].against
         rows.append(
             (arm.name, [CONTROL_DIVERGED if control in outcome.diverged else difference(found.get(control or ""))
-                        for control in ("standard", equal, arm.random)])
+                        for control in ("standard", *further, equal, arm.random)])
         )  # fmt: skip
     return Cells(
         "The same time: loss of each arm less that of its controls, seed by seed",
         "Below zero is better than the control. In brackets the 95% interval; one that holds zero shows no difference.",
-        ["arm", "standard", "batch of equal cost", "random, same ratio"],
+        ["arm", "standard", *further.values(), "batch of equal cost", "random, same ratio"],
         rows,
         frozenset(),
     )

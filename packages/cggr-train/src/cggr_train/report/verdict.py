@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
+from cggr_train.display import format_bytes
 from cggr_train.report.text import against, difference
 from cggr_train.study.analysis import controls
+from cggr_train.study.frontier import Point, measured_by_accuracy, points, recommended, with_less_memory
 
 if TYPE_CHECKING:
     from cggr_train.study.analysis import Outcome
@@ -16,27 +18,28 @@ MANY = 3
 
 
 def verdict(outcome: Outcome) -> list[str]:
-    """Who won, how the best arm stands to each control, what it costs, and what to use on this evidence.
+    """Which arm to use, how the best arm that was asked for stands to each control, and what it costs.
 
-    An arm is recommended only if it is shown to do better than every control in the same time; of two that cannot be
-    told apart, the simpler one is. Arms that diverged are named, and compared with nothing.
+    The first sentence is read off the frontier of quality against memory (:mod:`cggr_train.study.frontier`). Arms that
+    diverged are named, and compared with nothing.
 
     Args:
         outcome: The study.
     """
     losses = {name: found.loss.mean for name, found in outcome.comparisons["time"].items()}
     first = outcome.arm(min(losses, key=losses.__getitem__))
-    lowest = f"Lowest held-out loss in the same time: {first.label} ({losses[first.name]:.3f})."
+    lowest = f"Lowest held-out loss in the same time: {first.title} ({losses[first.name]:.3f})."
     asked = [arm for arm in outcome.arms if arm.role == "asked"] or [a for a in outcome.arms if a.role == "random"]
     compared = [arm for arm in asked if arm.name in losses]
     if compared:
         best = min(compared, key=lambda arm: losses[arm.name])
-        recommendation, *others = _standing(outcome, best, compared)
-        lines = [recommendation, lowest, *others]
+        lines = [_recommendation(outcome), lowest, *_standing(outcome, best, compared)]
     else:
-        lines = ["Nothing that was asked for kept a finite loss at this learning rate: use standard training.", lowest]
+        nothing = "Nothing that was asked for kept a finite loss at this learning rate."
+        lines = [_recommendation(outcome), nothing, lowest]
     if outcome.diverged:
         lines.insert(1, _diverged(outcome))
+    lines += [f"Left out: {reason}." for reason in outcome.left_out.values()]
     if outcome.seeds == 1:
         lines.append("One seed says nothing about chance: repeat with --seeds 3 or more before you decide.")
     if len(compared) > MANY:
@@ -48,15 +51,14 @@ def verdict(outcome: Outcome) -> list[str]:
 
 
 def _standing(outcome: Outcome, best: Arm, compared: list[Arm]) -> list[str]:
-    """What to use, and how the best arm stands to its controls."""
+    """How the best arm stands to its controls."""
     standing = outcome.comparisons["time"][best.name]
     lines = [
-        _recommendation(outcome, best),
         f"In the same time {_named(best, compared)} ({standing.loss.mean:.3f}) is "
-        + "; ".join(against(value, outcome.arm(name).label) for name, value in standing.against.items())
+        + "; ".join(against(value, outcome.arm(name).title) for name, value in standing.against.items())
         + ".",
         f"After the same number of tokens seen it is "
-        f"{against(outcome.comparisons['tokens'][best.name].against['standard'], outcome.arms[0].label)}.",
+        f"{against(outcome.comparisons['tokens'][best.name].against['standard'], outcome.arms[0].title)}.",
         _cost(outcome, best),
     ]
     if best.random in standing.against:
@@ -71,34 +73,43 @@ def _diverged(outcome: Outcome) -> str:
     for name, steps in outcome.diverged.items():
         of = f"{len(steps)} of {outcome.seeds} seeds, " if outcome.seeds > 1 else ""
         first = "first at" if len(steps) > 1 else "at"
-        arms.append(f"{outcome.arm(name).label} ({of}{first} step {min(steps.values()):,})")
+        arms.append(f"{outcome.arm(name).title} ({of}{first} step {min(steps.values()):,})")
     return (
         f"Diverged, and compared with nothing: {'; '.join(arms)}. A lower --learning-rate, the same for every arm, "
         "makes another study."
     )
 
 
-def _recommendation(outcome: Outcome, best: Arm) -> str:
+def _recommendation(outcome: Outcome) -> str:
     if outcome.seeds == 1:
         return "Undecided: with one seed a difference cannot be told from chance."
-    found = outcome.comparisons["time"][best.name].against
-    for name, words in (
-        ("standard", "standard training"),
-        (best.equal_cost, "standard training with a smaller batch, which costs as much as the routed step"),
-        (best.random, "random tokens"),
-    ):
-        if name in found and found[name].sign >= 0:
-            how = "does better here" if found[name].sign > 0 else "does as well here and is simpler"
-            what = "Random" if name == best.random else outcome.arm(name).label.capitalize()
-            return f"{what} {how}: use {words}."
-    gone = [outcome.arm(name).label for name in controls(best) if name in outcome.diverged]
+    every = points(outcome)
+    chosen = recommended(every)
+    arm, best = outcome.arm(chosen.name), min(every, key=lambda point: point.mean_cost)
+    gone = [outcome.arm(name).title for name in controls(arm) if name in outcome.diverged]
     if gone:
-        return f"Undecided: {best.label} beats the controls that are left, but {' and '.join(gone)} diverged."
-    return f"{best.label} does better than every control in the same time: use it here."
+        return f"Undecided: {arm.title} beats the controls that are left, but {' and '.join(gone)} diverged."
+    what, most = ("accuracy", "highest") if measured_by_accuracy(outcome) else ("held-out loss", "lowest")
+    if chosen is best:
+        why = f"its {what} in the same time, {_quality(outcome, chosen)}, is the {most}"
+    else:
+        why = (
+            f"its {what} in the same time, {_quality(outcome, chosen)}, is not told apart from the {most}, "
+            f"{_quality(outcome, best)} of {outcome.arm(best.name).title}, and it "
+            + ("takes less memory" if chosen.peak_bytes < best.peak_bytes else "is simpler")
+        )
+    less = [f"{outcome.arm(p.name).title} ({_quality(outcome, p)} at {format_bytes(p.peak_bytes)})"
+            for p in with_less_memory(every, chosen)]  # fmt: skip
+    short = f"; with less memory than its {format_bytes(chosen.peak_bytes)}: {', '.join(less)}" if less else ""
+    return f"Use {arm.title}: {why}{short}."
+
+
+def _quality(outcome: Outcome, point: Point) -> str:
+    return f"{point.quality.mean:.1%}" if measured_by_accuracy(outcome) else f"{point.quality.mean:.3f}"
 
 
 def _named(best: Arm, asked: list[Arm]) -> str:
-    return best.label if len(asked) == 1 else f"the best of the {len(asked)} settings, {best.label}"
+    return best.title if len(asked) == 1 else f"the best of the {len(asked)} settings, {best.title}"
 
 
 def _cost(outcome: Outcome, best: Arm) -> str:
@@ -128,7 +139,7 @@ def _gradient(outcome: Outcome, best: Arm) -> str:
     place = "end" if "end" in outcome.gradients else next(iter(outcome.gradients))
     found = outcome.gradients[place]
     cosines = {
-        outcome.arm(name).label: statistics.fmean(found[name]["cosine"])
+        outcome.arm(name).title: statistics.fmean(found[name]["cosine"])
         for name in (best.name, best.random, best.equal_cost)
         if name is not None and name in found
     }

@@ -47,6 +47,10 @@ class Outcome:
             :func:`cggr_train.study.estimators.compare_gradients`.
         kept: See :func:`cggr_train.study.kept.kept_shares`.
         seeds: Runs of each arm.
+        losses: For each reading, the held-out loss of each seed of each arm that did not diverge.
+        accuracy: Share of the held-out questions that each seed of an arm answers at the end of its time; empty where
+            none were asked.
+        left_out: Why an arm that was planned is not compared, by its name.
     """
 
     arms: list[Arm]
@@ -60,15 +64,22 @@ class Outcome:
     kept: dict[str, dict[str, list[float]]]
     diverged: dict[str, dict[int, int]]
     seeds: int
+    losses: dict[str, dict[str, list[float]]]
+    accuracy: dict[str, list[float]]
+    left_out: dict[str, str]
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
 
+FURTHER_CONTROLS = ("standard-checkpointed", "standard-equal-memory")
+"""Standard arms that every other arm is held against, where they are in the study."""
+
+
 def controls(arm: Arm) -> list[str]:
-    """Names of the arms that an arm is held against, each once: standard, its equal-cost batch, its random control."""
-    names = ["standard", arm.equal_cost, arm.random]
+    """Names of the arms that an arm is held against, each once: the standard ones, and its random control."""
+    names = ["standard", *FURTHER_CONTROLS, arm.equal_cost, arm.random]
     return [name for name in dict.fromkeys(names) if name is not None and name != arm.name]
 
 
@@ -89,7 +100,14 @@ def step_times(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, f
     return {name: quartiles(values) for name, values in samples.items()}
 
 
-def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]], *, seeds: int) -> Outcome:
+def analyse(
+    arms: Sequence[Arm],
+    plan: Plan,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    seeds: int,
+    left_out: Mapping[str, str] | None = None,
+) -> Outcome:
     """Bring a study's records together.
 
     Args:
@@ -97,6 +115,7 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
         plan: Where curves are read.
         records: Of the study's log: ``timing``, ``run``, ``gradients`` and ``kept``; every run must be there.
         seeds: Runs of each arm.
+        left_out: Why an arm that was planned is not among them.
     """
     times = step_times(records)
     runs = {(record["arm"], record["seed"]): record for record in records if record["event"] == "run"}
@@ -115,11 +134,13 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
     # the other seeds of such an arm are not compared either: they would stand for those that it got through
     whole = [arm for arm in arms if arm.name not in diverged]
     comparisons: dict[str, dict[str, Comparison]] = {}
+    every: dict[str, dict[str, list[float]]] = {}
     for reading in READINGS:
         losses = {
             arm.name: [_loss_at(points, plan.readings[arm.name][reading]) for points in curves[arm.name]]
             for arm in whole
         }
+        every[reading] = losses
         comparisons[reading] = {
             arm.name: Comparison(
                 interval(losses[arm.name]),
@@ -146,7 +167,21 @@ def analyse(arms: Sequence[Arm], plan: Plan, records: Sequence[Mapping[str, Any]
         kept=next((record["arms"] for record in records if record["event"] == "kept"), {}),
         diverged=diverged,
         seeds=seeds,
+        losses=every,
+        accuracy=_accuracies(whole, runs, seed_numbers),
+        left_out=dict(left_out or {}),
     )
+
+
+def _accuracies(
+    arms: Sequence[Arm], runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    found = {arm.name: [runs[arm.name, seed].get("accuracy") for seed in seeds] for arm in arms}
+    return {
+        name: [asked["right"] / asked["questions"] for asked in every if asked is not None]
+        for name, every in found.items()
+        if None not in every
+    }
 
 
 def _gradients_at(place: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cggr_core.settings import SCORELESS, SUPERVISED
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
 
-SCORELESS = "random"
+CONTROLS = ("equal_cost", "checkpointed", "equal_memory")
+"""Standard arms that a study may have beside the first."""
+RANDOM = "random"
 ARMS = "arms.json"
 
 
@@ -24,13 +27,19 @@ class Arm:
     Attributes:
         name: Key of the arm, fit for a file name.
         label: Name for people.
-        role: ``standard``, ``equal_cost`` (standard at the batch of equal cost), ``batch`` (standard at another batch
-            that was asked for), ``random`` (the control at the same ratio and gradient mode) or ``asked``.
+        role: ``standard``, ``checkpointed`` (standard with gradient checkpointing), ``equal_cost`` (standard at the
+            batch of equal cost), ``equal_memory`` (standard with as many sequences at a time as a routed step's memory
+            has room for), ``batch`` (standard at another batch that was asked for), ``random`` (the control at the same
+            ratio and gradient mode) or ``asked``.
         method: Which learner, see :func:`cggr_train.learner.build_learner`.
         batch_size: Sequences per step.
         routing: For the routed learners.
         equal_cost: Of an asked arm: name of the standard arm whose step costs as many operations.
         random: Of an asked arm: name of the random control.
+        micro_batch: Sequences of one forward, whose gradients are added up to the batch's; None takes the whole batch.
+        checkpointing: Whether activations are computed anew in the backward pass.
+        learning_rate: Its own; None takes the study's.
+        memory_of: Of the equal-memory control: name of the arm whose peak memory it may have.
     """
 
     name: str
@@ -41,6 +50,30 @@ class Arm:
     routing: Routing = dataclasses.field(default_factory=Routing)
     equal_cost: str = "standard"
     random: str | None = None
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    learning_rate: float | None = None
+    memory_of: str | None = None
+
+    @property
+    def forward_size(self) -> int:
+        """Sequences of one forward."""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the supervised tokens that it keeps."""
+        return 1.0 if self.method == "standard" or self.routing.selection == SUPERVISED else self.routing.ratio
+
+    @property
+    def title(self) -> str:
+        """The label, with what was found out about how it fits into memory and about its learning rate."""
+        found = [self.label]
+        if self.forward_size < self.batch_size:
+            found.append(f"{self.forward_size} at a time")
+        if self.checkpointing and self.role != "checkpointed":
+            found.append("checkpointed")
+        return ", ".join(found)
 
     @property
     def remembers(self) -> bool:
@@ -75,12 +108,13 @@ def load_arms(folder: Path) -> list[Arm]:
         raise InputError(f"{folder} holds no study that can be resumed ({ARMS}: {error})") from error
 
 
-def relative_cost(routing: Routing, *, num_layers: int) -> float:
+def relative_cost(routing: Routing, *, num_layers: int, supervised: float = 1.0) -> float:
     """Operations of a routed step over those of the standard step, by the table of gradient modes.
 
     Args:
         routing: Gradient mode, ratio, selection and router.
         num_layers: Layers of the model.
+        supervised: Share of all tokens that are supervised; the ratio is of these.
 
     Example:
         >>> relative_cost(Routing("kv", 0.25, "stratified"), num_layers=8)
@@ -88,8 +122,9 @@ def relative_cost(routing: Routing, *, num_layers: int) -> float:
         >>> relative_cost(Routing("kv", 0.25, "random"), num_layers=8)
         0.5
     """
-    ratio, depth = routing.ratio, routing.depth(num_layers)
-    scored = routing.selection != SCORELESS and routing.scorer != "remembered"
+    ratio = supervised * (1.0 if routing.selection == SUPERVISED else routing.ratio)
+    depth = routing.depth(num_layers)
+    scored = routing.selection not in SCORELESS and routing.scorer != "remembered"
     if routing.gradient == "exact":
         return 1.0
     if routing.gradient == "sequence":
@@ -111,6 +146,8 @@ def plan_arms(
     batch_size: int,
     batch_sizes: Sequence[int] = (),
     routers: Sequence[str] = (),
+    controls: Sequence[str] = ("equal_cost",),
+    supervised: float = 1.0,
     num_layers: int,
 ) -> list[Arm]:
     """All combinations of the settings asked for, with their controls.
@@ -124,6 +161,8 @@ def plan_arms(
         batch_size: Sequences per step of the standard arm and of every routed one.
         batch_sizes: Further standard arms.
         routers: What scores; empty takes what ``base`` says.
+        controls: Standard arms beside the first, of :data:`CONTROLS`.
+        supervised: Share of all tokens that are supervised.
         num_layers: Layers of the model, for the batch of equal cost.
 
     Returns:
@@ -136,21 +175,37 @@ def plan_arms(
         ['standard', 'standard-b4', 'standard-b5', 'kv-0.25-random', 'kv-0.25-topk-loss']
     """
     standard = [Arm("standard", f"standard, batch {batch_size}", "standard", "standard", batch_size)]
+    if "checkpointed" in controls:
+        label = f"standard, batch {batch_size}, checkpointed"
+        standard.append(Arm("standard-checkpointed", label, "checkpointed", "standard", batch_size, checkpointing=True))
     equal: dict[int, Arm] = {}
+
+    def equal_cost(routing: Routing) -> str:
+        if "equal_cost" not in controls:
+            return "standard"
+        return _equal_cost(relative_cost(routing, num_layers=num_layers, supervised=supervised), batch_size, equal)
+
     random: dict[str, Arm] = {}
     asked: dict[str, Arm] = {}
     for gradient, ratio in itertools.product(gradients, ratios):
         control = dataclasses.replace(
-            base, gradient=gradient, ratio=ratio, selection=SCORELESS, router=None, router_depth=None
+            base, gradient=gradient, ratio=ratio, selection=RANDOM, router=None, router_depth=None
         )
         name = f"{gradient}-{ratio:g}-random"
-        cost = relative_cost(control, num_layers=num_layers)
-        random[name] = Arm(
-            name, f"random {ratio:g}, {gradient}", "random", "random", batch_size, control,
-            equal_cost=_equal_cost(cost, batch_size, equal),
-        )  # fmt: skip
+        if any(selection != SUPERVISED for selection in selections):
+            random[name] = Arm(
+                name, f"random {ratio:g}, {gradient}", "random", "random", batch_size, control,
+                equal_cost=equal_cost(control),
+            )  # fmt: skip
         for selection, scoring, router in itertools.product(selections, scorings, routers or (None,)):
-            if selection == SCORELESS:
+            if selection == SUPERVISED:
+                routing = dataclasses.replace(control, ratio=base.ratio, selection=SUPERVISED)
+                asked[f"{gradient}-supervised"] = Arm(
+                    f"{gradient}-supervised", f"supervised tokens, {gradient}", "asked", "cggr", batch_size, routing,
+                    equal_cost=equal_cost(routing),
+                )  # fmt: skip
+                continue
+            if selection in SCORELESS:
                 continue
             routing = dataclasses.replace(base, gradient=gradient, ratio=ratio, selection=selection, scoring=scoring)
             asked_name = f"{gradient}-{ratio:g}-{selection}-{scoring}"
@@ -160,16 +215,20 @@ def plan_arms(
                 routing = dataclasses.replace(routing, router=router, router_depth=depth)
                 asked_name, by = f"{asked_name}-{router}", f"{scoring} ({router.replace('_', ' ')})"
             label = f"{selection} {ratio:g} by {by}, {gradient}"
-            cost = relative_cost(routing, num_layers=num_layers)
             asked[asked_name] = Arm(
-                asked_name, label, "asked", "cggr", batch_size, routing,
-                equal_cost=_equal_cost(cost, batch_size, equal), random=name,
-            )  # fmt: skip
+                asked_name, label, "asked", "cggr", batch_size, routing, equal_cost=equal_cost(routing), random=name
+            )
     further = [
         Arm(f"standard-b{size}", f"standard, batch {size}", "batch", "standard", size)
         for size in dict.fromkeys(batch_sizes)
         if size != batch_size and size not in equal
     ]
+    if "equal_memory" in controls and batch_size > 1:
+        routed = next(iter(asked), None) or next(iter(random))
+        standard.append(
+            Arm("standard-equal-memory", f"standard, batch {batch_size}, equal memory", "equal_memory", "standard",
+                batch_size, memory_of=routed)
+        )  # fmt: skip
     return [*standard, *further, *equal.values(), *random.values(), *asked.values()]
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from cggr_train.data import Batches, TokenStore
-from cggr_train.data.batches import in_order
+from cggr_train.data import TokenStore
 from cggr_train.device import uses_bfloat16
-from cggr_train.learner import Learner, build_learner
-from cggr_train.loop import Budget, LearningRate, LoopSettings, build_optimizer
+from cggr_train.loop import Budget, LearningRate, LoopSettings
 from cggr_train.presets import build_config, build_model, load_model
-from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered
+from cggr_train.session import RunSession, SessionSettings
 from cggr_train.study.arms import Arm, load_arms
 from cggr_train.study.settings import StudySettings
 from cggr_train.tokenizer import load_tokenizer
@@ -23,18 +20,15 @@ from cggr_train.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cggr_core.experimental import RememberedScores
-
 WARMUP = 0.05
 """Share of the standard arm's steps over which every arm's learning rate comes up."""
 
 
-class Training(NamedTuple):
-    """An arm ready to train."""
-
-    learner: Learner
-    optimizer: torch.optim.Optimizer
-    batches: Batches
+def tuning_sequences(settings: StudySettings, tokens: int) -> int:
+    """Sequences at the end of the training text that are not trained on, since learning rates are chosen by them."""
+    if not settings.rates:
+        return 0
+    return min(settings.train.eval_sequences, max(1, tokens // settings.train.length // 10))
 
 
 class StudyContext:
@@ -48,7 +42,11 @@ class StudyContext:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
         self.settings = StudySettings.load(folder)
-        self.tokens = TokenStore.open(folder / "tokens")
+        whole = TokenStore.open(folder / "tokens")
+        length = self.settings.train.length
+        aside = tuning_sequences(self.settings, len(whole.train)) * length
+        self.tokens = whole._replace(train=whole.train[: len(whole.train) - aside])
+        self.tuning_tokens = whole.train[len(whole.train) - aside :]
         self.arms = {arm.name: arm for arm in load_arms(folder)}
         self.bfloat16 = uses_bfloat16(self.settings.train.precision, device)
 
@@ -71,36 +69,45 @@ class StudyContext:
         torch.nn.Module.to(model, self.device)
         return model
 
-    def training(self, arm: Arm, seed: int, *, weights: Path | None = None) -> Training:
-        """Model (with the weights in a checkpoint, where given), optimizer and data of one run."""
-        model = self.model(seed, folder=weights)
-        torch.manual_seed(seed)
+    def session(
+        self,
+        arm: Arm,
+        seed: int,
+        *,
+        steps: int,
+        warmup_steps: float,
+        eval_sequences: int,
+        weights: Path | None = None,
+        tuning: bool = False,
+        still: bool = False,
+    ) -> RunSession:
+        """One run, ready to train.
+
+        Args:
+            arm: How to train.
+            seed: Of weights, data order and selections.
+            steps: Of the whole run.
+            warmup_steps: Over which the learning rate comes up to where it stays, see
+                :mod:`cggr_train.study.average`.
+            eval_sequences: Held-out sequences of an evaluation.
+            weights: A checkpoint whose weights are taken instead of those that the seed starts from.
+            tuning: Evaluate on the sequences that learning rates are chosen by, instead of the held-out ones.
+            still: At a learning rate of nothing.
+        """
         train = self.settings.train
-        batches = Batches(self.tokens.train, length=train.length, batch_size=arm.batch_size, seed=seed)
-        memory = self._memory(batches, weights) if arm.remembers else None
-        learner = build_learner(model, arm.method, arm.routing, seed=seed, memory=memory)
-        optimizer = build_optimizer(model, weight_decay=train.weight_decay, capturable=train.cuda_graph)
-        return Training(learner, optimizer, batches)
-
-    def _memory(self, batches: Batches, checkpoint: Path | None) -> RememberedScores:
-        from cggr_core.experimental import RememberedScores
-
-        if checkpoint is not None:
-            return load_remembered(checkpoint / FILE_NAME, examples=fingerprint(batches.sequences))
-        return RememberedScores.empty(examples=batches.num_sequences, length=batches.length)
-
-    def loop(self, steps: int, *, warmup_steps: float) -> LoopSettings:
-        """Optimisation of one run: up to a constant learning rate, see :mod:`cggr_train.study.average`."""
-        train = self.settings.train
-        return LoopSettings(
+        rate = 0.0 if still else arm.learning_rate or train.learning_rate
+        loop = LoopSettings(
             budget=Budget(steps),
-            learning_rate=LearningRate(train.learning_rate, warmup=min(0.5, warmup_steps / steps), final=1.0),
+            learning_rate=LearningRate(rate, warmup=min(0.5, warmup_steps / steps), final=1.0),
+            accumulate=arm.batch_size // arm.forward_size,
             clip=train.clip or None,
             bfloat16=self.bfloat16,
             cuda_graph=train.cuda_graph,
         )
-
-    def heldout(self, sequences: int) -> list[Tensor]:
-        """Held-out batches of every evaluation, ``sequences`` in all; batches of a training step's size at most."""
-        train = self.settings.train
-        return in_order(self.tokens.heldout, length=train.length, batch_size=train.batch_size, limit=sequences)
+        settings = SessionSettings(
+            arm.method, arm.routing, length=train.length, batch_size=arm.forward_size, seed=seed,
+            weight_decay=train.weight_decay, loop=loop, eval_sequences=eval_sequences, eval_batch=train.batch_size,
+            checkpointing=arm.checkpointing,
+        )  # fmt: skip
+        tokens = self.tokens._replace(heldout=self.tuning_tokens) if tuning else self.tokens
+        return RunSession(settings, self.model(seed, folder=weights), tokens, self.device, resumed=weights)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cggr_train.data import split_supervised
 from cggr_train.data.batches import in_order
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
@@ -38,12 +39,13 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
     model = context.model(seed, folder=weights).eval()
     limit = min(train.eval_sequences, 4 * train.batch_size)
     batches = in_order(context.tokens.heldout, length=train.length, batch_size=train.batch_size, limit=limit)
-    counts = torch.from_numpy(np.bincount(context.tokens.train, minlength=len(context.tokenizer)))
+    text = np.where(context.tokens.train < 0, ~context.tokens.train, context.tokens.train)  # see data.supervision
+    counts = torch.from_numpy(np.bincount(text, minlength=len(context.tokenizer)))
     sums = {arm.name: {name: torch.zeros(2, BINS) for name in ("position", "frequency", "score")} for arm in arms}
     for number, batch in enumerate(batches):
-        input_ids = batch.to(context.device)
-        targets = input_ids[:, 1:]
-        countable = torch.ones_like(targets, dtype=torch.bool)
+        rows = batch.to(context.device)
+        input_ids, _ = split_supervised(rows)
+        targets, countable = input_ids[:, 1:], rows[:, 1:] >= 0
         bins = {
             "position": _bins(torch.arange(targets.shape[1]).expand(targets.shape)),
             "frequency": _bins(counts[targets.cpu()]),
@@ -62,7 +64,7 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
                 ).mask.cpu()  # fmt: skip
                 for name, where in bins.items():
                     kept = torch.bincount(where[mask], minlength=BINS)
-                    sums[arm.name][name] += torch.stack([kept, torch.bincount(where.flatten(), minlength=BINS)])
+                    sums[arm.name][name] += torch.stack([kept, torch.bincount(where[countable.cpu()], minlength=BINS)])
     return {
         arm: {name: (kept / seen.clamp(min=1)).tolist() for name, (kept, seen) in by.items()}
         for arm, by in sums.items()

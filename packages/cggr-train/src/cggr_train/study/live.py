@@ -53,6 +53,10 @@ class LiveTable:
         if self._live is not None:
             self._live.stop()
 
+    def show_arms(self, arms: Sequence[Arm]) -> None:
+        """Have these rows from now on."""
+        self.arms = {arm.name: arm for arm in arms}
+
     def stage(self, name: str) -> None:
         """What is being done now."""
         self._stage = name
@@ -60,17 +64,24 @@ class LiveTable:
 
     def progress(self, request: Request, values: Mapping[str, Any]) -> None:
         """A run tells where it stands."""
-        key = (request.fields["arm"], request.fields["seed"])
+        key = (request.fields["arm"], request.fields.get("seed", -1))
         self._running[key] = (values["step"] / values["steps"], values["loss"])
 
     def take(self, record: Mapping[str, Any]) -> None:
         """A measurement is done."""
-        if record["event"] == "timing":
+        if record["event"] == "rate":
+            self._running.pop((record["arm"], -1), None)
+            where = f"{self.arms[record['arm']].label}, learning rate {record['rate']:g}"
+            self._say(f"{where}: " + _loss_reached(record))
+        elif record["event"] == "timing":
             self._times[record["arm"]] += record["step_seconds"]
             self._memory.setdefault(record["arm"], record["peak_bytes"])
+        elif record["event"] == "fit" and record["micro_batch"] is not None:
+            how = ", checkpointed" if record["checkpointing"] else ""
+            self._say(f"{self.arms[record['arm']].label}: {record['micro_batch']} at a time{how}")
         elif record["event"] == "run":
             self._running.pop((record["arm"], record["seed"]), None)
-            label = f"{self.arms[record['arm']].label}, seed {record['seed']}"
+            label = f"{self.arms[record['arm']].title}, seed {record['seed']}"
             if "diverged" in record:
                 self._diverged[record["arm"]] += 1
                 self._say(f"{label}: diverged at step {record['diverged']:,}")
@@ -98,7 +109,7 @@ class LiveTable:
             diverged = self._diverged[name]
             running = [state for (other, _), state in self._running.items() if other == name]
             table.add_row(
-                arm.label,
+                arm.title,
                 duration(statistics.median(times)) if times else "",
                 format_bytes(self._memory[name]) if name in self._memory else "",
                 f"{len(losses) + diverged}/{self.seeds}",
@@ -107,3 +118,9 @@ class LiveTable:
                 "diverged" if diverged else f"{statistics.fmean(losses):.4f}" if losses else "",
             )
         return table
+
+
+def _loss_reached(record: Mapping[str, Any]) -> str:
+    if "diverged" in record:
+        return f"diverged at step {record['diverged']:,}"
+    return f"held-out loss {record['points'][-1]['heldout_loss']:.4f}"

@@ -36,7 +36,9 @@ class Plan(NamedTuple):
     eval_sequences: int
 
 
-def make_plan(settings: StudySettings, arms: Sequence[Arm], step_seconds: Mapping[str, float]) -> Plan:
+def make_plan(
+    settings: StudySettings, arms: Sequence[Arm], step_seconds: Mapping[str, float], *, supervised: float = 1.0
+) -> Plan:
     """Lengths and readings from the measured time of each arm's step.
 
     The standard arm trains for the steps or the seconds that were asked for. Every other arm trains until it has seen
@@ -47,6 +49,7 @@ def make_plan(settings: StudySettings, arms: Sequence[Arm], step_seconds: Mappin
         settings: The study.
         arms: Its arms; the first one is the standard arm.
         step_seconds: Seconds of a step, by name.
+        supervised: Share of all tokens that are supervised.
     """
     train = settings.train
     standard = arms[0].name
@@ -54,7 +57,7 @@ def make_plan(settings: StudySettings, arms: Sequence[Arm], step_seconds: Mappin
     per_step = {
         arm.name: {
             "tokens": float(arm.batch_size * train.length),
-            "kept": arm.batch_size * (train.length - 1) * (1.0 if arm.method == "standard" else arm.routing.ratio),
+            "kept": arm.batch_size * (train.length - 1) * supervised * arm.kept_share,
             "time": step_seconds[arm.name],
         }
         for arm in arms

@@ -14,14 +14,16 @@ runs in flight go on from their checkpoints.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
+from cggr_core.settings import SUPERVISED
 from cggr_train.checkpoint import latest_checkpoint
 from cggr_train.data import TokenStore
 from cggr_train.display import silence
@@ -33,13 +35,15 @@ from cggr_train.log import JsonlLog, read_log
 from cggr_train.prepare import prepare
 from cggr_train.recorded import check_recordable
 from cggr_train.study.analysis import PLACES, Outcome, analyse, step_times
-from cggr_train.study.arms import load_arms, plan_arms, save_arms
+from cggr_train.study.arms import Arm, load_arms, plan_arms, save_arms
 from cggr_train.study.live import LiveTable
 from cggr_train.study.plan import Plan, make_plan
 from cggr_train.study.pool import Pool, Request, places
 from cggr_train.study.settings import STUDY, StudySettings
 
 RESULTS, REPORT = "results.jsonl", "report.html"
+TUNING_SEED = 1000
+"""Added to the first seed where learning rates are tried: none of the runs that are compared has it."""
 TURNS = 2
 """How often each arm is timed; arms take turns, so that a machine that slows down slows all of them."""
 
@@ -88,11 +92,13 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     device = where[0][0]
     if settings.train.cuda_graph:  # before the text is read
         check_recordable(device, "standard", settings.train.routing)
-    model, _, _ = prepare(settings.train, folder, console)
+    model, _, tokens = prepare(settings.train, folder, console)
+    supervised = _supervised_share(tokens, settings.train.length)
     arms = plan_arms(
         settings.train.routing, gradients=settings.gradients, ratios=settings.ratios, selections=settings.selections,
         scorings=settings.scorings, batch_size=settings.train.batch_size, batch_sizes=settings.batch_sizes,
-        routers=settings.routers, num_layers=model.config.num_hidden_layers,
+        routers=settings.routers, controls=settings.controls, supervised=supervised,
+        num_layers=model.config.num_hidden_layers,
     )  # fmt: skip
     for arm in arms:  # refuses what cannot be used before anything is measured
         memory = RememberedScores.empty(examples=1, length=settings.train.length) if arm.remembers else None
@@ -100,7 +106,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
         if settings.train.cuda_graph:
             check_recordable(device, arm.method, arm.routing)
     save_arms(folder, arms)
-    JsonlLog(folder / RESULTS).write(event="study", **_environment(where))
+    JsonlLog(folder / RESULTS).write(event="study", supervised=supervised, **_environment(where))
     settings.save(folder)
 
 
@@ -125,6 +131,7 @@ class _Study:
     def __init__(self, settings: StudySettings, folder: Path, console: Console) -> None:
         self.settings, self.folder, self.console = settings, folder, console
         self.arms = load_arms(folder)
+        self.left_out: dict[str, str] = {}
         self.log = JsonlLog(folder / RESULTS)
         self.records = _read_records(folder)
         first = settings.train.seed
@@ -143,10 +150,14 @@ class _Study:
                 self.table, self.pool, self.stop = table, pool, stop
                 for record in self.records:
                     table.take(record)
-                self._time()
+                self._fit_and_time()
                 plan = None
                 if not stop.requested:
-                    plan = make_plan(self.settings, self.arms, {k: v[0] for k, v in step_times(self.records).items()})
+                    times = {name: found[0] for name, found in step_times(self.records).items()}
+                    supervised = self.records[0].get("supervised", 1.0)
+                    plan = make_plan(self.settings, self.arms, times, supervised=supervised)
+                    self._tune(plan)
+                if plan is not None and not stop.requested:
                     self._train(plan)
                 if not stop.requested:
                     self._look_closer()
@@ -177,18 +188,120 @@ class _Study:
                 "one: start another study with a lower --learning-rate"
             )
 
-    def _time(self) -> None:
+    def _fit_and_time(self) -> None:
+        """Find how much of each arm's batch fits at a time, where that matters, and time its step."""
+        limited = [arm for arm in self.arms if arm.memory_of is None]
+        if self.settings.memory_limit is not None:
+            self._fit(limited, dict.fromkeys((arm.name for arm in limited), self.settings.memory_limit))
+            if not self.stop.requested:
+                self._take_fits()
+        self._time([arm for arm in self.arms if arm.memory_of is None])
+        equal = [arm for arm in self.arms if arm.memory_of is not None]
+        if equal and not self.stop.requested:
+            peaks = {r["arm"]: r["peak_bytes"] for r in self.records if r["event"] == "timing"}
+            self._fit([arm for arm in equal if arm.memory_of in peaks],
+                      {arm.name: peaks[arm.memory_of] for arm in equal if arm.memory_of in peaks})  # fmt: skip
+            if not self.stop.requested:
+                self._take_fits()
+                self._time([arm for arm in self.arms if arm.memory_of is not None])
+
+    def _fit(self, arms: Sequence[Arm], limits: Mapping[str, int]) -> None:
+        self.table.stage("finding how many sequences of each arm fit into memory at a time")
+        self._do(
+            (
+                Request("fit", {"arm": arm.name},
+                        {"do": "fit", "arms": [arm.name], "changes": changes(arm), "limit": limits[arm.name]})
+                for arm in arms
+            ),
+            alone=True,
+        )  # fmt: skip
+
+    def _take_fits(self) -> None:
+        """Give each arm the sizes that fit; one that does not fit at all is left out, which is said."""
+        fits = {record["arm"]: record for record in self.records if record["event"] == "fit"}
+        fitted: list[Arm] = []
+        for arm in self.arms:
+            found = fits.get(arm.name)
+            if found is None:
+                if arm.memory_of is None or arm.memory_of not in self.left_out:
+                    fitted.append(arm)
+                continue
+            if found["micro_batch"] is None:
+                self._leave_out(arm)
+                continue
+            size = None if found["micro_batch"] == arm.batch_size else found["micro_batch"]
+            arm = dataclasses.replace(arm, micro_batch=size, checkpointing=found["checkpointing"])
+            alike = next((other for other in fitted if same_training(other, arm)), None)
+            if alike is None:
+                fitted.append(arm)
+            else:
+                self.left_out[arm.name] = f"{arm.label}: the same as {alike.title}"
+        self._set_arms(fitted)
+
+    def _leave_out(self, arm: Arm) -> None:
+        if arm is self.arms[0]:
+            raise InputError(
+                f"--memory-limit: not one sequence of {arm.label} fits, even with checkpointing, and every arm is "
+                "compared with it; give more memory or shorter sequences"
+            )
+        reason = "of the routed step" if arm.memory_of is not None else "that --memory-limit gives"
+        self.left_out[arm.name] = f"{arm.label}: not one sequence fits into the memory {reason}"
+        self.console.print(f"left out: {self.left_out[arm.name]}", highlight=False, soft_wrap=True)
+
+    def _set_arms(self, arms: Sequence[Arm]) -> None:
+        """What is compared from here on; a control that is not there is not named any more."""
+        names = {arm.name for arm in arms}
+        self.arms = [
+            dataclasses.replace(
+                arm,
+                equal_cost=arm.equal_cost if arm.equal_cost in names else self.arms[0].name,
+                random=arm.random if arm.random in names else None,
+            )
+            for arm in arms
+        ]
+        self.table.show_arms(self.arms)
+
+    def _time(self, arms: Sequence[Arm]) -> None:
         self.table.stage("timing every arm's step, alone on its device")
         seconds = self.settings.calibration_seconds / TURNS
         self._do(
             (
                 Request("timing", {"arm": arm.name, "turn": turn},
-                        {"do": "time", "arms": [arm.name], "seconds": seconds})
+                        {"do": "time", "arms": [arm.name], "changes": changes(arm), "seconds": seconds})
                 for turn in range(TURNS)
-                for arm in self.arms
+                for arm in arms
             ),
             alone=True,
         )  # fmt: skip
+
+    def _tune(self, plan: Plan) -> None:
+        """Give each arm the learning rate that does best for it."""
+        if not self.settings.rates:
+            return
+        self.table.stage("trying learning rates")
+        seed, share = self.seeds[0] + TUNING_SEED, self.settings.rate_share
+        self._do(
+            Request(
+                "rate",
+                {"arm": arm.name, "rate": rate},
+                {
+                    "do": "train",
+                    "arms": [arm.name],
+                    "changes": changes(arm) | {"learning_rate": rate},
+                    "seed": seed,
+                    "points": [max(1, round(share * plan.readings[arm.name]["time"]))],
+                    "warmup_steps": share * plan.warmup_steps,
+                    "eval_sequences": self.settings.train.eval_sequences,
+                    "save_model": False,
+                    "tuning": True,
+                },
+            )
+            for arm in self.arms
+            for rate in self.settings.rates
+        )
+        if not self.stop.requested:
+            best = best_rates(self.records)
+            self._set_arms([dataclasses.replace(arm, learning_rate=best.get(arm.name)) for arm in self.arms])
 
     def _train(self, plan: Plan) -> None:
         self.table.stage("training")
@@ -201,11 +314,13 @@ class _Study:
                 {
                     "do": "train",
                     "arms": [arm.name],
+                    "changes": changes(arm),
                     "seed": seed,
                     "points": plan.points[arm.name],
                     "warmup_steps": plan.warmup_steps,
                     "eval_sequences": plan.eval_sequences,
                     "save_model": arm is self.arms[0] and seed == self.seeds[0],
+                    "accuracy_at": plan.readings[arm.name]["time"] if self.settings.accuracy else None,
                 },
             )
             for seed in self.seeds
@@ -220,7 +335,7 @@ class _Study:
         if self.settings.draws and self._has_whole_batches():
             drawn = [
                 arm.name for arm in self.arms
-                if arm is not self.arms[0] and arm.role != "batch" and not arm.scores_by_its_run
+                if arm.role in ("equal_cost", "random", "asked") and not arm.scores_by_its_run
             ]  # fmt: skip
             for (at, place), name in itertools.product(zip(PLACES, (None, weights), strict=True), drawn):
                 body = {"do": "gradients", "arms": [name], "weights": place, "seed": seed}
@@ -228,6 +343,7 @@ class _Study:
         routed = [
             arm.name for arm in self.arms
             if arm.method != "standard" and arm.routing.gradient != "sequence" and not arm.scores_by_its_run
+            and arm.routing.selection != SUPERVISED
         ]  # fmt: skip
         if routed:
             requests.append(Request("kept", {}, {"do": "kept", "arms": routed, "weights": weights, "seed": seed}))
@@ -251,7 +367,7 @@ class _Study:
         from cggr_train.report.verdict import verdict
 
         records = [record for record in self.records if record.get("seed", self.seeds[0]) in self.seeds]
-        outcome = analyse(self.arms, plan, records, seeds=self.settings.seeds)
+        outcome = analyse(self.arms, plan, records, seeds=self.settings.seeds, left_out=self.left_out)
         lines = verdict(outcome)
         page = self.folder / REPORT
         write_study_page(page, outcome=outcome, verdict=lines, settings=self.settings, study=self.records[0])
@@ -261,6 +377,34 @@ class _Study:
             self.console.print(line, highlight=False)
         self.console.print(f"page {page} · records {self.folder / RESULTS}", highlight=False, soft_wrap=True)
         return outcome
+
+
+def changes(arm: Arm) -> dict[str, Any]:
+    """What was found out about an arm since the study was planned, for the workers."""
+    return {"micro_batch": arm.micro_batch, "checkpointing": arm.checkpointing, "learning_rate": arm.learning_rate}
+
+
+def same_training(one: Arm, other: Arm) -> bool:
+    """Whether two arms are one way of training."""
+    alike = ("method", "batch_size", "routing", "micro_batch", "checkpointing")
+    return all(getattr(one, name) == getattr(other, name) for name in alike)
+
+
+def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The learning rate of each arm whose held-out loss was the lowest; none of an arm that diverged at all of them."""
+    losses: dict[str, dict[float, float]] = {}
+    for record in records:
+        if record["event"] == "rate" and "diverged" not in record:
+            losses.setdefault(record["arm"], {})[record["rate"]] = record["points"][-1]["heldout_loss"]
+    return {name: min(found, key=found.__getitem__) for name, found in losses.items()}
+
+
+def _supervised_share(tokens: TokenStore, length: int) -> float:
+    """Supervised tokens that are predicted from others, as a share of all that are."""
+    if tokens.train.dtype.kind == "u":
+        return 1.0
+    rows = tokens.train[: len(tokens.train) // length * length].reshape(-1, length)
+    return float((rows[:, 1:] >= 0).mean())
 
 
 def _read_records(folder: Path) -> list[dict[str, Any]]:
@@ -279,7 +423,7 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
 
 def _identity(event: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
     """What no two records share; a request and the record it becomes are alike in it."""
-    return (event, *(fields.get(name) for name in ("arm", "seed", "turn", "at")))
+    return (event, *(fields.get(name) for name in ("arm", "seed", "turn", "at", "rate")))
 
 
 def _environment(where: list[tuple[torch.device, int]]) -> dict[str, Any]:

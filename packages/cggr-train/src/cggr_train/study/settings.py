@@ -11,6 +11,7 @@ from typing import Any
 from cggr_train.errors import InputError
 from cggr_train.option_checks import check_number, check_routing
 from cggr_train.settings import STUDY, TrainSettings
+from cggr_train.study.arms import CONTROLS
 
 EQUAL = ("tokens", "time")
 TRAINING = "settings.json"
@@ -36,6 +37,15 @@ class StudySettings:
         gradient_batches: Held-out batches on which gradients are compared.
         parallel: Runs at a time on one device; None is one on an accelerator and one per core on a CPU.
         calibration_seconds: How long each arm's step is timed, in two turns.
+        controls: Standard arms beside the first, each of :data:`cggr_train.study.arms.CONTROLS`.
+        memory_limit: Bytes that each arm's step must stay within: as many sequences at a time as fit, and checkpointing
+            where none does without.
+        rates: Learning rates of which each arm gets the one that does best for it, at a seed of its own and on
+            sequences that are neither trained on nor held out; empty gives all arms that of ``train``.
+        rate_share: How long each rate is tried, as a share of the arm's run.
+        accuracy: Answer the held-out questions at the end of each arm's time.
+        answer_after: Mark in front of what is compared of an answer; None compares whole answers.
+        questions: How many are asked; None asks all.
 
     Raises:
         InputError: If a number is out of range or a list is empty.
@@ -55,6 +65,13 @@ class StudySettings:
     gradient_batches: int = 2
     parallel: int | None = None
     calibration_seconds: float = 4.0
+    controls: tuple[str, ...] = CONTROLS
+    memory_limit: int | None = None
+    rates: tuple[float, ...] = ()
+    rate_share: float = 0.5
+    accuracy: bool = False
+    answer_after: str | None = None
+    questions: int | None = None
 
     def __post_init__(self) -> None:
         if (self.train.steps is None) == (self.train.seconds is None):
@@ -76,13 +93,32 @@ class StudySettings:
         if self.parallel is not None and self.parallel < 1:
             raise InputError(f"--parallel must be at least 1, got {self.parallel}")
         check_number("--calibration-seconds", self.calibration_seconds, above=0)
+        strange = [name for name in self.controls if name not in CONTROLS]
+        if strange:
+            raise InputError(f"--controls is {strange[0]!r}: give some of {', '.join(CONTROLS)}")
+        if self.memory_limit is not None:
+            check_number("--memory-limit", self.memory_limit, above=0)
+        for rate in self.rates:
+            check_number("--rates", rate, above=0)
+        if not 0 < self.rate_share <= 1:
+            raise InputError(f"--rate-share must be in (0, 1], got {self.rate_share}")
+        if self.accuracy and self.train.answer is None:
+            raise InputError("--eval exact-match asks questions: give the key of the answers with --answer")
+        if self.accuracy and "time" not in self.equal:
+            raise InputError("--eval exact-match answers at the end of each arm's time: let --equal hold time")
+        if self.answer_after is not None and not self.accuracy:
+            raise InputError("--answer-after belongs to --eval exact-match")
+        if self.questions is not None and self.questions < 1:
+            raise InputError(f"--questions must be at least 1, got {self.questions}")
         if any(size < 1 for size in self.batch_sizes):
             raise InputError(f"--control-batch must be at least 1, got {min(self.batch_sizes)}")
         given = {"gradient": self.gradients, "ratio": self.ratios, "selection": self.selections,
                  "scoring": self.scorings, "router": self.routers}  # fmt: skip
         for name, values in given.items():
             for value in values:
-                check_routing(dataclasses.replace(self.train.routing, **{name: value}))
+                check_routing(
+                    dataclasses.replace(self.train.routing, **{name: value}), labelled=self.train.answer is not None
+                )
 
     def save(self, folder: Path) -> None:
         """Write both files into the study's folder."""

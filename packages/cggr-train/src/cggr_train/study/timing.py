@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
 from typing import Any
 
 import torch
 
-from cggr_train.loop import Clock, LearningRate, Progress, train_steps
 from cggr_train.memory import memory_in_use, peak_memory, reset_peak_memory
 from cggr_train.recorded import EAGER_STEPS
 from cggr_train.study.arms import Arm
@@ -34,32 +32,29 @@ def time_steps(context: StudyContext, arm: Arm, *, seconds: float) -> dict[str, 
         ``engine``.
     """
     gc.collect()  # what the arm before held is not this one's
-    training = context.training(arm, context.settings.train.seed)
-    device, progress = context.device, Progress()
+    session = context.session(
+        arm, context.settings.train.seed, steps=10**6, warmup_steps=1, eval_sequences=1, still=True
+    )
+    device = context.device
     reset_peak_memory(device)
     start_bytes = memory_in_use(device)
-    clock = Clock(device)
     blocks: list[float] = []
     started = 0.0
 
     def on_step(loss: torch.Tensor, rate: float) -> None:
         nonlocal started
-        timed = progress.step - WARMUP_STEPS
+        timed = session.progress.step - WARMUP_STEPS
         if timed >= 0 and timed % BLOCK == 0:
-            with clock.paused():
+            with session.clock.paused():
                 now = time.perf_counter()
                 if timed:
                     blocks.append((now - started) / BLOCK)
                 started = now
 
-    settings = dataclasses.replace(context.loop(10**6, warmup_steps=1), learning_rate=LearningRate(0.0))
-    train_steps(
-        training.learner, training.optimizer, training.batches, settings, progress, clock,
-        on_step=on_step, stop=lambda: len(blocks) >= 2 and sum(blocks) * BLOCK >= seconds,
-    )  # fmt: skip
+    session.train(on_step, stop=lambda: len(blocks) >= 2 and sum(blocks) * BLOCK >= seconds)
     return {
         "step_seconds": blocks,
         "peak_bytes": peak_memory(device),
         "start_bytes": start_bytes,
-        "engine": str(training.learner.metrics.get("engine", "")),
+        "engine": str(session.learner.metrics.get("engine", "")),
     }

@@ -8,6 +8,7 @@ at once when the process PARENT, which started it, is gone: nobody else may writ
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from cggr_train.errors import InputError, RunError
 from cggr_train.interrupt import StopRequest
 from cggr_train.study.context import StudyContext
 from cggr_train.study.estimators import compare_gradients
+from cggr_train.study.fitting import fit_arm
 from cggr_train.study.kept import kept_shares
 from cggr_train.study.timing import time_steps
 from cggr_train.study.training import train_run
@@ -51,7 +53,7 @@ def answer(
     context: StudyContext, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """Do what one request asks for."""
-    arms = [context.arms[name] for name in request["arms"]]
+    arms = [dataclasses.replace(context.arms[name], **request.get("changes", {})) for name in request["arms"]]
     weights = Path(request["weights"]) if request.get("weights") else None
     match request["do"]:
         case "time":
@@ -60,16 +62,19 @@ def answer(
             return train_run(
                 context, arms[0], request["seed"], points=request["points"], warmup_steps=request["warmup_steps"],
                 eval_sequences=request["eval_sequences"],
-                save_model=request["save_model"], stop=stop,
+                save_model=request["save_model"], stop=stop, accuracy_at=request.get("accuracy_at"),
+                tuning=request.get("tuning", False),
                 tell=lambda **values: tell("progress", **values),
             )  # fmt: skip
+        case "fit":
+            return fit_arm(context, arms[0], limit=request["limit"])
         case "gradients":
             return compare_gradients(context, arms[0], weights=weights, seed=request["seed"])
         case "kept":
             assert weights is not None
             return {"arms": kept_shares(context, arms, weights=weights, seed=request["seed"])}
         case unknown:
-            raise ValueError(f"the request {unknown!r} is not one of time, train, gradients and kept")
+            raise ValueError(f"the request {unknown!r} is not one of time, train, fit, gradients and kept")
 
 
 def leave_with(parent: int) -> None:

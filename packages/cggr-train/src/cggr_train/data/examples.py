@@ -1,0 +1,112 @@
+"""Examples of a prompt and an answer, one to a row, of which the answer alone is supervised."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cggr_train.data.documents import Documents
+from cggr_train.data.token_store import TokenStore, in_heldout, write_meta
+from cggr_train.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 256
+
+
+def build_example_store(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    length: int,
+    heldout_fraction: float = 0.02,
+    heldout_documents: Documents | None = None,
+) -> TokenStore:
+    """Tokenize examples into ``folder``, one to a row of ``length`` tokens, and map the result.
+
+    A row is the prompt's tokens and a newline, the answer's tokens, the end-of-text token, and padding behind it, which
+    a causal model sees nothing of. All but the answer and its end is unsupervised, see
+    :mod:`cggr_train.data.supervision`. Examples that are longer are left out and counted in ``skipped``.
+
+    Args:
+        documents: The examples; the last field is the answer, the others are the prompt.
+        tokenizer: Must have an end-of-text token.
+        folder: Made if missing.
+        length: Tokens of a row.
+        heldout_fraction: Share of examples held out, by a hash of their text.
+        heldout_documents: Examples to hold out instead.
+
+    Raises:
+        InputError: If a side is left without an example, or the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token (eos_token); an answer would have no end")
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, longer = {"train": 0, "heldout": 0}, 0
+    with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
+        files = {"train": train, "heldout": heldout}
+        for side, parts in _sides(documents, heldout_documents, heldout_fraction):
+            for row in _rows(parts, tokenizer, length):
+                if row is None:
+                    longer += 1
+                    continue
+                files[side].write(row.tobytes())
+                counts[side] += 1
+    skipped = documents.skipped + (0 if heldout_documents is None else heldout_documents.skipped) + longer
+    for side, count in counts.items():
+        if count == 0:
+            raise InputError(
+                f"no example is left in the {side} data: {longer:,} are longer than --length {length:,}; give longer "
+                "sequences or more data"
+            )
+    tokens = {side: count * length for side, count in counts.items()}
+    return write_meta(folder, np.dtype(np.int32), tokens, documents=sum(counts.values()), skipped=skipped)
+
+
+def _sides(
+    documents: Documents, heldout: Documents | None, fraction: float
+) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Chunks of examples, with the side that they are on."""
+    if heldout is not None:
+        for side, source in (("train", documents), ("heldout", heldout)):
+            yield from ((side, list(chunk)) for chunk in _chunks(source.records()))
+        return
+    for chunk in _chunks(documents.records()):
+        for side in ("train", "heldout"):
+            kept = [parts for parts in chunk if in_heldout("\n".join(parts), fraction) == (side == "heldout")]
+            if kept:
+                yield side, kept
+
+
+def _chunks(records: Iterable[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    iterator = iter(records)
+    while chunk := tuple(itertools.islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _rows(
+    examples: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Iterator[np.ndarray | None]:
+    end: Any = tokenizer.eos_token_id
+    prompts = _encode(["\n".join(parts[:-1]) + "\n" for parts in examples], tokenizer)
+    answers = _encode([parts[-1] for parts in examples], tokenizer)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        used = len(prompt) + len(answer) + 1
+        if used > length:
+            yield None
+            continue
+        row = np.full(length, -1 - end, dtype=np.int32)
+        row[: len(prompt)] = -1 - np.asarray(prompt, dtype=np.int32)
+        row[len(prompt) : used] = [*answer, end]
+        yield row
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]

@@ -1,0 +1,62 @@
+"""How many sequences of an arm fit into memory at a time: measured, largest first."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from typing import Any
+
+import torch
+
+from cggr_train.memory import peak_memory, reset_peak_memory
+from cggr_train.study.arms import Arm
+from cggr_train.study.context import StudyContext
+
+STEPS = 2
+"""Taken of each size: the optimizer's state exists from the first on."""
+
+
+def fit_arm(context: StudyContext, arm: Arm, *, limit: int) -> dict[str, Any]:
+    """The largest micro-batch whose step stays within ``limit`` bytes, without checkpointing if there is one.
+
+    Candidates are the divisors of the batch, so that a step stays the same step.
+
+    Args:
+        context: The study.
+        arm: What is to fit; a control that checkpoints does so in any case, and the control of equal memory in none.
+        limit: Bytes: what the allocator holds at its peak, or the resident set on a CPU.
+
+    Returns:
+        ``micro_batch``, ``checkpointing`` and ``peak_bytes``; ``micro_batch`` is None where not even one sequence fits,
+        and ``peak_bytes`` what it takes.
+    """
+    sizes = [size for size in range(arm.batch_size, 0, -1) if arm.batch_size % size == 0]
+    ways = [True] if arm.checkpointing else [False] if arm.memory_of is not None else [False, True]
+    peak: int | None = None
+    for checkpointing in ways:
+        for size in sizes:
+            tried = dataclasses.replace(arm, micro_batch=size, checkpointing=checkpointing)
+            peak = peak_of_steps(context, tried)
+            if peak is not None and peak <= limit:
+                return {"micro_batch": size, "checkpointing": checkpointing, "peak_bytes": peak}
+    return {"micro_batch": None, "checkpointing": ways[-1], "peak_bytes": peak}
+
+
+def peak_of_steps(context: StudyContext, arm: Arm) -> int | None:
+    """Peak memory of a few steps of an arm; None where the device itself ran out of it."""
+    reset_peak_memory(context.device)
+    peak = _take_steps(context, arm)
+    gc.collect()  # what the steps held
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return peak
+
+
+def _take_steps(context: StudyContext, arm: Arm) -> int | None:
+    seed = context.settings.train.seed
+    try:
+        session = context.session(arm, seed, steps=10**6, warmup_steps=1, eval_sequences=1, still=True)
+        session.train(lambda loss, rate: None, stop=lambda: session.progress.step >= STEPS)
+    except torch.OutOfMemoryError:
+        return None
+    return peak_memory(context.device)

@@ -1,0 +1,100 @@
+"""What a study's arms offer in the same time: quality against peak memory, and the one to use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cggr_train.study.intervals import Interval, interval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cggr_train.study.analysis import Outcome
+
+LESS_MEMORY = 0.95
+"""A peak is called smaller than another where it is at most this share of it: allocators round."""
+
+
+class Point(NamedTuple):
+    """An arm at the end of the time that all arms get.
+
+    Attributes:
+        name: Of the arm.
+        quality: Held-out loss over seeds, or the accuracy where questions were asked.
+        cost: Of each seed, lower is better: the loss, or the share of wrong answers.
+        peak_bytes: Peak memory of its step.
+    """
+
+    name: str
+    quality: Interval
+    cost: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def mean_cost(self) -> float:
+        """Over seeds."""
+        return sum(self.cost) / len(self.cost)
+
+
+def measured_by_accuracy(outcome: Outcome) -> bool:
+    """Whether arms are compared by their answers instead of their loss: where any of them was right."""
+    return any(any(shares) for shares in outcome.accuracy.values())
+
+
+def points(outcome: Outcome) -> list[Point]:
+    """Every arm that did not diverge, in the order of the study: simpler ones first."""
+    found = []
+    for arm in outcome.arms:
+        if arm.name not in outcome.losses["time"]:
+            continue
+        samples, cost = outcome.losses["time"][arm.name], outcome.losses["time"][arm.name]
+        if measured_by_accuracy(outcome):
+            samples = outcome.accuracy[arm.name]
+            cost = [1 - share for share in samples]
+        found.append(Point(arm.name, interval(samples), tuple(cost), outcome.memory[arm.name]["peak_bytes"]))
+    return found
+
+
+def non_dominated(every: Sequence[Point]) -> list[Point]:
+    """Points than which none is better in one respect and no worse in the other, by memory.
+
+    Example:
+        >>> none = Interval(0.0, None, None)
+        >>> every = [Point("a", none, (2.0,), 8), Point("b", none, (2.5,), 4), Point("c", none, (2.6,), 5)]
+        >>> [point.name for point in non_dominated(every)]
+        ['b', 'a']
+    """
+    return sorted(
+        (
+            point
+            for point in every
+            if not any(
+                other.mean_cost <= point.mean_cost
+                and other.peak_bytes <= point.peak_bytes
+                and (other.mean_cost, other.peak_bytes) != (point.mean_cost, point.peak_bytes)
+                for other in every
+            )
+        ),
+        key=lambda point: (point.peak_bytes, point.mean_cost),
+    )
+
+
+def recommended(every: Sequence[Point]) -> Point:
+    """The arm to use: none is shown to be better, and of those the one with the least memory, or else the simplest.
+
+    Args:
+        every: Simpler arms first.
+    """
+    unbeaten = [point for point in every if not any(_beats(other, point) for other in every)]
+    least = min(point.peak_bytes for point in unbeaten)
+    return next(point for point in unbeaten if LESS_MEMORY * point.peak_bytes <= least)
+
+
+def with_less_memory(every: Sequence[Point], chosen: Point) -> list[Point]:
+    """Points of the frontier for those who have less memory than ``chosen`` takes, the largest first."""
+    return [point for point in reversed(non_dominated(every)) if point.peak_bytes <= LESS_MEMORY * chosen.peak_bytes]
+
+
+def _beats(one: Point, other: Point) -> bool:
+    """Whether the difference, seed by seed, is shown to be in favour of ``one``."""
+    return interval([own - its for own, its in zip(one.cost, other.cost, strict=True)]).sign < 0
