@@ -135,7 +135,10 @@ class SharedRun:
         whole = torch.cat([context.repeated(context.input_ids, batch_size), input_ids], dim=1)
         repeated = passes.inputs(input_ids=whole, attention_mask=mask)
         self.batch = replace(
-            passes.inputs(**arguments), position_ids=repeated.position_ids[:, length:].contiguous(), segment=None
+            passes.inputs(**arguments),
+            position_ids=repeated.position_ids[:, length:].contiguous(),
+            passes_positions="position_ids" in passes.architecture.forward_parameters,
+            segment=None,
         )
 
     def prepare(self) -> None:

@@ -47,6 +47,8 @@ class Architecture:
         configured: The modules that hold a config, in which the attention implementation stands.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
+        whole_after_layers: Whether the model expects rows of their whole length from its layers, whatever of them it
+            reads after that; not known until it was looked at.
         norms: Norms, each with the forward that the passes run in its place; none until the model was looked at.
     """
 
@@ -59,6 +61,7 @@ class Architecture:
     configured: tuple[nn.Module, ...]
     checkpointing: tuple[nn.Module, ...]
     position_maker: Any
+    whole_after_layers: bool = False
     norms: Mapping[nn.Module, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 

@@ -26,6 +26,9 @@ class PassCache(Cache):
         queries: Tokens of the pass in each row.
         length: Positions of the batch's rows.
         shared: What stands before them.
+
+    Attributes:
+        in_layers: Whether the model is past what it makes for whole rows, and in its layers.
     """
 
     is_compileable: Any = False  # a property of Cache
@@ -35,10 +38,19 @@ class PassCache(Cache):
         self._queries = queries
         self._shared = shared
         self._length = length if shared is None else shared.length + length
+        self._before = self._length - length
+        self.in_layers = False
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Positions before the queries, as models count them."""
-        # Models derive the number of keys as this plus the number of queries (ALiBi, default masks).
+        if not self.in_layers or self._length - self._before == self._queries:
+            return self._before
+        if layer_idx is not None:
+            raise RuntimeError(
+                f"layer {layer_idx} derives positions from the number of cached tokens, which says nothing of where "
+                "kept tokens stand"
+            )
+        # Layers derive the number of keys as this plus the number of queries (ALiBi).
         return self._length - self._queries
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
@@ -108,6 +120,7 @@ class OtherTokensCache(PassCache):
         shared: Shared | None,
     ) -> None:
         super().__init__(queries=index.shape[1], length=length, shared=shared)
+        self.in_layers = True
         self._last_layer = last_layer
         self._others = Places(index, length)
         self._keeps = Places(kept_index, length)

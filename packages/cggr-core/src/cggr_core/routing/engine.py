@@ -274,7 +274,6 @@ class Engine:
             context,
             keep_graph=keep_graph,
             read_head=seen.append if fused else None,
-            layer_output=self._probe.layer_output,
             note=note,
         )
         return seen[0] if fused else output.logits, auxiliary_loss(self.model, output)

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cggr_core.routing.adapters import InvokedAdapters
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import EnoughError, OtherTokensCache, RoutedCache
 from cggr_core.routing.context_pass import (
     Context,
     HeadReader,
-    LayerOutput,
     head_read_by,
-    ignore_head,
     layer_input,
-    with_layer_input,
 )
 from cggr_core.routing.inputs import TokenInputs, other_positions
+from cggr_core.routing.layer_rows import LayerCall, LayerRows
 from cggr_core.routing.masks import routed_masks
 from cggr_core.routing.ordering import shards_layers
 from cggr_core.routing.patches import (
@@ -41,8 +40,6 @@ from cggr_core.routing.rows import stop_gradient
 from cggr_core.routing.shared import KeyValue
 from cggr_core.selection import Selection
 
-LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 def gradient_pass(
     model: nn.Module,
@@ -53,7 +50,6 @@ def gradient_pass(
     *,
     keep_graph: bool,
     read_head: HeadReader | None,
-    layer_output: LayerOutput,
     note: dict[int, KeyValue] | None = None,
 ) -> Any:
     """Run the kept tokens through all layers with gradients.
@@ -67,7 +63,6 @@ def gradient_pass(
         keep_graph: Mode ``kv``: keys and values of other tokens carry gradients to their projections.
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.
-        layer_output: Wraps a hidden state the way the model's layers return it.
         note: Where to note the kept tokens' keys and values ``[B, H, K, D]`` of every layer, with their graph.
 
     Returns:
@@ -79,63 +74,79 @@ def gradient_pass(
     index, length = selection.index, inputs.shape[1]
     attention = implementation(model, index.device.type)
     interleaved = context.depth < len(architecture.layers)
-    others = None
-    if interleaved and index.shape[1] < length:
-        others = _OtherTokens(model, architecture, inputs, index, context, keep_graph, layer_output, attention)
+    adapters = InvokedAdapters(model, length)
+    others = _OtherTokens(architecture, inputs, index, context, keep_graph, adapters) if interleaved else None
     cache = RoutedCache(
         index=index,
         valid=selection.valid,
         length=length,
         recorded=context.recorded,
-        other_index=None if others is None else others.index,
-        others=None if others is None else others.run,
+        other_index=None if others is None or not others.exist else others.index,
+        others=None if others is None or not others.exist else others.run,
         keep_graph=keep_graph,
         in_turn=keep_graph and shards_layers(architecture.layers),
         shared=inputs.shared,
         note=note,
     )
+    spreads = architecture.whole_after_layers
+    rows = LayerRows(index, length, key_gradient="all" if keep_graph else "kept")
+
+    def run(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        cache.in_layers = True
+        whole = hidden = layer_input(args, kwargs)
+        if number == 0:
+            hidden = rows.hidden(whole)
+        if others is not None and number >= context.depth:
+            others.note(number, whole, args, kwargs, cache)
+            if keep_graph:
+                # A slot that holds another token counts as one: gradients reach its keys and values, not what came
+                # before.
+                hidden = stop_gradient(hidden, passes=selection.valid)
+        args, kwargs = rows.call(args, kwargs, replace={id(whole): hidden})
+        with adapters.at(index):
+            output = forward(*args, **kwargs)
+        if spreads and number == len(architecture.layers) - 1:
+            return (rows.spread(output[0]), *output[1:]) if isinstance(output, tuple) else rows.spread(output)
+        return output
+
+    def at_kept(forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(rows.hidden(hidden), *args, **kwargs)
+
+    def run_plainly(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Recomputed during backward, when the changes around the pass have been undone.
+        with (
+            without_checkpointing(architecture),
+            attention_implementation(architecture, attention),
+            replaced_forwards(architecture.norms),
+            adapters.at(index),
+        ):
+            return forward(*args, **kwargs)
+
+    def read_kept(hidden: Tensor) -> None:
+        if read_head is not None:
+            read_head(rows.hidden(hidden))
+
     replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
     for number, layer in enumerate(architecture.layers):
         forward = layer.forward
-        checkpointed = uses_checkpointing(layer)
-        if checkpointed:
+        if uses_checkpointing(layer):
             # Inside the layer's hooks, as transformers does it.
-            forward = partial(checkpoint, partial(_run_plainly, architecture, attention, forward), use_reentrant=False)
-        if keep_graph and number >= context.depth:
-            forward = partial(_run_with_fillers, forward, selection.valid)
-        if checkpointed or keep_graph:
-            replacements[layer] = forward
+            forward = partial(checkpoint, partial(run_plainly, forward), use_reentrant=False)
+        replacements[layer] = partial(run, number, forward)
+    if spreads and read_head is None:
+        replacements[architecture.head.module] = partial(at_kept, architecture.head.module.forward)
     with (
         without_checkpointing(architecture),
         attention_implementation(architecture, attention),
-        routed_masks(inputs.visibility(index, key_gradient="all" if keep_graph else "kept")),
+        routed_masks(inputs.visibility(), taken_apart=True),
         replaced_forwards(replacements),
-        head_read_by(architecture, read_head),
+        head_read_by(architecture, read_kept if spreads and read_head is not None else read_head),
     ):
-        output = model(**inputs.arguments(index), **{architecture.cache_name: cache}, use_cache=True)
+        output = model(**inputs.arguments(), **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
     return output
-
-
-def _run_plainly(
-    architecture: Architecture, attention: Callable[[str], str], forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    # Recomputed during backward, when the changes around the pass have been undone.
-    with (
-        without_checkpointing(architecture),
-        attention_implementation(architecture, attention),
-        replaced_forwards(architecture.norms),
-    ):
-        return forward(*args, **kwargs)
-
-
-def _run_with_fillers(forward: Callable[..., Any], valid: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # A slot that holds another token counts as one: gradients reach its keys and values, not what came before.
-    hidden = layer_input(args, kwargs)
-    args, kwargs = with_layer_input(args, kwargs, stop_gradient(hidden, passes=valid))
-    return forward(*args, **kwargs)
 
 
 class _OtherTokens:
@@ -143,77 +154,62 @@ class _OtherTokens:
 
     def __init__(
         self,
-        model: nn.Module,
         architecture: Architecture,
         inputs: TokenInputs,
         index: Tensor,
         context: Context,
         keep_graph: bool,
-        layer_output: LayerOutput,
-        attention: Callable[[str], str],
+        adapters: InvokedAdapters,
     ) -> None:
-        self.index = other_positions(index, inputs.shape[1])
+        length = inputs.shape[1]
+        self.exist = index.shape[1] < length
+        self.index = other_positions(index, length)
         self._keep_graph = keep_graph
+        self._adapters = adapters
         self._forwards = [layer.forward for layer in architecture.layers]
         self._cache = OtherTokensCache(
             index=self.index,
             kept_index=index,
-            length=inputs.shape[1],
+            length=length,
             keep_graph=keep_graph,
             last_layer=len(architecture.layers) - 1,
             shared=inputs.shared,
         )
-        self._calls, hidden = self._layer_calls(model, architecture, inputs, layer_output, attention)
-        if context.hidden is not None:
-            rows = self.index[:, :, None].expand(-1, -1, context.hidden.shape[2])
-            hidden = context.hidden.gather(1, rows)
-        self._hidden = hidden
+        self._rows = LayerRows(self.index, length)
+        self._calls: dict[int, tuple[int, Any, LayerCall]] = {}
+        self._hidden = context.hidden if context.hidden is None else self._rows.hidden(context.hidden)
 
-    @torch.no_grad()
-    def _layer_calls(
-        self,
-        model: nn.Module,
-        architecture: Architecture,
-        inputs: TokenInputs,
-        layer_output: LayerOutput,
-        attention: Callable[[str], str],
-    ) -> tuple[list[LayerCall], Tensor]:
-        # Each layer's arguments (masks, rotary embeddings, biases) are taken from a call of the model in which the
-        # layers hand their input on: they differ between layers of different kinds.
-        calls: list[LayerCall] = []
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            calls.append((args, kwargs))
-            return layer_output(layer_input(args, kwargs))
-
-        replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
-        replacements.update(dict.fromkeys(architecture.layers, note))
-        with (
-            without_checkpointing(architecture),
-            attention_implementation(architecture, attention),
-            routed_masks(inputs.visibility(self.index)),
-            replaced_forwards(replacements),
-            head_read_by(architecture, ignore_head),
-        ):
-            cache = {architecture.cache_name: self._cache}
-            model(**inputs.arguments(self.index), **inputs.quiet, **cache, use_cache=True)
-        return calls, layer_input(*calls[0])
+    def note(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> None:
+        """What a layer is about to be given for whole rows; its hidden states are the other tokens' at first only."""
+        if not self.exist:
+            return
+        if self._hidden is None:
+            self._hidden = self._rows.hidden(hidden.detach())
+        self._calls[layer] = id(hidden), cache, (args, kwargs)
 
     def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, KeyValue | None]:
         """Keys and values of the other tokens at ``layer``, computed at the first call, and all tokens' if made."""
         if layer not in self._cache.recorded:
             self._cache.kept = kept
-            args, kwargs = with_layer_input(*self._calls[layer], self._hidden.detach())
+            hidden, cache, (args, kwargs) = self._calls.pop(layer)  # frees the masks of layers that are done
+            assert self._hidden is not None  # noted before the first layer
+            args, kwargs = self._rows.call(
+                args, kwargs, replace={hidden: self._hidden.detach(), id(cache): self._cache}
+            )
             # The layer's forward, not the layer: this runs inside its call, hooks and gathered parameters included.
             # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
             # And in a context of its own, so that transformers does not collect its outputs (an expert router's, say)
             # as those of the outer call.
-            with torch.set_grad_enabled(self._keep_graph), _unhooked_saved_tensors(), suppress(EnoughError):
+            with (
+                torch.set_grad_enabled(self._keep_graph),
+                _unhooked_saved_tensors(),
+                self._adapters.at(self.index),
+                suppress(EnoughError),
+            ):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
                 self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._cache.kept = None
             merged, self._cache.merged = self._cache.merged, None
-            self._calls[layer] = ((), {})  # frees the masks of layers that are done
             return self._cache.recorded[layer], merged
         # A checkpointed layer is being recomputed.
         return self._cache.recorded[layer], None

@@ -1,4 +1,4 @@
-"""One batch of model inputs, and the part of it that a pass over some positions needs."""
+"""One batch of model inputs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +19,11 @@ class TokenInputs:
     """Inputs of a forward over ``[B, S]`` tokens.
 
     Attributes:
-        per_token: Tensors ``[B, S, ...]`` that are gathered with the tokens.
-        position_ids: int64 ``[B, S]``, explicit even where the caller left them to the model.
+        per_token: Tensors ``[B, S, ...]``.
+        position_ids: int64 ``[B, S]``, known even where the caller left them to the model.
         padding: The attention mask ``[B, S]``, or ``None``.
         segment: Packed document of every token ``[B, S]``, or ``None``.
-        passes_positions: Whether the model's forward takes ``position_ids``.
+        passes_positions: Whether the model is given ``position_ids`` rather than making its own.
         passes_padding: Whether the model itself is given the attention mask besides the mask builders.
         shared: What stands before every row and was run apart, or ``None``.
         quiet: Arguments that switch off what only the gradient pass is to report (expert routers' logits).
@@ -46,11 +46,11 @@ class TokenInputs:
         batch, length = self.position_ids.shape
         return batch, length
 
-    def arguments(self, index: Tensor | None = None) -> dict[str, Any]:
-        """Keyword arguments of a forward over the positions ``index`` ``[B, Q]``, or over all of them."""
-        arguments = {name: _rows(tensor, index) for name, tensor in self.per_token.items()}
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a forward over the rows."""
+        arguments: dict[str, Any] = dict(self.per_token)
         if self.passes_positions:
-            arguments["position_ids"] = _rows(self.position_ids, index)
+            arguments["position_ids"] = self.position_ids
         padding = self._whole_padding
         if padding is not None and self.passes_padding:
             arguments["attention_mask"] = padding
@@ -135,7 +135,7 @@ def token_inputs(
             f"attention_mask must be [B, S] (1 = token, 0 = padding), got shape {list(attention_mask.shape)}; masks of "
             "another form cannot be asked about other queries"
         )
-    segment = None
+    segment, own_positions = None, position_ids is None
     if position_ids is None:
         position_ids = default_position_ids(model, architecture, input_ids, like, attention_mask)
     else:
@@ -151,7 +151,7 @@ def token_inputs(
         position_ids=position_ids,
         padding=attention_mask,
         segment=segment,
-        passes_positions="position_ids" in architecture.forward_parameters,
+        passes_positions=not own_positions and "position_ids" in architecture.forward_parameters,
         passes_padding=not balancing,
         quiet={"output_router_logits": False} if balancing else {},
         options=options or {},
@@ -168,14 +168,6 @@ def _checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> T
     if like.dim() != form.count(",") + 1 or 0 in like.shape:
         raise ValueError(f"{name} must be {form} with at least one token, got shape {list(like.shape)}")
     return like
-
-
-def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
-    if index is None:
-        return tensor
-    if tensor.dim() == 2:
-        return tensor.gather(1, index)
-    return tensor.gather(1, index[:, :, None].expand(-1, -1, tensor.shape[2]))
 
 
 def other_positions(index: Tensor, length: int) -> Tensor:

@@ -7,7 +7,7 @@ question about other rows: query ``i`` of row ``b`` stands at ``position[b, i]``
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,11 @@ class Visibility:
     position_ids: Tensor
     key_gradient: str = "all"
 
+    def at(self, index: Tensor, *, key_gradient: str) -> "Visibility":
+        """What the queries at ``index`` ``[B, Q]`` among these may attend to."""
+        position = index if self.position is None else self.position.gather(1, index)
+        return replace(self, position=position, key_gradient=key_gradient)
+
     def restrict(self, mask_function: MaskFunction) -> MaskFunction:
         """``mask_function`` over (batch, head, query, key) asked about the routed queries."""
         if self.segment is not None:
@@ -81,9 +86,9 @@ def _within_segment(mask_function: MaskFunction, segment: Tensor, position_ids: 
     return packed
 
 
-@dataclass(frozen=True)
-class RoutedMask:
-    """A mask in numbers, which models hand through to the attention function as they do with flex attention's.
+@dataclass(frozen=True, eq=False)
+class RowMask:
+    """A mask that models hand through to their layers, and that can be asked about some of its queries.
 
     Attributes:
         visibility: What the queries may attend to besides the model's pattern.
@@ -94,6 +99,35 @@ class RoutedMask:
     visibility: Visibility
     mask_function: MaskFunction
     arguments: dict[str, Any]
+
+    def at(self, index: Tensor, *, key_gradient: str) -> Any:
+        """The mask of the queries at ``index`` ``[B, Q]``, as the attention takes it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class UnbuiltMask(RowMask):
+    """A mask that another builder makes once the queries are known.
+
+    Attributes:
+        build: The builder.
+    """
+
+    build: Callable[..., Any]
+
+    def at(self, index: Tensor, *, key_gradient: str) -> Any:
+        """The builder's."""
+        visibility = self.visibility.at(index, key_gradient=key_gradient)
+        return _routed_builder(self.build, visibility)(mask_function=self.mask_function, **self.arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedMask(RowMask):
+    """A mask in numbers, which models hand through to the attention function as they do with flex attention's."""
+
+    def at(self, index: Tensor, *, key_gradient: str) -> "RoutedMask":
+        """The mask of the queries at ``index``."""
+        return replace(self, visibility=self.visibility.at(index, key_gradient=key_gradient))
 
     @cached_property
     def pattern(self) -> tuple[bool, int | None]:
@@ -157,16 +191,30 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
     return window is not None and rest == [causal_mask_function], window
 
 
-def routed_masks(visibility: Visibility) -> AbstractContextManager[None]:
-    """Let the models' mask builders answer for the routed queries for the length of the block."""
+def routed_masks(visibility: Visibility, *, taken_apart: bool = False) -> AbstractContextManager[None]:
+    """Let the models' mask builders answer for the queries of a pass for the length of the block.
+
+    Args:
+        visibility: What the queries may attend to.
+        taken_apart: Whether layers run on some of the queries, see :class:`~cggr_core.routing.layer_rows.LayerRows`.
+    """
 
     def change(name: str, build: MaskBuilder) -> MaskBuilder:
         if name in (ROUTED, ROUTED_UNCAPPED):
             return _numeric_builder(visibility)
+        if taken_apart and name == "flex_attention":  # its block masks cannot be taken apart
+            return _unbuilt(visibility, build)
         # Flash attention takes no mask; the passes do not run on it where one is needed.
         return build if name.startswith("flash") else _routed_builder(build, visibility)
 
     return changed_mask_builders(change)
+
+
+def _unbuilt(visibility: Visibility, build: Callable[..., Any]) -> Callable[..., UnbuiltMask]:
+    def build_later(*, mask_function: MaskFunction, **arguments: Any) -> UnbuiltMask:
+        return UnbuiltMask(visibility, mask_function, arguments, build)
+
+    return build_later
 
 
 def _numeric_builder(visibility: Visibility) -> Callable[..., RoutedMask]:

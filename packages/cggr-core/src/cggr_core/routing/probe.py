@@ -83,11 +83,16 @@ def probe(
                 fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
             head = replace(head, fused=_close(fused_logits, logits))
         if own_loss:
-            shifted = own_alignment(model, architecture, inputs)
+            with without_checkpointing(architecture):
+                shifted = own_alignment(model, architecture, inputs)
             architecture = architecture if shifted is None else replace(architecture, shifted=shifted)
         obstacle = architecture.obstacle
         if routing and obstacle is None:
             obstacle = _routing_obstacle(model, architecture, few, head_input, layer_output)
+            if obstacle is not None:
+                spread = replace(architecture, whole_after_layers=True)
+                if _routing_obstacle(model, spread, few, head_input, layer_output) is None:
+                    architecture, obstacle = spread, None
             if obstacle is None and inputs.segment is not None:
                 packed = _packed_in_halves(few)
                 _, head_input, _ = _plain_forward(model, architecture, packed)
@@ -180,10 +185,9 @@ def _routing_obstacle(
                 context,
                 keep_graph=False,
                 read_head=seen.append,
-                layer_output=layer_output,
             )
             rows = expected.gather(1, index[:, :, None].expand(-1, -1, expected.shape[2]))
-            if not _close(seen[0], rows):
+            if seen[0].shape != rows.shape or not _close(seen[0], rows):
                 return f"{name} gives kept tokens other values than a plain forward does"
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         return f"{name} does not run on kept tokens with a cache ({type(error).__name__}: {error})"

@@ -1,0 +1,106 @@
+"""A decoder layer's arguments, made by the model for whole rows, as they are for some of the positions.
+
+A pass over some of the tokens lets the model see whole rows: it makes embeddings, positions, rotary frequencies,
+masks and whatever depends on a row's length, on later tokens or on token types as in any forward. Only what it hands
+to its layers is taken apart here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cggr_core.routing.masks import RowMask
+from cggr_core.routing.rows import Places
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LayerRows:
+    """Takes positions out of what a layer is given.
+
+    Args:
+        index: Distinct positions, int64 ``[B, Q]``.
+        length: Positions ``S`` of a row.
+        key_gradient: ``"all"``, or ``"kept"`` where keys and values need gradients at ``index`` only.
+    """
+
+    def __init__(self, index: Tensor, length: int, *, key_gradient: str = "all") -> None:
+        self.index = index
+        self._places = Places(index, length)
+        self._length = length
+        self._key_gradient = key_gradient
+        # Layers share most of their arguments, and each is taken apart once.
+        self._taken: Any = WeakIdKeyDictionary()
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, replace: dict[int, Any]) -> LayerCall:
+        """The arguments beside the hidden state, at the positions.
+
+        Args:
+            args: Of the layer, the hidden state first, unless it is among ``kwargs``.
+            kwargs: Of the layer.
+            replace: By the ``id`` of an argument, what to give in its place (the hidden state, a cache).
+        """
+        first = tuple(replace[id(value)] if id(value) in replace else self._take("", value) for value in args)
+        named = {
+            name: replace[id(value)] if id(value) in replace else self._take(name, value)
+            for name, value in kwargs.items()
+        }
+        return first, named
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """Hidden states of whole rows at the positions, with their graph."""
+        taken = self._rows_of("hidden_states", hidden)
+        if taken is None:
+            raise ValueError(f"hidden states {list(hidden.shape)} have no dimension for the {self._length} tokens")
+        return taken
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[B, Q, ...]`` of the positions as whole rows, 0 elsewhere, with their graph."""
+        batch, slots = self.index.shape
+        if slots == self._length:
+            return hidden
+        whole = hidden.new_zeros(batch * self._length, *hidden.shape[2:])
+        return whole.index_copy(0, self._places.flat, hidden.flatten(0, 1)).view(batch, self._length, *hidden.shape[2:])
+
+    def _take(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._take(name, part) for key, part in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(self._take(name, part) for part in value) if type(value) in (tuple, list) else value
+        if not isinstance(value, Tensor | RowMask):
+            return value
+        if value not in self._taken:
+            self._taken[value] = self._taken_from(name, value)
+        return self._taken[value]
+
+    def _taken_from(self, name: str, value: Tensor | RowMask) -> Any:
+        if isinstance(value, RowMask):
+            return value.at(self.index, key_gradient=self._key_gradient)
+        taken = self._rows_of(name, value)
+        return value if taken is None else taken
+
+    def _rows_of(self, name: str, value: Tensor) -> Tensor | None:
+        """The part of a tensor that belongs to the positions; ``None`` where it is not about tokens of the pass."""
+        batch, slots = self.index.shape
+        shape, is_mask = value.shape, "mask" in name
+        if value.dim() < 2 or (value.dim() == 2 and is_mask):  # two dimensions say which keys are padding
+            return None
+        if slots == self._length:
+            return value  # every position, in order
+        if shape[1] == self._length and shape[0] in (1, batch) and not is_mask:
+            return self._take_rows(value)
+        if value.dim() < 3 or shape[2] != self._length or (value.dim() == 3 and value.is_floating_point()):
+            return None
+        if not is_mask and shape[1] in (1, batch) and (shape[1] == batch or shape[0] not in (1, batch)):
+            # Several kinds of position (``[3, B, S, D]``), or streams of hidden states.
+            return torch.stack([self._take_rows(part) for part in value])
+        if shape[0] in (1, batch):  # with a dimension for heads
+            return self._take_rows(value.transpose(1, 2)).transpose(1, 2)
+        return None
+
+    def _take_rows(self, value: Tensor) -> Tensor:
+        batch, slots = self.index.shape
+        rows = value.expand(batch, *value.shape[1:]).reshape(batch * self._length, -1)
+        return rows.index_select(0, self._places.flat).view(batch, slots, *value.shape[2:])
