@@ -14,6 +14,7 @@ from cggr_core.settings import (
     SelectionSettings,
     default_router_depth,
 )
+from tests.support.model_steps import tokens
 from tests.support.tiny_models import ROUTABLE
 
 
@@ -50,3 +51,36 @@ def test_supervised_is_a_models_selection(made):
 def test_a_router_is_an_eighth_of_the_model(layers, depth):
     assert default_router_depth(layers) == depth
     assert create_truncated_router(ROUTABLE["llama"]()).num_layers == 1
+
+
+def test_short_rows_keep_their_least_number():
+    """A row of four countable tokens keeps one of them by its share, and all four where that is the least."""
+    model, input_ids = ROUTABLE["llama"](), tokens(rows=2, length=24)
+    labels = input_ids.clone()
+    labels[0, :20] = -100
+
+    def kept(**settings):
+        wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=0.25, **settings)
+        wrapped(input_ids, labels=labels)
+        return wrapped.metrics["kept_tokens"].item()
+
+    of_the_long_row = 6  # a quarter of 23
+    assert kept(selection="topk") == of_the_long_row + 1
+    assert kept(selection="sequence_aware", min_tokens_per_sequence=4) == of_the_long_row + 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "waits"),
+    [
+        ({}, False),
+        ({"dynamic_threshold": True, "threshold_sensitivity": 0.0}, False),
+        ({"dynamic_threshold": True}, True),
+    ],
+)
+def test_a_threshold_that_is_off_waits_for_no_device(settings, waits, monkeypatch):
+    wrapped, input_ids, asked = CGGRModel(ROUTABLE["llama"](), **settings), tokens(), []
+    monitor = wrapped._deferred._monitor
+    monkeypatch.setattr(monitor, "read", lambda *, wait=False: asked.append(wait))
+    wrapped(input_ids, labels=input_ids)
+    assert asked == [waits]
+    assert ("confidence" in wrapped.metrics) == waits

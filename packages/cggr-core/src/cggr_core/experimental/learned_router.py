@@ -167,10 +167,11 @@ class LearnedRouter(nn.Module):
     @torch.no_grad()
     def observe(self, seen: Observation) -> dict[str, Tensor]:
         """Learn from some of a step's kept tokens; see :meth:`learn`."""
-        assert seen.hidden is not None  # a step leaves it for a router that reads it
+        hidden = seen.hidden
+        assert hidden is not None  # a step leaves it for a router that reads it
         seen = seen.thinned(self.observed_tokens, seed=self.seed, draw=self.updates)
         return self.learn(
-            seen.gather(seen.hidden).flatten(0, 1),
+            seen.gather(hidden).flatten(0, 1),
             seen.engine.embeddings(seen.gather(seen.batch.embeddable)).flatten(0, 1),
             seen.scores().flatten(),
             seen.weight.flatten(),

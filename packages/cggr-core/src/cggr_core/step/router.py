@@ -20,17 +20,22 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Router(Protocol):
-    """Whatever produces scores before the gradient pass.
+    """Whatever produces scores before the gradient pass."""
 
-    Attributes:
-        depth: Layers of the trained model that the scores are read above; ``None`` where none of them is.
-        reads_hidden: Whether they are read from the hidden states above those layers, rather than from the head there.
-        gives_confidence: Whether the scores come with the model's confidence at every token.
-    """
+    @property
+    def depth(self) -> int | None:
+        """Layers of the trained model that the scores are read above; ``None`` where none of them is."""
+        ...
 
-    depth: int | None
-    reads_hidden: bool
-    gives_confidence: bool
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether they are read from the hidden states above those layers, rather than from the head there."""
+        ...
+
+    @property
+    def gives_confidence(self) -> bool:
+        """Whether the scores come with the model's confidence at every token."""
+        ...
 
     def attach(self, *, layers: int, hidden_size: int, embedding_size: int) -> None:
         """Learn the sizes of the model; called once, when a CGGRModel is made."""

@@ -41,7 +41,7 @@ class CGGRConfig:
     """
 
     gradient: GradientMode = field(
-        default=RoutingSettings.gradient, metadata={"help": "What a kept token's gradient reaches."}
+        default=cast(GradientMode, RoutingSettings.gradient), metadata={"help": "What a kept token's gradient reaches."}
     )
     min_tokens_ratio: float | None = field(
         default=None,
@@ -70,7 +70,7 @@ class CGGRConfig:
         metadata={"help": "Layers of a truncated or learned router; an eighth of the model's if not given."},
     )
     engine: EngineName | None = field(
-        default=RoutingSettings.engine,
+        default=cast(EngineName | None, RoutingSettings.engine),
         metadata={"help": "How kv and detached are computed; the cheaper one if not given."},
     )
     num_strata: int = field(
