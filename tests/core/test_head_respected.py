@@ -4,10 +4,20 @@ import warnings
 
 import pytest
 import torch
+import transformers
 
 from cggr_core import CGGRModel
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 
 
 def tokens() -> torch.Tensor:
@@ -58,3 +68,44 @@ def test_kept_rows_go_through_the_hook_too(engine):
     model.lm_head._forward_hooks.clear()
     bare = CGGRModel(model, selection="random", engine=engine).train()(input_ids, labels=input_ids, draw=3)
     assert hooked < bare  # seven classes less to choose among
+
+
+class Bounded(transformers.LlamaForCausalLM):
+    """Logits bounded under a name that nobody knows; at starting weights that changes nothing."""
+
+    def forward(self, labels=None, **options):
+        output = super().forward(**options)
+        output.logits = 5.0 * torch.tanh(output.logits / 5.0)
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, self.config.vocab_size)
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_what_follows_the_head_is_seen_at_starting_weights(gradient):
+    model, input_ids = Bounded(transformers.LlamaConfig(**SIZES, initializer_range=1e-3)), tokens()
+    wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
+    wrapped(input_ids, labels=input_ids)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+def test_a_head_that_is_never_called():
+    sizes = {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16}
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.MobileBertConfig(**SIZES, **sizes, **nothing)
+    model, input_ids = transformers.MobileBertForMaskedLM(config).train(), tokens()
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train()
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_hook_on_the_weight_of_the_head_is_run():
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    model.lm_head.weight.register_hook(lambda grad: grad.masked_fill(torch.arange(VOCAB)[:, None] < 50, 0.0))
+    CGGRModel(model, gradient="kv").train()(input_ids, labels=input_ids).backward()
+    assert not model.lm_head.weight.grad[:50].any() and model.lm_head.weight.grad[50:].any()

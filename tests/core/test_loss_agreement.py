@@ -70,6 +70,62 @@ def test_a_replaced_loss_function_is_refused_with_both_numbers(gradient):
         CGGRModel(model, gradient=gradient).train()(input_ids, labels=input_ids)
 
 
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_a_loss_that_changes_after_the_first_step_is_seen(gradient):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    wrapped = CGGRModel(model, gradient=gradient).train()
+    wrapped(input_ids, labels=input_ids)
+    model.loss_function = lambda logits, labels, vocab_size, **options: cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.5
+    )
+    with pytest.raises(ValueError, match="loss_function was replaced"):
+        wrapped(input_ids, labels=input_ids)
+
+
+def test_a_term_in_training_alone_is_seen():
+    class Penalised(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **options):
+            output = super().forward(input_ids=input_ids, labels=labels, **options)
+            if labels is not None and self.training:
+                output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()
+            return output
+
+    model, input_ids = Penalised(ROUTABLE["llama"]().config), tokens()
+    with pytest.raises(ValueError, match="it has a further term"):
+        CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alignment_is_seen_at_starting_weights(dtype):
+    # All logits are near 0, and every loss near the logarithm of the vocabulary.
+    config = transformers.BartConfig(**BART, init_std=1e-5)
+    model, input_ids = transformers.BartForCausalLM(config).to(dtype).train(), tokens()
+    wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train()
+    wrapped(torch.full_like(input_ids, 7), labels=torch.full_like(input_ids, 7))
+    scattered(model)
+    own = cross_entropy(model(input_ids=input_ids).logits.flatten(0, 1).float(), input_ids.flatten())
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids), own, rtol=1e-5, atol=1e-6)
+
+
+def test_a_first_batch_of_one_token_says_nothing():
+    model, input_ids = scattered(UNSHIFTED["Bart"]()), tokens()
+    wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train()
+    wrapped(input_ids[:, :1], labels=input_ids[:, :1])
+    own = model(input_ids=input_ids, labels=input_ids).loss
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids), own, rtol=1e-5, atol=1e-6)
+
+
+def test_a_look_at_the_loss_draws_no_random_numbers():
+    model, input_ids = ROUTABLE["gpt2"](), tokens()
+    model.transformer.drop.p = 0.5
+    state = torch.get_rng_state()
+    CGGRModel(model, gradient="exact", selection="random", min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state)
+    model.train()(input_ids=input_ids)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_a_further_term_is_refused_by_the_name_of_its_setting():
     sizes = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
     config = transformers.BambaConfig(

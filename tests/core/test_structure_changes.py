@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 
-from cggr_core import CGGRModel, create_truncated_router
+from cggr_core import CGGRModel, Selection, create_truncated_router
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -94,6 +95,108 @@ def test_a_change_after_wrapping_counts(change, stepped, gradient):
     loss.backward()
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
     assert relative_error(gradients(model), wanted) <= 1e-5
+
+
+def with_fewer_layers(model, wrapped):
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
+
+
+def with_another_layer(model, wrapped):
+    model.model.layers[1] = scattered(ROUTABLE["llama"]()).model.layers[1]
+    return model
+
+
+def with_another_norm(model, wrapped):
+    model.model.norm = type(model.model.norm)(32, eps=1e-2)
+    return model
+
+
+def with_adapters_in_layers(model, wrapped):
+    return scattered(get_peft_model(model, LoraConfig(r=4, target_modules=["k_proj", "down_proj"])))
+
+
+def with_the_wrapper_of_adapters(model, wrapped):
+    wrapped.model = with_adapters_in_layers(model, wrapped)
+    return wrapped.model
+
+
+def another_model(model, wrapped):
+    wrapped.model = scattered(ROUTABLE["qwen3"]())
+    return wrapped.model
+
+
+def with_a_hook_that_is_gone(model, wrapped):
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    wrapped(tokens(), labels=tokens())
+    hook.remove()
+    return model
+
+
+def with_hook_on_a_layer(model, wrapped):
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output * 0.5)
+    return model
+
+
+def with_other_attention(model, wrapped):
+    model.set_attn_implementation("eager")
+    return model
+
+
+def scattered(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize("routed", [False, True], ids=["full depth", "truncated"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_fewer_layers,
+        with_another_layer,
+        with_another_norm,
+        with_adapters_in_layers,
+        with_the_wrapper_of_adapters,
+        another_model,
+        with_a_hook_that_is_gone,
+        with_hook_on_a_layer,
+        with_other_attention,
+    ],
+)
+def test_a_change_inside_the_model_counts(change, routed, gradient):
+    model = scattered(ROUTABLE["llama"]())
+    router = create_truncated_router(model, 1) if routed else None
+    wrapped = CGGRModel(model, router, gradient=gradient, min_tokens_ratio=0.5).train()
+    wrapped(tokens(), labels=tokens())
+    changed, input_ids = change(model, wrapped).train(), tokens()
+    mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+    mask[:, 1::3] = True
+    mask[:, -1] = False
+    logits = changed(input_ids=input_ids).logits[mask]
+    plain = cross_entropy(logits, input_ids.roll(-1, 1)[mask])
+    selection = Selection.from_mask(mask, capacity=4, countable=mask)
+    loss = wrapped(input_ids, labels=input_ids, selection=selection, num_items=int(mask.sum()))
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+    wrapped(input_ids, labels=input_ids).backward()  # and it selects by itself
+    changed.zero_grad()
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_settings_of_the_head_are_read_as_the_model_reads_them(gradient):
+    gemma, cohere = scattered(ROUTABLE["gemma2"]()), scattered(ROUTABLE["cohere"]())
+    for model in (gemma, cohere):
+        wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
+        wrapped(tokens(), labels=tokens())
+        gemma.config.final_logit_softcapping = 2.0
+        cohere.logit_scale = 3.0  # not what its config says
+        plain = model(input_ids=tokens(), labels=tokens()).loss
+        torch.testing.assert_close(wrapped(tokens(), labels=tokens()), plain, rtol=1e-5, atol=1e-6)
 
 
 def by_pickle(model):

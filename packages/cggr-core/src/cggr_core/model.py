@@ -195,6 +195,7 @@ class CGGRModel(nn.Module):
             return self.model(**arguments, **given)
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
         self._raise_deferred_errors(wait=self.schedule.reads_confidence)
+        self._follow_model()
         batch = StepBatch.checked(
             self.settings,
             self._engine,
@@ -341,6 +342,11 @@ class CGGRModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    def _follow_model(self) -> None:
+        """See what was done to the wrapped model since the last step, another one in its place among it."""
+        if self._engine.follow(self.model) and self._router is not self.router:
+            self.__dict__["_router"] = as_router(self.router, self._engine)
 
     def _raise_deferred_errors(self, *, wait: bool) -> None:
         self._deferred.raise_deferred_errors(

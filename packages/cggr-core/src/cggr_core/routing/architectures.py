@@ -138,13 +138,18 @@ def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
         raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
-    scale = None
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    elif getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-        scale = float(config.logit_scale)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module, scale, None if softcap is None else float(softcap), is_plain_matrix(module))
+    scaling, scale = _setting(base, config, "logits_scaling"), _setting(base, config, "logit_scale")
+    if scaling is not None:  # Granite divides, Cohere multiplies
+        scale = 1.0 / scaling
+    softcap = _setting(base, config, "final_logit_softcapping")
+    return Head(module, scale, softcap, is_plain_matrix(module))
+
+
+def _setting(base: Any, config: Any, name: str) -> float | None:
+    # Some models read the config in every forward, others their own copy of it.
+    value = base.__dict__.get(name)
+    value = getattr(config, name, None) if value is None else value
+    return None if value is None else float(value)
 
 
 def is_plain_matrix(module: nn.Module) -> bool:
@@ -188,13 +193,6 @@ def _cache_name(base: nn.Module, owner: nn.Module) -> str:
     # it that takes one.
     takers = (base, getattr(base, "base_model", base), owner)
     return next((name for module in takers if (name := _cache_parameter(module)) is not None), CACHE_NAMES[0])
-
-
-def structure(model: nn.Module) -> tuple[int, int, int, bool]:
-    """What a description stands and falls with, cheap to compare in every step: the parts that users replace."""
-    base = unwrapped(model)
-    head = base.get_output_embeddings()
-    return id(base), id(head), id(base.get_input_embeddings()), head is not None and is_plain_matrix(head)
 
 
 def default_position_ids(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture, describe, structure, unwrapped
+from cggr_core.routing.architectures import Architecture, describe, unwrapped
 from cggr_core.routing.context_pass import Context, context_pass, head_read_by, ignore_head, layer_input
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
@@ -16,6 +16,7 @@ from cggr_core.routing.loss_agreement import auxiliary_loss, without_loss_argume
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.probe import Probe, probe
 from cggr_core.routing.shared import KeyValue
+from cggr_core.routing.structure import structure
 from cggr_core.routing.truncation import truncated
 from cggr_core.selection import Selection
 
@@ -40,6 +41,24 @@ class Engine:
         self._structure = structure(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
+
+    def follow(self, model: nn.Module | None = None) -> bool:
+        """Look again where the model is another one than it was; called once a step, before its passes.
+
+        Embeddings are resized, heads and layers replaced and adapters added after a model was wrapped.
+
+        Args:
+            model: The model from now on; ``None`` for the one that it was.
+
+        Returns:
+            Whether it is.
+        """
+        if model is not None:
+            self.model = model
+        if structure(self.model) == self._structure:
+            return False
+        self._look()
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         # What was seen of a model holds functions made for it; a copy looks for itself.
@@ -88,10 +107,7 @@ class Engine:
         **options: Any,
     ) -> TokenInputs:
         """A checked batch; see :func:`cggr_core.routing.inputs.token_inputs`."""
-        # Once a step and before its passes: embeddings are resized, heads replaced and adapters added after a model was
-        # wrapped.
-        if structure(self.model) != self._structure:
-            self._look()
+        self.follow()
         return token_inputs(
             self.model,
             self._description,
@@ -125,7 +141,7 @@ class Engine:
         wanted |= {"own_loss"} if own_loss else set()
         if self._probe is None or not wanted <= self._probed:
             self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
-            self._probed |= wanted
+            self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
             head = self._probe.architecture.head
             if not head.fused:
                 warnings.warn(

@@ -10,12 +10,14 @@ from torch.nn.functional import cross_entropy
 
 from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import Architecture, unwrapped
+from cggr_core.routing.head_check import loud_head
 from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 
 IGNORED = -100
 _ROWS, _TOKENS = 2, 8
 # Losses are computed in float32 by nearly all models; those that are not round to the logits' dtype.
-_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
+_TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 # Settings that add a term to a loss or change it, by the words that are in their names.
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
 # What losses are known to read, beside what the model's own loss function says it does.
@@ -45,8 +47,11 @@ _MODALITY_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|media|speech)\w
 def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> bool | None:
     """Hold the model's own loss on a few labelled tokens to the cross-entropy of its own logits.
 
+    Both are of one forward in the mode that the model is in, whose head gives large logits: a loss may have a term in
+    training alone, and with the logits of starting weights every loss is near the logarithm of the vocabulary.
+
     Args:
-        model: The model, in evaluation mode.
+        model: The model.
         architecture: Its description.
         inputs: The batch to take tokens from.
 
@@ -63,9 +68,14 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
     if not takes_labels or inputs.shape[1] < 2:
         return None
     arguments, labels = _few_labelled_tokens(base, inputs)
+    device = labels.device
     name = type(base).__name__
     try:
-        output = model(**arguments, labels=labels, use_cache=False)
+        with (
+            torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
+            without_checkpointing(architecture),
+        ):
+            output, logits = _loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         raise ValueError(
             f"{name} was given labels for a few tokens, to hold its own loss to cross-entropy, and raised "
@@ -77,19 +87,37 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
     if own.numel() != 1:
         raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, and a routed step has one number")
     auxiliary = auxiliary_loss(model, output)
-    tolerance = _tolerance(output.logits)
+    tolerance = _tolerance(logits, own)
     found: dict[bool, float] = {}
     for shifted in (architecture.shifted, not architecture.shifted):
-        ours = _mean_nll(output.logits, labels, shifted)
+        ours = _mean_nll(logits, labels, shifted)
         found[shifted] = float(ours if auxiliary is None else ours + auxiliary)
-        if abs(found[shifted] - float(own)) <= tolerance * max(1.0, abs(float(own))):
-            return shifted
+    nearest = min(found, key=lambda shifted: abs(found[shifted] - float(own)))
+    if abs(found[nearest] - float(own)) <= tolerance * max(1.0, abs(float(own))):
+        return nearest
     raise ValueError(
         f"{name}'s own loss is not the mean cross-entropy of its logits that a routed step computes: on "
         f"{labels.numel()} tokens it is {float(own):.6g}, cross-entropy {found[True]:.6g} with shifted labels and "
         f"{found[False]:.6g} without ({_likely_cause(base)}); train it with its own forward, or build your loss from "
         "its logits"
     )
+
+
+def _loss_and_logits(
+    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor
+) -> tuple[Any, Tensor]:
+    """A model's output for labelled tokens, and the logits ``[B, S, V]`` that its loss is made of."""
+    with loud_head(architecture.head.module):
+        output = model(**arguments, labels=labels)
+    if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
+        return output, output.logits
+    # Some make a loss without logits in training, or with those of labelled tokens alone.
+    with evaluation_mode(model), loud_head(architecture.head.module):
+        output = model(**arguments, labels=labels)
+    if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
+        return output, output.logits
+    with evaluation_mode(model):
+        return model(**arguments, labels=labels), model(**arguments).logits
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
@@ -158,7 +186,7 @@ def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
 
 
-def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Tensor], Tensor]:
+def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Any], Tensor]:
     tokens = {name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()}
     config = base.config.get_text_config()
     like = next(iter(tokens.values()))
@@ -198,9 +226,9 @@ def _mean_nll(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
-def _tolerance(logits: Tensor) -> float:
-    exact = logits.dtype in (torch.float32, torch.float64) and not autocast_active(logits.device.type)
-    return _TOLERANCE if exact else _HALF_TOLERANCE
+def _tolerance(*values: Tensor) -> float:
+    exact = all(value.dtype in (torch.float32, torch.float64) for value in values)
+    return _TOLERANCE if exact and not autocast_active(values[0].device.type) else _HALF_TOLERANCE
 
 
 def _likely_cause(base: Any) -> str:

@@ -10,6 +10,7 @@ from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, ignore_head
 from cggr_core.routing.gradient_pass import gradient_pass
+from cggr_core.routing.head_check import gives_the_logits
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.loss_agreement import own_alignment
 from cggr_core.routing.masks import packed_segments
@@ -32,11 +33,13 @@ class Probe:
         architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held; and ``norms`` found.
         layer_output: Wraps a hidden state the way the model's layers return it.
         packing_obstacle: Why packed rows cannot be routed, or ``None`` where they can (or were not tried).
+        saw_loss: Whether the model's own loss was held to cross-entropy.
     """
 
     architecture: Architecture
     layer_output: LayerOutput
     packing_obstacle: str | None = None
+    saw_loss: bool = False
 
 
 @torch.no_grad()
@@ -77,17 +80,18 @@ def probe(
             )
         head = architecture.head
         if head.fused:
+            head = replace(head, fused=head_input is not None and gives_the_logits(model, architecture, few))
+        if head.fused:
             # A bias in the head's own module (GPT-J) is part of the matrix product.
             fused_logits = head.module(head_input) * (head.scale or 1.0)
             if head.softcap is not None:
                 fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
             head = replace(head, fused=_close(fused_logits, logits))
-        if own_loss:
-            with without_checkpointing(architecture):
-                shifted = own_alignment(model, architecture, inputs)
-            architecture = architecture if shifted is None else replace(architecture, shifted=shifted)
         obstacle = architecture.obstacle
+        if head_input is None and obstacle is None:
+            obstacle = f"{type(model).__name__} reads the weight of its head without calling it"
         if routing and obstacle is None:
+            assert head_input is not None
             obstacle = _routing_obstacle(model, architecture, few, head_input, layer_output)
             if obstacle is not None:
                 spread = replace(architecture, whole_after_layers=True)
@@ -96,12 +100,17 @@ def probe(
             if obstacle is None and inputs.segment is not None:
                 packed = _packed_in_halves(few)
                 _, head_input, _ = _plain_forward(model, architecture, packed)
+                assert head_input is not None
                 if _routing_obstacle(model, architecture, packed, head_input, layer_output) is not None:
                     packing_obstacle = (
                         f"position_ids start anew inside a row, and {type(model).__name__} attends across such packed "
                         "documents; pass an attention_mask to say that rows are whole, or do not pack"
                     )
-    return Probe(replace(architecture, head=head, obstacle=obstacle), layer_output, packing_obstacle)
+    shifted = own_alignment(model, architecture, inputs) if own_loss else None
+    saw_loss, architecture = shifted is not None, replace(architecture, head=head, obstacle=obstacle)
+    if shifted is not None:
+        architecture = replace(architecture, shifted=shifted)
+    return Probe(architecture, layer_output, packing_obstacle, saw_loss)
 
 
 def _few_tokens(inputs: TokenInputs) -> TokenInputs:
@@ -126,7 +135,7 @@ def _packed_in_halves(inputs: TokenInputs) -> TokenInputs:
 
 def _plain_forward(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs
-) -> tuple[LayerOutput, Tensor, Tensor]:
+) -> tuple[LayerOutput, Tensor | None, Tensor]:
     outputs: list[Any] = []
     head_inputs: list[Tensor] = []
     hooks = [
@@ -151,7 +160,7 @@ def _plain_forward(
             return (hidden, *([None] * (len(layer_returned) - 1)))
         return hidden
 
-    return layer_output, head_inputs[0], logits
+    return layer_output, head_inputs[0] if head_inputs else None, logits
 
 
 def _routing_obstacle(

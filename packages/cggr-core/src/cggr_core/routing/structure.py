@@ -1,0 +1,40 @@
+"""What was seen of a model holds while its structure is the same; looked at in every step, so it must cost nothing."""
+
+from typing import Any
+
+from torch import nn
+
+from cggr_core.routing.architectures import is_plain_matrix, unwrapped
+
+# What a description reads of a model or its config, and what changes a model's own loss.
+_OF_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation")
+_OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
+
+
+def structure(model: nn.Module) -> list[Any]:
+    """The modules of a model, its head as it stands, and the settings that a description and a loss read.
+
+    Two structures are compared with ``==``, which is identity for modules; they are held, so that no other module can
+    take the place of one that was replaced. A fifth of a microsecond for each module.
+    """
+    base = unwrapped(model)
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    own = base.__dict__
+    found: list[Any] = [
+        head,
+        head is not None and is_plain_matrix(head),
+        base.get_input_embeddings(),
+        *(getattr(config, name, None) for name in _OF_THE_CONFIG),
+        *(own.get(name) for name in _OF_THE_MODEL),
+        *base._forward_hooks.values(),
+    ]
+    waiting: list[nn.Module | None] = [model]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            found.append(module)
+            waiting.extend(module._modules.values())
+    return found
