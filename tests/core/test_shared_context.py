@@ -1,9 +1,12 @@
 """Rows that share a context run once equal rows that each have it before them."""
 
+import weakref
+
 import pytest
 import torch
 
 from cggr_core import SharedContext, routed_hidden, routed_logprobs
+from cggr_core.routing import Shared
 from tests.support.logprobs import WAYS, slots, some
 from tests.support.model_steps import checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error
@@ -149,6 +152,24 @@ def test_the_context_is_run_once(gradient, engine):
     hook.remove()
     again = ROWS * 6 if engine == "two_pass" else 0  # kept tokens, in slots
     assert sum(run) == PROMPTS * BEFORE + ROWS * LENGTH + again
+
+
+@pytest.mark.parametrize(("gradient", "engine"), WAYS)
+def test_no_copy_of_the_context_waits_for_the_backward_pass(gradient, engine, monkeypatch):
+    made, before = [], Shared.before
+
+    def noted(*args, **kwargs):
+        results = before(*args, **kwargs)
+        made.extend(weakref.ref(part.untyped_storage()) for part in results)
+        return results
+
+    model, (context, shared, _) = ROUTABLE["llama"](), batch()
+    step(model, kept(), shared, gradient=gradient, engine=engine, context=context)
+    monkeypatch.setattr(Shared, "before", noted)
+    settings = {"gradient_mode": gradient, "engine": engine, "context": context}
+    found = routed_logprobs(model, **shared, keep=slots(kept(), 6), **settings)
+    assert len(made) >= 6 and not any(reference() for reference in made)
+    assert found.logprob.requires_grad
 
 
 @pytest.mark.parametrize(

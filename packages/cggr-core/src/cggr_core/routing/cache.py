@@ -6,6 +6,7 @@ and values in which the kept rows are fresh.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from cggr_core.routing.ordering import backward_in_turn
 from cggr_core.routing.rows import Places, merge_rows, replace_rows, stop_gradient
-from cggr_core.routing.shared import KeyValue, Shared
+from cggr_core.routing.shared import KeyValue, RemadeForBackward, Shared
 
 OptionalKeyValue = tuple[Tensor | None, Tensor | None]
 
@@ -179,6 +180,7 @@ class RoutedCache(PassCache):
     ) -> None:
         super().__init__(queries=index.shape[1], length=length, shared=shared)
         self._note = note
+        self.remade = RemadeForBackward()
         self._in_turn = in_turn
         self._replacing = Places(index, length, valid)
         # In mode "detached", a filler slot is a constant to the kept tokens, like any other token. In mode "kv" its
@@ -198,7 +200,13 @@ class RoutedCache(PassCache):
         if self._note is not None:
             self._note.setdefault(layer_idx, fresh)
         own, made = self._own(layer_idx, fresh)
-        return self._whole(layer_idx, own, constant=False, in_turn=self._in_turn, made=made)
+        whole = self._whole(layer_idx, own, constant=False, in_turn=self._in_turn, made=made)
+        if self._shared is not None:
+            self.remade.watch(whole, partial(self._again, layer_idx, (key_states.detach(), value_states.detach())))
+        return whole
+
+    def _again(self, layer_idx: int, fresh: KeyValue) -> KeyValue:
+        return self._whole(layer_idx, self._own(layer_idx, fresh)[0], constant=True)
 
     def _own(self, layer_idx: int, fresh: KeyValue) -> tuple[KeyValue, KeyValue | None]:
         """Keys and values of the rows' own positions, and of all positions if they were put together already."""

@@ -8,7 +8,7 @@ recorded layers first, which is what a truncated router leaves.
 
 import contextvars
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -141,6 +141,7 @@ def gradient_pass(
         routed_masks(inputs.visibility(), taken_apart=True),
         replaced_forwards(replacements),
         head_read_by(architecture, read_kept if spreads and read_head is not None else read_head),
+        nullcontext() if inputs.shared is None else cache.remade.saving(),
     ):
         output = model(**inputs.arguments(), **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)

@@ -1,7 +1,9 @@
 """Tokens that several rows of a batch go on from: their keys and values are made once and attended to by all."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +58,66 @@ class Shared:
         if self.rows is not None:
             return per_shared.index_select(0, self.rows)
         return per_shared.repeat_interleave(batch_size // per_shared.shape[0], dim=0)
+
+
+class RemadeForBackward:
+    """Keeps keys and values with shared tokens before them out of what is saved for the backward pass.
+
+    Saved as they are, they would hold a copy of the shared tokens for every row in every layer. Their parts are kept
+    anyway, and they are put together once more when the backward pass comes to the layer.
+    """
+
+    def __init__(self) -> None:
+        # Held until the next layer's are there: no other tensor can have their memory meanwhile.
+        self._whole: tuple[Tensor, ...] = ()
+        self._remade: _Remade | None = None
+
+    def watch(self, whole: KeyValue, make: Callable[[], KeyValue]) -> None:
+        """Keys and values that the layer is about to attend to, and how to make them again."""
+        self._whole, self._remade = whole, _Remade(make)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Watch over what is saved in the block."""
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        finally:
+            self._whole, self._remade = (), None
+
+    def _pack(self, tensor: Tensor) -> Any:
+        for part, whole in enumerate(self._whole):
+            if tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                return _Part(self._remade, part, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return tensor
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        whole = packed.remade.take(packed.part)
+        return whole.as_strided(packed.size, packed.stride, packed.offset)
+
+
+class _Remade:
+    """Keys and values made again at the first call for one of them, and let go as they are taken."""
+
+    def __init__(self, make: Callable[[], KeyValue]) -> None:
+        self._make = make
+        self._parts: dict[int, Tensor] = {}
+
+    def take(self, part: int) -> Tensor:
+        if part not in self._parts:
+            with torch.no_grad():
+                self._parts = dict(enumerate(self._make()))
+        return self._parts.pop(part)
+
+
+class _Part(NamedTuple):
+    remade: _Remade | None
+    part: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 class _PutBefore(torch.autograd.Function):
