@@ -392,7 +392,7 @@ def test_from_mask():
     mask[0, ::3], mask[1, 5] = True, True
     made = Selection.from_mask(mask)
     check_form(made, torch.ones_like(mask))
-    assert made.index.shape == (2, 128)  # 67 rounded up to a multiple of 64
+    assert made.index.shape == (2, 72)  # 67 rounded up to a multiple of 8
     assert torch.equal(made.mask, mask)
     weight = torch.rand(2, 200) + 0.5
     made = Selection.from_mask(mask, weight=weight, countable=mask, capacity=67)

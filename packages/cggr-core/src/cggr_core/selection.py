@@ -26,8 +26,6 @@ from cggr_core.settings import SCOPES, SELECTIONS, WITH_PROBABILITIES, Selection
 
 __all__ = ["Selection", "check_mask", "plain_weight", "select", "slots_for", "slots_in_steps"]
 
-_CAPACITY_STEP = 64
-
 
 def slots_for(ratio: float, length: int) -> int:
     """Slots that hold ``ratio`` of ``length`` tokens: the ceiling, at least 1 where there is a token.
@@ -41,13 +39,16 @@ def slots_for(ratio: float, length: int) -> int:
 
 
 def slots_in_steps(count: int, length: int) -> int:
-    """Slots for ``count`` tokens of ``length``, rounded up to a multiple of 64, so that shapes repeat.
+    """Slots for ``count`` tokens of ``length``, rounded up so that shapes repeat.
+
+    To multiples of 8 up to 128, of 16 up to 256, of 32 up to 512, and of 64 from there on: by an eighth, or 8.
 
     Example:
-        >>> slots_in_steps(70, 1000), slots_in_steps(70, 100)
-        (128, 100)
+        >>> slots_in_steps(5, 1000), slots_in_steps(70, 1000), slots_in_steps(70, 72)
+        (8, 80, 72)
     """
-    return min(length, -(-count // _CAPACITY_STEP) * _CAPACITY_STEP)
+    step = min(64, max(8, 2 ** max(0, (count - 1).bit_length() - 4)))
+    return min(length, -(-count // step) * step)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Selection:
                 mean over the kept tokens.
             countable: [B, S] bool, the tokens that have a target; None for all of them.
             capacity: Slots K of each row. None reads the largest row count from the device (a synchronisation) and
-                rounds it up to a multiple of 64, or to S. Too small a capacity drops the last tokens of a row.
+                rounds it up so that shapes repeat, by an eighth or 8, at most by 64 and to S. Too small a capacity
+                drops the last tokens of a row.
 
         Raises:
             TypeError: If ``mask`` or ``countable`` is not bool.

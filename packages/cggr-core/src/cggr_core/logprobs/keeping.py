@@ -92,7 +92,7 @@ def keep_random(
         first_row: Number of the batch's first row among the rows of that draw, so that micro-batches and ranks that
             share a draw keep what one batch of all the rows would.
         capacity: Slots of each row. ``None`` reads the largest row of the mask from the device (a synchronisation),
-            and takes ``ratio`` of it, in steps of 64.
+            and takes ``ratio`` of it, in steps.
 
     Returns:
         A selection; its ``mask`` is the bool ``[B, S]``.

@@ -53,7 +53,7 @@ def routed_logprobs(
         input_ids: int64 ``[B, S]``.
         keep: bool ``[B, S]``, the positions whose log-probabilities take gradients; or a :class:`Selection`, as from
             :func:`keep_random`. A mask costs one read from the device, which decides how many slots a row has, in
-            steps of 64, and which rows are run; a selection costs none, and runs all rows.
+            steps, and which rows are run; a selection costs none, and runs all rows.
         attention_mask: ``[B, S]``, 1 = token, 0 = padding, on any side.
         position_ids: int64 ``[B, S]``. Without an attention mask, positions that start anew are packed documents, and
             nothing is attended to, or predicted, across them.
