@@ -30,28 +30,15 @@ class EngineOfModel:
 
         self.engine: Engine = Engine(model)
         self.monitor = Monitor()
-        self._structure = _structure(model)
-
-    def fits(self, model: nn.Module) -> bool:
-        """Whether this was made of ``model``, as it is now."""
-        return self.engine.model is model and self._structure == _structure(model)
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[()]]:
         return dict, ()
 
 
-def _structure(model: nn.Module) -> tuple[int, ...]:
-    # Modules that are replaced (a resized head, an adapter) change it; the engine holds the old ones, so that no new
-    # one can have the same id.
-    from cggr_core.routing import unwrapped
-
-    return id(unwrapped(model).get_output_embeddings()), *(id(module) for module in model.modules())
-
-
 def engine_of(model: nn.Module) -> EngineOfModel:
-    """The engine of a Hugging Face model, made at the first call and anew when the model's modules have changed."""
+    """The engine of a Hugging Face model, made at the first call."""
     found = model.__dict__.get(_ATTRIBUTE)
-    if not (isinstance(found, EngineOfModel) and found.fits(model)):
+    if not (isinstance(found, EngineOfModel) and found.engine.model is model):
         found = model.__dict__[_ATTRIBUTE] = EngineOfModel(model)
     return found
 
