@@ -13,7 +13,8 @@ from transformers.masking_utils import (
 
 from cggr_core import CGGRModel
 from cggr_core.backends import _registry
-from cggr_core.routing.attention import implementation, routed_attention_reference
+from cggr_core.routed_attention import routed_attention_reference
+from cggr_core.routing.attention import implementation
 from cggr_core.routing.masks import RoutedMask, Visibility, causal_window
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cggr_kernels.difficulty import difficulty, difficulty_reference
+from cggr_core.difficulty import difficulty_reference
+from cggr_kernels.difficulty import difficulty
 
 NAMES = ("entropy", "confidence", "margin", "nll", "gradnorm")
 

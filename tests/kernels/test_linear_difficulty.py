@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import cggr_kernels.linear_difficulty as module
-from cggr_kernels.linear_difficulty import linear_difficulty, linear_difficulty_reference
+from cggr_core.difficulty import linear_difficulty_reference
+from cggr_kernels.linear_difficulty import linear_difficulty
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import cggr_kernels._routed_attention_launch as module
-from cggr_kernels.routed_attention import routed_attention, routed_attention_reference
+from cggr_core.routed_attention import routed_attention_reference
+from cggr_kernels.routed_attention import routed_attention
 
 
 def problem(B, K, S, H, HKV, D, dtype, device, *, segments=False, seed=0):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cggr_kernels.select import STRATEGIES, select, select_reference
+from cggr_core.sampling import select_reference
+from cggr_kernels.select import STRATEGIES, select
 
 
 def problem(B, S, device, *, ties=False):

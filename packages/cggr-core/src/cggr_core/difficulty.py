@@ -124,7 +124,10 @@ def _finish(
 
 
 def difficulty_reference(
-    logits: Tensor, targets: Tensor | None, ignore_index: int, fields: Collection[str] | None = None
+    logits: Tensor,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+    fields: Collection[str] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Plain-torch op ``difficulty``: the five columns of :data:`FIELDS`, each [N], for ``logits`` [N, V].
 
@@ -154,11 +157,11 @@ def difficulty_reference(
 def linear_difficulty_reference(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float | None,
-    ignore_index: int,
+    targets: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    ignore_index: int = -100,
     fields: Collection[str] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Plain-torch op ``linear_difficulty``: as :func:`difficulty_reference`, the logits made chunk by chunk.

@@ -42,13 +42,13 @@ def linear_cross_entropy_by_autograd(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    row_index: Tensor | None,
-    row_weight: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float | None,
-    ignore_index: int,
-    reduction: str,
+    row_index: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum",
 ) -> Tensor:
     """The op ``linear_cross_entropy`` in five lines of autograd, all logits at once."""
     hidden, weight, bias = head_operands(hidden, weight, bias)

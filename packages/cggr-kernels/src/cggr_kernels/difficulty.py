@@ -13,35 +13,6 @@ LOG2E = 1.4426950408889634
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def difficulty_reference(logits: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Statistics:
-    """Plain-torch twin of :func:`difficulty`; the truth its tests compare with.
-
-    Args:
-        logits: Shape ``[N, V]``, any float dtype; float64 stays float64.
-        targets: Shape ``[N]``, int64, or ``None``.
-        ignore_index: Target of rows that get 0 everywhere.
-
-    Returns:
-        entropy, confidence, margin, nll and gradnorm, each ``[N]``, float32 (float64 for float64 logits).
-    """
-    log_p_NV = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    p_NV = log_p_NV.exp()
-    entropy_N = -(p_NV * log_p_NV.masked_fill(log_p_NV == -torch.inf, 0)).sum(-1)
-    confidence_N = p_NV.amax(-1)
-    margin_N = confidence_N
-    if logits.shape[-1] > 1:
-        margin_N = confidence_N - p_NV.topk(2).values[:, 1]
-    if targets is None:
-        return entropy_N, confidence_N, margin_N, torch.zeros_like(entropy_N), torch.zeros_like(entropy_N)
-    ignored_N = targets == ignore_index
-    safe_N = targets.masked_fill(ignored_N, 0)
-    nll_N = -log_p_NV.gather(-1, safe_N[:, None])[:, 0]
-    others_NV = p_NV.scatter(-1, safe_N[:, None], 0)
-    gradnorm_N = (others_NV.square().sum(-1) + others_NV.sum(-1).square()).sqrt()
-    statistics = torch.stack((entropy_N, confidence_N, margin_N, nll_N, gradnorm_N)).masked_fill(ignored_N, 0)
-    return statistics[0], statistics[1], statistics[2], statistics[3], statistics[4]
-
-
 def launch_difficulty(
     logits: Tensor,
     targets: Tensor | None,

@@ -17,10 +17,10 @@ from cggr_kernels._linear_cross_entropy_chunks import (
     launch_gradient,
     launch_scale,
 )
-from cggr_kernels._linear_cross_entropy_reference import kept_rows, linear_cross_entropy_reference, used_rows
+from cggr_kernels._linear_cross_entropy_rows import kept_rows, used_rows
 from cggr_kernels._linear_cross_entropy_sum import fake_sum, launch_sum
 
-__all__ = ["REDUCTIONS", "linear_cross_entropy", "linear_cross_entropy_reference"]
+__all__ = ["REDUCTIONS", "linear_cross_entropy"]
 
 REDUCTIONS = ("sum", "none")
 

@@ -12,41 +12,11 @@ from torch import Tensor
 
 from cggr_kernels._checks import check_device, check_float, check_index, check_vocabulary
 from cggr_kernels._library import register
-from cggr_kernels.difficulty import Statistics, difficulty_reference, launch_difficulty
+from cggr_kernels.difficulty import Statistics, launch_difficulty
 
 # Logits held at once: 1,024 rows of a vocabulary of 128k, the fewest that leave the product bound by arithmetic.
 CHUNK_ELEMENTS = 2**27
 MIN_ROWS = 256
-
-
-def linear_difficulty_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    ignore_index: int = -100,
-) -> Statistics:
-    """Plain-torch twin of :func:`linear_difficulty`; the truth its tests compare with.
-
-    Args:
-        hidden: Shape ``[N, H]``.
-        weight: Shape ``[V, H]``.
-        targets: Shape ``[N]``, int64, or ``None``.
-        bias: Shape ``[V]``, or ``None``.
-        softcap: Bound of the logits, or ``None``.
-        scale: Factor on the logits, or ``None``.
-        ignore_index: Target of rows that get 0 everywhere.
-
-    Returns:
-        entropy, confidence, margin, nll and gradnorm, each ``[N]``.
-    """
-    logits_NV = torch.nn.functional.linear(hidden, weight, bias)
-    logits_NV = logits_NV.to(torch.promote_types(hidden.dtype, torch.float32))
-    logits_NV = logits_NV if scale is None else logits_NV * scale
-    logits_NV = logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
-    return difficulty_reference(logits_NV, targets, ignore_index)
 
 
 def _launch(

@@ -23,50 +23,6 @@ MAX_HEAD_DIM = 256
 KEY_GRADIENTS = ("all", "kept")
 
 
-def routed_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_position: Tensor,
-    segment: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Plain-torch twin of :func:`routed_attention`; the truth its tests compare with.
-
-    Args:
-        q: Shape ``[B, K, H, D]``.
-        k: Shape ``[B, S, Hkv, D]``.
-        v: Shape ``[B, S, Hkv, D]``.
-        q_position: Shape ``[B, K]``, int64.
-        segment: Shape ``[B, S]``, int64, or ``None``.
-        window: Keys a query sees at most, or ``None``.
-        softcap: Cap of the scores, or ``None``.
-        scale: Factor of the scores, by default ``D ** -0.5``.
-
-    Returns:
-        Shape ``[B, K, H, D]``; queries that see no key give 0.
-    """
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    group = q.shape[2] // k.shape[2]
-    kind = torch.promote_types(q.dtype, torch.float32)
-    k_BSHD, v_BSHD = (x.to(kind).repeat_interleave(group, 2) for x in (k, v))
-    scores_BHKS = torch.einsum("bkhd,bshd->bhks", q.to(kind), k_BSHD) * scale
-    if softcap is not None:
-        scores_BHKS = softcap * torch.tanh(scores_BHKS / softcap)
-    key_S = torch.arange(k.shape[1], device=q.device)
-    seen_BKS = key_S <= q_position[..., None]
-    if window is not None:
-        seen_BKS = seen_BKS & (q_position[..., None] - key_S < window)
-    if segment is not None:
-        own_BK1 = segment.gather(1, q_position)[..., None]
-        seen_BKS = seen_BKS & (own_BK1 == segment[:, None]) & (own_BK1 >= 0)
-    hidden_BHKS = ~seen_BKS[:, None]
-    p_BHKS = scores_BHKS.masked_fill(hidden_BHKS, -torch.inf).softmax(-1).masked_fill(hidden_BHKS, 0)
-    return torch.einsum("bhks,bshd->bkhd", p_BHKS, v_BSHD).to(q.dtype)
-
-
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_position, Tensor? segment"
 _NUMBERS = "int? window, float? softcap, float scale"
 _forward = register(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cggr_kernels._checks import check_device
 from cggr_kernels._library import register
-from cggr_kernels._select_reference import ROW_STRIDE, kept_counts, seed_step, select_reference, top_mask
+from cggr_kernels._select_parts import ROW_STRIDE, kept_counts, seed_step, top_mask
 from cggr_kernels.select_details._compact import compact_kernel
 from cggr_kernels.select_details._sampled import (
     capped_kernel,
@@ -20,7 +20,7 @@ from cggr_kernels.select_details._sampled import (
 from cggr_kernels.select_details._stratified import plan_kernel, stratum_kernel, walk_kernel
 from cggr_kernels.select_details._uniform import uniform_kernel
 
-__all__ = ["STRATEGIES", "select", "select_reference"]
+__all__ = ["STRATEGIES", "select"]
 
 STRATEGIES = ("stratified", "sampled", "random", "topk", "sequence_aware")
 MAX_STRATA = 64

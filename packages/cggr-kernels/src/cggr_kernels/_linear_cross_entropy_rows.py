@@ -1,49 +1,9 @@
-"""Cross-entropy of a head on chosen rows in plain torch, and the choice of rows that the op uses too."""
+"""Which rows a cross-entropy of a head is about, and what each counts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_index: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "sum",
-    max_logits: int | None = None,
-) -> Tensor:
-    """Plain-torch twin of :func:`cggr_kernels.linear_cross_entropy.linear_cross_entropy`, which its tests compare with.
-
-    Args:
-        hidden: Shape ``[N, H]``.
-        weight: Shape ``[V, H]``.
-        targets: Shape ``[N]``, int64.
-        row_index: Shape ``[M]``, int64, or ``None``.
-        row_weight: Shape ``[M]`` or ``[N]``, or ``None``.
-        bias: Shape ``[V]``, or ``None``.
-        softcap: Bound of the logits, or ``None``.
-        scale: Factor on the logits, or ``None``.
-        ignore_index: Target of rows that count for nothing.
-        reduction: ``"sum"`` or ``"none"``.
-        max_logits: Not used: all logits are held.
-
-    Returns:
-        The weighted losses ``[M]``, or their sum.
-    """
-    rows, targets, coefficient = kept_rows(hidden, targets, row_index, row_weight, ignore_index)
-    logits_MV = torch.nn.functional.linear(rows, weight, bias).to(coefficient.dtype)
-    logits_MV = logits_MV if scale is None else logits_MV * scale
-    logits_MV = logits_MV if softcap is None else softcap * torch.tanh(logits_MV / softcap)
-    safe_M = targets.masked_fill(coefficient == 0, -1)
-    nll_M = torch.nn.functional.cross_entropy(logits_MV, safe_M, ignore_index=-1, reduction="none")
-    return (nll_M * coefficient).sum() if reduction == "sum" else nll_M * coefficient
 
 
 def kept_rows(
