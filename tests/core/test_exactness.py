@@ -76,7 +76,8 @@ def test_slots_for_all_tokens_of_which_some_hold_none(gradient):
     model, input_ids = ROUTABLE["llama"](), batch()
     kept = random_selection(aligned(model, input_ids).countable)
     weight = torch.zeros(input_ids.shape).scatter_(1, kept.index, kept.weight)
-    selection = Selection.from_mask(kept.mask, weight=weight, countable=aligned(model, input_ids).countable)
+    countable = aligned(model, input_ids).countable
+    selection = Selection.from_mask(kept.mask, weight=weight, countable=countable, capacity=LENGTH)
     assert selection.index.shape[1] == LENGTH and not selection.valid.all()
     wanted = reference(model, input_ids, kept, gradient=gradient, input_ids=input_ids)
     for engine in ENGINES:
