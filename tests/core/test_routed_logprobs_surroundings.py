@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from cggr_core import CGGRModel, Selection, routed_hidden, routed_logprobs, select
 from tests.support.logprobs import LENGTH, WAYS, slots, some
@@ -138,7 +138,7 @@ def test_a_changed_model_gets_an_engine_anew():
     with torch.no_grad():
         wanted = routed_logprobs(copy.deepcopy(model), tokens(3, LENGTH), keep=KEEP)
     torch.testing.assert_close(found.logprob, wanted.logprob, rtol=1e-4, atol=1e-4)
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model)
     step(model)
     adapter = {name: grad for name, grad in gradients(model).items() if "lora_A" in name}
     assert len(adapter) == 3 and all(grad.any() for grad in adapter.values())
@@ -205,6 +205,30 @@ def test_models_that_cannot_be_routed_or_are_none():
     step(UNROUTABLE["mamba"](), gradient="exact")
     with pytest.raises(TypeError, match=r"model must be a Hugging Face language model.*got Linear"):
         routed_logprobs(torch.nn.Linear(2, 2), tokens(3, LENGTH), keep=KEEP)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep": slots(torch.ones(3, LENGTH).bool(), LENGTH)}, r"in the last call, keep marks 3 position\(s\)"),
+        ({"targets": torch.full((3, LENGTH), 97)}, r"targets of the last call had 42 value\(s\) outside \[0, 97\)"),
+        ({"broken": True}, "NaN at"),
+    ],
+)
+def test_what_a_device_finds_is_raised_one_call_later(monkeypatch, wrong, message):
+    """As on a GPU, where looking at values would wait for the device."""
+    for module in ("routed", "kept"):
+        monkeypatch.setattr(f"cggr_core.logprobs.{module}.values_are_free", lambda tensor: False)
+    for module in ("checks", "scoring", "linear_loss"):
+        monkeypatch.setattr(f"cggr_core.{module}.values_are_free", lambda tensor: False)
+    model, wrong = ROUTABLE["llama"](), dict(wrong)
+    step(model)
+    if wrong.pop("broken", False):
+        with torch.no_grad():
+            model.model.norm.weight.fill_(torch.nan)
+    step(model, **wrong)
+    with pytest.raises(ValueError, match=message):
+        step(model)
 
 
 def test_nan_is_named():

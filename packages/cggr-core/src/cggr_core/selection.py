@@ -44,8 +44,8 @@ def slots_in_steps(count: int, length: int) -> int:
     To multiples of 8 up to 128, of 16 up to 256, of 32 up to 512, and of 64 from there on: by an eighth, or 8.
 
     Example:
-        >>> slots_in_steps(5, 1000), slots_in_steps(70, 1000), slots_in_steps(70, 72)
-        (8, 80, 72)
+        >>> slots_in_steps(5, 1000), slots_in_steps(200, 1000), slots_in_steps(200, 204)
+        (8, 208, 204)
     """
     step = min(64, max(8, 2 ** max(0, (count - 1).bit_length() - 4)))
     return min(length, -(-count // step) * step)

@@ -82,6 +82,7 @@ def routed_logprobs(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from cggr_core import keep_tokens
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=4)
         >>> model = LlamaForCausalLM(config)
