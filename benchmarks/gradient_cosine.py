@@ -1,0 +1,231 @@
+"""How much of the full gradient a ``kv`` step keeps, by which tokens are kept and in which layers it routes.
+
+The cosine of the mean over batches of each variant's gradient with the mean of the full gradient, on questions and
+answers of GSM8K (by themselves, or behind other questions), before training and, with ``--train``, what each variant
+reaches on held-out text after the same number of steps:
+
+``scattered R``    a share R of the supervised tokens, each drawn for itself
+``stretch N, R``   the same share in whole stretches of N neighbouring ones
+``supervised``     all supervised tokens
+``margin M``       these, and the M tokens before each stretch of them: no loss, but a gradient
+``lower K kv``     ``kv`` on the lowest K layers and the exact gradient above them
+``upper K kv``     the reverse
+
+Kept tokens are weighted by the inverse of their probability. A layer is given ``where(kept, h, h.detach())``, which is
+what ``kv`` computes: the gradient is the routed step's to rounding, its time is not, and none is reported; ``cost`` is
+the table's, in forwards of the model.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks import _record
+from benchmarks.frontier import data_files
+from cggr_train.data import Batches, Documents, build_example_store, split_supervised
+from cggr_train.data.batches import in_order
+from cggr_train.device import pick_device
+from cggr_train.evaluate import heldout_loss
+from cggr_train.presets import load_model
+from cggr_train.tokenizer import load_tokenizer
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which tokens are kept, and where that matters.
+
+    Attributes:
+        ratio: Share of the supervised tokens.
+        stretch: Neighbouring tokens that are kept together.
+        margin: Tokens before each supervised stretch that are kept without a loss.
+        layers: The layers that route, of so many, as a share of the depth.
+    """
+
+    ratio: float = 1.0
+    stretch: int = 1
+    margin: int = 0
+    layers: tuple[float, float] = (0.0, 1.0)
+
+
+def variants(ratio: float) -> dict[str, Variant]:
+    """Everything that is compared."""
+    return {
+        "supervised": Variant(),
+        f"scattered {ratio:g}": Variant(ratio),
+        **{f"stretch {n}, {ratio:g}": Variant(ratio, stretch=n) for n in (16, 32, 64, 128)},
+        **{f"margin {m}": Variant(margin=m) for m in (8, 16, 32, 64, 128)},
+        **{f"lower {share:g} kv": Variant(layers=(0.0, share)) for share in (0.5, 0.75, 0.9)},
+        **{f"upper {share:g} kv": Variant(layers=(1 - share, 1.0)) for share in (0.5, 0.75, 0.9)},
+    }
+
+
+def choose(variant: Variant, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What a variant keeps of a batch.
+
+    Args:
+        variant: The variant.
+        labels: int64 ``[B, S]``, −100 where nothing is supervised.
+        generator: On the CPU.
+
+    Returns:
+        ``kept`` bool ``[B, S]``: positions whose gradient goes on; ``weight`` float32 ``[B, S]`` of the loss that the
+        position makes of the next token.
+    """
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != -100
+    if variant.ratio < 1:
+        rows, length = labels.shape
+        # Stretches begin anywhere, so that every token has the same probability.
+        offset = torch.randint(variant.stretch, (rows, 1), generator=generator)
+        block = (torch.arange(length) + offset) // variant.stretch
+        draw = torch.rand(rows, length // variant.stretch + 2, generator=generator) < variant.ratio
+        drawn = predicts & draw.gather(1, block).to(labels.device)
+    else:
+        drawn = predicts
+    kept = drawn.clone()
+    for step in range(1, variant.margin + 1):
+        kept[:, :-step] |= drawn[:, step:]
+    return kept, drawn.float() / variant.ratio
+
+
+@contextmanager
+def routed(layers: nn.ModuleList, variant: Variant, kept: Tensor) -> Iterator[None]:
+    """Let a layer pass gradients on to the kept positions of its input alone."""
+    first, last = (round(share * len(layers)) for share in variant.layers)
+
+    def cut(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = arguments[0]
+        return torch.where(kept[..., None], hidden, hidden.detach()), *arguments[1:]
+
+    handles = [layer.register_forward_pre_hook(cut) for layer in list(layers)[first:last]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loss_of(model: Any, rows: Tensor, variant: Variant | None, generator: torch.Generator, *, bfloat16: bool) -> Tensor:
+    """Loss of a batch; of all supervised tokens with the full gradient where there is no variant."""
+    input_ids, labels = split_supervised(rows)
+    kept, weight = choose(variant or Variant(), labels, generator)
+    layers = model.model.layers
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+        if variant is None:
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        else:
+            with routed(layers, variant, kept):
+                logits = model(input_ids=input_ids, use_cache=False).logits
+    targets = labels[:, 1:].flatten()
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
+    return (losses * weight[:, :-1].flatten()).sum() / (targets != -100).sum()
+
+
+def cost(variant: Variant, share: float) -> float:
+    """Forwards of the model that a step takes when the kept tokens are known, with ``share`` of all tokens kept."""
+    first, last = variant.layers
+    return (last - first) * (1 + 2 * share) + (1 - last + first) * 3
+
+
+def mean_gradient(model: Any, batches: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over batches, as one float32 vector."""
+    model.zero_grad(set_to_none=True)
+    for rows in batches:
+        (loss(rows) / len(batches)).backward()
+    found = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(found)
+
+
+def main() -> None:
+    """Measure and write the result, after every variant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=("answers", "context"))
+    parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained Llama or Qwen")
+    parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the tokens")
+    parser.add_argument("--name")
+    parser.add_argument("--results", type=Path, default=_record.RESULTS)
+    parser.add_argument("--only", nargs="*", help="some of the variants")
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--train", type=int, default=0, help="steps of each variant; 0 trains none")
+    parser.add_argument("--seeds", type=int, default=3, help="of the training")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--eval-sequences", type=int, default=256)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    arguments.length = arguments.length or (512 if arguments.setting == "answers" else 2048)
+    device = pick_device(arguments.device)
+    bfloat16 = device.type == "cuda"
+    tokenizer = load_tokenizer(str(arguments.model))
+    data, test = (Documents([path], field="question,answer") for path in data_files(arguments.setting, arguments))
+    folder = arguments.work / f"tokens_{arguments.setting}_{arguments.length}"
+    store = build_example_store(data, tokenizer, folder, length=arguments.length, heldout_documents=test)
+    size = {"length": arguments.length, "batch_size": arguments.batch_size}
+    order = Batches(store.train, **size, seed=SEED)
+    batches = [order.get(number).to(device) for number in range(arguments.batches)]
+    base: Any = load_model(str(arguments.model)).to(device)
+    base.eval()  # no dropout: both means are of the same network
+    name = arguments.name or f"gradient_cosine_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
+    settings = {"seed": SEED, "model": arguments.model.name, **size, "batches": arguments.batches,
+                "train_steps": arguments.train, "learning_rate": arguments.learning_rate}  # fmt: skip
+
+    def loss(variant: Variant | None, generator: torch.Generator, model: Any) -> Callable[[Tensor], Tensor]:
+        return lambda rows: loss_of(model, rows, variant, generator, bfloat16=bfloat16)
+
+    def trained(variant: Variant | None, seed: int) -> float:
+        model, generator = copy.deepcopy(base).train(), torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
+        warmup = max(1, arguments.train // 20)
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min(1.0, (n + 1) / warmup) * (1 - n / arguments.train)
+        )
+        own = Batches(store.train, **size, seed=seed)
+        for number in range(arguments.train):
+            loss(variant, generator, model)(own.get(number).to(device)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad(set_to_none=True)
+        heldout = in_order(store.heldout, **size, limit=arguments.eval_sequences)
+        return heldout_loss(model, heldout, device=device, bfloat16=bfloat16)
+
+    wanted: dict[str, Variant | None] = {"full": None, **variants(arguments.ratio)}
+    if arguments.only:
+        wanted = {key: value for key, value in wanted.items() if key == "full" or key in arguments.only}
+    full = mean_gradient(base, batches, loss(None, torch.Generator().manual_seed(SEED), base))
+    found: dict[str, dict[str, Any]] = {}
+    for key, variant in wanted.items():
+        gradient = mean_gradient(base, batches, loss(variant, torch.Generator().manual_seed(SEED), base))
+        shares = [
+            choose(variant or Variant(), split_supervised(rows).labels, torch.Generator().manual_seed(SEED))[0]
+            .float().mean().item()
+            for rows in batches
+        ]  # fmt: skip
+        share = sum(shares) / len(shares)
+        cosine = torch.nn.functional.cosine_similarity(gradient.double(), full.double(), dim=0).item()
+        row: dict[str, Any] = {"median": cosine, "kept_share": share, "unit": "cosine"}
+        row["cost"] = 3.0 if variant is None else cost(variant, share)
+        if arguments.train:
+            row["heldout_loss"] = [trained(variant, seed) for seed in range(arguments.seeds)]
+        found[key] = row
+        reached = "".join(f" {value:.4f}" for value in row.get("heldout_loss", ()))
+        print(f"{key:20} cosine {cosine:.4f}  kept {share:6.1%}  cost {row['cost']:.2f} F{reached}", flush=True)
+        _record.write(name, found, settings=settings, control="full", device=device, folder=arguments.results)
+
+
+if __name__ == "__main__":
+    main()
