@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from cggr_train.tokenizer import train_tokenizer
+from tests.support.browser import browser  # noqa: F401
 
 TEXT = "".join(f"def function_{n}(a, b):\n    return a * {n} + b ** {n % 7}\n\n" for n in range(60))
 

@@ -2,9 +2,11 @@ import json
 
 import pytest
 
-from cggr_train.demo import HELDOUT_EVERY, choose_passage, write_corpus
+from cggr_train.demo import HELDOUT_EVERY, announcement, choose_passage, write_corpus
 from cggr_train.demo.corpus import standard_library
 from cggr_train.errors import InputError
+from cggr_train.settings import TrainSettings
+from cggr_train.study import StudySettings
 
 
 def test_the_corpus_is_the_standard_library_each_file_once():
@@ -44,3 +46,13 @@ def test_a_passage_starts_at_a_definition():
     text = "x = 1\n" * 50 + "\ndef late(self):\n    pass\n" * 80
     assert choose_passage(["short", text]).startswith("def late(self):")
     assert choose_passage(["one line"]) == "one line"
+
+
+def test_it_says_what_it_will_do_how_long_it_takes_and_what_equal_cost_means():
+    train = TrainSettings(data=("a",), config="nano", seconds=20.0, batch_size=16)
+    text = announcement(StudySettings(train=train, equal=("time",), controls=("equal_cost",)), workers=2)
+    assert text.startswith("About 4 minutes: 5 ways to train (arms), 3 seeds each, 15 runs of 20 s, 2 at a time.")
+    for words in ("standard, batch 16: every token", "random 0.25, kv: that share", "stratified 0.25", "CGGR"):
+        assert words in text
+    assert "0.50 of the standard step's operations with random tokens and 0.58 with scores" in text
+    assert "so the batch of 16 shrinks to 8 and 9" in text

@@ -20,8 +20,9 @@ from cggr_train.study import StudySettings, frontier
 from cggr_train.study.analysis import analyse
 from cggr_train.study.arms import plan_arms
 from cggr_train.study.plan import make_plan
+from tests.support.browser import look, widths
 
-VOID = {"meta", "img", "br", "link", "input"}
+VOID = {"meta", "img", "br", "link", "input", "source"}
 SETTINGS = StudySettings(
     train=TrainSettings(data=("a",), config="nano", steps=20, batch_size=8, length=64), evaluations=2
 )
@@ -178,7 +179,7 @@ def test_an_arm_that_diverged_is_named_and_compared_with_nothing(tmp_path):
     assert all(name != ASKED for name, _ in losses.best)
     study = {"devices": ["x"], "workers": 1, "threads": 1, "versions": {}}
     write_study_page(tmp_path / "a.html", outcome=found, verdict=lines, settings=SETTINGS, study=study)
-    assert "<td>diverged</td>" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert re.search(r"<td[^>]*>diverged</td>", (tmp_path / "a.html").read_text(encoding="utf-8"))
 
 
 def test_an_arm_whose_control_diverged_is_not_recommended():
@@ -284,6 +285,37 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.parametrize("width", [1400, 500])
+def test_the_page_in_a_browser_has_its_plot_first_and_nothing_sideways(browser, tmp_path, width):
+    from PIL import Image
+
+    study = {"devices": ["a device"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
+    found = outcome(**{STANDARD: 5.0, EQUAL: 4.6, RANDOM: 4.5, ASKED: 4.0})
+    page, picture = tmp_path / "report.html", tmp_path / "page.png"
+    write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
+    shown, window = widths(browser, page, tmp_path, width=width)
+    assert shown <= window, "no sideways scrolling"
+    look(browser, page, tmp_path / "profile", f"--screenshot={picture}", size=(width, 1000))
+    pixels = Image.open(picture).convert("RGB")
+    assert pixels.size == (width, 1000)
+    colours = {colour: count for count, colour in pixels.getcolors(2**20)}
+    for arm in found.arms:
+        shade = tuple(int(plots.colour(arm, found)[n : n + 2], 16) for n in (1, 3, 5))
+        assert colours.get(shade, 0) > 60, f"the curve of {arm.title} in the first view"
+
+
+def test_no_two_arms_have_one_colour():
+    found = outcome(selections=("stratified", "topk", "sampled", "sequence_aware"))
+    assert len({plots.colour(arm, found) for arm in found.arms}) == len(found.arms)
+
+
+def test_kept_shares_that_are_all_alike_are_not_drawn():
+    found = outcome()
+    for by in found.kept.values():
+        by.update(dict.fromkeys(by, [0.25] * 10))
+    assert plots.draw_kept(found) is None
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_page_is_whole_and_needs_no_network(tmp_path, seeds):
     study = {"devices": ["A <device>"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
@@ -299,6 +331,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path, seeds):
     assert checker.open == []
     assert checker.rows == (5 + 1) + (2 + 1) + (3 + 1)
     assert [link[:22] for link in checker.links] == ["data:image/png;base64,"] * 4
+    assert page.count("<source media=") == 4, "the same plots, drawn for a phone"
     assert not re.search(r"https?://|@import|url\(", page)
     assert "One &amp; all &lt;done&gt;." in page
     assert "A &lt;device&gt;" in page

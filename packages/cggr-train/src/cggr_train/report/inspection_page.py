@@ -42,7 +42,7 @@ def write_inspection_page(path: Path, found: Inspection) -> None:
     write_page(
         path,
         "inspect.html.j2",
-        title="What a model makes of a passage",
+        title="Which tokens of this passage would be kept?",
         found=found,
         data=data,
         scorings=list(found.scores),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cggr_train.report.curves import FAINT, INK, new_figure
@@ -18,29 +18,39 @@ if TYPE_CHECKING:
     from cggr_train.study.analysis import Outcome
     from cggr_train.study.arms import Arm
 
-SELECTION_COLOURS = {
-    "supervised": "#009e73",
-    "random": "#e69f00",
-    "stratified": "#009e73",
-    "sampled": "#56b4e9",
-    "sequence_aware": "#cc79a7",
-    "topk": "#d55e00",
-}
-"""From the Okabe-Ito palette, like those of the standard arms: told apart by colour-blind readers too."""
-ROLE_COLOURS = {
-    "standard": INK,
-    "equal_cost": "#0072b2",
-    "batch": "#8a8a8a",
-    "checkpointed": "#7b4ab5",
-    "equal_memory": "#a0522d",
-}
-LINES = ("-", "--", ":", "-.")
+COLOURS = (
+    INK, "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7b4ab5", "#a0522d", "#b3a000", "#7f7f7f",
+)  # fmt: skip
+"""One for each arm, most from the Okabe-Ito palette: told apart by colour-blind readers too."""
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (8, 2, 2, 2)))
+"""Where there are more arms than colours, those of one colour differ by their line."""
+WIDE, NARROW = 10.0, 4.6
+"""Inches across, for a page on a screen and on a phone: text keeps its size."""
+_BREAK = (": ", "\n")
 
 
-def draw_frontier(outcome: Outcome) -> bytes:
+def draw_losses(outcome: Outcome, *, width: float = WIDE) -> bytes:
+    """Held-out loss over training time: one panel for each gradient mode and ratio, with its controls.
+
+    Curves carry their names. An arm that diverged is drawn up to there, as far as it fits.
+    """
+    return _draw_curves(
+        outcome, width, "seconds of training (steps times the step's time)", outcome.amounts["time"],
+        lambda point: point["seconds"],
+    )  # fmt: skip
+
+
+def draw_losses_by_tokens(outcome: Outcome, *, width: float = WIDE) -> bytes:
+    """The same curves over the tokens seen."""
+    return _draw_curves(
+        outcome, width, "thousand tokens seen", outcome.amounts["tokens"] / 1000, lambda point: point["tokens"] / 1000
+    )
+
+
+def draw_frontier(outcome: Outcome, *, width: float = WIDE) -> bytes:
     """Quality in the same time against peak memory: one point for each arm, the non-dominated ones joined."""
     every = points(outcome)
-    with new_figure(10, 5.5) as figure:
+    with new_figure(width, 4.6) as figure:
         axes = figure.subplots()
         scale = 100 if measured_by_accuracy(outcome) else 1
         for point in every:
@@ -48,82 +58,26 @@ def draw_frontier(outcome: Outcome) -> bytes:
             ends = [[0.0], [0.0]]
             if found.low is not None and found.high is not None:
                 ends = [[scale * (found.mean - found.low)], [scale * (found.high - found.mean)]]
-            where = point.peak_bytes / 2**30
             axes.errorbar(
-                where, scale * found.mean, yerr=ends, color=_colour(arm), marker="o", capsize=3, linewidth=1.2
-            )
-            axes.annotate(arm.title, (where, scale * found.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+                point.peak_bytes / 2**30, scale * found.mean, yerr=ends, color=colour(arm, outcome), marker="o",
+                capsize=3, linewidth=1.2,
+            )  # fmt: skip
         best = non_dominated(every)
         x, y = ([p.peak_bytes / 2**30 for p in best], [scale * p.quality.mean for p in best])
         axes.plot(x, y, color=FAINT, linewidth=1.2, zorder=0)
         what = "Right answers, %" if measured_by_accuracy(outcome) else "Held-out loss, nats per token"
-        axes.set_title(f"{what}, after the same time")
+        axes.set_title(f"{what}{_BREAK[width <= NARROW]}after the same time")
         axes.set_xlabel("peak memory of a step, GiB")
-        axes.margins(x=0.18, y=0.1)
+        ends_of = {p.name: (p.peak_bytes / 2**30, scale * p.quality.mean) for p in every}
+        _name_curves(axes, outcome, ends_of, width)
         return _png(figure)
 
 
-def draw_losses(outcome: Outcome) -> bytes:
-    """Held-out loss over training time and over tokens: one row for each gradient mode and ratio, with its controls.
+def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
+    """Kept share by place in the sequence, by frequency of the token and by score: one row for each ratio.
 
-    An arm that diverged is drawn up to there, as far as it fits.
+    None where every arm keeps all of these alike, so that there is nothing to see.
     """
-    groups = _groups(outcome)
-    with new_figure(12, 0.6 + 3.4 * len(groups)) as figure:
-        grid = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey=True)
-        for row, (title, arms) in zip(grid, groups, strict=True):
-            _curves(row[0], outcome, arms, lambda point: point["seconds"])
-            _curves(row[1], outcome, arms, lambda point: point["tokens"] / 1000)
-            row[0].set_title(f"{title}: over training time")
-            row[1].set_title("the same runs over tokens seen")
-            row[0].set_ylabel("held-out loss, nats")
-            row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the curves
-            for axes in row:
-                axes.tick_params(labelbottom=True)
-            row[0].axvline(outcome.amounts["time"], color=FAINT, linewidth=1, linestyle=":")
-            row[1].axvline(outcome.amounts["tokens"] / 1000, color=FAINT, linewidth=1, linestyle=":")
-        grid[-1][0].set_xlabel("seconds: steps times the step's time, measured alone")
-        grid[-1][1].set_xlabel("thousand tokens")
-        # the untrained model, first of each curve, would squeeze the rest
-        later = [
-            point["heldout_loss"]
-            for name, runs in outcome.curves.items()
-            for points in runs
-            for point in points[1:]
-            if name not in outcome.diverged
-        ]
-        room = 0.06 * (max(later) - min(later)) + 0.01
-        grid[0][0].set_ylim(min(later) - room, max(later) + room)
-        return _png(figure)
-
-
-def draw_costs(outcome: Outcome) -> bytes:
-    """Time of a step with its quartiles, and the memory that training adds, as bars."""
-    arms = outcome.arms
-    with new_figure(10, 1.0 + 0.3 * len(arms)) as figure:
-        time, memory = figure.subplots(1, 2, sharey=True)
-        places = list(range(len(arms)))
-        found = [outcome.step_seconds[arm.name] for arm in arms]
-        middle = [1000 * values[0] for values in found]
-        spread = [
-            [max(0.0, 1000 * (values[0] - values[1])) for values in found],
-            [max(0.0, 1000 * (values[2] - values[0])) for values in found],
-        ]
-        colours = [_colour(arm) for arm in arms]
-        time.barh(places, middle, xerr=spread, color=colours, height=0.65, error_kw={"linewidth": 1, "ecolor": INK})
-        adds = [outcome.memory[a.name]["peak_bytes"] - outcome.memory[a.name]["start_bytes"] for a in arms]
-        memory.barh(places, [max(0, value) / 2**20 for value in adds], color=colours, height=0.65)
-        time.set_yticks(places, [arm.title for arm in arms], fontsize=8)
-        time.invert_yaxis()
-        time.set_title("Time of a step, scoring included")
-        time.set_xlabel("ms (median and quartiles)")
-        memory.set_title("Memory that training adds")
-        memory.set_xlabel("MiB at the peak, less what the model held before")
-        return _png(figure)
-
-
-def draw_kept(outcome: Outcome) -> bytes:
-    """Kept share by place in the sequence, by frequency of the token and by score: one row for each ratio."""
     rows: dict[float, dict[str, Arm]] = {}
     for arm in outcome.arms:
         if arm.name in outcome.kept:
@@ -135,17 +89,22 @@ def draw_kept(outcome: Outcome) -> bytes:
         "frequency": ("by frequency of the token", "rarest tenth … most frequent"),
         "score": ("by score", "lowest tenth … highest"),
     }
-    with new_figure(10, 0.6 + 2.8 * len(rows)) as figure:
-        grid = figure.subplots(len(rows), 3, squeeze=False, sharey="row")
+    titles = {name: words for name, words in titles.items() if _tells(outcome, name)}
+    if not titles:
+        return None
+    across = len(titles) if width > NARROW else 1
+    down = len(rows) * len(titles) // across
+    with new_figure(width, 0.6 + 2.8 * down) as figure:
+        grid = figure.subplots(down, across, squeeze=False, sharey=True).reshape(len(rows), len(titles))
         for row, (ratio, arms) in zip(grid, sorted(rows.items()), strict=True):
             for axes, (name, (title, ends)) in zip(row, titles.items(), strict=True):
                 for label, arm in arms.items():
                     shares = [100 * share for share in outcome.kept[arm.name][name]]
-                    axes.plot(range(1, len(shares) + 1), shares, label=label, **_line(arm, outcome))
+                    axes.plot(range(1, len(shares) + 1), shares, label=label, **line(arm, outcome))
                 axes.set_xlabel(ends)
                 axes.set_xticks([])
-                axes.set_title(title if name != "position" else f"Ratio {ratio:g}: {title}", fontsize=10)
-            highest = max(max(shares) for arm in arms.values() for shares in outcome.kept[arm.name].values())
+                axes.set_title(title if name != next(iter(titles)) else f"Ratio {ratio:g}: {title}", fontsize=10)
+            highest = max(max(outcome.kept[arm.name][name]) for arm in arms.values() for name in titles)
             row[0].set_ylim(0, 100 * max(1.05 * highest, 0.01))
             row[0].set_ylabel("kept, %")
             row[0].legend(fontsize=8)
@@ -167,37 +126,81 @@ def _groups(outcome: Outcome) -> list[tuple[str, list[Arm]]]:
     return found
 
 
-def _curves(axes: Axes, outcome: Outcome, arms: Sequence[Arm], where: Callable[[dict[str, float]], float]) -> None:
-    for arm in arms:
-        # of an arm that diverged, as far as every seed got
-        across = list(zip(*outcome.curves[arm.name], strict=arm.name not in outcome.diverged))
-        label = f"{arm.title} (diverged)" if arm.name in outcome.diverged else arm.title
-        x = [statistics.fmean(where(point) for point in points) for points in across]
-        found = [interval([point["heldout_loss"] for point in points]) for points in across]
-        axes.plot(x, [value.mean for value in found], label=label, marker="o", markersize=2.5,
-                  **_line(arm, outcome))  # fmt: skip
-        if found[0].low is not None:
-            low, high = ([value.low for value in found], [value.high for value in found])
-            axes.fill_between(x, low, high, color=_colour(arm), alpha=0.12, linewidth=0)  # pyright: ignore[reportArgumentType]
+def _draw_curves(
+    outcome: Outcome, width: float, unit: str, read_at: float, where: Callable[[dict[str, float]], float]
+) -> bytes:
+    groups = _groups(outcome)
+    with new_figure(width, 0.4 + 4.6 * len(groups)) as figure:
+        grid = figure.subplots(len(groups), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+        later: list[float] = []
+        for axes, (title, arms) in zip(grid, groups, strict=True):
+            ends = {}
+            for arm in arms:
+                # of an arm that diverged, as far as every seed got
+                across = list(zip(*outcome.curves[arm.name], strict=arm.name not in outcome.diverged))
+                x = [statistics.fmean(where(point) for point in points) for points in across]
+                found = [interval([point["heldout_loss"] for point in points]) for points in across]
+                means = [value.mean for value in found]
+                axes.plot(x, means, label=_name(arm, outcome), marker="o", markersize=3, **line(arm, outcome))
+                if found[0].low is not None:
+                    low, high = ([value.low for value in found], [value.high for value in found])
+                    shade: Any = {"color": colour(arm, outcome), "alpha": 0.12, "linewidth": 0}
+                    axes.fill_between(x, low, high, **shade)  # pyright: ignore[reportArgumentType]
+                if arm.name not in outcome.diverged:
+                    # the untrained model, first of each curve, would squeeze the rest
+                    later += [end for value in found[1:] for end in value if end is not None]
+                ends[arm.name] = (x[-1], means[-1])
+            axes.set_title(f"{title}{_BREAK[width <= NARROW]}held-out loss, nats per token")
+            axes.axvline(read_at, color=FAINT, linewidth=1, linestyle=":")
+            _name_curves(axes, outcome, ends, width)
+            axes.tick_params(labelbottom=True)
+        grid[-1].set_xlabel(unit)
+        room = 0.04 * (max(later) - min(later)) + 0.01
+        grid[0].set_ylim(min(later) - room, max(later) + room)
+        return _png(figure)
 
 
-def _colour(arm: Arm) -> str:
-    return ROLE_COLOURS[arm.role] if arm.method == "standard" else SELECTION_COLOURS[arm.routing.selection]
+def _name(arm: Arm, outcome: Outcome) -> str:
+    return f"{arm.title} (diverged)" if arm.name in outcome.diverged else arm.title
 
 
-def _line(arm: Arm, outcome: Outcome) -> dict[str, Any]:
-    """Colour by selection or role; arms of one colour differ by their line: by score, or by batch."""
-    if arm.method == "standard":
-        kinds = [other.batch_size for other in outcome.arms if other.role == arm.role]
-        place = kinds.index(arm.batch_size)
-    else:
-        scores = list(dict.fromkeys(_score(other) for other in outcome.arms if other.role == "asked"))
-        place = scores.index(_score(arm)) if arm.role == "asked" else 0
-    return {"color": _colour(arm), "linestyle": LINES[place % len(LINES)], "linewidth": 1.7}
+def _name_curves(axes: Axes, outcome: Outcome, ends: dict[str, tuple[float, float]], width: float) -> None:
+    """Write the arms' names where their curves end, one above the other; on a narrow page below the plot."""
+    if width <= NARROW:
+        for name in ends:
+            axes.plot([], [], label=_name(outcome.arm(name), outcome), **line(outcome.arm(name), outcome))
+        known = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        axes.legend(known.values(), known.keys(), fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        return
+    order = sorted(ends, key=lambda name: -ends[name][1])
+    for place, name in enumerate(order):
+        arm = outcome.arm(name)
+        height = 1.0 - (place + 0.5) / len(order)
+        axes.annotate(
+            _name(arm, outcome), ends[name], xytext=(1.03, height), textcoords=axes.transAxes, va="center",
+            fontsize=9, fontweight="bold", color=colour(arm, outcome),
+            arrowprops={"arrowstyle": "-", "color": colour(arm, outcome), "linewidth": 0.8, "alpha": 0.6},
+        )  # fmt: skip
 
 
-def _score(arm: Arm) -> tuple[str, str]:
-    return arm.routing.scoring, arm.routing.scorer
+def _tells(outcome: Outcome, what: str) -> bool:
+    """Whether some arm keeps the tenths of the tokens by this measure in clearly different shares."""
+    return any(max(by[what]) - min(by[what]) > 0.05 for by in outcome.kept.values())
+
+
+def colour(arm: Arm, outcome: Outcome) -> str:
+    """The arm's own colour in every plot of the study."""
+    return COLOURS[_place(arm, outcome) % len(COLOURS)]
+
+
+def line(arm: Arm, outcome: Outcome) -> dict[str, Any]:
+    """How the arm's curves are drawn."""
+    dashes = DASHES[_place(arm, outcome) // len(COLOURS) % len(DASHES)]
+    return {"color": colour(arm, outcome), "linestyle": dashes, "linewidth": 2.0}
+
+
+def _place(arm: Arm, outcome: Outcome) -> int:
+    return [other.name for other in outcome.arms].index(arm.name)
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cggr_train.report.explanation import explain
 from cggr_train.report.page import write_page
-from cggr_train.report.plots import draw_costs, draw_frontier, draw_kept, draw_losses
+from cggr_train.report.plots import NARROW, colour, draw_frontier, draw_kept, draw_losses, draw_losses_by_tokens
 from cggr_train.report.tables import study_cells
 
 if TYPE_CHECKING:
@@ -36,15 +37,25 @@ def write_study_page(
     write_page(
         path,
         "study.html.j2",
-        title=f"Study: {train.model or train.config}",
-        verdict=verdict,
+        title="Does training on part of the tokens pay?",
+        what=Path(train.model).name if train.model else f"a {train.config} model from scratch",
+        answer=verdict[0],
+        findings=verdict[1:],
+        explained=[(arm.title, colour(arm, outcome), explain(arm, outcome.arms)) for arm in outcome.arms],
+        colours={arm.name: colour(arm, outcome) for arm in outcome.arms},
         tables=study_cells(outcome),
         labels={arm.name: arm.title for arm in outcome.arms},
         rates=", ".join(f"{arm.title} {arm.learning_rate:g}" for arm in outcome.arms if arm.learning_rate),
         settings=settings,
         study=study,
-        frontier=draw_frontier(outcome),
-        losses=draw_losses(outcome),
-        costs=draw_costs(outcome),
-        kept=draw_kept(outcome) if outcome.kept else None,
+        losses=_sizes(draw_losses, outcome),
+        by_tokens=_sizes(draw_losses_by_tokens, outcome),
+        frontier=_sizes(draw_frontier, outcome),
+        kept=_sizes(draw_kept, outcome) if outcome.kept else None,
     )
+
+
+def _sizes(draw: Callable[..., bytes | None], outcome: Outcome) -> tuple[bytes, bytes] | None:
+    """A plot for a wide page and one for a phone."""
+    wide, narrow = draw(outcome), draw(outcome, width=NARROW)
+    return None if wide is None or narrow is None else (wide, narrow)

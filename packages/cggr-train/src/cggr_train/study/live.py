@@ -1,8 +1,10 @@
-"""What a study shows while it runs: one row for each arm on a terminal, plain lines elsewhere."""
+"""What a study shows while it runs: one row for each arm on a terminal, plain lines elsewhere; silent for no one."""
 
 from __future__ import annotations
 
 import statistics
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,9 @@ from cggr_train.display import format_bytes
 from cggr_train.report.text import duration
 from cggr_train.study.arms import Arm
 from cggr_train.study.pool import Request
+
+SILENCE_SECONDS = 4.0
+"""Where there is no terminal, a line says where the study stands after so long without any other."""
 
 
 class LiveTable:
@@ -31,6 +36,9 @@ class LiveTable:
         self.console, self.seeds = console, seeds
         self.arms = {arm.name: arm for arm in arms}
         self._stage = ""
+        self._stage_began = self._last_line = time.monotonic()
+        self._done_before = 0.0
+        self._ended = threading.Event()
         self._times: dict[str, list[float]] = {name: [] for name in self.arms}
         self._memory: dict[str, int] = {}
         self._losses: dict[str, list[float]] = {name: [] for name in self.arms}
@@ -39,19 +47,25 @@ class LiveTable:
         self._live = (
             Live(console=console, get_renderable=self._table, refresh_per_second=4) if console.is_terminal else None
         )
+        self._heartbeat = threading.Thread(target=self._break_silence, daemon=True)
 
     def __enter__(self) -> LiveTable:
         """Show the table."""
         if self._live is not None:
             self._live.start()
+        else:
+            self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the table as it is and give the terminal back."""
+        self._ended.set()
         if self._live is not None:
             self._live.stop()
+        elif self._heartbeat.is_alive():
+            self._heartbeat.join()
 
     def show_arms(self, arms: Sequence[Arm]) -> None:
         """Have these rows from now on."""
@@ -60,6 +74,7 @@ class LiveTable:
     def stage(self, name: str) -> None:
         """What is being done now."""
         self._stage = name
+        self._stage_began, self._done_before = time.monotonic(), self._runs_done()
         self._say(f"{name} …")
 
     def progress(self, request: Request, values: Mapping[str, Any]) -> None:
@@ -92,15 +107,39 @@ class LiveTable:
 
     def _say(self, line: str) -> None:
         if self._live is None:
+            self._last_line = time.monotonic()
             self.console.print(line, highlight=False)
 
-    def _table(self) -> Table:
-        done = sum(map(len, self._losses.values())) + sum(self._diverged.values())
+    def _break_silence(self) -> None:
+        while not self._ended.wait(0.2):
+            if time.monotonic() - self._last_line >= SILENCE_SECONDS:
+                self._say(self.standing())
+
+    def _runs_done(self) -> float:
+        """Runs that are done, and the shares of those under way."""
+        under_way = [share for (_, seed), (share, _) in list(self._running.items()) if seed >= 0]
+        return sum(map(len, self._losses.values())) + sum(self._diverged.values()) + sum(under_way)
+
+    def standing(self) -> str:
+        """Where the study stands: its stage, which runs are under way, and how long the runs will take."""
+        now = time.monotonic() - self._stage_began
         total = len(self.arms) * self.seeds
+        under_way = [share for (_, seed), (share, _) in list(self._running.items()) if seed >= 0]
+        if not under_way:
+            return f"{self._stage} · {clock(now)}"
+        done = self._runs_done()
+        first = int(done - sum(under_way) + 0.5) + 1
+        which = f"run {first}" if len(under_way) == 1 else f"runs {first} to {first + len(under_way) - 1}"
+        text = f"{self._stage} · {which} of {total} · {', '.join(f'{share:.0%}' for share in under_way)}"
+        gained = done - self._done_before
+        if gained > 0.05:
+            text += f" · about {clock(now / gained * (total - done))} left"
+        return text
+
+    def _table(self) -> Table:
         table = Table(
-            title=f"{self._stage} · {done} of {total} runs done", title_justify="left", box=box.SIMPLE_HEAD,
-            pad_edge=False, collapse_padding=True,
-        )  # fmt: skip
+            title=self.standing(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
         table.add_column("arm", no_wrap=True)
         for heading in ("step", "peak memory", "runs", "now", "training loss", "held-out loss"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -118,6 +157,17 @@ class LiveTable:
                 "diverged" if diverged else f"{statistics.fmean(losses):.4f}" if losses else "",
             )
         return table
+
+
+def clock(seconds: float) -> str:
+    """A stretch of time in minutes and seconds.
+
+    Example:
+        >>> clock(4.2), clock(75)
+        ('4 s', '1:15 min')
+    """
+    whole = max(0, round(seconds))
+    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min"
 
 
 def _loss_reached(record: Mapping[str, Any]) -> str:

@@ -375,7 +375,8 @@ class _Study:
             self.console.print(table)
         for line in lines:
             self.console.print(line, highlight=False)
-        self.console.print(f"page {page} · records {self.folder / RESULTS}", highlight=False, soft_wrap=True)
+        where = f"report: {page.resolve()}\nrecords: {(self.folder / RESULTS).resolve()}"
+        self.console.print(where, highlight=False, soft_wrap=True)
         return outcome
 
 

@@ -1,0 +1,62 @@
+"""What the arms of a study are, in words for its page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cggr_train.study.arms import Arm
+
+MODES = {
+    "exact": "the full gradient of their loss",
+    "kv": "a backward pass for those tokens, and for the keys and values of all",
+    "detached": "a backward pass for those tokens alone",
+    "sequence": "whole sequences, the rest of the batch left out",
+}
+SELECTIONS = {
+    "random": "at random",
+    "stratified": "drawn at random within buckets by {score}, more from where it varies most, and weighted",
+    "sampled": "drawn with a probability in proportion to {score}, and weighted",
+    "topk": "those of the highest {score}, unweighted",
+    "sequence_aware": "those of the highest {score}, a few in every sequence, unweighted",
+}
+SCORES = {
+    "gradnorm": "gradient norm",
+    "loss": "loss",
+    "entropy": "entropy",
+    "margin": "margin",
+    "combined": "combined score",
+}
+
+
+def explain(arm: Arm, arms: Sequence[Arm]) -> str:
+    """What an arm does and what it is for, in one sentence.
+
+    Args:
+        arm: The arm.
+        arms: All arms of the study.
+
+    Example:
+        >>> from cggr_train.study.arms import Arm
+        >>> explain(Arm("standard", "standard, batch 8", "standard", "standard", 8), [])
+        'Ordinary training on every token, 8 sequences a step: what everything is compared with.'
+    """
+    if arm.method != "standard":
+        routing = arm.routing
+        if routing.selection == "supervised":
+            which = "the supervised tokens"
+        else:
+            how = SELECTIONS[routing.selection].format(score=SCORES[routing.scoring])
+            which = f"{routing.ratio:.0%} of the tokens, {how}"
+        purpose = "; the control for what a score is worth" if arm.role == "random" else ""
+        return f"Trains on {which}: {MODES[routing.gradient]}{purpose}."
+    rivals = [other.title for other in arms if other.equal_cost == arm.name]
+    purpose = {
+        "standard": "what everything is compared with",
+        "checkpointed": "with gradient checkpointing, which saves memory and takes more time",
+        "equal_cost": "as many operations in a step as in one of " + " and ".join(rivals or ["the routed arms"]),
+        "equal_memory": "as many sequences at a time as fit into the memory of a routed step",
+        "batch": "another batch size, as asked for",
+    }[arm.role]
+    return f"Ordinary training on every token, {arm.batch_size} sequences a step: {purpose}."
