@@ -313,3 +313,20 @@ def test_bad_arguments():
         linear_cross_entropy(hidden.float(), weight, targets)
     with pytest.raises(ValueError, match="targets is on meta but hidden is on cpu"):
         linear_cross_entropy(hidden, weight, targets.to("meta"))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_float16_gradients_under_a_loss_scale(reduction):
+    """Small gradients survive until the loss scale reaches them."""
+    vocabulary, rows = 4000, 64
+    hidden = torch.randn(rows, 16, dtype=torch.float16).double().requires_grad_()
+    weight = (torch.randn(vocabulary, 16, dtype=torch.float16) * 0.1).double().requires_grad_()
+    targets, coefficients = torch.randint(0, vocabulary, (rows,)), torch.full((rows,), 1 / 20_000)
+
+    def found(dtype, scale):
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (hidden, weight)]
+        loss = linear_cross_entropy(*leaves, targets, row_weight=coefficients.to(dtype), reduction=reduction).sum()
+        return [grad.double() / scale for grad in torch.autograd.grad(loss * scale, leaves)]
+
+    for half, true in zip(found(torch.float16, 65536.0), found(torch.float64, 1.0), strict=True):
+        assert (half - true).norm() < 2e-3 * true.norm()

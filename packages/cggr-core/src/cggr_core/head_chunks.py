@@ -87,7 +87,9 @@ class HeadGradients:
 
     def __init__(self, head: HeadChunks, rows: int, needs: tuple[bool, bool, bool]) -> None:
         like, weight = head.hidden, head.weight
-        self.hidden = like.new_empty(rows, like.shape[1]) if needs[0] else None
+        # Gradients are made before a loss scale reaches them: float16 would flush the small ones to 0.
+        self._widened = head.dtype if like.dtype == torch.float16 else None
+        self.hidden = like.new_empty(rows, like.shape[1], dtype=self._widened) if needs[0] else None
         self.weight = torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=head.dtype) if needs[2] and head.bias is not None else None
 
@@ -95,7 +97,10 @@ class HeadGradients:
         """Add what a chunk's gradient of the head's output ``[n, V]`` gives."""
         if self.bias is not None:
             self.bias.add_(grad.sum(0))
-        grad = grad.to(rows.dtype)
+        if self._widened is None:
+            grad = grad.to(rows.dtype)
+        else:
+            rows, weight = rows.to(self._widened), weight.to(self._widened)
         if self.hidden is not None:
             self.hidden[chunk] = torch.mm(grad, weight)
         if self.weight is not None:

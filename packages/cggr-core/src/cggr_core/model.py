@@ -20,8 +20,9 @@ class CGGRModel(nn.Module):
     """Train a Hugging Face model on the tokens worth learning from.
 
     In training, ``model(input_ids, labels=labels)`` scores every token, keeps some, and returns a loss whose backward
-    pass is spent on those. Without labels, in ``eval()``, and for ``generate``, ``save_pretrained`` and ``state_dict``
-    it is the wrapped model.
+    pass is spent on those. Without labels, in ``eval()``, and for ``generate`` and ``save_pretrained`` it is the
+    wrapped model. Its ``state_dict()`` is that of any module that holds another: the wrapped model's names begin with
+    ``model.``, as those of its parameters do; ``wrapped.model.state_dict()`` has them as the model itself does.
 
     ==============  ==================================================================  ==========================
     gradient        a kept token's gradient reaches                                     cost of a step (forwards F)
@@ -326,14 +327,6 @@ class CGGRModel(nn.Module):
         self._draws.restart()
         if learns:
             self._router.load_state_dict(state["router"])
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The wrapped model's."""
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the wrapped model."""
-        return self.model.load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

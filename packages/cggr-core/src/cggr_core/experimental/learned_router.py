@@ -45,10 +45,10 @@ class LearnedRouter(nn.Module):
     head were tied to its embedding. They are left out where hidden states and embeddings differ in length. The
     regression is by the Huber loss, and predictions are made with a running mean of the weights.
 
-    The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, not the
-    norm that they are clipped to, and not ``state_dict()``, which stays the wrapped model's. Its state is part of
-    ``CGGRModel.routing_state_dict()``. On several ranks (an initialised ``torch.distributed``) gradients are summed
-    over the default process group, so every rank has to run the same training forwards.
+    The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, and
+    not the norm that they are clipped to. Its state is part of ``CGGRModel.state_dict()`` and
+    ``routing_state_dict()``. On several ranks (an initialised ``torch.distributed``) gradients are summed over the
+    default process group, so every rank has to run the same training forwards.
 
     Args:
         depth: Layers below the hidden state that is read, at least 1 and fewer than the model has.
