@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core import CGGRModel
+from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.experimental import LearnedRouter
 from cggr_core.readout import HeadReadout
 from cggr_train.data import Batches
@@ -83,7 +83,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def rankings(wrapped: CGGRModel, depth: int, input_ids: Tensor) -> dict[str, float]:
     """Rank correlation of both routers with the true score of held-out tokens."""
-    passes, inputs = wrapped._engine, {"input_ids": input_ids}
+    passes, inputs = create_truncated_router(wrapped.model, depth).engine, {"input_ids": input_ids}
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((len(input_ids), 1), -100)], dim=1)
     countable = targets != -100
     readout = HeadReadout(passes.architecture.head, ignore_index=-100)

@@ -281,7 +281,7 @@ def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
 
 def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[], None]:
     """Statistics of all tokens from hidden states, scores and selection: what choosing costs besides the passes."""
-    readout = HeadReadout(CGGRModel(model)._engine.architecture.head, ignore_index=-100)
+    readout = HeadReadout(create_truncated_router(model, 1).engine.architecture.head, ignore_index=-100)
     hidden = torch.randn(*tokens.shape, model.config.hidden_size, device=tokens.device).to(model.dtype)
     targets = tokens.roll(-1, 1)
     countable = torch.ones_like(tokens, dtype=torch.bool)

@@ -1,21 +1,18 @@
 """A study's measurements, in this process; tests/e2e runs whole ones in processes of their own."""
 
 import dataclasses
-import functools
 import io
 import json
 import re
 import shutil
 
 import pytest
-import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cggr_train.errors import DivergedError, InputError, SaveError
-from cggr_train.settings import TrainSettings
-from cggr_train.study import StudySettings, resume_study, start_study
+from cggr_train.study import resume_study, start_study
 from cggr_train.study import run as run_module
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
@@ -23,48 +20,12 @@ from cggr_train.study.estimators import compare_gradients
 from cggr_train.study.kept import BINS, kept_shares
 from cggr_train.study.timing import time_steps
 from cggr_train.study.training import train_run
-from cggr_train.study.worker import answer
-
-CPU = torch.device("cpu")
-
-
-class OwnPool:
-    """Answers requests in this process."""
-
-    def __init__(self, folder, where):
-        self.folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def run(self, requests, *, on_progress, stop, alone=False):
-        for request in requests:
-            if stop():
-                return
-            tell = functools.partial(on_progress, request)
-            result = answer(
-                StudyContext(self.folder, CPU), request.body, lambda event, tell=tell, **values: tell(values), stop
-            )
-            if result is not None:
-                yield request, result
+from tests.support.studies import CPU, OwnPool, settings
 
 
 @pytest.fixture(autouse=True)
 def _own_pool(monkeypatch):
     monkeypatch.setattr(run_module, "Pool", OwnPool)
-
-
-def settings(data_files, **values):
-    train = TrainSettings(
-        data=tuple(map(str, data_files)), config="nano", vocab_size=300, length=32, batch_size=4, steps=6,
-        heldout_fraction=0.3, eval_sequences=8, device="cpu",
-    )  # fmt: skip
-    given = {"seeds": 2, "evaluations": 2, "draws": 2, "gradient_batches": 1, "calibration_seconds": 0.01,
-             "controls": ("equal_cost",)}  # fmt: skip
-    return StudySettings(train=train, **{**given, "equal": ("tokens",), **values})
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
     if routing.selection == "supervised" and not labelled:
         raise InputError(
             "--selection supervised keeps the tokens that have a label, and here every token of a text has one; give "
-            "another selection, or use CGGRTrainer, whose examples may have prompts without labels"
+            "another selection, or the key of the answers with --answer"
         )
     try:
         check_choice("--gradient", routing.gradient, GRADIENT_MODES)

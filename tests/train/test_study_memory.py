@@ -1,0 +1,183 @@
+"""Studies that look at memory, at learning rates and at answers: fitting, tuning, exact match."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from cggr_train.errors import InputError
+from cggr_train.option_checks import parse_bytes
+from cggr_train.study import fitting, resume_study, start_study
+from cggr_train.study import run as run_module
+from cggr_train.study.arms import Arm
+from cggr_train.study.context import StudyContext
+from cggr_train.study.run import RESULTS
+from tests.support.studies import CPU, OwnPool, settings
+
+
+@pytest.fixture(autouse=True)
+def _own_pool(monkeypatch):
+    monkeypatch.setattr(run_module, "Pool", OwnPool)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    lines = [{"text": f"what is {n} + {n}?", "a": f"{2 * n} #### {2 * n}"} for n in range(60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def asked(data, *, train=(), **values):
+    given = {"seeds": 1, "draws": 0, "equal": ("time",), "evaluations": 1, **values}
+    return settings([data], train={"answer": "a", "length": 48, **dict(train)}, **given)
+
+
+def run(wanted, folder):
+    console = Console(file=io.StringIO(), width=200)
+    result = start_study(wanted, folder, console)
+    return result.outcome, console.file.getvalue()
+
+
+def peaks(monkeypatch, *, row=100, base=200, checkpointed=0.4, routed=0.5):
+    """Memory as if a sequence of a standard step took so much; a step of routed tokens, or a checkpointed one, less."""
+
+    def peak(context, arm):
+        share = (checkpointed if arm.checkpointing else 1.0) * (1.0 if arm.method == "standard" else routed)
+        return round(base + row * share * arm.forward_size)
+
+    monkeypatch.setattr(fitting, "peak_of_steps", peak)
+
+
+def fits(folder):
+    lines = [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
+    return {line["arm"]: (line["micro_batch"], line["checkpointing"]) for line in lines if line["event"] == "fit"}
+
+
+def test_every_arm_gets_what_fits_and_checkpoints_only_where_it_must(monkeypatch, data, tmp_path):
+    peaks(monkeypatch)
+    wanted = asked(data, memory_limit=300, controls=("checkpointed",), selections=("supervised",))
+    outcome, _ = run(wanted, tmp_path / "study")
+    assert fits(tmp_path / "study") == {
+        "standard": (1, False), "standard-checkpointed": (2, True), "kv-supervised": (2, False),
+    }  # fmt: skip
+    assert [arm.title for arm in outcome.arms] == [
+        "standard, batch 4, 1 at a time", "standard, batch 4, checkpointed, 2 at a time",
+        "supervised tokens, kv, 2 at a time",
+    ]  # fmt: skip
+    assert set(outcome.losses["time"]) == {arm.name for arm in outcome.arms}
+
+
+def test_what_needs_checkpointing_takes_it_and_is_compared_once(monkeypatch, data, tmp_path):
+    peaks(monkeypatch)
+    wanted = asked(data, memory_limit=285, controls=("checkpointed",), selections=("supervised",))
+    outcome, _ = run(wanted, tmp_path / "study")
+    assert fits(tmp_path / "study")["standard"] == (2, True)
+    assert outcome.arms[0].title == "standard, batch 4, 2 at a time, checkpointed"
+    assert outcome.left_out == {
+        "standard-checkpointed": "standard, batch 4, checkpointed: the same as "
+        "standard, batch 4, 2 at a time, checkpointed"
+    }
+    again = resume_study(tmp_path / "study", Console(file=io.StringIO()))
+    assert again.outcome.losses == outcome.losses, "nothing is measured twice"
+
+
+def test_a_limit_that_nothing_fits_into(monkeypatch, data, tmp_path):
+    peaks(monkeypatch)
+    with pytest.raises(InputError, match="not one sequence of standard, batch 4 fits, even with checkpointing"):
+        run(asked(data, memory_limit=230, controls=()), tmp_path / "study")
+
+
+def test_the_control_of_equal_memory_has_the_routed_steps(monkeypatch, data, tmp_path):
+    """Its limit is what the routed step was measured to take."""
+    seen = []
+
+    def fit(context, arm, *, limit):
+        seen.append((arm.name, limit))
+        return {"micro_batch": 2, "checkpointing": False, "peak_bytes": limit}
+
+    monkeypatch.setattr("cggr_train.study.worker.fit_arm", fit)
+    outcome, _ = run(asked(data, controls=("equal_memory",), selections=("supervised",)), tmp_path / "study")
+    measured = [json.loads(line) for line in (tmp_path / "study" / RESULTS).read_text().splitlines()]
+    routed = [line["peak_bytes"] for line in measured if line["event"] == "timing" and line["arm"] == "kv-supervised"]
+    assert seen == [("standard-equal-memory", routed[-1])]
+    assert outcome.arm("standard-equal-memory").title == "standard, batch 4, equal memory, 2 at a time"
+    assert "standard-equal-memory" in outcome.comparisons["time"]["kv-supervised"].against
+
+
+def test_parts_of_a_batch_and_checkpointing_change_no_loss(data, tmp_path):
+    """A micro-batch is a way to compute the same step."""
+    wanted = asked(data, controls=(), selections=("supervised",))
+    run(wanted, tmp_path / "study")
+    context, losses = StudyContext(tmp_path / "study", CPU), {}
+    for name in ("standard", "kv-supervised"):
+        for changes in ({}, {"micro_batch": 2}, {"checkpointing": True}):
+            arm = dataclasses.replace(context.arms[name], **changes)
+            session = context.session(arm, 0, steps=3, warmup_steps=1, eval_sequences=8)
+            seen = []
+            session.train(lambda loss, rate, seen=seen: seen.append(loss))
+            losses[name, *changes] = torch.stack(seen)
+        for changed in ("micro_batch", "checkpointing"):
+            torch.testing.assert_close(losses[name, changed], losses[(name,)], rtol=1e-5, atol=0)
+
+
+def test_memory_of_a_step_is_measured(data, tmp_path):
+    run(asked(data, controls=(), selections=("supervised",)), tmp_path / "study")
+    context = StudyContext(tmp_path / "study", CPU)
+    arm = context.arms["standard"]
+    assert fitting.fit_arm(context, arm, limit=2**50)["micro_batch"] == 4
+    found = fitting.fit_arm(context, arm, limit=1)
+    assert found["micro_batch"] is None and found["peak_bytes"] > 2**20
+
+
+def test_each_arm_gets_the_rate_that_suits_it(data, tmp_path):
+    wanted = asked(data, controls=(), selections=("supervised",), rates=(1e-6, 3e-3), train={"eval_sequences": 4})
+    outcome, text = run(wanted, tmp_path / "study")
+    assert [arm.learning_rate for arm in outcome.arms] == [3e-3, 3e-3]
+    assert "standard, batch 4, learning rate 1e-06: held-out loss" in text
+    context = StudyContext(tmp_path / "study", CPU)
+    tuning = context.tuning_tokens.reshape(-1, 48)
+    trained = {tuple(row) for row in context.tokens.train.reshape(-1, 48)}
+    assert len(tuning) == 4 and not [row for row in tuning if tuple(row) in trained], "chosen on text of their own"
+
+
+def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
+    wanted = asked(data, controls=(), selections=("supervised",), accuracy=True, answer_after="####", questions=3)
+    outcome, text = run(wanted, tmp_path / "study")
+    assert outcome.accuracy == {"standard": [0.0], "kv-supervised": [0.0]}
+    assert "Held-out questions answered exactly" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"controls": ("none",)}, "--controls is 'none'"),
+        ({"memory_limit": -1}, "--memory-limit must be positive"),
+        ({"rates": (0.0,)}, "--rates must be positive"),
+        ({"accuracy": True, "equal": ("tokens",)}, "let --equal hold time"),
+        ({"answer_after": "#"}, "--answer-after belongs to --eval exact-match"),
+        ({"accuracy": True, "questions": 0}, "--questions must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_go(data, values, message):
+    with pytest.raises(InputError, match=message):
+        asked(data, **values)
+
+
+def test_questions_need_answers(data):
+    with pytest.raises(InputError, match="give the key of the answers with --answer"):
+        settings([data], accuracy=True, equal=("time",))
+
+
+@pytest.mark.parametrize("text", ["24 apples", "", "1.2.3GB", "-1GB", "0.1B"])
+def test_bytes_that_are_none(text):
+    with pytest.raises(InputError, match="--memory-limit is"):
+        parse_bytes("--memory-limit", text)
+
+
+def test_the_title_of_an_arm_says_how_it_fits():
+    arm = Arm("a", "standard, batch 8", "standard", "standard", 8, micro_batch=2, checkpointing=True)
+    assert arm.title == "standard, batch 8, 2 at a time, checkpointed"
