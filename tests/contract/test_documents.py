@@ -72,7 +72,7 @@ def test_examples_run_in_order(document, monkeypatch, tmp_path):
         "criterion": CGGRLoss(min_tokens_ratio=0.25),
         "optimizer": torch.optim.AdamW(model.parameters()),
         "groups_of_batches": [[{"input_ids": input_ids, "labels": labels}] * 2],
-        "logits": torch.randn(2, 15, 64, requires_grad=True),
+        "logits": torch.randn(2, 15, 257, requires_grad=True),
         "targets": labels[:, 1:],
         "token_weight": torch.rand(2, 15),
         "tokenizer": tokenizer,
