@@ -88,7 +88,7 @@ class RemadeForBackward:
     def _pack(self, tensor: Tensor) -> Any:
         for part, whole in enumerate(self._whole):
             if tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-                return _Part(self._remade, part, tensor.size(), tensor.stride(), tensor.storage_offset())
+                return _Part(self._remade, part, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return tensor
 
     def _unpack(self, packed: Any) -> Tensor:
