@@ -48,7 +48,7 @@ def among_others(
     own = _sizes([f"{problem['question']}\n{problem['answer']}" for problem in problems], tokenizer)
     found = []
     for problem, size in zip(problems, own, strict=True):
-        room, parts = length - size - 8, []  # where texts are joined, tokens can come out otherwise
+        room, parts = length - size - 32, []  # where texts are joined, tokens can come out otherwise
         while True:
             number = generator.randrange(len(context))
             if others[number]["question"] == problem["question"]:
