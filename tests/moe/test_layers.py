@@ -236,3 +236,21 @@ def test_bad_input_is_named():
 def test_repr():
     assert "num_experts=4, top_k=2" in repr(make())
     assert isinstance(make(), PersistentTRMLP)
+
+
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(2, 5, 16), (10, 16)])
+def test_what_a_masked_token_holds_reaches_no_gradient(shape, fill):
+    layer = PersistentTRMLP(16, 32, 4, 2, z_loss=0.1)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(shape[:-1], dtype=torch.bool)
+    mask[0] = False
+    found = []
+    for value in (0.0, fill):
+        given = states.masked_fill(~mask[..., None], value).requires_grad_()
+        layer.zero_grad()
+        output, aux_loss = layer(given, mask)
+        (output.square().sum() + aux_loss).backward()
+        found.append([output, aux_loss, given.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    assert all(torch.equal(wanted, dirty) for wanted, dirty in zip(*found, strict=True))
+    assert all(grad.any() for grad in found[0][2:])

@@ -117,6 +117,8 @@ class CGGRLoss(TokenLoss):
             rows = logits[index // max(1, S), index % max(1, S)]
         # Rows without weight are ignored, not multiplied by 0: their loss may be infinite.
         kept = targets.reshape(-1)[index].masked_fill(coefficients == 0.0, self.settings.ignore_index)
+        # Whatever an ignored row holds: the softmax of NaN times a gradient of 0 is NaN. (In place: these are copies.)
+        rows = rows.masked_fill_((kept == self.settings.ignore_index)[:, None], 0.0)
         rows = rows.to(accumulation_dtype(rows.dtype))
         nll = nn.functional.cross_entropy(rows, kept, ignore_index=self.settings.ignore_index, reduction="none")
         return (nll * coefficients).sum()

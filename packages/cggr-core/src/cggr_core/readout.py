@@ -72,9 +72,9 @@ class HeadReadout:
         """
         targets = torch.where(coefficients != 0, targets, self._ignore_index).flatten()
         if not self.fused:
-            nll = nn.functional.cross_entropy(
-                values.flatten(0, -2).float(), targets, ignore_index=self._ignore_index, reduction="none"
-            )
+            # Whatever a row that does not count holds: the softmax of NaN times a gradient of 0 is NaN.
+            logits = values.flatten(0, -2).float().masked_fill((targets == self._ignore_index)[:, None], 0.0)
+            nll = nn.functional.cross_entropy(logits, targets, ignore_index=self._ignore_index, reduction="none")
             return (nll * coefficients.flatten()).sum()
         module = self._linear
         return linear_cross_entropy(

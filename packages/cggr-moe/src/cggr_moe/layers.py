@@ -165,8 +165,10 @@ class PersistentTRMLP(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x, gate_up, down = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, gate_up, down))
-        logits = linear(x, self.gate.weight)
         keep = None if token_mask is None else token_mask.reshape(-1)
+        # Whatever a token that is not routed holds: the router's gradient is a product with its input, and 0 * NaN is
+        # NaN.
+        logits = linear(x if keep is None else x.masked_fill(~keep[:, None], 0.0), self.gate.weight)
         route = resolve("moe_route", kind, logits.dtype)
         routing = Routing(*route(logits, self.router_bias, keep, self.top_k, self.norm_topk_prob))
         if values_are_free(x):
