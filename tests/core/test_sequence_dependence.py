@@ -172,7 +172,7 @@ def multimodal() -> Any:
 
 @pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
-@pytest.mark.parametrize(("image", "start"), [(False, 2), (False, 12), (True, 2)])
+@pytest.mark.parametrize(("image", "start"), [(False, 2), (False, 12), (True, 2), (True, 12)])
 def test_images_and_token_types(image: bool, start: int, gradient: str, engine: str) -> None:
     """A block whose tokens see each other, and an image tower's output in the tokens' places."""
     model = grown(multimodal())

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cggr_core.routing.agreement import comparable, difference, verification_interval
 from cggr_core.routing.architectures import Architecture, describe, unwrapped
 from cggr_core.routing.context_pass import Context, context_pass, head_read_by, ignore_head, layer_input
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
+from cggr_core.routing.loads import count_loads
 from cggr_core.routing.loss_agreement import auxiliary_loss, without_loss_arguments
 from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.probe import Probe, probe
+from cggr_core.routing.ordering import shards_layers
+from cggr_core.routing.probe import Probe, probe, probe_longer_rows
 from cggr_core.routing.shared import KeyValue
 from cggr_core.routing.structure import structure
 from cggr_core.routing.truncation import truncated
@@ -33,6 +36,8 @@ class Engine:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes depend on its class
+        self._verified_every = verification_interval()
+        self._gradient_passes = 0
         self._look()
 
     def _look(self) -> None:
@@ -41,6 +46,9 @@ class Engine:
         self._structure = structure(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
+        self._probed_length = 0
+        self._loads = count_loads(self.model)
+        self._loads_seen = self._loads.count
 
     def follow(self, model: nn.Module | None = None) -> bool:
         """Look again where the model is another one than it was; called once a step, before its passes.
@@ -65,8 +73,7 @@ class Engine:
         return {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model = state["model"]
-        self._look()
+        self.__init__(state["model"])
 
     @property
     def architecture(self) -> Architecture:
@@ -126,7 +133,7 @@ class Engine:
         return without_loss_arguments(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False) -> None:
-        """Look at the model on a few tokens of its first batch.
+        """Look at the model on its first batch, after weights were loaded, and where rows are longer than before.
 
         Args:
             inputs: The batch.
@@ -139,9 +146,15 @@ class Engine:
         packed = routing and inputs.segment is not None
         wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
         wanted |= {"own_loss"} if own_loss else set()
-        if self._probe is None or not wanted <= self._probed:
+        grown = inputs.shape[1] > self._probed_length
+        if grown and self._probed_length and shards_layers(self._description.layers):
+            grown = False  # every rank would have to look in the same step, and rows are of other lengths elsewhere
+        loaded = self._loads.count != self._loads_seen
+        if self._probe is None or not wanted <= self._probed or loaded:
             self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
             self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
+            self._probed_length = max(self._probed_length, inputs.shape[1]) if routing else 0
+            self._loads_seen = self._loads.count
             head = self._probe.architecture.head
             if not head.fused:
                 warnings.warn(
@@ -149,6 +162,9 @@ class Engine:
                     "softcap (it may have hooks or adapters); its own logits are used, [tokens, vocabulary] at a time",
                     stacklevel=3,
                 )
+        elif routing and grown:
+            self._probe = probe_longer_rows(self.model, self._probe, inputs)
+            self._probed_length = inputs.shape[1]
         if routing and self.architecture.obstacle is not None:
             raise ValueError(
                 f"gradient='kv' and 'detached' route keys and values, and {self.architecture.obstacle}; use "
@@ -292,4 +308,29 @@ class Engine:
             read_head=seen.append if fused else None,
             note=note,
         )
+        self._verify(inputs, selection, context)
         return seen[0] if fused else output.logits, auxiliary_loss(self.model, output)
+
+    def _verify(self, inputs: TokenInputs, selection: Selection, context: Context) -> None:
+        """Compare with a plain forward where ``CGGR_VERIFY`` asks for it."""
+        due = self._verified_every is not None and self._gradient_passes % self._verified_every == 0
+        self._gradient_passes += 1
+        if not due or inputs.shared is not None:  # a shared context is not among the inputs
+            return
+        assert self._probe is not None, "prepare() comes first"
+        with comparable(self.model, self.architecture, inputs) as expected:
+            apart = difference(
+                self.model,
+                self.architecture,
+                inputs,
+                selection,
+                expected,
+                depth=context.depth,
+                layer_output=self._probe.layer_output,
+            )
+        if apart is not None:
+            raise RuntimeError(
+                f"CGGR_VERIFY: in routed pass {self._gradient_passes} {type(unwrapped(self.model)).__name__} gives "
+                f"kept tokens other values than a plain forward does ({apart}); use gradient='exact', and report the "
+                "model"
+            )

@@ -191,7 +191,7 @@ def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Any]
     config = base.config.get_text_config()
     like = next(iter(tokens.values()))
     if "input_ids" in tokens:
-        tokens["input_ids"] = labels = _text_alone(tokens["input_ids"], base.config)
+        tokens["input_ids"] = labels = text_alone(tokens["input_ids"], base.config)
         labels = labels.long().clone()
     else:
         labels = torch.arange(like.shape[0] * like.shape[1], device=like.device).view(like.shape[:2])
@@ -205,7 +205,7 @@ def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Any]
     return tokens, labels
 
 
-def _text_alone(input_ids: Tensor, config: Any) -> Tensor:
+def text_alone(input_ids: Tensor, config: Any) -> Tensor:
     """Token ids in which placeholders of images and the like, which need their inputs, are other tokens."""
     special = {
         value

@@ -1,4 +1,4 @@
-"""A look at the model on a few tokens before it is trusted: what its layers return, and whether routing is exact."""
+"""A look at the model on a batch before it is trusted: what its layers return, and whether routing is exact."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,20 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.architectures import Architecture
-from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, ignore_head
-from cggr_core.routing.gradient_pass import gradient_pass
+from cggr_core.routing.agreement import MODEL_ERRORS, alternate_tokens, comparable, difference
+from cggr_core.routing.architectures import Architecture, unwrapped
+from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.head_check import gives_the_logits
 from cggr_core.routing.inputs import TokenInputs
-from cggr_core.routing.loss_agreement import own_alignment
-from cggr_core.routing.masks import packed_segments
+from cggr_core.routing.loss_agreement import own_alignment, text_alone
 from cggr_core.routing.norms import fused_norms
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
-from cggr_core.selection import Selection
 
 _ROWS, _TOKENS = 2, 8
-# Relative error that three quarters of the tokens stay under: reordered sums (TF32 among them) do,
-# and so do all but a few tokens whose experts change; with a wrong mask or position they do not.
+# Relative error of logits that three quarters of the tokens stay under, with a head that is one matrix.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _HALF_TOLERANCE = 5e-2
 
@@ -46,7 +43,7 @@ class Probe:
 def probe(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool, own_loss: bool = False
 ) -> Probe:
-    """Run the model on at most 2 x 8 tokens of a batch, in evaluation mode, plainly and routed.
+    """Run the model on a few tokens of a batch for its head, and on whole rows of it, plainly and routed.
 
     Args:
         model: The model; its training flags are restored.
@@ -61,8 +58,7 @@ def probe(
     Raises:
         ValueError: If the logits are NaN, or not one row for each token; or if the model's own loss is another one.
     """
-    few = _few_tokens(inputs)
-    packing_obstacle = None
+    few = _few_tokens(model, inputs)
     if routing:
         architecture = replace(architecture, norms=fused_norms(model.modules()))
     with evaluation_mode(model):
@@ -87,50 +83,118 @@ def probe(
             if head.softcap is not None:
                 fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
             head = replace(head, fused=_close(fused_logits, logits))
-        obstacle = architecture.obstacle
-        if head_input is None and obstacle is None:
-            obstacle = f"{type(model).__name__} reads the weight of its head without calling it"
-        if routing and obstacle is None:
-            assert head_input is not None
-            obstacle = _routing_obstacle(model, architecture, few, head_input, layer_output)
-            if obstacle is not None:
-                spread = replace(architecture, whole_after_layers=True)
-                if _routing_obstacle(model, spread, few, head_input, layer_output) is None:
-                    architecture, obstacle = spread, None
-            if obstacle is None and inputs.segment is not None:
-                packed = _packed_in_halves(few)
-                _, head_input, _ = _plain_forward(model, architecture, packed)
-                assert head_input is not None
-                if _routing_obstacle(model, architecture, packed, head_input, layer_output) is not None:
-                    packing_obstacle = (
-                        f"position_ids start anew inside a row, and {type(model).__name__} attends across such packed "
-                        "documents; pass an attention_mask to say that rows are whole, or do not pack"
-                    )
-    shifted = own_alignment(model, architecture, inputs) if own_loss else None
+    obstacle, packing_obstacle = architecture.obstacle, None
+    if head_input is None and obstacle is None:
+        obstacle = f"{type(model).__name__} reads the weight of its head without calling it"
+    if routing and obstacle is None:
+        obstacle = _layer_drop(model)
+    if routing and obstacle is None:
+        architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
+    with without_checkpointing(architecture):
+        shifted = own_alignment(model, architecture, inputs) if own_loss else None
     saw_loss, architecture = shifted is not None, replace(architecture, head=head, obstacle=obstacle)
     if shifted is not None:
         architecture = replace(architecture, shifted=shifted)
     return Probe(architecture, layer_output, packing_obstacle, saw_loss)
 
 
-def _few_tokens(inputs: TokenInputs) -> TokenInputs:
-    length = min(inputs.shape[1], _TOKENS)
-    # Consecutive, whatever packing or padding made of them: RoBERTa's start at an offset.
-    first_positions = inputs.position_ids[:_ROWS, :1]
-    return replace(
-        inputs,
-        per_token={name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()},
-        position_ids=first_positions + torch.arange(length, device=first_positions.device),
-        padding=None,
-        segment=None,
+@torch.no_grad()
+def probe_longer_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Probe:
+    """Compare the routed passes with the plain forward once more; see :func:`probe`."""
+    if seen.architecture.obstacle is not None:
+        return seen
+    architecture, obstacle, packing_obstacle = _routed(model, seen.architecture, _whole_rows(inputs), seen.layer_output)
+    packing_obstacle = packing_obstacle or seen.packing_obstacle
+    return replace(seen, architecture=replace(architecture, obstacle=obstacle), packing_obstacle=packing_obstacle)
+
+
+def _routed(
+    model: nn.Module, architecture: Architecture, rows: TokenInputs, layer_output: LayerOutput
+) -> tuple[Architecture, str | None, str | None]:
+    """What stands against routed passes on these rows, and what against packed ones."""
+    name = type(model).__name__
+    with comparable(model, architecture, rows) as expected:
+        obstacle = _obstacle(model, architecture, rows, expected, layer_output)
+        if obstacle is None:
+            return architecture, None, None
+        spread = replace(architecture, whole_after_layers=True)
+        if _obstacle(model, spread, rows, expected, layer_output) is None:
+            return spread, None, None
+    if rows.segment is None:
+        return architecture, obstacle, None
+    unpacked, own_obstacle, _ = _routed(model, architecture, _unpacked(rows), layer_output)
+    if own_obstacle is not None:
+        return architecture, own_obstacle, None
+    return (
+        unpacked,
+        None,
+        f"position_ids start anew inside a row, and {name} attends across such packed documents; pass an "
+        "attention_mask to say that rows are whole, or do not pack",
     )
 
 
-def _packed_in_halves(inputs: TokenInputs) -> TokenInputs:
-    batch, length = inputs.shape
-    positions = torch.arange(length, device=inputs.position_ids.device) % max((length + 1) // 2, 1)
-    positions = positions.expand(batch, length).contiguous()
-    return replace(inputs, position_ids=positions, segment=packed_segments(positions))
+def _obstacle(
+    model: nn.Module, architecture: Architecture, rows: TokenInputs, expected: Tensor, layer_output: LayerOutput
+) -> str | None:
+    name, selection = type(model).__name__, alternate_tokens(rows)
+    try:
+        for depth in sorted({0, len(architecture.layers)}):
+            apart = difference(model, architecture, rows, selection, expected, depth=depth, layer_output=layer_output)
+            if apart is not None:
+                return f"{name} gives kept tokens other values than a plain forward does ({apart})"
+    except MODEL_ERRORS as error:
+        return f"{name} does not run on kept tokens with a cache ({type(error).__name__}: {error})"
+    return None
+
+
+def _layer_drop(model: nn.Module) -> str | None:
+    dropped = next((module for module in model.modules() if getattr(module, "layerdrop", 0)), None)
+    if dropped is None:
+        return None
+    return (
+        f"{type(model).__name__} leaves out layers at random in training (layerdrop={dropped.layerdrop}), and "
+        "others in every pass; set layerdrop to 0 before wrapping"
+    )
+
+
+def _whole_rows(inputs: TokenInputs) -> TokenInputs:
+    """The first rows of a batch at their whole length; all of them where something in it is not by row."""
+    batch = inputs.shape[0]
+    by_row = {name: value for name, value in inputs.options.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if batch <= _ROWS or any(value.shape[0] not in (1, batch) for value in by_row.values()):
+        return inputs
+    cut = {name: value[:_ROWS] for name, value in by_row.items()}
+    return replace(
+        inputs,
+        per_token={name: tensor[:_ROWS] for name, tensor in inputs.per_token.items()},
+        position_ids=inputs.position_ids[:_ROWS],
+        padding=None if inputs.padding is None else inputs.padding[:_ROWS],
+        segment=None if inputs.segment is None else inputs.segment[:_ROWS],
+        options={**inputs.options, **cut},
+    )
+
+
+def _unpacked(inputs: TokenInputs) -> TokenInputs:
+    positions = torch.arange(inputs.shape[1], device=inputs.position_ids.device).expand(inputs.shape)
+    return replace(inputs, position_ids=inputs.position_ids[:, :1] + positions, segment=None)
+
+
+def _few_tokens(model: nn.Module, inputs: TokenInputs) -> TokenInputs:
+    """Text alone: what goes with the tokens (images, say) is about whole rows."""
+    length = min(inputs.shape[1], _TOKENS)
+    # Consecutive, whatever packing or padding made of them: RoBERTa's start at an offset.
+    first_positions = inputs.position_ids[:_ROWS, :1]
+    tokens = {name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()}
+    if "input_ids" in tokens:
+        tokens["input_ids"] = text_alone(tokens["input_ids"], unwrapped(model).config)
+    return replace(
+        inputs,
+        per_token=tokens,
+        position_ids=first_positions + torch.arange(length, device=first_positions.device),
+        padding=None,
+        segment=None,
+        options={name: value for name, value in inputs.options.items() if not isinstance(value, Tensor)},
+    )
 
 
 def _plain_forward(
@@ -161,46 +225,6 @@ def _plain_forward(
         return hidden
 
     return layer_output, head_inputs[0] if head_inputs else None, logits
-
-
-def _routing_obstacle(
-    model: nn.Module, architecture: Architecture, inputs: TokenInputs, expected: Tensor, layer_output: LayerOutput
-) -> str | None:
-    batch, length = inputs.shape
-    keep = max(length // 2, 1)
-    index = torch.arange(length - 1, -1, -2, device=expected.device)[:keep].flip(0).expand(batch, keep).contiguous()
-    mask = torch.zeros(batch, length, dtype=torch.bool, device=expected.device).scatter_(1, index, True)
-    selection = Selection.from_mask(mask, capacity=keep)
-    name = type(model).__name__
-    try:
-        for depth in sorted({0, len(architecture.layers)}):
-            context = NO_CONTEXT
-            if depth:
-                context = context_pass(
-                    model,
-                    architecture,
-                    inputs,
-                    depth=depth,
-                    keep_graph=False,
-                    read_head=ignore_head,
-                    layer_output=layer_output,
-                )
-            seen: list[Tensor] = []
-            gradient_pass(
-                model,
-                architecture,
-                inputs,
-                selection,
-                context,
-                keep_graph=False,
-                read_head=seen.append,
-            )
-            rows = expected.gather(1, index[:, :, None].expand(-1, -1, expected.shape[2]))
-            if seen[0].shape != rows.shape or not _close(seen[0], rows):
-                return f"{name} gives kept tokens other values than a plain forward does"
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        return f"{name} does not run on kept tokens with a cache ({type(error).__name__}: {error})"
-    return None
 
 
 def _close(value: Tensor, expected: Tensor) -> bool:

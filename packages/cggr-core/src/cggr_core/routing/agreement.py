@@ -1,0 +1,150 @@
+"""Whether routed passes give kept tokens the values of a plain forward, on whole rows of a real batch."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.head import autocast_active
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, head_read_by, ignore_head
+from cggr_core.routing.gradient_pass import gradient_pass
+from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.patches import evaluation_mode, without_checkpointing
+from cggr_core.selection import Selection
+
+# Relative error, and the share of the tokens that must stay under it. Half precision: all but tokens whose experts
+# change. float32: reordered sums; with TF32, and where kernels take part, more.
+_HALF = 5e-2, 0.75
+_TOLERANCE = {torch.float64: (1e-7, 1.0), torch.float32: (2e-4, 0.99)}
+_SINGLE_ON_DEVICE = 1e-2, 0.75
+# What a model raises that does not run as the passes run it.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
+def verification_interval() -> int | None:
+    """How many steps apart ``CGGR_VERIFY`` asks for a comparison with the plain forward; ``None`` for never.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 1.
+    """
+    value = os.environ.get("CGGR_VERIFY", "")
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(
+            f"CGGR_VERIFY={value!r} must be a whole number n of at least 1, to compare every n-th step with a plain "
+            "forward; unset it to compare none"
+        )
+    return int(value)
+
+
+@contextmanager
+def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[Tensor]:
+    """Run the model plainly, and stay in a mode in which it gives the same values again.
+
+    Args:
+        model: The model. In training mode it stays there, unless two forwards differ (dropout, jitter): then it is in
+            evaluation mode in the block. The state of the random generators is put back at the end.
+        architecture: Its description.
+        inputs: Whole rows.
+
+    Yields:
+        The head's input ``[B, S, H]``.
+    """
+    device = inputs.position_ids.device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        expected = _head_input(model, architecture, inputs)
+        if not any(module.training for module in model.modules()) or torch.equal(
+            expected, _head_input(model, architecture, inputs)
+        ):
+            yield expected
+            return
+        with evaluation_mode(model):
+            yield _head_input(model, architecture, inputs)
+
+
+def difference(
+    model: nn.Module,
+    architecture: Architecture,
+    inputs: TokenInputs,
+    selection: Selection,
+    expected: Tensor,
+    *,
+    depth: int,
+    layer_output: LayerOutput,
+) -> str | None:
+    """Compare the kept tokens' head input with a plain forward's.
+
+    Args:
+        model: The model.
+        architecture: Its description.
+        inputs: Whole rows.
+        selection: The kept tokens.
+        expected: The plain forward's head input ``[B, S, H]``.
+        depth: Layers that a context pass runs before; 0 interleaves all.
+        layer_output: Wraps a hidden state the way the model's layers return it.
+
+    Returns:
+        How far they are apart, or ``None`` if they agree. Values are read on the host.
+    """
+    context = NO_CONTEXT
+    if depth:
+        context = context_pass(
+            model,
+            architecture,
+            inputs,
+            depth=depth,
+            keep_graph=False,
+            read_head=ignore_head,
+            layer_output=layer_output,
+        )
+    seen: list[Tensor] = []
+    gradient_pass(model, architecture, inputs, selection, context, keep_graph=False, read_head=seen.append)
+    index, counted = selection.index, selection.valid
+    if inputs.padding is not None:
+        counted = counted & inputs.padding.bool().gather(1, index)
+    wanted = expected.gather(1, index[:, :, None].expand(-1, -1, expected.shape[2]))
+    if seen[0].shape != wanted.shape:
+        return f"head input {list(seen[0].shape)} instead of {list(wanted.shape)}"
+    tolerance, share = _tolerance(expected)
+    value, wanted = seen[0][counted].double(), wanted[counted].double()
+    if not value.shape[0]:
+        return None
+    error = (value - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)
+    found = float(error.quantile(share)) if share < 1.0 else float(error.max())
+    if found <= tolerance:
+        return None
+    return f"relative error {found:.2g} where {tolerance:.2g} is rounding"
+
+
+def alternate_tokens(inputs: TokenInputs) -> Selection:
+    """Every second token of every row, the last one among them."""
+    batch, length = inputs.shape
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=inputs.position_ids.device)
+    mask[:, (length + 1) % 2 :: 2] = True
+    return Selection.from_mask(mask, capacity=(length + 1) // 2)
+
+
+def _head_input(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Tensor:
+    seen: list[Tensor] = []
+    with without_checkpointing(architecture), head_read_by(architecture, seen.append):
+        model(**plain_arguments(inputs), use_cache=False)
+    return seen[0]
+
+
+def plain_arguments(inputs: TokenInputs) -> dict[str, Any]:
+    """What the caller's batch is to an ordinary forward."""
+    padding = {} if inputs.padding is None else {"attention_mask": inputs.padding}
+    return {**inputs.arguments(), **padding, **inputs.quiet}
+
+
+def _tolerance(values: Tensor) -> tuple[float, float]:
+    if autocast_active(values.device.type) or values.dtype not in _TOLERANCE:
+        return _HALF
+    if values.dtype == torch.float32 and values.device.type != "cpu":
+        return _SINGLE_ON_DEVICE
+    return _TOLERANCE[values.dtype]
