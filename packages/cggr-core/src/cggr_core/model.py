@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
@@ -12,7 +13,7 @@ from cggr_core.schedule import Schedule
 from cggr_core.selection import Selection
 from cggr_core.settings import RoutingSettings
 from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, run_step
-from cggr_core.step.checks import check_unused, drop_inert_arguments
+from cggr_core.step.checks import check_not_compiled, check_unused, drop_inert_arguments
 from cggr_core.stopwatch import Stopwatch
 
 
@@ -38,6 +39,8 @@ class CGGRModel(nn.Module):
     is passed in. *Two passes* (1 + 3r) score at full depth, with the model's own head.
 
     At a ratio of 1 every token is kept, those without a label too: the step is ordinary training in every mode.
+
+    ``torch.compile`` of a CGGRModel runs its forward uncompiled; a model that holds compiled modules is refused.
 
     With dropout, every computation of a token draws its own mask; in two passes kept tokens are computed twice.
 
@@ -105,6 +108,7 @@ class CGGRModel(nn.Module):
         engine: str | None = RoutingSettings.engine,
     ) -> None:
         super().__init__()
+        check_not_compiled(model)
         from cggr_core.routing import Engine
 
         self.settings = RoutingSettings(
@@ -138,6 +142,7 @@ class CGGRModel(nn.Module):
         self._draws = Draws(self.schedule)
         self._metrics: dict[str, Any] = {}
 
+    @torch.compiler.disable
     def forward(
         self,
         input_ids: Tensor | None = None,

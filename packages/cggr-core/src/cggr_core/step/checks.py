@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_core.checks import (
     check_at_least,
@@ -17,7 +17,7 @@ from cggr_core.checks import (
 from cggr_core.selection import Selection
 from cggr_core.settings import RoutingSettings
 
-__all__ = ["check_step_arguments", "check_unused", "drop_inert_arguments"]
+__all__ = ["check_not_compiled", "check_step_arguments", "check_unused", "drop_inert_arguments"]
 
 # What the wrapped model could be asked for besides its loss, and the answer that asks for nothing.
 _INERT = {
@@ -125,3 +125,18 @@ def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
                 "call the wrapped model"
             )
     return {name: value for name, value in arguments.items() if name not in _INERT}
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise if a model or a module of it was compiled: the passes change what compiled code has built in.
+
+    Raises:
+        ValueError: If one was.
+    """
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"its {name}" if name else "it"
+            raise ValueError(
+                f"model {type(model).__name__} was compiled ({where}), and routed passes run the model's own modules; "
+                "wrap the model before torch.compile is called on any of it"
+            )

@@ -1,0 +1,47 @@
+"""``torch.compile`` around a CGGRModel, and of the model that it wraps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cggr_core import CGGRModel
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
+
+
+def step(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    loss = model(input_ids, labels=input_ids)
+    loss.backward()
+    return loss.detach()
+
+
+def in_place(model: Any) -> Any:
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, in_place])
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_a_compiled_wrapper_trains(compiled: Callable[[Any], Any], gradient: str) -> None:
+    model, input_ids = ROUTABLE["llama"](), torch.randint(3, VOCAB, (2, 12))
+    settings: dict[str, Any] = {"gradient": gradient, "selection": "random", "seed": 3}
+    wanted = step(CGGRModel(model, **settings).train(), input_ids)
+    grads = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    assert torch.equal(step(compiled(CGGRModel(model, **settings).train()), input_ids), wanted)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, in_place])
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_what_was_compiled_before_is_refused(compiled: Callable[[Any], Any], part: str) -> None:
+    model = ROUTABLE["llama"]()
+    if part == "model":
+        model = compiled(model)
+    else:
+        model.model.layers[0] = compiled(model.model.layers[0])
+    with pytest.raises(ValueError, match=r"was compiled .*wrap the model before torch\.compile"):
+        CGGRModel(model)
