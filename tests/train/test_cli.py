@@ -154,7 +154,7 @@ def test_inspect_writes_its_page(tmp_path, tokenizer):
     result = cggr("inspect", "--model", tmp_path / "model", "--text", "def f(a):\n    return a\n", "--out", out)
     assert result.exit_code == 0
     assert f"tokens · page {out}" in result.output
-    assert "What a model makes of a passage" in out.read_text(encoding="utf-8")
+    assert "Which tokens of this passage would be kept?" in out.read_text(encoding="utf-8")
 
 
 def test_inspect_refuses_a_place_that_cannot_be_written_before_the_model_is_read(tmp_path):

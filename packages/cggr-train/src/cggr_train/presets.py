@@ -103,8 +103,8 @@ def check_model_folder(path: str) -> None:
 
     if not Path(path).is_dir():
         raise InputError(
-            f"the model directory {path} does not exist; to train from scratch give --config instead, and a model of "
-            "the Hugging Face hub is downloaded first (hf download NAME --local-dir DIRECTORY)"
+            f"the model directory {path} does not exist; to train from scratch give --config instead, and for a model "
+            "of the Hugging Face hub its whole name (OWNER/NAME)"
         )
     try:
         AutoConfig.from_pretrained(path, local_files_only=True, **gguf_argument(path))

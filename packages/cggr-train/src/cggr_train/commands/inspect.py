@@ -13,7 +13,9 @@ from cggr_train.errors import InputError
 
 
 def inspect(
-    model: Annotated[str, typer.Option(help="Directory of a Hugging Face model.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Hugging Face model: a directory or a name on the hub.", show_default=False)
+    ],
     text: Annotated[str, typer.Option(help="The passage, or the path of a text file.", show_default=False)],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("inspect.html"),
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory, where it is not the model's own.")] = None,
@@ -31,6 +33,7 @@ def inspect(
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
+        from cggr_train.fine_tuning import local_model
         from cggr_train.inspection import inspect_text, read_passage
         from cggr_train.report.inspection_page import write_inspection_page
 
@@ -39,7 +42,7 @@ def inspect(
             what = "is a directory" if out.is_dir() else f"cannot be written: there is no directory {out.parent}"
             raise InputError(f"--out {out} {what}; give the path of an HTML file")
         found = inspect_text(
-            model, read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
+            local_model(model), read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
             router_depth=router_depth, length=length, seed=seed, device=device,
         )  # fmt: skip
         write_inspection_page(out, found)

@@ -14,7 +14,8 @@ Data = Annotated[
     list[Path] | None, typer.Argument(help="Text, .jsonl or .parquet files to train on.", show_default=False)
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Directory of a Hugging Face model to train on, or that holds one as a GGUF file.")
+    str | None,
+    typer.Option(help="Hugging Face model to fine-tune: a directory (also with a GGUF file) or a name on the hub."),
 ]
 Config = Annotated[
     str | None, typer.Option(help="Train from scratch: nano, micro, tiny, small, base, large, or a config.json.")
@@ -23,7 +24,12 @@ Tokenizer = Annotated[
     str | None, typer.Option(help="Tokenizer directory; without it the model's own, or one trained on the data.")
 ]
 VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the data.")]
-Field = Annotated[str, typer.Option(help="Key or column that holds the text; a,b joins two.")]
+Field = Annotated[
+    str,
+    typer.Option(
+        help="Key or column that holds the text. Of a,b with --model, b is the answer and a is masked; else both are joined."
+    ),
+]
 Answer = Annotated[
     str | None,
     typer.Option(help="Key or column of the answer; --field is the question then, and the answer alone is supervised."),
@@ -38,8 +44,16 @@ RouterDepth = Annotated[
 ]
 Length = Annotated[int, typer.Option(help="Tokens of a sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
-WeightDecay = Annotated[float, typer.Option(help="Weight decay of matrices.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Peak learning rate of AdamW: 1e-3 from scratch, 5e-5 to 1e-5 by size with --model.", show_default=False
+    ),
+]
+WeightDecay = Annotated[
+    float | None,
+    typer.Option(help="Weight decay of matrices: 0.1 from scratch, 0.01 with --model.", show_default=False),
+]
 Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 switches clipping off.")]
 EvalSequences = Annotated[int, typer.Option(help="Held-out sequences per evaluation.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]

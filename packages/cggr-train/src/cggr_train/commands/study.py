@@ -47,8 +47,8 @@ def study(
     seconds: Annotated[float | None, typer.Option(help="Or its seconds of training.")] = None,
     length: options.Length = 512,
     batch_size: options.BatchSize = 8,
-    learning_rate: options.LearningRate = 1e-3,
-    weight_decay: options.WeightDecay = 0.1,
+    learning_rate: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
     clip: options.Clip = 1.0,
     seed: Annotated[int, typer.Option(help="First of the seeds, of weights, data order and selections.")] = 0,
     memory_limit: Annotated[
@@ -86,6 +86,7 @@ def study(
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
+        from cggr_train.fine_tuning import defaults, local_model
         from cggr_train.learner import Routing
         from cggr_train.option_checks import parse_bytes
         from cggr_train.settings import TrainSettings
@@ -96,6 +97,8 @@ def study(
         if resume is not None:
             result = resume_study(resume, console)
         else:
+            model = None if model is None else local_model(model)
+            chosen = defaults(model, learning_rate=learning_rate, weight_decay=weight_decay, field=field, answer=answer)
             settings = StudySettings(
                 train=TrainSettings(
                     data=tuple(map(str, data or ())),
@@ -103,8 +106,8 @@ def study(
                     config=config,
                     tokenizer=tokenizer,
                     vocab_size=vocab_size,
-                    field=field,
-                    answer=answer,
+                    field=chosen.field,
+                    answer=chosen.answer,
                     heldout=tuple(map(str, heldout or ())),
                     heldout_fraction=heldout_fraction,
                     skip_bad=skip_bad,
@@ -113,8 +116,8 @@ def study(
                     batch_size=batch_size,
                     steps=steps,
                     seconds=seconds,
-                    learning_rate=learning_rate,
-                    weight_decay=weight_decay,
+                    learning_rate=chosen.learning_rate,
+                    weight_decay=chosen.weight_decay,
                     clip=clip,
                     seed=seed,
                     eval_sequences=eval_sequences,

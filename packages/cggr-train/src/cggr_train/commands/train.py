@@ -48,9 +48,9 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all. No budget: one pass.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Seconds of training in all.")] = None,
-    learning_rate: options.LearningRate = 1e-3,
+    learning_rate: options.LearningRate = None,
     lr_warmup: Annotated[float, typer.Option(help="Share of the budget spent warming up.")] = 0.05,
-    weight_decay: options.WeightDecay = 0.1,
+    weight_decay: options.WeightDecay = None,
     clip: options.Clip = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and selections.")] = 0,
     log_every: Annotated[int, typer.Option(help="Steps between two log records.")] = 10,
@@ -74,6 +74,7 @@ def train(
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
+        from cggr_train.fine_tuning import announce, defaults, local_model
         from cggr_train.learner import Routing
         from cggr_train.run import resume_run, start_run
         from cggr_train.settings import TrainSettings
@@ -84,14 +85,18 @@ def train(
             result = resume_run(resume, console, steps=steps, seconds=seconds)
             folder = resume
         else:
+            model = None if model is None else local_model(model)
+            chosen = defaults(model, learning_rate=learning_rate, weight_decay=weight_decay, field=field, answer=answer)
+            if model is not None:
+                console.print(announce(chosen, lr_warmup), highlight=False)
             settings = TrainSettings(
                 data=tuple(map(str, data or ())),
                 model=model,
                 config=config,
                 tokenizer=tokenizer,
                 vocab_size=vocab_size,
-                field=field,
-                answer=answer,
+                field=chosen.field,
+                answer=chosen.answer,
                 heldout=tuple(map(str, heldout or ())),
                 heldout_fraction=heldout_fraction,
                 skip_bad=skip_bad,
@@ -102,9 +107,9 @@ def train(
                 accumulate=accumulate,
                 steps=steps,
                 seconds=seconds,
-                learning_rate=learning_rate,
+                learning_rate=chosen.learning_rate,
                 lr_warmup=lr_warmup,
-                weight_decay=weight_decay,
+                weight_decay=chosen.weight_decay,
                 clip=clip,
                 seed=seed,
                 log_every=log_every,
