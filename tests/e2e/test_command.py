@@ -150,14 +150,14 @@ def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     assert f"go on with: cggr study --resume {out}" in output
     assert "Traceback" not in errors
     stopped = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
-    assert 1 <= len(stopped) < 8
+    assert 1 <= len(stopped) < 12
 
     done = finish(cggr("study", "--resume", out))
     assert done.returncode == 0, done.stderr
-    assert f"{len(stopped)} of 8 runs are done" in done.stdout
+    assert f"{len(stopped)} of 12 runs are done" in done.stdout
     runs = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
     assert runs[: len(stopped)] == stopped
-    assert len(runs) == len(set(runs)) == 8
+    assert len(runs) == len(set(runs)) == 12
     names = {path.name for path in out.iterdir()}
     assert names == {
         "settings.json", "study.json", "arms.json", "tokenizer", "tokens", "results.jsonl", "runs", "report.html",
@@ -179,4 +179,5 @@ def test_the_demo_is_a_study_of_four_methods(tmp_path):
     for run in runs:
         assert run["points"][-1]["heldout_loss"] < run["points"][0]["heldout_loss"]
     assert (out / "report.html").exists()
-    assert "What a model makes of a passage" in (out / "passage.html").read_text(encoding="utf-8")
+    assert "Found: " in done.stdout and str((out / "report.html").resolve()) in done.stdout
+    assert "Which tokens of this passage would be kept?" in (out / "passage.html").read_text(encoding="utf-8")

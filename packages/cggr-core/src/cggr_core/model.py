@@ -199,6 +199,14 @@ class CGGRModel(nn.Module):
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
+        # Offloading keeps parameters there too, with hooks that bring their values.
+        if next(self.model.parameters()).is_meta and not any(
+            hasattr(part, "_hf_hook") for part in self.model.modules()
+        ):
+            raise ValueError(
+                "the model is on the meta device and has no values to train: load its weights, or move it with "
+                "to_empty(device=...) and initialise it, first"
+            )
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
         self._raise_deferred_errors(wait=self.schedule.reads_confidence)
         self._follow_model()

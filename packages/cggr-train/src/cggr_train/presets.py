@@ -151,6 +151,8 @@ def load_model(path: str) -> PreTrainedModel:
     if gguf_argument(path):  # its weights are plain float32 now, which can be trained and saved
         del model.config.quantization_config
         model.is_quantized = False
+        if getattr(model, "hf_quantizer", None) is not None:  # it would refuse to have the model saved
+            del model.hf_quantizer
     # transformers would go on with random numbers in their place
     missing = sorted(report["missing_keys"])
     if missing:

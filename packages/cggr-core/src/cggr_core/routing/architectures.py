@@ -138,6 +138,12 @@ def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
         raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        raise TypeError(
+            f"the head of {type(base).__name__} ({type(module).__name__}) holds no weight tensor, so it cannot be "
+            "trained through: quantised modules for inference have none; load the model unquantised, or with a "
+            "quantisation that trains LoRA adapters and leaves the head alone"
+        )
     scaling, scale = _setting(base, config, "logits_scaling"), _setting(base, config, "logit_scale")
     if scaling is not None:  # Granite divides, Cohere multiplies
         scale = 1.0 / scaling

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 
 import torch
 from torch import Tensor
@@ -12,6 +14,17 @@ from cggr_core.selection import Selection, plain_weight, select
 from cggr_core.settings import SUPERVISED, RoutingSettings
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.draws import Draws
+
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _say_that_one_row_is_kept() -> None:
+    _logger.warning(
+        "gradient='sequence' chooses among the rows of a batch, and this one has a single row: all of it is kept, and "
+        "the step is the standard one. Packed documents in one row are not sequences of their own: give them rows, or "
+        "take gradient='kv'"
+    )
 
 
 def select_tokens(
@@ -44,6 +57,8 @@ def select_rows(
     settings: RoutingSettings, batch: StepBatch, score: Tensor | None, schedule: Schedule, draws: Draws
 ) -> tuple[Selection, Tensor]:
     """The kept rows of the batch, as one row of ``B`` tokens, and 1 / their inclusion probability ``[1, K]``."""
+    if batch.shape[0] == 1 and schedule.ratio < 1.0:
+        _say_that_one_row_is_kept()
     counts = batch.countable.sum(1)
     row_score = counts.float() if score is None else (score * batch.countable).sum(1) / counts.clamp(min=1)
     return _select(settings, batch, row_score[None], (counts > 0)[None], schedule, draws, None, 1)

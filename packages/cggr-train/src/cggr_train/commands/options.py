@@ -15,7 +15,7 @@ Data = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="Hugging Face model to fine-tune: a directory (also with a GGUF file) or a name on the hub."),
+    typer.Option(help="Hugging Face model to fine-tune: a directory, GGUF too, or a name on the hub."),
 ]
 Config = Annotated[
     str | None, typer.Option(help="Train from scratch: nano, micro, tiny, small, base, large, or a config.json.")
@@ -27,7 +27,7 @@ VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the
 Field = Annotated[
     str,
     typer.Option(
-        help="Key or column that holds the text. Of a,b with --model, b is the answer and a is masked; else both are joined."
+        help="Key or column that holds the text. a,b: with --model b is the answer to a, which is masked; else joined."
     ),
 ]
 Answer = Annotated[
