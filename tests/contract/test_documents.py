@@ -13,6 +13,7 @@ EXAMPLES = [
     "README.md",
     "docs/index.md",
     "docs/tasks.md",
+    "docs/tutorial.md",
     "docs/guides/any-loss.md",
     "docs/guides/own-loop.md",
     "docs/guides/moe.md",
