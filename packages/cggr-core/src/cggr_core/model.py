@@ -108,7 +108,6 @@ class CGGRModel(nn.Module):
         engine: str | None = RoutingSettings.engine,
     ) -> None:
         super().__init__()
-        check_not_compiled(model)
         from cggr_core.routing import Engine
 
         self.settings = RoutingSettings(
@@ -129,6 +128,7 @@ class CGGRModel(nn.Module):
         )
         self.schedule = Schedule.of(self.settings)
         self._engine = Engine(model)
+        check_not_compiled(model, self._engine.architecture.layers)
         scores_by = as_router(router, self._engine)
         self.settings.check_router(router, gives_confidence=scores_by.gives_confidence)
         self.model = model

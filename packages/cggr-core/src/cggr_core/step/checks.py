@@ -127,16 +127,20 @@ def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in _INERT}
 
 
-def check_not_compiled(model: nn.Module) -> None:
-    """Raise if a model or a module of it was compiled: the passes change what compiled code has built in.
+def check_not_compiled(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Raise if a model, its layers or their attention were compiled: the passes change what is built in.
 
     Raises:
         ValueError: If one was.
     """
+    routed = {id(layer) for layer in layers}
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled and (
+            not name or any(id(part) in routed or "Attention" in type(part).__name__ for part in module.modules())
+        ):
             where = f"its {name}" if name else "it"
             raise ValueError(
                 f"model {type(model).__name__} was compiled ({where}), and routed passes run the model's own modules; "
-                "wrap the model before torch.compile is called on any of it"
+                "wrap the model before torch.compile is called on it, or compile norms and MLPs alone"
             )
