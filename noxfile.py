@@ -186,10 +186,12 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format, and that the changelog fragments render."""
-    install(session, "ruff", "towncrier")
+    """Check style and format, the prose of the documents, and that the changelog fragments render."""
+    install(session, "ruff", "towncrier", "proselint")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
+    prose = [*ROOT.glob("*.md"), ROOT / "docs", ROOT / "benchmarks/README.md", *ROOT.glob("packages/*/README.md")]
+    session.run("proselint", "--config", ".proselintrc.json", "check", *map(str, prose))
     for package in PACKAGES:
         draft = ("--draft", "--config", "pyproject.toml", "--dir", f"packages/{package}")
         session.run(

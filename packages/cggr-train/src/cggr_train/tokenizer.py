@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a directory, or a byte-level BPE trained on the spot."""
+"""Tokenizers: loaded from a directory, or a byte-level BPE trained on the data."""
 
 from __future__ import annotations
 
