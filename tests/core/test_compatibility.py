@@ -12,9 +12,9 @@ from cggr_core.step import selecting
 IDS = torch.arange(32).view(2, 16) % 30
 
 
-def model(layers: int = 2) -> LlamaForCausalLM:
+def model() -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
@@ -32,9 +32,15 @@ def step(wrapped, gradient="kv"):
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo looks at attributes that warn
-def test_a_compiled_model_makes_the_same_step():
-    expected, gradients = step(model(layers=1))
-    found, its = step(torch.compile(model(layers=1), backend="eager"))
+def test_a_compiled_model_is_refused_and_its_parts_make_the_same_step():
+    with pytest.raises(ValueError, match="was compiled"):
+        step(torch.compile(model(), backend="eager"))
+    expected, gradients = step(model())
+    made = model()
+    for name, part in made.named_modules():
+        if name.endswith(("norm", ".mlp")):
+            part.compile(backend="eager", dynamic=False)
+    found, its = step(made)
     assert found == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(its, gradients)
 
