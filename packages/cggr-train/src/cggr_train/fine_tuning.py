@@ -68,9 +68,10 @@ def defaults(
     )
 
 
-def announce(chosen: Defaults, warmup: float) -> str:
+def announce(chosen: Defaults, warmup: float, messages: str | None = None) -> str:
     """What fine-tuning will do, in a line."""
     what = f"on {chosen.answer}, with {chosen.field} masked" if chosen.answer else "on every token of the text"
+    what = "on the assistant's turns" if messages else what
     return f"fine-tuning {what}: learning rate {chosen.learning_rate:g}, warm-up over {warmup:.0%} of the budget"
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cggr_train.data import Documents, TokenStore, build_example_store, build_token_store
+from cggr_train.data import (
+    Conversations,
+    Documents,
+    TokenStore,
+    build_example_store,
+    build_token_store,
+    check_chat_template,
+    conversation_rows,
+)
 from cggr_train.data.documents import has_fields
 from cggr_train.errors import InputError, SaveError
 from cggr_train.learner import METHODS
@@ -35,21 +44,27 @@ def prepare(
     if settings.method not in METHODS:
         raise InputError(f"--method is {settings.method!r}: give one of {', '.join(METHODS)}")
     field = settings.field if settings.answer is None else f"{settings.field},{settings.answer}"
-    documents = Documents(settings.data, field=field, skip_bad=settings.skip_bad)
+    kind = Documents if settings.messages is None else Conversations
+    field = settings.messages or field
+    documents = kind(settings.data, field=field, skip_bad=settings.skip_bad)
     heldout = None
     if settings.heldout:
-        heldout = Documents(settings.heldout, field=field, skip_bad=settings.skip_bad)
-    if settings.answer is not None:
+        heldout = kind(settings.heldout, field=field, skip_bad=settings.skip_bad)
+    named = settings.messages or settings.answer
+    if named is not None:
         plain = [path for source in (documents, heldout) if source for path in source.paths if not has_fields(path)]
+        option = "--messages" if settings.messages else "--answer"
         if plain:
             raise InputError(
-                f"--answer {settings.answer!r} is a key of JSON Lines or Parquet files, and {plain[0]} is plain text"
+                f"{option} {named!r} is a key of JSON Lines or Parquet files, and {plain[0]} is plain text"
             )
     if settings.config is not None:
         build_config(settings.config, vocab_size=settings.vocab_size, length=settings.length)
     if settings.model is not None:
         check_model_folder(settings.model)
     tokenizer = _tokenizer(settings, documents, console)
+    if settings.messages is not None:
+        check_chat_template(tokenizer)
     model = _model(settings, tokenizer)
     tokenizer_name = f"the tokenizer in {settings.tokenizer or settings.model or folder}"
     embedding: Any = model.get_input_embeddings()
@@ -62,14 +77,16 @@ def prepare(
     console.print("tokenizing …", highlight=False)
     try:
         tokenizer.save_pretrained(folder / "tokenizer")
-        build = build_token_store if settings.answer is None else build_example_store
+        build = build_token_store if named is None else build_example_store
+        if settings.messages is not None:
+            build = partial(build_example_store, rows=conversation_rows)
         tokens = build(
             documents, tokenizer, folder / "tokens",
             length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
         )  # fmt: skip
     except OSError as error:  # what cannot be read is another error already
         raise SaveError(f"the text's tokens could not be written to {folder}: {error.strerror or error}") from error
-    left_out = "bad lines" if settings.answer is None else "examples that are bad or longer than --length"
+    left_out = "bad lines" if named is None else "examples that are bad or longer than --length"
     skipped = f", [yellow]{tokens.skipped:,} {left_out} left out[/]" if tokens.skipped else ""
     console.print(
         f"{tokens.documents:,} documents, {len(tokens.train):,} tokens to train on, "

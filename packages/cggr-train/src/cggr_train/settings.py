@@ -31,6 +31,7 @@ class TrainSettings:
     vocab_size: int = 8192
     field: str = "text"
     answer: str | None = None
+    messages: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_fraction: float = 0.02
     skip_bad: bool = False
@@ -70,7 +71,9 @@ class TrainSettings:
             if budget is not None:
                 check_number(option, budget, above=0)
         check_seed(self.seed)
-        check_routing(self.routing, labelled=self.answer is not None)
+        check_routing(self.routing, labelled=self.answer is not None or self.messages is not None)
+        if self.messages is not None and self.answer is not None:
+            raise InputError("give either --messages or an answer (--answer, or --field a,b with --model), not both")
         if not 0 < self.heldout_fraction <= 0.5:
             raise InputError(f"--heldout-fraction must be in (0, 0.5], got {self.heldout_fraction}")
         if not 0 <= self.lr_warmup < 1:

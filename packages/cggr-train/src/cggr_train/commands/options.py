@@ -34,6 +34,10 @@ Answer = Annotated[
     str | None,
     typer.Option(help="Key or column of the answer; --field is the question then, and the answer alone is supervised."),
 ]
+Messages = Annotated[
+    str | None,
+    typer.Option(help="Key of a list of messages: in the chat template, the assistant's turns supervised."),
+]
 Heldout = Annotated[
     list[Path] | None, typer.Option(help="File held out, instead of a share of the data; once for each file.")
 ]

@@ -24,6 +24,7 @@ def train(
     vocab_size: options.VocabSize = 8192,
     field: options.Field = "text",
     answer: options.Answer = None,
+    messages: options.Messages = None,
     heldout: options.Heldout = None,
     heldout_fraction: options.HeldoutFraction = 0.02,
     skip_bad: options.SkipBad = False,
@@ -88,7 +89,7 @@ def train(
             model = None if model is None else local_model(model)
             chosen = defaults(model, learning_rate=learning_rate, weight_decay=weight_decay, field=field, answer=answer)
             if model is not None:
-                console.print(announce(chosen, lr_warmup), highlight=False)
+                console.print(announce(chosen, lr_warmup, messages), highlight=False)
             settings = TrainSettings(
                 data=tuple(map(str, data or ())),
                 model=model,
@@ -97,6 +98,7 @@ def train(
                 vocab_size=vocab_size,
                 field=chosen.field,
                 answer=chosen.answer,
+                messages=messages,
                 heldout=tuple(map(str, heldout or ())),
                 heldout_fraction=heldout_fraction,
                 skip_bad=skip_bad,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 256
+Rows = Callable[[list[tuple[str, ...]], "PreTrainedTokenizerBase", int], Iterator["np.ndarray | None"]]
 
 
 def build_example_store(
@@ -27,6 +28,7 @@ def build_example_store(
     length: int,
     heldout_fraction: float = 0.02,
     heldout_documents: Documents | None = None,
+    rows: Rows | None = None,
 ) -> TokenStore:
     """Tokenize examples into ``folder``, one to a row of ``length`` tokens, and map the result.
 
@@ -41,6 +43,7 @@ def build_example_store(
         length: Tokens of a row.
         heldout_fraction: Share of examples held out, by a hash of their text.
         heldout_documents: Examples to hold out instead.
+        rows: Makes the rows of a chunk of examples, None for one that is too long; by default as above.
 
     Raises:
         InputError: If a side is left without an example, or the tokenizer has no end-of-text token.
@@ -52,7 +55,7 @@ def build_example_store(
     with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
         files = {"train": train, "heldout": heldout}
         for side, parts in _sides(documents, heldout_documents, heldout_fraction):
-            for row in _rows(parts, tokenizer, length):
+            for row in (rows or _rows)(parts, tokenizer, length):
                 if row is None:
                     longer += 1
                     continue
