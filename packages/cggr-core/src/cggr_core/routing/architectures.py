@@ -46,6 +46,7 @@ class Architecture:
         cache_name: What the model's forward calls its key/value cache, one of :data:`CACHE_NAMES`.
         configured: The modules that hold a config, in which the attention implementation stands.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
+        checkpoint_wrappers: torch's own wrappers (``checkpoint_wrapper``) around modules, with what they wrap.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
         whole_after_layers: Whether the model expects rows of their whole length from its layers, whatever of them it
             reads after that; not known until it was looked at.
@@ -60,6 +61,7 @@ class Architecture:
     cache_name: str
     configured: tuple[nn.Module, ...]
     checkpointing: tuple[nn.Module, ...]
+    checkpoint_wrappers: Mapping[nn.Module, nn.Module]
     position_maker: Any
     whole_after_layers: bool = False
     norms: Mapping[nn.Module, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -112,6 +114,11 @@ def describe(model: nn.Module) -> Architecture:
         cache_name=_cache_name(base, owner),
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
         checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),
+        checkpoint_wrappers={
+            module: module._checkpoint_wrapped_module
+            for module in modules
+            if hasattr(module, "checkpoint_fn") and "_checkpoint_wrapped_module" in module._modules
+        },
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
     )
 

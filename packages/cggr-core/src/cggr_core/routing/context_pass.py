@@ -93,9 +93,11 @@ def context_pass(
             resume.append(hidden)
         return layer_output(hidden)
 
-    replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
+    replacements: dict[nn.Module, Callable[..., Any]] = {**architecture.norms, **architecture.checkpoint_wrappers}
     for number, layer in enumerate(architecture.layers):
-        replacements[layer] = partial(run, layer.forward) if number < depth else skip
+        replacements[layer] = (
+            partial(run, architecture.checkpoint_wrappers.get(layer, layer.forward)) if number < depth else skip
+        )
     with (
         without_checkpointing(architecture),
         _context_masks(model, architecture, inputs),

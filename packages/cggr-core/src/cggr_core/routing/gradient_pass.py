@@ -34,6 +34,7 @@ from cggr_core.routing.patches import (
     attention_implementation,
     replaced_forwards,
     uses_checkpointing,
+    without_checkpoint_wrappers,
     without_checkpointing,
 )
 from cggr_core.routing.rows import stop_gradient
@@ -126,12 +127,17 @@ def gradient_pass(
         if read_head is not None:
             read_head(rows.hidden(hidden))
 
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(checkpoint, partial(run_plainly, forward), use_reentrant=False)
+
     replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
+    for wrapper, wrapped in architecture.checkpoint_wrappers.items():
+        replacements[wrapper] = recomputed(wrapped)
     for number, layer in enumerate(architecture.layers):
-        forward = layer.forward
+        forward = replacements.get(layer, layer.forward)
         if uses_checkpointing(layer):
             # Inside the layer's hooks, as transformers does it.
-            forward = partial(checkpoint, partial(run_plainly, forward), use_reentrant=False)
+            forward = recomputed(forward)
         replacements[layer] = partial(run, number, forward)
     if spreads and read_head is None:
         replacements[architecture.head.module] = partial(at_kept, architecture.head.module.forward)
@@ -167,7 +173,8 @@ class _OtherTokens:
         self.index = other_positions(index, length)
         self._keep_graph = keep_graph
         self._adapters = adapters
-        self._forwards = [layer.forward for layer in architecture.layers]
+        self._architecture = architecture
+        self._forwards = [architecture.checkpoint_wrappers.get(layer, layer.forward) for layer in architecture.layers]
         self._cache = OtherTokensCache(
             index=self.index,
             kept_index=index,
@@ -205,6 +212,7 @@ class _OtherTokens:
                 torch.set_grad_enabled(self._keep_graph),
                 _unhooked_saved_tensors(),
                 self._adapters.at(self.index),
+                without_checkpoint_wrappers(self._architecture),
                 suppress(EnoughError),
             ):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)

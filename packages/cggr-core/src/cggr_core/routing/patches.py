@@ -8,7 +8,7 @@ runs in. One model is not run in two threads at a time.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -149,6 +149,14 @@ def without_checkpointing(architecture: Architecture) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True
+
+
+def without_checkpoint_wrappers(architecture: Architecture) -> AbstractContextManager[None]:
+    """Run what torch's own checkpoint wrappers wrap as if it were not wrapped.
+
+    Reach: the wrappers of this model.
+    """
+    return replaced_forwards(dict(architecture.checkpoint_wrappers))
 
 
 def uses_checkpointing(layer: nn.Module) -> bool:

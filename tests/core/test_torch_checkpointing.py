@@ -1,0 +1,41 @@
+"""torch's own activation checkpointing recomputes kept tokens as they were computed."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+from cggr_core import CGGRModel
+from tests.support.reference_routing import gradients, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+MODES = [("exact", None), *((mode, engine) for mode in ("kv", "detached") for engine in ("interleaved", "two_pass"))]
+
+
+@pytest.mark.parametrize("part", ["DecoderLayer", "Attention", "MLP"])
+@pytest.mark.parametrize(("gradient", "engine"), MODES)
+def test_wrapped_modules(part: str, gradient: str, engine: str | None) -> None:
+    model, input_ids = ROUTABLE["llama"]().train(), torch.randint(3, VOCAB, (2, 13))
+    wrapped: Any = copy.deepcopy(model)
+    apply_activation_checkpointing(
+        wrapped,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+        check_fn=lambda module: type(module).__name__.endswith(part),
+    )
+    found = []
+    for each in (model, wrapped):
+        routed = CGGRModel(each, gradient=gradient, engine=engine, selection="random", seed=3).train()
+        loss = routed(input_ids, labels=input_ids)
+        loss.backward()
+        grads = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(each).items()}
+        found.append((loss.detach(), grads))
+    (loss, wanted), (wrapped_loss, grads) = found
+    torch.testing.assert_close(wrapped_loss, loss)
+    assert relative_error(grads, wanted) < 1e-6
