@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 # What padding-free collators say about packed documents besides position_ids, for one kind of attention each.
-_PACKING_HINTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+_ATTENTION_HINTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+# State-space layers know documents by nothing else.
+_PACKING_HINTS = _ATTENTION_HINTS | {"seq_idx"}
 
 
 # What a training forward takes besides the model's own arguments.
@@ -17,7 +19,8 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a training forward.
 
     Packed documents are told apart by position ids that start anew, which every padding-free collator gives; what it
-    gives besides is for attention that sees all tokens of the batch as queries, and left out.
+    gives besides for attention is about all tokens of the batch as queries, and left out. ``seq_idx`` is passed on:
+    layers that keep a state instead of keys and values are told documents apart by it.
 
     Args:
         inputs: A batch of the Trainer, labels included.
@@ -33,7 +36,7 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "shift_labels" in inputs:
         raise ValueError("the batch holds shift_labels; give labels as the model takes them, it shifts them itself")
-    return {name: value for name, value in inputs.items() if name not in hints}
+    return {name: value for name, value in inputs.items() if name not in _ATTENTION_HINTS}
 
 
 def evaluation_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
