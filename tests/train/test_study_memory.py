@@ -14,13 +14,15 @@ from cggr_train.study import fitting, resume_study, start_study
 from cggr_train.study import run as run_module
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
-from cggr_train.study.run import RESULTS
+from cggr_train.study.run import RESULTS, prepare_study
 from tests.support.studies import CPU, OwnPool, settings
 
 
 @pytest.fixture(autouse=True)
 def _own_pool(monkeypatch):
     monkeypatch.setattr(run_module, "Pool", OwnPool)
+    # What the page draws is test_report's matter.
+    monkeypatch.setattr("cggr_train.report.study_page.write_study_page", lambda path, **values: None)
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_the_control_of_equal_memory_has_the_routed_steps(monkeypatch, data, tmp
 def test_parts_of_a_batch_and_checkpointing_change_no_loss(data, tmp_path):
     """A micro-batch is a way to compute the same step."""
     wanted = asked(data, controls=(), selections=("supervised",))
-    run(wanted, tmp_path / "study")
+    prepare_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
     context, losses = StudyContext(tmp_path / "study", CPU), {}
     for name in ("standard", "kv-supervised"):
         for changes in ({}, {"micro_batch": 2}, {"checkpointing": True}):
@@ -125,7 +127,7 @@ def test_parts_of_a_batch_and_checkpointing_change_no_loss(data, tmp_path):
 
 
 def test_memory_of_a_step_is_measured(data, tmp_path):
-    run(asked(data, controls=(), selections=("supervised",)), tmp_path / "study")
+    prepare_study(asked(data, controls=(), selections=("supervised",)), tmp_path / "study", Console(file=io.StringIO()))
     context = StudyContext(tmp_path / "study", CPU)
     arm = context.arms["standard"]
     assert fitting.fit_arm(context, arm, limit=2**50)["micro_batch"] == 4
