@@ -19,11 +19,11 @@ __all__ = ["CGGRLinearLoss", "CGGRLoss", "loss_coefficients"]
 class CGGRLoss(TokenLoss):
     """Cross-entropy on the kept tokens of a batch of logits.
 
-    In training mode an estimate of the mean cross-entropy over all countable tokens, made from the kept ones; the
+    In training mode it estimates the mean cross-entropy over all countable tokens from the kept ones; the
     gradient is zero at all others. In eval mode the mean itself. With a ratio of 1 it equals
     ``torch.nn.functional.cross_entropy``; with nothing countable it is a zero that is connected to the graph.
 
-    Under ``torch.compile`` one graph serves every step at rest; during a warmup each new ratio compiles anew.
+    Under ``torch.compile`` one graph serves every step once the warmup is over; during it each new ratio recompiles.
 
     The host reads nothing in a step. On CPU, targets outside the vocabulary and NaN logits raise at once; on other
     devices they are counted there (such targets are ignored) and raised by the next forward that sees the count.

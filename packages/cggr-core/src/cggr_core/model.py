@@ -21,9 +21,9 @@ class CGGRModel(nn.Module):
     """Train a Hugging Face model on the tokens worth learning from.
 
     In training, ``model(input_ids, labels=labels)`` scores every token, keeps some, and returns a loss whose backward
-    pass is spent on those. Without labels, in ``eval()``, and for ``generate`` and ``save_pretrained`` it is the
-    wrapped model. Its ``state_dict()`` is that of any module that holds another: the wrapped model's names begin with
-    ``model.``, as those of its parameters do; ``wrapped.model.state_dict()`` has them as the model itself does.
+    pass runs for those alone. Without labels, in ``eval()``, and for ``generate`` and ``save_pretrained`` it behaves as
+    the wrapped model. Its ``state_dict()`` is that of any wrapper: names begin with ``model.``;
+    ``wrapped.model.state_dict()`` has the model's own names.
 
     ==============  ==================================================================  ==========================
     gradient        a kept token's gradient reaches                                     cost of a step (forwards F)
@@ -38,7 +38,7 @@ class CGGRModel(nn.Module):
     needs the selection before the layers: a router, ``selection="random"`` or ``"supervised"``, or a selection that
     is passed in. *Two passes* (1 + 3r) score at full depth, with the model's own head.
 
-    At a ratio of 1 every token is kept, those without a label too: the step is ordinary training in every mode.
+    At a ratio of 1 every token is kept, also those without a label, and the step is ordinary training in every mode.
 
     ``torch.compile`` of a CGGRModel runs its forward uncompiled; a model that holds compiled modules is refused.
 
@@ -55,13 +55,13 @@ class CGGRModel(nn.Module):
             which keeps exactly the countable tokens (its capacity costs one value from the device per step).
         scoring: ``"gradnorm"``, ``"combined"``, ``"loss"``, ``"entropy"``, ``"margin"`` or ``"excess"``.
         num_strata: Score buckets of ``"stratified"``.
-        min_tokens_per_sequence: Least kept tokens of a row for ``"sequence_aware"``; where a row's share at the keep
-            ratio is no less, that keeps what ``"topk"`` keeps.
+        min_tokens_per_sequence: For ``"sequence_aware"``: the fewest tokens that a row keeps. Where the keep ratio
+            already gives that many, the selection is that of ``"topk"``.
         block_size: Select blocks of that many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability, so that the loss estimates the full loss.
         warmup_steps: Steps over which the ratio falls linearly from 1 to ``min_tokens_ratio``; call :meth:`step`.
         dynamic_threshold: Let the batch's confidence move the ratio, see :class:`Schedule`.
-        threshold_sensitivity: How much.
+        threshold_sensitivity: How strongly the confidence moves the ratio.
         engine: ``"interleaved"`` or ``"two_pass"``; ``None`` takes the cheaper one that the scores allow.
         seed: Of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.

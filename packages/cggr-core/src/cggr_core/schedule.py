@@ -33,7 +33,7 @@ class Schedule:
         min_tokens_ratio: Keep ratio at rest, in (0, 1].
         warmup_steps: Steps from 1.0 to ``min_tokens_ratio``; 0 for none.
         dynamic_threshold: Whether the confidence moves the ratio.
-        threshold_sensitivity: How much it does, at least 0.
+        threshold_sensitivity: How strongly the confidence moves the ratio, at least 0.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -129,7 +129,7 @@ class Schedule:
         """Slots for ``length`` tokens at the present ratio.
 
         While the ratio moves, the slots are a multiple of 1/32 of the length (rounded up), so that shapes repeat and
-        compiled code is not compiled anew at every step.
+        compiled code is not recompiled at every step.
 
         Example:
             >>> Schedule(min_tokens_ratio=0.3).capacity(10)

@@ -1,6 +1,6 @@
 """Routers that were tried and have not paid so far; they may change or go in any release.
 
-Training with either could not be told from training on random tokens; their guides have the measurements.
+Training with either was statistically indistinguishable from training on random tokens; see their guides.
 """
 
 from cggr_core.experimental.learned_router import LearnedRouter

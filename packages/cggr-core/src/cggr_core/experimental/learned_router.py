@@ -28,8 +28,8 @@ _TINY = torch.finfo(torch.float32).tiny
 class LearnedRouter(nn.Module):
     """Predicts each token's score from the hidden state at layer ``depth`` and the embedding of its target.
 
-    Experimental: late in training it ranks tokens better than an early layer does, and yet training with it could not
-    be told from training on random tokens.
+    Experimental: late in training it ranks tokens better than an early layer does, yet training with it was
+    statistically indistinguishable from training on random tokens.
 
     Given to :class:`~cggr_core.CGGRModel` as its router. Scoring then costs the first ``depth`` layers, which the
     interleaved engine does not compute again, and no product with the vocabulary. The head is trained online: after

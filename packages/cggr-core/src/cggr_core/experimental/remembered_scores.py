@@ -17,7 +17,7 @@ NEVER = -1
 class RememberedScores:
     """Keeps the last observed score of every token, and serves it when the example comes again.
 
-    Experimental: three epochs of fine-tuning with it could not be told from random tokens, and were worse than with
+    Experimental: three epochs of fine-tuning with it did no better than with random tokens, and worse than with
     fresh scores.
 
     Given to :class:`~cggr_core.CGGRModel` as its router, with ``example_ids`` in every training forward. No pass and

@@ -21,7 +21,7 @@ Config = Annotated[
     str | None, typer.Option(help="Train from scratch: nano, micro, tiny, small, base, large, or a config.json.")
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Tokenizer directory; without it the model's own, or one trained on the data.")
+    str | None, typer.Option(help="Tokenizer directory; by default the model's own, or one trained on the data.")
 ]
 VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the data.")]
 Field = Annotated[
@@ -39,13 +39,11 @@ Messages = Annotated[
     typer.Option(help="Key of a list of messages: in the chat template, the assistant's turns supervised."),
 ]
 Heldout = Annotated[
-    list[Path] | None, typer.Option(help="File held out, instead of a share of the data; once for each file.")
+    list[Path] | None, typer.Option(help="Held-out file, instead of a share of the data; repeat for several.")
 ]
 HeldoutFraction = Annotated[float, typer.Option(help="Share of the documents held out.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count lines that are unusable.")]
-RouterDepth = Annotated[
-    int | None, typer.Option(help="Score with the first N layers only; without it with all of them.")
-]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unusable lines, and count them.")]
+RouterDepth = Annotated[int | None, typer.Option(help="Score with the first N layers; by default with all.")]
 Length = Annotated[int, typer.Option(help="Tokens of a sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
 LearningRate = Annotated[

@@ -29,8 +29,8 @@ class CGGRConfig:
     about; ``"topk"`` for distillation. ``scoring``: ``"gradnorm"``; ``"entropy"`` of the student for distillation.
     ``min_tokens_ratio``: 0.25; 0.5 for distillation.
 
-    No field has the name of one of ``TrainingArguments``, so that ``HfArgumentParser`` reads both from one command
-    line or one YAML file.
+    It shares no field name with ``TrainingArguments``, so ``HfArgumentParser`` reads both from one command line or one
+    YAML file.
 
     Example:
         >>> from transformers import HfArgumentParser, TrainingArguments
@@ -94,7 +94,7 @@ class CGGRConfig:
         default=RoutingSettings.dynamic_threshold, metadata={"help": "Let the batch's confidence move the ratio."}
     )
     threshold_sensitivity: float = field(
-        default=RoutingSettings.threshold_sensitivity, metadata={"help": "How much it does."}
+        default=RoutingSettings.threshold_sensitivity, metadata={"help": "How strongly the confidence moves the ratio."}
     )
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
