@@ -17,11 +17,24 @@ EXAMPLES = [
     "docs/guides/any-loss.md",
     "docs/guides/own-loop.md",
     "docs/guides/moe.md",
+    "docs/guides/attention.md",
+    "docs/guides/backends.md",
+    "docs/guides/learned-router.md",
+    "docs/guides/remembered-scores.md",
     "docs/recipes/pretraining.md",
     "docs/recipes/long-prompts.md",
     "docs/recipes/lora.md",
     "docs/recipes/memory-bound.md",
+    "packages/cggr-flash/README.md",
+    "packages/cggr-moe/README.md",
 ]
+ELSEWHERE = {
+    "docs/guides/trainer.md": "its scripts are run by tests/train/test_examples.py",
+    "docs/guides/trl.md": "its scripts are run by tests/train/test_examples.py",
+    "docs/guides/distributed.md": "its script is run by tests/train/test_examples.py",
+    "docs/recipes/small-models.md": "records a CUDA graph, which tests/gpu/test_model_native.py does",
+}
+"""Pages with Python that is not run here, and why."""
 
 
 def identity(path: Path | str) -> str:
@@ -41,6 +54,7 @@ def small_model():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers|peft)[.]")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what torch.compile imports
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by PEFT
 @pytest.mark.parametrize("document", EXAMPLES)
 def test_examples_run_in_order(document, monkeypatch, tmp_path):
@@ -54,6 +68,9 @@ def test_examples_run_in_order(document, monkeypatch, tmp_path):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: small_model())
     monkeypatch.chdir(tmp_path)
+    import cggr_flash
+
+    monkeypatch.setattr(cggr_flash, "load_model_with_flash_attention", lambda name, **settings: small_model())
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
@@ -77,11 +94,26 @@ def test_examples_run_in_order(document, monkeypatch, tmp_path):
         "targets": labels[:, 1:],
         "token_weight": torch.rand(2, 15),
         "tokenizer": tokenizer,
+        "difficulty": CGGRLoss,
+        "loader": [{"input_ids": input_ids, "labels": labels, "example_ids": torch.arange(2)}] * 3,
+        "path": tmp_path / "scores.safetensors",
+        "hidden_states": torch.randn(2, 8, 1024),
         "dataset": Dataset.from_list([{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(4)]),
         "args": SFTConfig(max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no"),
     }
     for block in blocks:
         exec(compile(block, document, "exec"), names)
+
+
+def test_every_page_with_python_is_run_or_says_where():
+    pages = {identity(path) for path in DOCUMENTS if "```python" in path.read_text(encoding="utf-8")}
+    assert pages == {*EXAMPLES, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("document", [name for name in ELSEWHERE if name.startswith("docs/guides")])
+def test_scripts_of_the_guides_are_shown_whole(document):
+    shown = re.findall(r'^--8<-- "(.+)"$', (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown and all((ROOT / script).is_file() for script in shown)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=identity)
