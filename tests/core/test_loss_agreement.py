@@ -168,6 +168,23 @@ def test_arguments_of_the_loss_are_refused_by_name(arguments, said):
         CGGRModel(ROUTABLE["llama"]()).train()(tokens(), labels=tokens(), **arguments)
 
 
+@pytest.mark.parametrize("name", ["num_items_in_batch", "shift_labels", "ignore_index", "label_smoothing"])
+def test_arguments_of_the_loss_are_refused_without_labels(name):
+    with pytest.raises(ValueError, match=f"{name}: read in training with labels only, and labels is None"):
+        CGGRModel(ROUTABLE["llama"]()).train()(tokens(), **{name: 1})
+
+
+def test_labels_are_given_by_name():
+    # The second argument of a model's own forward is its attention mask.
+    with pytest.raises(TypeError, match="positional argument"):
+        CGGRModel(ROUTABLE["llama"]()).train()(tokens(), torch.ones_like(tokens()))
+
+
+def test_labels_of_another_head_are_refused_by_name():
+    with pytest.raises(ValueError, match="mc_labels is an argument of the model's own loss"):
+        CGGRModel(ROUTABLE["gpt2"]()).train()(tokens(), labels=tokens(), mc_labels=tokens())
+
+
 def test_the_ignored_label_that_is_in_force_may_be_said():
     wrapped, input_ids = CGGRModel(ROUTABLE["llama"](), min_tokens_ratio=1.0).train(), tokens()
     torch.testing.assert_close(
@@ -192,3 +209,23 @@ def test_balancing_losses_are_weighted_as_the_model_weights_them(name, gradient)
     own = model(input_ids=input_ids, labels=input_ids).loss
     found = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_router_logits_are_asked_for_by_argument_or_config(engine, padded):
+    input_ids, mask = tokens(), torch.ones_like(tokens())
+    if padded:
+        mask[1, 8:] = 0
+
+    def loss(configured, **asked):
+        model = ROUTABLE["mixtral"]()
+        model.config.output_router_logits = configured
+        wrapped = CGGRModel(model, engine=engine, selection="random").train()
+        found = wrapped(input_ids, labels=input_ids.where(mask.bool(), -100), attention_mask=mask, draw=1, **asked)
+        return found.item()
+
+    with_balancing, without = loss(True), loss(False)
+    assert with_balancing > without + 1e-4
+    assert loss(False, output_router_logits=True) == with_balancing
+    assert loss(True, output_router_logits=False) == without

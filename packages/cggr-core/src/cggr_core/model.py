@@ -146,8 +146,8 @@ class CGGRModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
         *,
+        labels: Tensor | None = None,
         token_weight: Tensor | None = None,
         reference_nll: Tensor | None = None,
         num_items: Tensor | float | None = None,
@@ -196,6 +196,7 @@ class CGGRModel(nn.Module):
                 draw=draw,
                 first_row=first_row or None,
                 example_ids=example_ids,
+                **(self._engine.loss_arguments(arguments) if labels is None else {}),
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)

@@ -104,7 +104,8 @@ def context_pass(
         replaced_forwards(replacements),
         head_read_by(architecture, read_head),
     ):
-        output = model(**inputs.arguments(), **inputs.quiet, **{architecture.cache_name: cache}, use_cache=True)
+        arguments = {**inputs.arguments(), **inputs.quiet}
+        output = model(**arguments, **{architecture.cache_name: cache}, use_cache=True)
     missing = sorted(set(range(depth)) - cache.recorded.keys())
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")

@@ -14,7 +14,7 @@ from cggr_core.routing.context_pass import Context, context_pass, head_read_by, 
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loads import count_loads
-from cggr_core.routing.loss_agreement import auxiliary_loss, without_loss_arguments
+from cggr_core.routing.loss_agreement import auxiliary_loss, loss_arguments, without_loss_arguments
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.ordering import shards_layers
 from cggr_core.routing.probe import Probe, probe, probe_longer_rows
@@ -125,6 +125,10 @@ class Engine:
             token_type_ids=token_type_ids,
             options=options,
         )
+
+    def loss_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What only the model's loss would read of a forward's arguments."""
+        return loss_arguments(self.model, arguments)
 
     def without_loss_arguments(
         self, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int

@@ -145,7 +145,10 @@ def token_inputs(
         if attention_mask is None:
             segment = packed_segments(position_ids)
     # With it, Mixtral's kind of balancing loss would expect router logits of all S tokens in every pass.
-    balancing = bool(getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False))
+    # An argument goes before the config, as in the model.
+    configured = getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False)
+    asked = (options or {}).get("output_router_logits")
+    balancing = bool(configured if asked is None else asked)
     return TokenInputs(
         per_token=per_token,
         position_ids=position_ids,

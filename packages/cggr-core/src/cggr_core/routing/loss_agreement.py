@@ -138,6 +138,20 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
     )
 
 
+def loss_arguments(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What only a model's loss would read of its forward's arguments: known names, and those its loss function takes.
+
+    Args:
+        model: The model.
+        arguments: Of its forward.
+    """
+    rest = {name: value for name, value in arguments.items() if name not in _NOT_FOR_LOSS_ALONE}
+    if not rest:  # as in most steps: looking at the loss function costs more than that
+        return rest
+    of_loss = _LOSS_ARGUMENTS | _parameters(getattr(unwrapped(model), "loss_function", None))
+    return {name: value for name, value in rest.items() if name in of_loss or "label" in name}
+
+
 def without_loss_arguments(
     model: nn.Module, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
 ) -> tuple[dict[str, Any], Tensor | float | None]:
@@ -155,13 +169,12 @@ def without_loss_arguments(
     Raises:
         ValueError: If one would change the loss in a way that a routed step does not have, or both names are given.
     """
-    named = _LOSS_ARGUMENTS | set(_parameters(getattr(unwrapped(model), "loss_function", None)))
-    given = (named - _NOT_FOR_LOSS_ALONE) & arguments.keys()
+    given = loss_arguments(model, arguments)
     if not given:
         return arguments, num_items
     rest = {name: value for name, value in arguments.items() if name not in given}
     for name in sorted(given):
-        value = arguments[name]
+        value = given[name]
         if name == "num_items_in_batch":
             if num_items is not None:
                 raise ValueError("num_items and num_items_in_batch are the same number; give one of them")
