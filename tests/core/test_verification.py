@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from cggr_core import CGGRModel
 from cggr_core.routing import engine as engine_module
@@ -79,3 +80,33 @@ def test_layers_left_out_at_random_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layerdrop=0.1"):
         step(CGGRModel(model, gradient="kv", selection="random").train())
     step(CGGRModel(model, gradient="exact", selection="random").train())
+
+
+@pytest.mark.parametrize("layout", ["whole", "padded", "packed"])
+@pytest.mark.parametrize("length", [9, 33])
+def test_layers_that_take_queries_for_the_last_ones_are_refused(layout: str, length: int) -> None:
+    """GPT-Neo's window is a buffer's last rows: with short documents, tokens near the row's end hide that."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        window_size=6,
+        attention_types=[[["global", "local"], 1]],
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model, input_ids = transformers.GPTNeoForCausalLM(config), tokens(length)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    given: dict[str, torch.Tensor] = {}
+    if layout == "padded":
+        given["attention_mask"] = torch.ones_like(input_ids)
+        given["attention_mask"][0, :3], given["attention_mask"][1, -3:] = 0, 0
+    if layout == "packed":
+        given["position_ids"] = (torch.arange(length) % 5).expand(2, length)
+    with pytest.raises(ValueError, match=r"other values than a plain forward|does not run on kept tokens"):
+        CGGRModel(model, gradient="kv", selection="random").train()(input_ids, labels=input_ids, **given)

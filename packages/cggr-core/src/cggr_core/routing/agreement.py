@@ -131,6 +131,14 @@ def alternate_tokens(inputs: TokenInputs) -> Selection:
     return Selection.from_mask(mask, capacity=(length + 1) // 2)
 
 
+def early_tokens(inputs: TokenInputs) -> Selection:
+    """The first half of every row: far from where a layer would look that takes its queries for the last ones."""
+    batch, length = inputs.shape
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=inputs.position_ids.device)
+    mask[:, : (length + 1) // 2] = True
+    return Selection.from_mask(mask, capacity=(length + 1) // 2)
+
+
 def _head_input(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Tensor:
     seen: list[Tensor] = []
     with without_checkpointing(architecture), head_read_by(architecture, seen.append):

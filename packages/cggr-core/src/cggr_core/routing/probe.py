@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.agreement import MODEL_ERRORS, alternate_tokens, comparable, difference
+from cggr_core.routing.agreement import MODEL_ERRORS, alternate_tokens, comparable, difference, early_tokens
 from cggr_core.routing.architectures import Architecture, unwrapped
 from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.head_check import gives_the_logits
@@ -136,10 +136,14 @@ def _routed(
 def _obstacle(
     model: nn.Module, architecture: Architecture, rows: TokenInputs, expected: Tensor, layer_output: LayerOutput
 ) -> str | None:
-    name, selection = type(model).__name__, alternate_tokens(rows)
+    name, depth = type(model).__name__, len(architecture.layers)
     try:
-        for depth in sorted({0, len(architecture.layers)}):
-            apart = difference(model, architecture, rows, selection, expected, depth=depth, layer_output=layer_output)
+        for selection, before in (
+            (alternate_tokens(rows), 0),
+            (early_tokens(rows), 0),
+            (alternate_tokens(rows), depth),
+        ):
+            apart = difference(model, architecture, rows, selection, expected, depth=before, layer_output=layer_output)
             if apart is not None:
                 return f"{name} gives kept tokens other values than a plain forward does ({apart})"
     except MODEL_ERRORS as error:
