@@ -229,3 +229,44 @@ def test_router_logits_are_asked_for_by_argument_or_config(engine, padded):
     assert with_balancing > without + 1e-4
     assert loss(False, output_router_logits=True) == with_balancing
     assert loss(True, output_router_logits=False) == without
+
+
+def test_models_of_several_tasks_are_refused():
+    sizes = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 64}
+    model, input_ids = transformers.BertForPreTraining(transformers.BertConfig(**sizes)), tokens()
+    with pytest.raises(ValueError, match="BertForPreTraining returns no logits"):
+        CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
+
+
+def test_a_model_without_a_loss_for_its_labels_is_refused():
+    class Silent(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **options):
+            return super().forward(input_ids=input_ids, **options)
+
+    model, input_ids = Silent(ROUTABLE["llama"]().config), tokens()
+    with pytest.raises(ValueError, match="Silent gives no loss for labels alone"):
+        CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
+
+
+def test_a_model_without_labels_is_looked_at_once():
+    calls = []
+
+    class Bare(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+            calls.append(input_ids.shape)
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            )
+
+    model, input_ids = Bare(ROUTABLE["llama"]().config), tokens()
+    wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train()
+    found = wrapped(input_ids, labels=input_ids)
+    calls.clear()
+    wrapped(input_ids, labels=input_ids)
+    assert len(calls) == 1
+    logits = model(input_ids=input_ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(found, cross_entropy(logits, input_ids[:, 1:].flatten()), rtol=1e-5, atol=1e-6)

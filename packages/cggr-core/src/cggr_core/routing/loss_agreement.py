@@ -83,7 +83,9 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
         ) from error
     own = getattr(output, "loss", None)
     if own is None:
-        return None
+        if "labels" not in parameters:
+            return None
+        raise ValueError(f"{name} gives no loss for labels alone; a routed step would be about something else")
     if own.numel() != 1:
         raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, and a routed step has one number")
     auxiliary = auxiliary_loss(model, output)

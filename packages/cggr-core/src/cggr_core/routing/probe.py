@@ -92,9 +92,11 @@ def probe(
         architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
     with without_checkpointing(architecture):
         shifted = own_alignment(model, architecture, inputs) if own_loss else None
-    saw_loss, architecture = shifted is not None, replace(architecture, head=head, obstacle=obstacle)
+    architecture = replace(architecture, head=head, obstacle=obstacle)
     if shifted is not None:
         architecture = replace(architecture, shifted=shifted)
+    # Rows of one token say nothing of an alignment; longer ones are waited for.
+    saw_loss = own_loss and inputs.shape[1] > 1
     return Probe(architecture, layer_output, packing_obstacle, saw_loss)
 
 
@@ -217,7 +219,7 @@ def _plain_forward(
     ]
     try:
         with without_checkpointing(architecture):
-            logits = model(**inputs.arguments(), use_cache=False).logits
+            output = model(**inputs.arguments(), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -228,6 +230,12 @@ def _plain_forward(
             return (hidden, *([None] * (len(layer_returned) - 1)))
         return hidden
 
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} returns no logits (its output has {', '.join(output)}); CGGR routes causal and "
+            "masked language models"
+        )
     return layer_output, head_inputs[0] if head_inputs else None, logits
 
 
