@@ -1,5 +1,7 @@
 """`from cggr import ...` is `from cggr_core import ...`, and optional names say what to install for them."""
 
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -62,3 +64,12 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
 )
 def test_optional_names_are_those_of_their_package(module, name):
     assert getattr(cggr, name) is getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize("package", ["cggr", "cggr_train"])
+def test_importing_a_package_leaves_slow_modules_alone(package):
+    """Dynamo takes a second to import; transformers and the plots take several."""
+    slow = ("torch._dynamo", "transformers", "matplotlib", "datasets")
+    code = f"import sys, {package}; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
@@ -142,7 +142,7 @@ class CGGRModel(nn.Module):
         self._draws = Draws(self.schedule)
         self._metrics: dict[str, Any] = {}
 
-    @torch.compiler.disable
+    @_disable_dynamo  # torch.compiler.disable, but Dynamo, a second of import, waits until a forward
     def forward(
         self,
         input_ids: Tensor | None = None,
