@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn.functional import pad
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from cggr_core import select
@@ -159,3 +160,51 @@ def test_evaluation_is_trls_own(make):
     plain = make(DPOTrainer, DPOConfig, eval_dataset=Dataset.from_list(PAIRS))
     made = make(DPOTrainer, DPOConfig, CGGRConfig(), eval_dataset=Dataset.from_list(PAIRS))
     assert made.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+class TestExpertRouters:
+    """The balancing loss, which TRL weights itself, of the tokens that have a backward."""
+
+    @pytest.fixture
+    def moe(self, make, tokenizer):
+        def made(cggr=None):
+            torch.manual_seed(0)
+            config = MixtralConfig(
+                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+            return make(DPOTrainer, DPOConfig, cggr, model=MixtralForCausalLM(config), router_aux_loss_coef=0.3)
+
+        return made
+
+    def test_in_exact_it_is_trls(self, moe):
+        plain, made = moe(), moe(CGGRConfig(gradient="exact"))
+        inputs = batch_of(plain)
+        wanted, expected = step(plain, inputs)
+        found, ours = step(made, inputs)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert error(ours, expected) <= 1e-5
+
+    def test_in_kv_it_is_in_the_loss(self, moe):
+        made = moe(CGGRConfig())
+        inputs = batch_of(made)
+        with_it, gradient = step(made, inputs)
+        made.router_aux_loss_coef = 0.0
+        without = step(made, inputs)[0]
+        logged = made._metrics["train"]["aux_loss"]
+        assert with_it - without == pytest.approx(0.3 * logged[0], rel=1e-4) and logged[0] > 1.0
+        assert made.model.config.output_router_logits is False
+        assert any("gate" in name and value.any() for name, value in gradient.items())
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft"])
+def test_bfloat16_is_close(make, name):
+    kind, config, _ = CASES[name]
+    moved = []
+    for bf16 in (False, True):
+        made = make(kind, config, CGGRConfig(selection="supervised"), bf16=bf16, learning_rate=0.05)
+        before = {key: value.clone() for key, value in made.model.state_dict().items()}
+        made.train()
+        moved.append({key: value - before[key] for key, value in made.model.state_dict().items()})
+    assert 0 < error(moved[1], moved[0]) <= 0.05

@@ -30,6 +30,8 @@ _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top
 # Not for the passes: no cache of the caller's is filled, and router losses are asked for in their own way.
 _INERT = frozenset({"use_cache", "output_router_logits", "return_dict"})
 
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient")
+
 # Of countable [B, S] and, where the plan measures, the values of all labelled tokens by name [B, S]: the kept tokens
 # [B, S], and factors on their gradients [B, S] or None.
 Choose = Callable[[Tensor, "Mapping[str, Tensor] | None"], "tuple[Tensor, Tensor | None]"]
@@ -162,6 +164,7 @@ class RoutedForward:
                     context, hidden = engine.context(
                         batch, depth=engine.depth, keep_graph=keep_graph, head=True, hidden=True
                     )
+                    assert hidden is not None  # asked for
                     measured = self._measured(plan, inputs, targets, rows, hidden, start)
             keep, weight = _chosen(plan, countable, measured)
             kept = (keep if rows is None else keep[rows])[:, start:]
@@ -257,13 +260,24 @@ class RoutedForward:
         if not wanted:
             yield
             return
-        config = unwrapped(self.model).config.get_text_config()
-        before = config.output_router_logits, config.router_aux_loss_coef
-        config.output_router_logits, config.router_aux_loss_coef = True, 1.0
+        base = unwrapped(self.model)
+        config = base.config.get_text_config()
+        # A model that notes its coefficient when it is made reads its own; the others read their config's.
+        changes: list[tuple[Any, str, Any]] = [(config, "output_router_logits", True)]
+        changes += [
+            (owner, name, 1.0)
+            for owner in (base, config)
+            for name in _COEFFICIENTS
+            if getattr(owner, name, None) is not None
+        ]
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
         try:
+            for owner, name, value in changes:
+                setattr(owner, name, value)
             yield
         finally:
-            config.output_router_logits, config.router_aux_loss_coef = before
+            for owner, name, value in before:
+                setattr(owner, name, value)
 
 
 def _chosen(plan: Plan, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
