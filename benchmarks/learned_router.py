@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks import _record
 from benchmarks.step_time import (
-    FUSED_NORMS,
+    FUSED,
     SHAPES,
     STEPS_IN_A_ROW,
-    fused_norms_step,
+    fused_step,
     peak_on_device,
     standard_step,
 )
@@ -28,7 +28,7 @@ TRUNCATED, LEARNED = "truncated router", "learned router"
 
 
 def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """The standard step, the same with the norms of the routed passes, and a step of every kind of router."""
+    """The standard step, the same with the fused ops of the routed passes, and a step of every kind of router."""
     depth = max(1, model.config.num_hidden_layers // 8)
     memory = RememberedScores.empty(examples=tokens.shape[0], length=tokens.shape[1])
     ids = torch.arange(tokens.shape[0])
@@ -45,7 +45,7 @@ def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
 
     return {
         "standard": standard_step(model, tokens),
-        FUSED_NORMS: fused_norms_step(model, tokens),
+        FUSED: fused_step(model, tokens),
         f"{TRUNCATED}, depth {depth}": step(create_truncated_router(model, depth)),
         f"{LEARNED}, depth {depth}": step(LearnedRouter(depth)),
         "remembered scores": step(memory, example_ids=ids),

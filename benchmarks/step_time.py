@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import _record
 from cggr_core import CGGRModel, create_truncated_router, score, select
 from cggr_core.readout import HeadReadout
-from cggr_core.routing import fused_norms, replaced_forwards, whole_rows
+from cggr_core.routing import fused_forwards, replaced_forwards, whole_rows
 from cggr_core.scoring import fields_for
 
 SEED = 0
@@ -92,8 +92,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "exact": ({"gradient": "exact"}, False),
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
-# The routed passes run norms through torch's fused op; this is the standard step with that alone changed.
-FUSED_NORMS = "standard, fused norms"
+# The routed passes run norms, rotary embeddings and gated activations in fused ops; this is the standard step with
+# those alone changed.
+FUSED = "standard, fused layers"
 # What TRL's trainers do unless told otherwise: every layer's activations are recomputed in the backward pass.
 CHECKPOINTED = "standard, checkpointed"
 # Labels on the last tenth of every row alone, as in fine-tuning on answers: what the task leaves out is not trained on.
@@ -146,9 +147,9 @@ def supervised_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     return step
 
 
-def fused_norms_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
-    """The standard step with the norms of the routed passes."""
-    forwards, standard = fused_norms(model.modules()), standard_step(model, tokens)
+def fused_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """The standard step with the fused ops of the routed passes."""
+    forwards, standard = fused_forwards(model.modules()), standard_step(model, tokens)
 
     def step() -> None:
         with replaced_forwards(forwards):
@@ -225,8 +226,8 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return checkpointed_step(model, tokens, end_labels(tokens))
     if variant == "kv" + SUPERVISED:
         return supervised_step(model, tokens)
-    if variant == FUSED_NORMS:
-        return fused_norms_step(model, tokens)
+    if variant == FUSED:
+        return fused_step(model, tokens)
     if variant == "scoring and selection alone":
         return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
@@ -314,7 +315,7 @@ def main() -> None:
     graphs = [name + GRAPH for name in ("standard", *main_variants, *compiled[1:])]
     supervised = [name + SUPERVISED for name in ("standard", CHECKPOINTED, "kv")]
     everything = [
-        FUSED_NORMS,
+        FUSED,
         CHECKPOINTED,
         *supervised,
         *(compiled if cuda else []),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cggr_core import CGGRModel
-from cggr_core.routing import fused_norms
+from cggr_core.routing.norms import fused_norms
 from tests.support.model_steps import checkpoint_activations
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
@@ -77,7 +77,7 @@ def test_the_passes_run_it_and_leave_the_model_as_it_was(engine, checkpointing, 
     input_ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     fused = CGGRModel(model, engine=engine, selection="random").train()
     with monkeypatch.context() as patch:
-        patch.setattr("cggr_core.routing.probe.fused_norms", lambda modules: {})
+        patch.setattr("cggr_core.routing.probe.fused_forwards", lambda modules: {})
         own = CGGRModel(model, engine=engine, selection="random").train()
         own(input_ids, labels=input_ids, draw=0)  # the first forward looks at the model
     calls = []

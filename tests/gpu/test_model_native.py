@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel, create_truncated_router
-from cggr_core.routing import fused_norms
+from cggr_core.routing.norms import fused_norms
 from tests.support.gpu_models import gradients, model, relative_error, tokens
 
 pytestmark = pytest.mark.gpu

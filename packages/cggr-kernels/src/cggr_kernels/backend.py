@@ -16,6 +16,8 @@ OPS: tuple[str, ...] = (
     "routed_attention",
     "moe_route",
     "moe_experts",
+    "rotary",
+    "silu_mul",
 )
 """Names of the ops; each is the function of that name in the module of that name."""
 

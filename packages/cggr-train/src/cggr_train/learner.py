@@ -106,19 +106,19 @@ class Learner(Protocol):
 class StandardLearner:
     """Ordinary Hugging Face training: every token in the loss and in the gradient.
 
-    Its norms run through torch's fused op, as those of the routed passes do, so that what selection gains is not
-    mixed with what that op gains.
+    Its norms, rotary embeddings and gated activations run in fused ops, as those of the routed passes do, so that what
+    selection gains is not mixed with what those ops gain.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from cggr_core.routing import fused_norms, replaced_forwards
+        from cggr_core.routing import fused_forwards, replaced_forwards
 
-        norms = fused_norms(model.modules())
-        self._with_fused_norms: Callable[[], AbstractContextManager[Any]] = partial(replaced_forwards, norms)
+        forwards = fused_forwards(model.modules())
+        self._with_fused_layers: Callable[[], AbstractContextManager[Any]] = partial(replaced_forwards, forwards)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # The backward pass runs the layers again, behind the end of any block: there they stay for good.
-            self._with_fused_norms().__enter__()
-            self._with_fused_norms = nullcontext
+            self._with_fused_layers().__enter__()
+            self._with_fused_layers = nullcontext
         self.model = model
         self.wrapped: nn.Module = model
         self.memory: RememberedScores | None = None
@@ -137,7 +137,7 @@ class StandardLearner:
         input_ids, labels = split_supervised(rows)
         self._countable = count_targets(rows)
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        with self._with_fused_norms():
+        with self._with_fused_layers():
             return self.wrapped(input_ids=input_ids, labels=labels, use_cache=False, **extra).loss
 
     def step(self) -> None:

@@ -12,7 +12,7 @@ name                          what it promises
 :class:`TokenInputs`          a checked batch, as :meth:`Engine.inputs` makes it
 :class:`Shared`               a prompt's keys and values, shared by rows that go on from it
 :class:`Context`              what a context pass left; :data:`NO_CONTEXT` stands for none
-:func:`fused_norms`           forwards to run in place of a model's norms
+:func:`fused_forwards`        forwards to run in place of a model's norms, attentions and MLPs
 :func:`replaced_forwards`     modules with another ``forward`` for the length of a block
 :func:`without_hooks`         a module without its hooks for the length of a block, to be called inside its own call
 :func:`whole_rows`            no look at positions, and no needless mask, for the length of a block
@@ -30,9 +30,9 @@ except ImportError as error:
 from cggr_core.routing.architectures import Head, unwrapped
 from cggr_core.routing.context_pass import NO_CONTEXT, Context
 from cggr_core.routing.engine import Engine
+from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.norms import fused_norms
 from cggr_core.routing.patches import replaced_forwards, without_hooks
 from cggr_core.routing.shared import Shared
 
@@ -43,7 +43,7 @@ __all__ = [
     "Head",
     "Shared",
     "TokenInputs",
-    "fused_norms",
+    "fused_forwards",
     "replaced_forwards",
     "unwrapped",
     "whole_rows",

@@ -50,7 +50,8 @@ class Architecture:
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
         whole_after_layers: Whether the model expects rows of their whole length from its layers, whatever of them it
             reads after that; not known until it was looked at.
-        norms: Norms, each with the forward that the passes run in its place; none until the model was looked at.
+        fused: Norms, attentions and gated MLPs, each with the forward that the passes run in its place; none until the
+            model was looked at.
     """
 
     layers: nn.ModuleList
@@ -64,7 +65,7 @@ class Architecture:
     checkpoint_wrappers: Mapping[nn.Module, nn.Module]
     position_maker: Any
     whole_after_layers: bool = False
-    norms: Mapping[nn.Module, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -93,7 +93,7 @@ def context_pass(
             resume.append(hidden)
         return layer_output(hidden)
 
-    replacements: dict[nn.Module, Callable[..., Any]] = {**architecture.norms, **architecture.checkpoint_wrappers}
+    replacements: dict[nn.Module, Callable[..., Any]] = {**architecture.fused, **architecture.checkpoint_wrappers}
     for number, layer in enumerate(architecture.layers):
         replacements[layer] = (
             partial(run, architecture.checkpoint_wrappers.get(layer, layer.forward)) if number < depth else skip

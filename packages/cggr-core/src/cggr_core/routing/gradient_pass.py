@@ -118,7 +118,7 @@ def gradient_pass(
         with (
             without_checkpointing(architecture),
             attention_implementation(architecture, attention),
-            replaced_forwards(architecture.norms),
+            replaced_forwards(architecture.fused),
             adapters.at(index),
         ):
             return forward(*args, **kwargs)
@@ -130,7 +130,7 @@ def gradient_pass(
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return partial(checkpoint, partial(run_plainly, forward), use_reentrant=False)
 
-    replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.norms)
+    replacements: dict[nn.Module, Callable[..., Any]] = dict(architecture.fused)
     for wrapper, wrapped in architecture.checkpoint_wrappers.items():
         replacements[wrapper] = recomputed(wrapped)
     for number, layer in enumerate(architecture.layers):

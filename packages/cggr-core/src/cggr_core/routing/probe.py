@@ -10,10 +10,10 @@ from cggr_core.head import autocast_active
 from cggr_core.routing.agreement import MODEL_ERRORS, alternate_tokens, comparable, difference, early_tokens
 from cggr_core.routing.architectures import Architecture, unwrapped
 from cggr_core.routing.context_pass import LayerOutput
+from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.head_check import gives_the_logits
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.loss_agreement import own_alignment, text_alone
-from cggr_core.routing.norms import fused_norms
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 
 _ROWS, _TOKENS = 2, 8
@@ -27,7 +27,7 @@ class Probe:
     """What was seen.
 
     Attributes:
-        architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held; and ``norms`` found.
+        architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held; and ``fused`` found.
         layer_output: Wraps a hidden state the way the model's layers return it.
         packing_obstacle: Why packed rows cannot be routed, or ``None`` where they can (or were not tried).
         saw_loss: Whether the model's own loss was held to cross-entropy.
@@ -60,7 +60,7 @@ def probe(
     """
     few = _few_tokens(model, inputs)
     if routing:
-        architecture = replace(architecture, norms=fused_norms(model.modules()))
+        architecture = replace(architecture, fused=fused_forwards(model.modules()))
     with evaluation_mode(model):
         layer_output, head_input, logits = _plain_forward(model, architecture, few)
         if logits.shape[:2] != few.shape:
