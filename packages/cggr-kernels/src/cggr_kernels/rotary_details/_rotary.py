@@ -1,3 +1,5 @@
+"""Kernel of rotary embeddings, forward and backward."""
+
 import triton
 import triton.language as tl
 

@@ -1,3 +1,5 @@
+"""Kernels of silu(gate) * up, forward and backward."""
+
 import triton
 import triton.language as tl
 
