@@ -1,10 +1,13 @@
 """Loading transformers models with the best attention backend of the machine."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from cggr_flash.capabilities import AttentionBackend, attention_backends
-from cggr_flash.enabling import enable_flash_attention
-from cggr_flash.loading import load_model_with_flash_attention
+
+if TYPE_CHECKING:
+    from cggr_flash.enabling import enable_flash_attention
+    from cggr_flash.loading import load_model_with_flash_attention
 
 __version__: str = version("cggr-flash")
 
@@ -15,3 +18,16 @@ __all__ = [
     "load_model_with_flash_attention",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # These import all that transformers needs for models, seconds that the table of backends can do without.
+    if name == "enable_flash_attention":
+        from cggr_flash.enabling import enable_flash_attention
+
+        return enable_flash_attention
+    if name == "load_model_with_flash_attention":
+        from cggr_flash.loading import load_model_with_flash_attention
+
+        return load_model_with_flash_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
