@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cggr_core import CGGRModel, Selection, create_truncated_router
+from cggr_core import CGGRLinearLoss, CGGRLoss, CGGRModel, Selection, create_truncated_router
 from tests.support.tiny_models import ROUTABLE
 
 INPUT_IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -63,3 +63,24 @@ def test_a_row_without_a_label_changes_nothing_for_the_others(gradient):
     labels[1] = -100
     both = wrapped(INPUT_IDS, labels=labels)
     torch.testing.assert_close(both, wrapped(INPUT_IDS[:1], labels=labels[:1]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "sequence"])
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0), torch.tensor([0.0])])
+def test_a_whole_step_without_a_label(gradient, num_items):
+    model = ROUTABLE["llama"]().train()
+    wrapped = CGGRModel(model, gradient=gradient).train()
+    loss = wrapped(INPUT_IDS, labels=LABELS, num_items=num_items)
+    assert_zero_and_connected(model, loss)
+    with pytest.raises(ValueError, match="num_items must be above 0, got 0: the batch has 22 tokens with a target"):
+        wrapped(INPUT_IDS, labels=INPUT_IDS, num_items=num_items)
+
+
+@pytest.mark.parametrize("kind", [CGGRLoss, CGGRLinearLoss])
+@pytest.mark.parametrize("training", [True, False])
+def test_losses_of_a_step_without_a_target(kind, training):
+    inputs, head = torch.randn(2, 8, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+    operands = (inputs,) if kind is CGGRLoss else (inputs, head)
+    loss = kind().train(training)(*operands, torch.full((2, 8), -100), num_items=0)
+    loss.backward()
+    assert loss == 0.0 and all(operand.grad is not None and not operand.grad.any() for operand in operands)

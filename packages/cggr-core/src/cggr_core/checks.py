@@ -106,7 +106,10 @@ def check_draw(draw: int | Tensor) -> int | Tensor:
 
 
 def check_num_items(num_items: Tensor | float | None) -> None:
-    """Raise unless ``num_items`` is None or one number above 0; a tensor's value is looked at where that is free."""
+    """Raise unless ``num_items`` is None or one number, 0 at least; a tensor's value is looked at where that is free.
+
+    0 is what a step without a label has; see :func:`cggr_core.token_loss.divisor`.
+    """
     if num_items is None:
         return
     if isinstance(num_items, Tensor):
@@ -117,7 +120,7 @@ def check_num_items(num_items: Tensor | float | None) -> None:
         num_items = num_items.item()
     if isinstance(num_items, bool) or not isinstance(num_items, int | float):
         raise TypeError(f"num_items must be a number above 0, got {num_items!r} of type {type(num_items).__name__}")
-    if not (math.isfinite(num_items) and num_items > 0):
+    if not (math.isfinite(num_items) and num_items >= 0):
         raise ValueError(f"num_items must be above 0, got {num_items!r}")
 
 

@@ -56,8 +56,6 @@ def loss_coefficients(
     """
     check_shape("countable", countable, selection.shape, "that of the selection's score")
     check_num_items(num_items)
-    if num_items is None:
-        num_items = countable.sum().clamp(min=1)
     coefficients = selection.weight
     if token_weight is not None:
         check_float("token_weight", token_weight)
@@ -65,7 +63,28 @@ def loss_coefficients(
         check_same_device("token_weight", token_weight, "countable", countable)
         # Masked, not multiplied: a weight of a token that is not kept may be anything.
         coefficients = coefficients * selection.gather(token_weight).masked_fill(~selection.valid, 0.0)
-    return (coefficients / num_items).to(torch.float32)
+    return (coefficients / divisor(num_items, countable)).to(torch.float32)
+
+
+def divisor(num_items: Tensor | float | None, countable: Tensor) -> Tensor | float:
+    """What a loss is divided by: never 0 where nothing is countable, so that it is 0 and not NaN there.
+
+    Args:
+        num_items: Countable tokens of the whole optimiser step; None for those of this batch.
+        countable: [B, S] bool, the tokens that have a target.
+
+    Raises:
+        ValueError: If ``num_items`` is 0 where tokens are countable, and their values are free to look at. (Elsewhere
+            the loss is then infinite.)
+    """
+    if num_items is None:
+        return countable.sum().clamp(min=1)
+    if not isinstance(num_items, Tensor) and num_items != 0:
+        return num_items
+    nothing = countable.any().logical_not()
+    if values_are_free(countable) and not bool(nothing | (torch.as_tensor(num_items) != 0)):
+        raise ValueError(f"num_items must be above 0, got 0: the batch has {int(countable.sum())} tokens with a target")
+    return num_items + nothing * (num_items == 0)
 
 
 class TokenLoss(nn.Module):

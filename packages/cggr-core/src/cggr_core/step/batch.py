@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cggr_core.checks import values_are_free
 from cggr_core.selection import Selection
 from cggr_core.settings import RoutingSettings
 from cggr_core.step.checks import check_step_arguments
 from cggr_core.targets import Targets, align_labels
+from cggr_core.token_loss import divisor
 
 if TYPE_CHECKING:
     from cggr_core.routing import Engine, TokenInputs
@@ -76,6 +78,8 @@ class StepBatch:
             vocab_size=engine.vocab_size,
             ignore_index=settings.ignore_index,
         )
+        if values_are_free(labels):
+            divisor(given["num_items"], targets.countable)  # raises before anything of the step is done
         return cls(arguments, tokens, targets, **given)
 
     @property
@@ -96,7 +100,7 @@ class StepBatch:
     @property
     def divisor(self) -> Tensor | float:
         """What the loss is divided by."""
-        return self.countable.sum().clamp(min=1) if self.num_items is None else self.num_items
+        return divisor(self.num_items, self.countable)
 
     def rows(self, index: Tensor) -> dict[str, Any]:
         """The arguments for the rows ``index`` ``[R]`` alone."""

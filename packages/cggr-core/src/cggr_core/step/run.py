@@ -87,7 +87,7 @@ def run_step(
     if auxiliary_loss is not None:
         if batch.num_items is not None:
             # A mean over this batch's tokens: it counts with the batch's share of the tokens that the loss is about.
-            auxiliary_loss = auxiliary_loss * (batch.countable.sum() / batch.num_items)
+            auxiliary_loss = auxiliary_loss * (batch.countable.sum() / batch.divisor)
         loss = loss + auxiliary_loss
 
     made: dict[str, Any] = {"gradient": settings.gradient, "engine": way}
