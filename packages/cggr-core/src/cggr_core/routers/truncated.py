@@ -24,7 +24,7 @@ class TruncatedRouter(nn.Module):
 
     Attributes:
         model: The whole model.
-        num_layers: Layers that are run.
+        num_layers: Layers that are run; 0 where none were found, and the whole model is run.
     """
 
     def __init__(self, model: nn.Module, num_layers: int) -> None:
@@ -55,7 +55,7 @@ class TruncatedRouter(nn.Module):
         """
         arguments = {"input_ids": input_ids, **inputs}
         self.engine.prepare(self.engine.inputs(**arguments), routing=False)
-        return self.engine.logits(arguments, depth=self.num_layers)
+        return self.engine.logits(arguments, depth=self.num_layers or None)
 
     @torch.no_grad()
     def statistics(
@@ -74,7 +74,7 @@ class TruncatedRouter(nn.Module):
         """
         self.engine.prepare(self.engine.inputs(**inputs), routing=False)
         readout = HeadReadout(self.engine.architecture.head, ignore_index=ignore_index)
-        values, _ = self.engine.plain(inputs, depth=self.num_layers)
+        values, _ = self.engine.plain(inputs, depth=self.num_layers or None)
         return readout.statistics(values, targets, fields=fields)
 
 
