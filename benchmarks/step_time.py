@@ -115,18 +115,14 @@ def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None
     return step
 
 
-def checkpointed_step(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor | None = None) -> Callable[[], None]:
-    """The standard step with gradient checkpointing, as transformers does it."""
-    standard = standard_step(model, tokens, labels)
+def checkpointed_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Callable[[], None]:
+    """The standard step with gradient checkpointing, as transformers does it, on a copy of the model.
 
-    def step() -> None:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        try:
-            standard()
-        finally:
-            model.gradient_checkpointing_disable()
-
-    return step
+    Switched on and off on the model itself, it would make the compiled control compile anew in every round.
+    """
+    copied: Any = copy.deepcopy(model)
+    copied.gradient_checkpointing_enable({"use_reentrant": False})
+    return standard_step(copied, tokens, labels)
 
 
 def end_labels(tokens: Tensor) -> Tensor:
