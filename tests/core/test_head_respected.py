@@ -109,3 +109,23 @@ def test_a_gradient_hook_on_the_weight_of_the_head_is_run():
     model.lm_head.weight.register_hook(lambda grad: grad.masked_fill(torch.arange(VOCAB)[:, None] < 50, 0.0))
     CGGRModel(model, gradient="kv").train()(input_ids, labels=input_ids).backward()
     assert not model.lm_head.weight.grad[:50].any() and model.lm_head.weight.grad[50:].any()
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize("stepped", [False, True], ids=["before", "after"])
+def test_a_hook_on_all_modules_counts(stepped, gradient):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
+    if stepped:
+        wrapped(input_ids, labels=input_ids)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 0.5 if module is model.lm_head else None
+    )
+    try:
+        plain = model(input_ids=input_ids, labels=input_ids).loss
+        torch.testing.assert_close(wrapped(input_ids, labels=input_ids), plain, rtol=1e-5, atol=1e-6)
+    finally:
+        hook.remove()
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids), plain, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from cggr_core.routing.architectures import is_plain_matrix, unwrapped
 
@@ -28,6 +29,7 @@ def structure(model: nn.Module) -> list[Any]:
         *(getattr(config, name, None) for name in _OF_THE_CONFIG),
         *(own.get(name) for name in _OF_THE_MODEL),
         *base._forward_hooks.values(),
+        *_hooks_on_all_modules(),
     ]
     waiting: list[nn.Module | None] = [model]
     seen: set[int] = set()
@@ -38,3 +40,9 @@ def structure(model: nn.Module) -> list[Any]:
             found.append(module)
             waiting.extend(module._modules.values())
     return found
+
+
+def _hooks_on_all_modules() -> list[Any]:
+    # torch's own observe (its flop counter and module tracker), and come and go.
+    hooks = (*module_hooks._global_forward_hooks.values(), *module_hooks._global_forward_pre_hooks.values())
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
