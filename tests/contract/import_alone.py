@@ -13,8 +13,8 @@ from importlib.metadata import requires, version
 # What the packages of this workspace may be tempted to import; torch is everybody's.
 BLOCKABLE = {"cggr", "cggr_core", "cggr_kernels", "cggr_flash", "cggr_moe", "cggr_train", "transformers", "triton"}
 
-# Packages that need an extra: without it, importing them says which; with it, all of their modules import.
-BEHIND_EXTRA = {"cggr_core.routing": "cggr-core[transformers]", "cggr_train.lightning": "cggr-train[lightning]"}
+# Packages that need an extra: without it, importing them says what to install; with it, all of their modules import.
+BEHIND_EXTRA = {"cggr_core.routing": "transformers>=5.17", "cggr_train.lightning": "lightning"}
 
 
 def required(distribution: str) -> set[str]:
@@ -32,12 +32,12 @@ def required(distribution: str) -> set[str]:
     return modules
 
 
-def closed(package: str, extra: str) -> bool:
-    """Whether importing a package fails with an error that names the extra; anything else that fails is raised."""
+def closed(package: str, missing: str) -> bool:
+    """Whether importing a package fails with an error that says what to install; anything else that fails is raised."""
     try:
         importlib.import_module(package)
     except ImportError as error:
-        if extra not in str(error):
+        if f"pip install '{missing}" not in str(error) and f"pip install {missing}" not in str(error):
             raise
         return True
     return False

@@ -200,3 +200,22 @@ def test_what_cannot_go_with_a_context():
     model = ROUTABLE["mixtral"](output_router_logits=True)
     with pytest.raises(ValueError, match="no balancing loss of expert routers"):
         routed_logprobs(model, **shared, keep=kept(), context=context, gradient_mode="exact")
+
+
+@pytest.mark.parametrize(("gradient", "wanted"), [("exact", "all"), ("kv", "all"), ("detached", "kept")])
+def test_kernels_are_asked_for_the_contexts_gradients(gradient, wanted, monkeypatch):
+    """What plain torch gives anyway: gradients of keys that no query of the pass stands at."""
+    import cggr_core.routing.gradient_pass as gradient_pass
+
+    asked = []
+
+    class Noting(gradient_pass.LayerRows):
+        def __init__(self, index, length, *, key_gradient="all"):
+            asked.append(key_gradient)
+            super().__init__(index, length, key_gradient=key_gradient)
+
+    model, (context, shared, _) = ROUTABLE["llama"](), batch()
+    step(model, kept(), shared, gradient=gradient, context=context)
+    monkeypatch.setattr(gradient_pass, "LayerRows", Noting)
+    step(model, kept(), shared, gradient=gradient, context=context)
+    assert asked[-1] == wanted

@@ -90,7 +90,8 @@ def gradient_pass(
         note=note,
     )
     spreads = architecture.whole_after_layers
-    rows = LayerRows(index, length, key_gradient="all" if keep_graph else "kept")
+    beyond_kept = keep_graph or (inputs.shared is not None and inputs.shared.takes_gradients)
+    rows = LayerRows(index, length, key_gradient="all" if beyond_kept else "kept")
 
     def run(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache.in_layers = True

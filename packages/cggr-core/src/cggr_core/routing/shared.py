@@ -30,6 +30,11 @@ class Shared:
     rows: Tensor | None
     padding: Tensor | None
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether gradients of the rows' losses go on to the shared tokens' own pass."""
+        return any(key.requires_grad for key, _ in self.recorded.values())
+
     def before(self, layer: int, own: KeyValue, *, constant: bool, in_turn: bool, made: KeyValue | None) -> KeyValue:
         """Keys and values ``[B, H, L + S, D]``: those of the shared tokens, and a batch's own.
 
