@@ -139,6 +139,8 @@ def records(folder):
 def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     out = tmp_path / "study"
     settings = ["--steps", 12, "--seeds", 2, "--parallel", 1, "--draws", 0, "--calibration-seconds", 0.1]
+    # Whether the control of equal memory fits depends on the process's resident memory, which varies from run to run.
+    settings += ["--controls", "equal_cost,checkpointed"]
     start = cggr("study", data, *SMALL, *settings, "--equal", "tokens", "--device", "cpu", "--out", out)
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         for line in process.stdout:
@@ -150,14 +152,14 @@ def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     assert f"go on with: cggr study --resume {out}" in output
     assert "Traceback" not in errors
     stopped = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
-    assert 1 <= len(stopped) < 12
+    assert 1 <= len(stopped) < 10
 
     done = finish(cggr("study", "--resume", out))
     assert done.returncode == 0, done.stderr
-    assert f"{len(stopped)} of 12 runs are done" in done.stdout
+    assert f"{len(stopped)} of 10 runs are done" in done.stdout
     runs = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
     assert runs[: len(stopped)] == stopped
-    assert len(runs) == len(set(runs)) == 12
+    assert len(runs) == len(set(runs)) == 10
     names = {path.name for path in out.iterdir()}
     assert names == {
         "settings.json", "study.json", "arms.json", "tokenizer", "tokens", "results.jsonl", "runs", "report.html",

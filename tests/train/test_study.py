@@ -88,7 +88,8 @@ def test_a_study_from_beginning_to_end(finished):
             share = points[-1]["kept_tokens"] / (6 * 4 * 31)
             assert share == pytest.approx(1.0 if "standard" in name else 0.25, abs=0.02)
     assert "Held-out loss, nats per token" in text
-    assert "page " in text
+    assert f"report: {(folder / 'report.html').resolve()}\n" in text
+    assert f"records: {(folder / 'results.jsonl').resolve()}\n" in text
     assert (folder / "report.html").exists()
     assert (folder / "runs" / "standard-seed0" / "model" / "model.safetensors").exists()
     assert [path.name for path in (folder / "runs").iterdir()] == ["standard-seed0"], "no leftovers"
