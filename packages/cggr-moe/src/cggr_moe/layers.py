@@ -225,7 +225,9 @@ class PersistentTRMLP(nn.Module):
         if self.router_bias is not None:
             raise ValueError("the layer has a router bias, which no Hugging Face block of these kinds has")
         sizes = (self.hidden_dim, self.intermediate_dim, self.num_experts, self.top_k, self.norm_topk_prob)
-        parameters = (self.gate.weight, self.gate_up_proj, self.down_proj)
+        gate = self.gate.weight
+        assert isinstance(gate, nn.Parameter)
+        parameters = (gate, self.gate_up_proj, self.down_proj)
         return make_block(Block(*sizes, *parameters, self.training), kind)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

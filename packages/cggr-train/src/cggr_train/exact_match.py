@@ -65,7 +65,7 @@ def exact_match(
     from transformers import GenerationConfig
 
     questions, answers = zip(*map(_take_apart, rows), strict=True)
-    wanted = [final_answer(text, after) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    wanted = [final_answer(text, after) for text in tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
     if None in wanted:
         raise InputError(f"--answer-after is {after!r}, which is not in every answer of the held-out data")
     end: Any = tokenizer.eos_token_id

@@ -116,9 +116,10 @@ def describe(model: nn.Module) -> Architecture:
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
         checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),
         checkpoint_wrappers={
-            module: module._checkpoint_wrapped_module
+            module: wrapped
             for module in modules
-            if hasattr(module, "checkpoint_fn") and "_checkpoint_wrapped_module" in module._modules
+            if hasattr(module, "checkpoint_fn")
+            and (wrapped := module._modules.get("_checkpoint_wrapped_module")) is not None
         },
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
     )

@@ -27,7 +27,7 @@ def demo(
     vocab_size: options.VocabSize = 257,
     length: options.Length = 128,
     batch_size: options.BatchSize = 16,
-    learning_rate: options.LearningRate = 1e-2,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-2,
     seed: Annotated[int, typer.Option(help="First of the seeds.")] = 0,
     characters: Annotated[int, typer.Option(help="How much of the standard library's source to use.")] = 2_000_000,
 ) -> None:

@@ -145,7 +145,7 @@ def _draw_curves(
                 if found[0].low is not None:
                     low, high = ([value.low for value in found], [value.high for value in found])
                     shade: Any = {"color": colour(arm, outcome), "alpha": 0.12, "linewidth": 0}
-                    axes.fill_between(x, low, high, **shade)  # pyright: ignore[reportArgumentType]
+                    axes.fill_between(x, low, high, **shade)
                 if arm.name not in outcome.diverged:
                     # the untrained model, first of each curve, would squeeze the rest
                     later += [end for value in found[1:] for end in value if end is not None]
