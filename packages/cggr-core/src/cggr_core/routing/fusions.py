@@ -113,8 +113,9 @@ def _computes_gated_product(module: nn.Module) -> bool:
     sizes = {"gate_proj": (4, 6), "up_proj": (4, 6), "down_proj": (6, 4)}
     small: dict[str, nn.Module] = {}
     for name, (inputs, outputs) in sizes.items():
-        linear = nn.Linear(inputs, outputs, bias=False, device="cpu", dtype=torch.float32)
-        linear.weight.copy_(torch.randn(outputs, inputs, generator=generator, device="cpu"))
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")  # initialised there, it draws nothing
+        weight = torch.randn(outputs, inputs, generator=generator, device="cpu", dtype=torch.float32)
+        linear.weight = nn.Parameter(weight)
         small[name] = linear
     stand_in.__dict__.update(module.__dict__, _modules={**module._modules, **small})
     x = torch.randn(3, 4, generator=generator, device="cpu")
