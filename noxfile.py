@@ -150,6 +150,13 @@ def fresh(session: nox.Session) -> None:
     shutil.rmtree(environment)
 
 
+@nox.session
+def sweep(session: nox.Session) -> None:
+    """Judge every language-model class of transformers, and write docs/supported-models.md; classes after ``--``."""
+    install(session, "rich", packages=("cggr-core",))
+    session.run("python", "-m", "tests.support.sweep", *session.posargs, env=QUIET)
+
+
 def readme_install_lines() -> list[list[str]]:
     """What follows ``python -m pip install`` in the README's section on installing, less the constraints.
 
