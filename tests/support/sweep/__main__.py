@@ -20,7 +20,7 @@ from tests.support.sweep.pool import judged
 from tests.support.sweep.tiny import language_model_classes
 
 ROOT = Path(__file__).parents[3]
-PAGE, RESULT = ROOT / "docs" / "supported-models.md", ROOT / "benchmarks" / "results" / "sweep.json"
+PAGE, RESULT = ROOT / "docs" / "supported-models.md", ROOT / "docs" / "supported-models.json"
 
 
 def main() -> int:

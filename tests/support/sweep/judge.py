@@ -66,13 +66,14 @@ def _judge_case(model: PreTrainedModel, case: Case, seed: int) -> list[tuple[str
     found = [("exact", *_verdict(lambda: _step(CGGRModel(model, gradient="exact", min_tokens_ratio=1.0), case), plain))]
     references: dict[str, Step | str] = {}
     for gradient, engine in ROUTED:
-
-        def routed(gradient: str = gradient, engine: str = engine) -> Step:
-            wrapped = CGGRModel(model, gradient=gradient, engine=engine, selection="random")
-            return _step(wrapped, case, selection=_selection(model, case, seed))
-
         if gradient not in references:
             references[gradient] = _reference(model, case, gradient, seed)
+        # Without a reference CGGR keeps tokens of its own choice: whether it refuses is still seen.
+        chosen = {} if isinstance(references[gradient], str) else {"selection": _selection(model, case, seed)}
+
+        def routed(gradient: str = gradient, engine: str = engine, chosen: dict[str, Any] = chosen) -> Step:
+            return _step(CGGRModel(model, gradient=gradient, engine=engine, selection="random"), case, **chosen)
+
         found.append((f"{gradient} {engine}", *_verdict(routed, references[gradient])))
     return found
 
@@ -118,19 +119,18 @@ def _step(wrapped: CGGRModel, case: Case, **more: Any) -> Step:
     return loss.detach(), gradients(wrapped.model)
 
 
-@torch.no_grad()
-def _shifts(model: PreTrainedModel, case: Case) -> bool:
-    """Whether the model's own loss is about the next token's label, or about the label at each position."""
-    output = model(**case.inputs, labels=case.labels, use_cache=False)
-    logits, labels = output.logits.flatten(0, 1), case.labels
-    nexts = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    losses = [torch.nn.functional.cross_entropy(logits, part.flatten()) for part in (labels, nexts)]
-    return bool((losses[1] - output.loss).abs() < (losses[0] - output.loss).abs())
-
-
 def _aligned(model: PreTrainedModel, case: Case) -> Any:
-    architecture = describe(model)
-    return align_labels(case.labels, shifted=_shifts(model, case), vocab_size=10**6), architecture
+    """Targets as the model's own loss takes them, whatever CGGR thinks of it."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(**case.inputs, labels=case.labels)
+    for shifted in (True, False):
+        targets = align_labels(case.labels, shifted=shifted, vocab_size=10**6)
+        nll = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), targets.tokens, reduction="none")
+        loss = (nll * targets.countable).sum() / targets.countable.sum()
+        if torch.allclose(loss, output.loss, rtol=1e-4):
+            return targets, describe(model)
+    raise ValueError("the model's own loss is not the mean cross-entropy of its logits, shifted or not")
 
 
 def _selection(model: PreTrainedModel, case: Case, seed: int) -> Selection:

@@ -33,6 +33,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "kimi_linear": {"layer_types": _ATTENTION_LAST},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"]},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention"]},
     "longcat_flash": {"head_dim": 4, "num_layers": 3},
     "longformer": {"attention_window": 8},

@@ -119,7 +119,10 @@ def tiny_model(name: str, model_type: str, *, seed: int = 0) -> PreTrainedModel:
     """
     model_class = getattr(transformers, name)
     config_class = model_class.config_class or CONFIG_MAPPING[model_type]
-    config = tiny_config(config_class, **OVERRIDES.get(name, OVERRIDES.get(model_type, {})))
+    settings = OVERRIDES.get(name, OVERRIDES.get(model_type, {}))
+    config = tiny_config(config_class, **settings)
+    if missing := _layers_of_every_kind(config_class, config, settings):
+        config = tiny_config(config_class, **settings, **missing)
     with torch.device("meta"):
         size = model_class(config).num_parameters()
     if size > _LARGEST:
@@ -133,6 +136,21 @@ def tiny_model(name: str, model_type: str, *, seed: int = 0) -> PreTrainedModel:
     scale_up(model)
     without_dropout(model)
     return model.train()
+
+
+def _layers_of_every_kind(
+    config_class: type[PreTrainedConfig], config: PreTrainedConfig, settings: dict[str, Any]
+) -> dict[str, list[str]]:
+    # A pattern such as "every sixth layer sees all" leaves kinds out of three layers, and the class would be judged by
+    # the others.
+    if getattr(config_class, "sub_configs", {}):
+        return {}
+    full, found = config_class(), {}
+    for field in ("layer_types", "mlp_layer_types"):
+        kinds, there = ({*(getattr(part, field, None) or ())} for part in (full, config))
+        if field not in settings and kinds - there:
+            found[field] = [sorted(kinds)[number % len(kinds)] for number in range(config.num_hidden_layers)]
+    return found
 
 
 @torch.no_grad()
