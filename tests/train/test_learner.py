@@ -7,6 +7,7 @@ import torch
 import cggr_core.routing.norms
 from cggr_train.learner import Routing, build_learner
 from cggr_train.presets import build_config, build_model
+from tests.support.model_steps import checkpoint_activations
 
 
 def test_the_standard_learner_is_the_models_own_loss_and_gradient_with_fused_norms(monkeypatch):
@@ -36,3 +37,22 @@ def test_the_standard_learner_is_the_models_own_loss_and_gradient_with_fused_nor
     calls.clear()
     model(input_ids)
     assert not calls, "outside of its step the model is as it was"
+
+
+def test_a_checkpointed_standard_learner_keeps_its_fused_norms_in_the_backward_pass(monkeypatch):
+    """Layers are run again there, after the end of any block of the forward pass."""
+    model = build_model(build_config("nano", vocab_size=97, length=24), seed=0)
+    checkpoint_activations(model.train())
+    fused, calls = cggr_core.routing.norms.rms_norm, []
+
+    def noting(hidden, *arguments):
+        calls.append(hidden.shape)
+        return fused(hidden, *arguments)
+
+    learner = build_learner(model, "standard", Routing(), seed=0)
+    monkeypatch.setattr(cggr_core.routing.norms, "rms_norm", noting)
+    loss = learner.loss(torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(2)))
+    layers = model.config.num_hidden_layers
+    assert len(calls) == 2 * layers + 1
+    loss.backward()
+    assert len(calls) == 4 * layers + 1

@@ -76,6 +76,7 @@ class CGGRModel(nn.Module):
         ValueError: If a name, a ratio or a combination is not valid.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=4)
@@ -244,6 +245,7 @@ class CGGRModel(nn.Module):
         ``fully_shard``, a trainer that prepared it. The hooks on the wrapped model run once, around all passes.
 
         Example:
+            >>> import torch
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             ...                      num_attention_heads=4)
@@ -255,15 +257,9 @@ class CGGRModel(nn.Module):
             >>> loss.shape
             torch.Size([])
         """
-        from cggr_core.routing import replaced_forwards, without_hooks
+        from cggr_core.routing import forward_replaced_by
 
-        own = self.model.forward
-
-        def routed(*args: Any, **kwargs: Any) -> Any:
-            with replaced_forwards({self.model: own}), without_hooks(self.model):
-                return self(*args, **kwargs)
-
-        with replaced_forwards({self.model: routed}):
+        with forward_replaced_by(self.model, self):
             yield
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,7 +117,8 @@ class StandardLearner:
         self._with_fused_layers: Callable[[], AbstractContextManager[Any]] = partial(replaced_forwards, forwards)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # The backward pass runs the layers again, behind the end of any block: there they stay for good.
-            self._with_fused_layers().__enter__()
+            self._for_good = ExitStack()
+            self._for_good.enter_context(self._with_fused_layers())
             self._with_fused_layers = nullcontext
         self.model = model
         self.wrapped: nn.Module = model

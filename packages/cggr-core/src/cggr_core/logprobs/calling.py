@@ -71,13 +71,7 @@ def call_in_forward(model: nn.Module, inner: nn.Module, run: Callable[[], Any], 
     ``DistributedDataParallel``, FSDP2's ``fully_shard`` and whatever else hooks a model see one ordinary call, around
     all the passes that ``run`` makes.
     """
-    from cggr_core.routing import replaced_forwards, without_hooks
+    from cggr_core.routing import forward_replaced_by
 
-    own = inner.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with replaced_forwards({inner: own}), without_hooks(inner):
-            return run()
-
-    with replaced_forwards({inner: forward}):
+    with forward_replaced_by(inner, lambda *args, **kwargs: run()):
         return model(**arguments)

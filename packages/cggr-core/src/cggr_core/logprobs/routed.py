@@ -111,14 +111,16 @@ def routed_logprobs(
             targets, passes.batch, shifted=architecture.shifted, vocab_size=found.engine.vocab_size
         )
         outside = count_bad_targets(tokens, found.engine.vocab_size)
+        given = tokens
         if not values_are_free(tokens):
             tokens = tokens.masked_fill((tokens < 0) | (tokens >= found.engine.vocab_size), -100)
-        values = passes.run(keep, tokens, everywhere=everywhere)
+        # A target outside the vocabulary is an error of its own, and no fault of the mask that keeps it.
+        values = passes.run(keep, given, everywhere=everywhere)
         kept, head = values.kept, TokenHead(architecture.head, temperature)
         here = (tokens if kept.rows is None else tokens.index_select(0, kept.rows)).gather(1, kept.selection.index)
         here = here.masked_fill(~kept.selection.valid, -100)
         logprob, spread = head.logprobs(values.at_kept, here, entropy=entropy)
-        _post(found, logprob, keep, passes, tokens, outside)
+        _post(found, logprob, keep, passes, given, outside)
         others: tuple[Tensor | None, Tensor | None] = (None, None)
         if values.everywhere is not None:
             others = head.constants(values.everywhere, tokens, entropy=entropy)

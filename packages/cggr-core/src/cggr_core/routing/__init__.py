@@ -13,6 +13,7 @@ name                          what it promises
 :class:`Shared`               a prompt's keys and values, shared by rows that go on from it
 :class:`Context`              what a context pass left; :data:`NO_CONTEXT` stands for none
 :func:`fused_forwards`        forwards to run in place of a model's norms, attentions and MLPs
+:func:`forward_replaced_by`   a call of a module that is a call of something else, in which the module is itself again
 :func:`replaced_forwards`     modules with another ``forward`` for the length of a block
 :func:`without_hooks`         a module without its hooks for the length of a block, to be called inside its own call
 :func:`whole_rows`            no look at positions, and no needless mask, for the length of a block
@@ -33,7 +34,7 @@ from cggr_core.routing.engine import Engine
 from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.patches import replaced_forwards, without_hooks
+from cggr_core.routing.patches import forward_replaced_by, replaced_forwards, without_hooks
 from cggr_core.routing.shared import Shared
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Head",
     "Shared",
     "TokenInputs",
+    "forward_replaced_by",
     "fused_forwards",
     "replaced_forwards",
     "unwrapped",

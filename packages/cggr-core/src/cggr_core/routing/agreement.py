@@ -21,8 +21,6 @@ from cggr_core.selection import Selection
 _HALF = 5e-2, 0.75
 _TOLERANCE = {torch.float64: (1e-7, 1.0), torch.float32: (2e-4, 0.99)}
 _SINGLE_ON_DEVICE = 1e-2, 0.75
-# What a model raises that does not run as the passes run it.
-MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 
 
 def verification_interval() -> int | None:

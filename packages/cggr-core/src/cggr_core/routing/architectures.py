@@ -12,6 +12,8 @@ from torch import Tensor, nn
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
 # What forwards call the cache: transformers before 5.24, and from then on.
 CACHE_NAMES = ("past_key_values", "cache")
+# What a model raises that does not run as it is asked to.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 # Layer types that keep a state of their own instead of keys and values.
 _STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
 

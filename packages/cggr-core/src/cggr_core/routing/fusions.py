@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from cggr_core.backends import resolve
 from cggr_core.elementwise import rotary_reference, silu_mul_reference
-from cggr_core.routing.norms import fused_norms
+from cggr_core.routing.norms import fused_norms, is_untouched
 
 _ROTARY = "apply_rotary_pos_emb"
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -40,7 +40,7 @@ def fused_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[...
     forwards: dict[nn.Module, Callable[..., Any]] = dict(fused_norms(modules))
     for module in modules:
         kind = type(module)
-        if not _is_transformers_own(module):
+        if not (is_untouched(module) and kind.__module__.startswith("transformers.models.")):
             continue
         if kind not in rotaries:
             rotaries[kind] = _with_fused_rotary(kind)
@@ -53,11 +53,6 @@ def fused_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[...
             if gates[kind]:
                 forwards[module] = partial(_gated_mlp, module)
     return forwards
-
-
-def _is_transformers_own(module: nn.Module) -> bool:
-    own = "forward" not in module.__dict__ and module._compiled_call_impl is None
-    return own and type(module).__module__.startswith("transformers.models.")
 
 
 def _with_fused_rotary(kind: type[nn.Module]) -> FunctionType | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.architectures import Architecture, unwrapped
+from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
 from cggr_core.routing.head_check import loud_head
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
@@ -76,7 +76,7 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
             without_checkpointing(architecture),
         ):
             output, logits = _loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+    except MODEL_ERRORS as error:
         raise ValueError(
             f"{name} was given labels for a few tokens, to hold its own loss to cross-entropy, and raised "
             f"{type(error).__name__}: {error}"

@@ -50,6 +50,11 @@ def _forward(module: nn.Module, epsilon: float, hidden_states: Tensor) -> Tensor
     return rms_norm(hidden_states, weight.shape, weight, epsilon)
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module runs its class's forward, replaced or compiled by nobody."""
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None
+
+
 def _epsilon(module: nn.Module) -> float | None:
     """The norm's epsilon; ``None`` for modules that are no such norm, or no longer transformers' own."""
     kind = type(module)
@@ -57,8 +62,7 @@ def _epsilon(module: nn.Module) -> float | None:
         return None
     parameters = [name for name, value in module._parameters.items() if value is not None]
     alone = parameters == ["weight"] and not module._buffers and not module._modules
-    own = "forward" not in module.__dict__ and module._compiled_call_impl is None
-    if not alone or not own or len(inspect.signature(kind.forward).parameters) != 2:
+    if not alone or not is_untouched(module) or len(inspect.signature(kind.forward).parameters) != 2:
         return None
     return next((float(getattr(module, name)) for name in _EPSILONS if hasattr(module, name)), None)
 

@@ -134,6 +134,24 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def forward_replaced_by(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Let a call of a module be a call of ``run``, in which the module is itself again.
+
+    What hooks the module, or wraps it, sees one ordinary call around all that ``run`` does with it.
+
+    Reach: this module, whoever calls it.
+    """
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with replaced_forwards({module: own}), without_hooks(module):
+            return run(*args, **kwargs)
+
+    with replaced_forwards({module: forward}):
+        yield
+
+
+@contextmanager
 def without_checkpointing(architecture: Architecture) -> Iterator[None]:
     """Switch Hugging Face's own gradient checkpointing off: it drops the cache, through which routing works.
 

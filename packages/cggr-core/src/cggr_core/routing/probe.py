@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.agreement import MODEL_ERRORS, alternate_tokens, comparable, difference, early_tokens
-from cggr_core.routing.architectures import Architecture, unwrapped
+from cggr_core.routing.agreement import alternate_tokens, comparable, difference, early_tokens
+from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
 from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.head_check import gives_the_logits
