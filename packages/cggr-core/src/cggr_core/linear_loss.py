@@ -88,7 +88,8 @@ class _SumLoss(torch.autograd.Function):
         for chunk in row_chunks(M, hidden, weight.shape[0]):
             rows = head.rows(chunk, dead[chunk])
             loss, e, sums, slope = head.losses(rows, chunk)
-            total += (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0).sum()
+            # Not in place: torch 2.11 compiles a result that was changed in place as one without a gradient.
+            total = total + (loss * coefficient[chunk]).masked_fill_(dead[chunk], 0.0).sum()
             if any(needs):
                 grad = head.logit_gradients(e, sums, slope, coefficient[chunk], chunk)
                 gradients.add(grad, rows, head.weight, chunk)
