@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "cggr-core", "cggr-kernels", "cggr-moe")
+_PACKAGES = ("torch", "triton", "transformers", "trl", "numpy", "cggr-core", "cggr-kernels", "cggr-moe")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -132,12 +132,73 @@ def measure(
                 call()
             _wait(device)
             seconds[name].append((time.perf_counter() - start) / calls)
-    timed = {name: samples[warmup:] for name, samples in seconds.items()}
+    return _rows({name: samples[warmup:] for name, samples in seconds.items()}, control)
+
+
+def measure_until(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    control: str,
+    deadline: float,
+    rounds: int,
+    least: int = 3,
+    device: str | torch.device = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """:func:`measure` round by round, until there are enough or the time is over.
+
+    Args:
+        candidates: Name → call to time, each called before.
+        control: The candidate that the others are compared with.
+        deadline: :func:`time.monotonic` after which no further round begins.
+        rounds: Timed rounds at most.
+        least: Timed rounds at least.
+        device: Device that the calls run on.
+
+    Returns:
+        As :func:`measure`.
+
+    Raises:
+        ValueError: If ``control`` is not one of the candidates.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    while len(seconds[control]) < least or (len(seconds[control]) < rounds and time.monotonic() < deadline):
+        for name, row in measure(candidates, control=control, repeats=1, warmup=0, device=device).items():
+            seconds[name].append(row["median"])
+    return _rows(seconds, control)
+
+
+def _rows(seconds: Mapping[str, Sequence[float]], control: str) -> dict[str, dict[str, Any]]:
     return {
         name: summary(samples)
-        | {"unit": "s", "ratio": summary([c / s for c, s in zip(timed[control], samples, strict=True)])}
-        for name, samples in timed.items()
+        | {"unit": "s", "ratio": summary([c / s for c, s in zip(seconds[control], samples, strict=True)])}
+        for name, samples in seconds.items()
     }
+
+
+class PeakOf:
+    """A call that notes the largest CUDA memory of its last runs, above what is there before it.
+
+    Args:
+        call: What is run.
+
+    Attributes:
+        peak: Bytes, the largest since the last :meth:`forget`.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+        self.peak = 0
+
+    def __call__(self) -> None:
+        """Run it."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.call()
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
+
+    def forget(self) -> None:
+        """Begin anew, after a first run that tuned kernels."""
+        self.peak = 0
 
 
 def _wait(device: str | torch.device) -> None:

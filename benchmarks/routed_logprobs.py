@@ -15,7 +15,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
 
 from benchmarks import _record
-from benchmarks.step_time import peak_on_device, resident_bytes
+from benchmarks.step_time import resident_bytes
 from cggr_core import SharedContext, routed_logprobs
 from cggr_core.logprobs import linear_logprobs
 
@@ -237,25 +237,6 @@ def steps_that_fit(
     return steps, too_large
 
 
-def measure_until(
-    steps: Mapping[str, Step], *, rounds: int, warmup: int, device: str, deadline: float
-) -> dict[str, dict[str, Any]]:
-    """:func:`_record.measure` round by round, until there are enough or the time is over; one round at least."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(warmup + rounds):
-        found = _record.measure(steps, control=CONTROL, repeats=1, warmup=0, device=device)
-        if number >= warmup or time.monotonic() > deadline:
-            for name, row in found.items():
-                seconds[name].append(row["median"])
-        if time.monotonic() > deadline:
-            break
-    ratios = {name: [c / s for c, s in zip(seconds[CONTROL], seconds[name], strict=True)] for name in steps}
-    return {
-        name: _record.summary(samples) | {"unit": "s", "ratio": _record.summary(ratios[name])}
-        for name, samples in seconds.items()
-    }
-
-
 def peak_in_this_process(preset: Preset, task: str, variant: str) -> int:
     """Peak resident memory of two steps above what the process held before them (Linux)."""
     model, batch = preset.model(), make_batch(preset, task)
@@ -285,17 +266,20 @@ def run_task(preset: Preset, task: str, options: argparse.Namespace, sizes: list
     if CONTROL not in steps:
         print(f"{task}: the control does not fit the memory; give fewer rows (--batch, --prompts)")
         return
-    rows = measure_until(steps, rounds=options.rounds, warmup=2, device=preset.device, deadline=deadline)
-    for name, step in steps.items():
-        cuda = preset.device == "cuda"
-        rows[name]["peak_extra_bytes"] = peak_on_device(step) if cuda else peak_in_fresh_process(sizes, task, name)
+    cuda = preset.device == "cuda"
+    calls = {name: _record.PeakOf(step) for name, step in steps.items()} if cuda else steps
+    rows = _record.measure_until(calls, control=CONTROL, deadline=deadline, rounds=options.rounds, device=preset.device)
+    for name, call in calls.items():
+        peak = call.peak if isinstance(call, _record.PeakOf) else peak_in_fresh_process(sizes, task, name)
+        rows[name]["peak_extra_bytes"] = peak
     settings = asdict(preset) | {"dtype": str(preset.dtype), "groups": [list(pair) for pair in preset.groups]}
     settings |= {"seed": SEED, "task": task, "rows": batch.input_ids.shape[0], "row_length": batch.input_ids.shape[1]}
     settings |= {"kept": batch.keep.sum().item(), "out_of_memory": too_large}
     name = f"{options.name or 'routed_logprobs_' + options.preset}_{task}"
-    path = _record.write(name, rows, settings=settings, control=CONTROL, device=preset.device)
-    _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds per step")
-    report(_record.load(name))
+    path = _record.write(name, rows, settings=settings, control=CONTROL, device=preset.device, folder=options.output)
+    result = _record.load(name, folder=options.output)
+    _record.plot(result, path.with_suffix(".png"), label="seconds per step")
+    report(result)
 
 
 def report(result: dict[str, Any]) -> None:
@@ -325,8 +309,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="prompts of the tasks with groups")
     parser.add_argument("--completion", type=int, help="tokens of a completion")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop timing after these, in equal shares")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after these; three rounds at least")
     parser.add_argument("--name", help="of the result files, before _TASK")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the results")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = ("batch", "length", "ratio", "prompts", "completion")

@@ -25,15 +25,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks import _record
-from benchmarks.step_time import SEED, Shape, peak_on_device
+from benchmarks.step_time import SEED, Shape
 from cggr_train import CGGRConfig, CGGRMixin
 from cggr_train.tokenizer import train_tokenizer
 
@@ -102,32 +103,32 @@ class Update:
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
+        self._kept: list[Tensor] = []
 
     def __call__(self) -> None:
         """Forwards and backward of every micro-batch."""
         trainer, model = self.variant.trainer, self.variant.trainer.model
         if self.variant.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        task = getattr(trainer, "_task_loss", None)
+        self._kept.clear()
         for batch in self.variant.batches:
             trainer.compute_loss(model, dict(batch)).backward()
+            if task is not None:
+                self._kept.append(task.metrics["kept_tokens"])
         model.zero_grad(set_to_none=True)
         if self.variant.checkpointing:
             model.gradient_checkpointing_disable()
 
     def kept(self) -> float:
-        """Share of all tokens that has a backward in every layer."""
-        task = getattr(self.variant.trainer, "_task_loss", None)
-        total = kept = 0
+        """Share of all tokens that had a backward in every layer of the last update."""
+        if not self._kept:
+            return 1.0
+        total = 0
         for batch in self.variant.batches:
             tokens = batch["input_ids"] if "input_ids" in batch else (batch["prompt_ids"], batch["completion_ids"])
-            count = tokens.numel() if isinstance(tokens, Tensor) else sum(part.numel() for part in tokens)
-            total += count
-            if task is None:
-                kept += count
-                continue
-            self.variant.trainer.compute_loss(self.variant.trainer.model, dict(batch))
-            kept += int(task.metrics["kept_tokens"])
-        return kept / total
+            total += tokens.numel() if isinstance(tokens, Tensor) else sum(part.numel() for part in tokens)
+        return sum(int(kept) for kept in self._kept) / total
 
 
 def tokens_of(shape: Shape, *sizes: int) -> Tensor:
@@ -272,28 +273,39 @@ def cases(sizes: Sizes, tasks: list[str]) -> list[tuple[str, str, Callable[..., 
     return [(name, task, make, size) for task in tasks for name, make, size in made[task]]
 
 
-def time_variants(variants: dict[str, Variant], *, device: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """Rows of a result; what does not fit into the device's memory is left out and said."""
-    updates, peaks, started = {}, {}, time.perf_counter()
+def time_variants(
+    variants: dict[str, Variant], *, device: str, seconds: float
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Rows of a result, and the names of what does not fit into the device's memory."""
+    deadline = time.monotonic() + seconds
+    updates, calls, too_large = {}, {}, []
     for name, variant in variants.items():
         update = Update(variant)
+        call = _record.PeakOf(update) if device == "cuda" else update
+        started = time.perf_counter()
         try:
-            peaks[name] = peak_on_device(update) if device == "cuda" else update()
-            updates[name] = update
+            call()
+            updates[name], calls[name] = update, call
         except torch.OutOfMemoryError:
-            print(f"  {name}: does not fit", flush=True)
+            too_large.append(name)
+        if name not in calls:  # outside of the handler, which holds the failed update's tensors
             variant.trainer.model.zero_grad(set_to_none=True)
             variant.trainer.model.gradient_checkpointing_disable()
-            torch.cuda.empty_cache()
-    once = (time.perf_counter() - started) / (3 if device == "cuda" else 1)
-    repeats = max(3, min(20, round(seconds / max(once, 1e-3))))
-    control = CONTROL if CONTROL in updates else next(iter(updates))
-    rows = _record.measure(updates, control=control, repeats=repeats, warmup=1, device=device)
-    for name, update in updates.items():
-        rows[name]["keep"] = update.kept()
         if device == "cuda":
-            rows[name]["peak_extra_bytes"] = peaks[name]
-    return rows
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        print(f"  {name}: {'first update' if name in calls else 'does not fit'}", end=" ", flush=True)
+        print(f"{time.perf_counter() - started:.1f} s", flush=True)
+    for call in calls.values():
+        if isinstance(call, _record.PeakOf):
+            call.forget()
+    control = CONTROL if CONTROL in updates else next(iter(updates))
+    rows = _record.measure_until(calls, control=control, deadline=deadline, rounds=20, device=device)
+    for name, call in calls.items():
+        rows[name]["keep"] = updates[name].kept()
+        if isinstance(call, _record.PeakOf):
+            rows[name]["peak_extra_bytes"] = call.peak
+    return rows, too_large
 
 
 def report(name: str, task: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -317,13 +329,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SIZES)
     parser.add_argument("--task", nargs="*", choices=("sft", "grpo", "dpo"), default=["sft", "grpo", "dpo"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of timing for each measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for each measurement; three rounds are timed whatever it says"
+    )
     parser.add_argument("--prompts", type=int, nargs="*", help="lengths of GRPO's prompts, instead of the shape's own")
     parser.add_argument("--plain", type=int, help="tokens of a plain micro-batch, instead of the shape's own")
     parser.add_argument("--routed", type=int, help="tokens of a routed micro-batch, instead of the shape's own")
     parser.add_argument("--name", default="trl_trainers", help="first part of the result files' names")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the results")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    disable_progress_bars()
     sizes = SIZES[options.shape]
     changes = {"plain": options.plain, "routed": options.routed, "prompts": options.prompts and tuple(options.prompts)}
     sizes = replace(sizes, **{name: value for name, value in changes.items() if value})
@@ -331,13 +347,15 @@ def main() -> None:
     for name, task, make, size in cases(sizes, options.task):
         model = sizes.model.model()
         with make(sizes, model, size) as variants:
-            rows = time_variants(variants, device=device, seconds=options.seconds)
+            print(f"{name}, {options.shape}", flush=True)
+            rows, too_large = time_variants(variants, device=device, seconds=options.seconds)
         settings = sizes.model.settings() | {key: value for key, value in vars(sizes).items() if key != "model"}
         settings |= {"task": task, "size": size, "seed": SEED, "backend": os.environ.get("CGGR_BACKEND", "auto")}
+        settings |= {"out_of_memory": too_large}
         control = CONTROL if CONTROL in rows else next(iter(rows))
         file = f"{options.name}_{name}_{options.shape}"
-        path = _record.write(file, rows, settings=settings, control=control, device=device)
-        _record.plot(_record.load(file), path.with_suffix(".png"), label="seconds per update")
+        path = _record.write(file, rows, settings=settings, control=control, device=device, folder=options.output)
+        _record.plot(_record.load(file, folder=options.output), path.with_suffix(".png"), label="seconds per update")
         report(name, task, rows)
         del model
         if device == "cuda":
