@@ -152,8 +152,16 @@ def fresh(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """Judge every language-model class of transformers, and write docs/supported-models.md; classes after ``--``."""
+    """Judge every language-model class of transformers, and write docs/supported-models/; ``-- --help`` for more."""
     install(session, "rich", packages=("cggr-core",))
+    session.run("python", "-m", "tests.support.sweep", *session.posargs, env=QUIET)
+
+
+@nox.session(name="sweep-newest")
+def sweep_newest(session: nox.Session) -> None:
+    """Do the same with the newest releases of torch and transformers, whatever they are today."""
+    session.install("--no-compile", "torch", "transformers", "rich", "numpy", "hatchling", "editables")
+    session.install("--no-compile", "--no-build-isolation", "-e", extended("cggr-core"))
     session.run("python", "-m", "tests.support.sweep", *session.posargs, env=QUIET)
 
 

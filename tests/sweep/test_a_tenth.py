@@ -33,11 +33,7 @@ TENTH = {
 }
 
 
-# The first step's look at the model leaves the attention mask out, and Funnel's own warning about that fails.
-_KNOWN = {"FunnelForMaskedLM": pytest.mark.xfail(reason="padded rows: FunnelConfig has no bos_token_id")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_KNOWN.get(name, ())) for name in TENTH])
+@pytest.mark.parametrize("name", TENTH)
 def test_exact_or_refused(name):
     report = judge(name, language_model_classes()[name], lengths=(21,))
     wrong = [line for line in report["found"] if line["verdict"] == "wrong"]

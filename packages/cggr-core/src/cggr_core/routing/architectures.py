@@ -102,7 +102,7 @@ def describe(model: nn.Module) -> Architecture:
             "train it with its own forward"
         )
     text_config = config.get_text_config()
-    layers, owner = _find_layers(base, text_config.num_hidden_layers)
+    layers, owner = _find_layers(base, getattr(text_config, "num_hidden_layers", 0))
     forward_parameters = frozenset(inspect.signature(base.forward).parameters)
     # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
     modules = list(model.modules())
@@ -127,7 +127,17 @@ def describe(model: nn.Module) -> Architecture:
     )
 
 
+def head_rows(base: Any) -> int:
+    """How many classes a model's head tells apart."""
+    weight = getattr(base.get_output_embeddings(), "weight", None)
+    if weight is not None and weight.dim() == 2:
+        return weight.shape[0]
+    return base.config.get_text_config().vocab_size  # a packed weight has another shape
+
+
 def _find_layers(base: Any, count: int) -> tuple[nn.ModuleList, nn.Module]:
+    if not count:
+        return nn.ModuleList(), base
     # Vision towers can have as many layers as the text model, so the text decoder is searched first.
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     for root in (decoder, base):
@@ -229,7 +239,7 @@ def default_position_ids(
     """
     batch, length = like.shape[:2]
     positions = torch.arange(length, device=like.device).expand(batch, length)
-    if unwrapped(model).config.model_type == "opt" and padding is not None:
+    if getattr(unwrapped(model).config, "model_type", None) == "opt" and padding is not None:
         seen = padding.long()
         return seen.cumsum(1) * seen - 1
     maker = architecture.position_maker

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.routing.agreement import comparable, difference, verification_interval
-from cggr_core.routing.architectures import Architecture, describe, unwrapped
+from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
 from cggr_core.routing.context_pass import Context, context_pass, head_read_by, ignore_head, layer_input
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
@@ -88,15 +88,12 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         """Rows of the head."""
-        weight = getattr(unwrapped(self.model).get_output_embeddings(), "weight", None)
-        if weight is not None and weight.dim() == 2:
-            return weight.shape[0]
-        return self.model.config.get_text_config().vocab_size
+        return head_rows(unwrapped(self.model))
 
     @property
     def hidden_size(self) -> int:
         """Length of a hidden state."""
-        return self.model.config.get_text_config().hidden_size
+        return getattr(self.model.config.get_text_config(), "hidden_size", self.embedding_size)
 
     @property
     def embedding_size(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
+from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, head_rows, unwrapped
 from cggr_core.routing.head_check import loud_head
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
@@ -204,19 +204,22 @@ def _parameters(function: Any) -> frozenset[str]:
 def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Any], Tensor]:
     tokens = {name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()}
     config = base.config.get_text_config()
+    classes = head_rows(base)
     like = next(iter(tokens.values()))
     if "input_ids" in tokens:
         tokens["input_ids"] = labels = text_alone(tokens["input_ids"], base.config)
         labels = labels.long().clone()
     else:
         labels = torch.arange(like.shape[0] * like.shape[1], device=like.device).view(like.shape[:2])
-        labels = labels % config.vocab_size
+        labels = labels % classes
     # What a loss might ignore besides -100, and -100 itself: a padding token is a target like any other.
     padding = getattr(config, "pad_token_id", None)
-    if isinstance(padding, int) and 0 <= padding < config.vocab_size and labels.shape[1] > 2:
+    if isinstance(padding, int) and 0 <= padding < classes and labels.shape[1] > 2:
         labels[0, 2] = padding
     if labels.shape[1] > 3:
         labels[:, 3] = IGNORED
+    if inputs.padding is not None:  # models look for padding among the tokens where no mask is given
+        tokens["attention_mask"] = torch.ones_like(inputs.padding[:_ROWS, :_TOKENS])
     return tokens, labels
 
 

@@ -197,7 +197,8 @@ def _few_tokens(model: nn.Module, inputs: TokenInputs) -> TokenInputs:
         inputs,
         per_token=tokens,
         position_ids=first_positions + torch.arange(length, device=first_positions.device),
-        padding=None,
+        # Whatever of them is padding counts as text; said outright, since models look for it where no mask is given.
+        padding=None if inputs.padding is None else torch.ones_like(inputs.padding[:_ROWS, :_TOKENS]),
         segment=None,
         options={name: value for name, value in inputs.options.items() if not isinstance(value, Tensor)},
     )
