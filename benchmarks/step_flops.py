@@ -84,7 +84,7 @@ def _wrapped(model: nn.Module, shape: Shape, variant: str, ratio: float) -> CGGR
     # The look at the model before the first step reads values, and there are none here: its result is what a Llama
     # gives, whose layers return their hidden state and whose head is one matrix.
     seen = Probe(describe(model), lambda hidden: hidden)
-    for engine in (wrapped._engine, *([router.engine] if router is not None else [])):
+    for engine in (wrapped._passes, *([router.engine] if router is not None else [])):
         engine._probe, engine._probed = seen, {"plain", "routing"}
     wrapped._watch = lambda *_: None
     return wrapped

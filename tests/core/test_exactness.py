@@ -21,7 +21,7 @@ def batch(seed: int = 0) -> Tensor:
 
 
 def aligned(model, labels: Tensor):
-    return align_labels(labels, shifted=CGGRModel(model)._engine.architecture.shifted, vocab_size=VOCAB)
+    return align_labels(labels, shifted=CGGRModel(model)._passes.architecture.shifted, vocab_size=VOCAB)
 
 
 def random_selection(countable: Tensor, seed: int = 0) -> Selection:
@@ -47,7 +47,7 @@ def reference(model, labels, selection, *, gradient, **inputs):
     coefficients = torch.zeros(labels.shape).scatter_(
         1, selection.index, loss_coefficients(selection, targets.countable)
     )
-    layers = CGGRModel(model)._engine.architecture.layers
+    layers = CGGRModel(model)._passes.architecture.layers
     loss, _ = reference_loss(model, layers, selection.mask, coefficients, targets.tokens, gradient=gradient, **inputs)
     loss.backward()
     return loss.detach(), gradients(model)

@@ -20,7 +20,7 @@ class TestSurroundings:
         _, wanted = backward(CGGRModel(model, **settings), input_ids)
         checkpoint_activations(model)
         calls = []
-        layer = CGGRModel(model)._engine.architecture.layers[1]
+        layer = CGGRModel(model)._passes.architecture.layers[1]
         first = next(module for module in layer.modules() if "weight" in module._parameters)
         hook = first.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         wrapped = CGGRModel(model, **settings)
@@ -161,7 +161,7 @@ class TestSurroundings:
         plain.backward()
         wanted = gradients(model)
         wrapped = CGGRModel(model, gradient=gradient, selection="sampled", min_tokens_ratio=1.0)
-        assert not wrapped._engine.architecture.head.fused
+        assert not wrapped._passes.architecture.head.fused
         with pytest.warns(UserWarning, match="its own logits are used"):
             loss, found = backward(wrapped, input_ids)
         torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=0)

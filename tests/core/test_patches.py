@@ -53,7 +53,7 @@ def test_two_models_run_in_two_threads():
             hook.remove()
             met.append(meeting.wait())
 
-        hook = model._engine.architecture.layers[0].register_forward_pre_hook(meet)
+        hook = model._passes.architecture.layers[0].register_forward_pre_hook(meet)
         model(batch, labels=batch, draw=3).backward()
 
     in_threads(lambda: step(0), lambda: step(1))
@@ -72,7 +72,7 @@ def test_a_plain_forward_beside_a_pass_gets_its_own_masks():
 
     def routed():
         # A change that would give the other thread a mask of another shape.
-        visibility = CGGRModel(ROUTABLE["llama"]())._engine.inputs(input_ids=batch).visibility(torch.zeros(3, 2).long())
+        visibility = CGGRModel(ROUTABLE["llama"]())._passes.inputs(input_ids=batch).visibility(torch.zeros(3, 2).long())
         with routed_masks(visibility):
             inside.set()
             assert done.wait(60)
@@ -88,7 +88,7 @@ def test_a_plain_forward_beside_a_pass_gets_its_own_masks():
 
 def test_blocks_nest_and_leave_what_they_found():
     inner, outer = object(), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    visibility = CGGRModel(ROUTABLE["llama"]())._engine.inputs(input_ids=tokens()).visibility()
+    visibility = CGGRModel(ROUTABLE["llama"]())._passes.inputs(input_ids=tokens()).visibility()
     repeated = torch.tensor([[0, 1, 0, 1]])
     assert outer is sdpa_mask
     with pytest.raises(RuntimeError, match="in the inner block"), whole_rows():
@@ -111,7 +111,7 @@ def test_a_builder_that_is_registered_later_is_found():
     AttentionMaskInterface.register("registered_later", build)
     try:
         assert ALL_MASK_ATTENTION_FUNCTIONS["registered_later"] is build
-        visibility = CGGRModel(ROUTABLE["llama"]())._engine.inputs(input_ids=tokens()).visibility()
+        visibility = CGGRModel(ROUTABLE["llama"]())._passes.inputs(input_ids=tokens()).visibility()
         with routed_masks(visibility):
             assert ALL_MASK_ATTENTION_FUNCTIONS["registered_later"] is not build
     finally:

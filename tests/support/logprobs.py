@@ -36,7 +36,7 @@ def plain(model, input_ids, temperature=1.0, **inputs):
 
 def reference(model, input_ids, keep, weight, gradient, **inputs):
     """Gradients of ``-sum(weight * logprob)`` by an autograd graph over all tokens."""
-    layers = CGGRModel(model)._engine.architecture.layers
+    layers = CGGRModel(model)._passes.architecture.layers
     targets = next_tokens(input_ids)
     coefficients = weight.masked_fill(~keep, 0.0)
     loss, _ = reference_loss(

@@ -176,7 +176,7 @@ def test_a_selection_without_scores_logs_none(tmp_path):
 @pytest.mark.parametrize("selection", ["stratified", "sampled", "random", "topk", "sequence_aware", "supervised"])
 def test_prompts_are_never_kept(tmp_path, selection, monkeypatch):
     made = trainer(tmp_path, CGGRConfig(selection=selection, gradient="detached"), max_steps=1)
-    passes, seen = made.routed_model()._engine, []
+    passes, seen = made.routed_model()._passes, []
     original = passes.gradient
 
     def gradient(batch, selection, *args, **kwargs):

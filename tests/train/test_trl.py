@@ -55,7 +55,7 @@ def trained(made):
 
 def kept_and_labels(made, monkeypatch):
     """Train, and return what every forward kept, its labels and its packed documents."""
-    passes, seen = made.routed_model()._engine, []
+    passes, seen = made.routed_model()._passes, []
     original = passes.gradient
 
     def gradient(batch, selection, *args, **kwargs):

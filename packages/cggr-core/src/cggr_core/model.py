@@ -128,9 +128,9 @@ class CGGRModel(nn.Module):
             ignore_index=ignore_index,
         )
         self.schedule = Schedule.of(self.settings)
-        self._engine = Engine(model)
-        check_not_compiled(model, self._engine.architecture.layers)
-        scores_by = as_router(router, self._engine)
+        self._passes = Engine(model)
+        check_not_compiled(model, self._passes.architecture.layers)
+        scores_by = as_router(router, self._passes)
         self.settings.check_router(router, gives_confidence=scores_by.gives_confidence)
         self.model = model
         if isinstance(router, TruncatedRouter) and scores_by.depth is not None:
@@ -197,7 +197,7 @@ class CGGRModel(nn.Module):
                 draw=draw,
                 first_row=first_row or None,
                 example_ids=example_ids,
-                **(self._engine.loss_arguments(arguments) if labels is None else {}),
+                **(self._passes.loss_arguments(arguments) if labels is None else {}),
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
@@ -214,7 +214,7 @@ class CGGRModel(nn.Module):
         self._follow_model()
         batch = StepBatch.checked(
             self.settings,
-            self._engine,
+            self._passes,
             arguments=drop_inert_arguments(arguments),
             labels=labels,
             token_weight=token_weight,
@@ -229,7 +229,7 @@ class CGGRModel(nn.Module):
         if self.scoring_stopwatch is not None:
             router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
         router.prepare(batch)
-        result = run_step(self.settings, batch, self._engine, router, self.schedule, self._draws)
+        result = run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
         self.schedule.note_forward()
         self._deferred.post(result, self.schedule)
         self._metrics = result.metrics
@@ -348,10 +348,10 @@ class CGGRModel(nn.Module):
 
     def _follow_model(self) -> None:
         """See what was done to the wrapped model since the last step, another one in its place among it."""
-        if self._engine.follow(self.model) and self._router is not self.router:
-            self.__dict__["_router"] = as_router(self.router, self._engine)
+        if self._passes.follow(self.model) and self._router is not self.router:
+            self.__dict__["_router"] = as_router(self.router, self._passes)
 
     def _raise_deferred_errors(self, *, wait: bool) -> None:
         self._deferred.raise_deferred_errors(
-            self.schedule, vocab_size=self._engine.vocab_size, ignore_index=self.settings.ignore_index, wait=wait
+            self.schedule, vocab_size=self._passes.vocab_size, ignore_index=self.settings.ignore_index, wait=wait
         )
