@@ -24,6 +24,8 @@ from cggr_core import CGGRModel
 
 RATIO = 0.25
 CONTROL = "standard, DDP"
+# Settings of the routed steps: two passes, whose scores are of full depth, and one whose tokens are known beforehand.
+ROUTED: dict[str, dict[str, str]] = {"CGGR": {}, "CGGR random": {"selection": "random"}}
 
 
 def on_this_rank(shape: Shape) -> Shape:
@@ -47,7 +49,7 @@ def parallel(shape: Shape, engine: str) -> tuple[nn.Module, nn.Module]:
 def make_step(shape: Shape, engine: str, method: str, tokens: Tensor) -> Callable[[], None]:
     """A training step of this rank."""
     model, called = parallel(shape, engine)
-    routed = CGGRModel(model, min_tokens_ratio=RATIO, seed=SEED)
+    routed = CGGRModel(model, min_tokens_ratio=RATIO, seed=SEED, **ROUTED.get(method, {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     world = dist.get_world_size()
     # An int: floating numbers are cast by mixed precision on their way into a model.
@@ -79,10 +81,10 @@ def slowest(seconds: float) -> float:
 
 
 def measure(shape: Shape, engine: str, *, rounds: int, warmup: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of a step of both methods under one engine."""
+    """Seconds of a step of every method under one engine."""
     generator = torch.Generator().manual_seed(SEED + dist.get_rank())
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length), generator=generator).to(shape.device)
-    made = {f"{method}, {engine}": make_step(shape, engine, method, tokens) for method in ("standard", "CGGR")}
+    made = {f"{method}, {engine}": make_step(shape, engine, method, tokens) for method in ("standard", *ROUTED)}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(warmup + rounds):
         for name, step in made.items():

@@ -17,7 +17,10 @@ STYLES = {
     "standard, FSDP2": ("0.35", "s--"),
     "CGGR, DDP": ("#2a6f97", "o-"),
     "CGGR, FSDP2": ("#2a6f97", "s--"),
+    "CGGR random, DDP": ("#c8553d", "o-"),
+    "CGGR random, FSDP2": ("#c8553d", "s--"),
 }
+METHODS = ("standard", "CGGR", "CGGR random")
 
 
 def results(shape: str) -> dict[int, dict[str, Any]]:
@@ -31,15 +34,24 @@ def results(shape: str) -> dict[int, dict[str, Any]]:
 
 def table(by_ranks: dict[int, dict[str, Any]]) -> str:
     """Markdown: tokens per second, speedup over the standard step of the same engine and ranks, efficiency."""
-    columns = ["", "GPUs", "standard, tokens/s", "CGGR, tokens/s", "faster", "efficiency, standard / CGGR"]
+    columns = [
+        "",
+        "GPUs",
+        "standard, tokens/s",
+        "two passes, tokens/s",
+        "interleaved, tokens/s",
+        "faster",
+        "efficiency",
+    ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for engine in ("DDP", "FSDP2"):
         for ranks, result in by_ranks.items():
-            speeds = [speed(result, f"{method}, {engine}") for method in ("standard", "CGGR")]
-            alone = [speed(by_ranks[1], f"{method}, {engine}") for method in ("standard", "CGGR")]
+            speeds = [speed(result, f"{method}, {engine}") for method in METHODS]
+            alone = [speed(by_ranks[1], f"{method}, {engine}") for method in METHODS]
+            faster = " / ".join(f"{routed / speeds[0]:.2f}x" for routed in speeds[1:])
             shares = " / ".join(f"{one / (first * ranks):.0%}" for one, first in zip(speeds, alone, strict=True))
-            faster = f"{speeds[1] / speeds[0]:.2f}x"
-            lines.append(f"| {engine} | {ranks} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {faster} | {shares} |")
+            numbers = " | ".join(f"{one:,.0f}" for one in speeds)
+            lines.append(f"| {engine} | {ranks} | {numbers} | {faster} | {shares} |")
     return "\n".join(lines)
 
 

@@ -2,13 +2,16 @@
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.experimental import LearnedRouter
+from cggr_core.routing import sharding
 from tests.support.model_steps import checkpoint_activations
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
@@ -34,6 +37,57 @@ LAYOUTS = {
 }
 
 
+class Gathers(TorchDispatchMode):
+    """Counts the times that weights are gathered."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gathered_once(routed: CGGRModel, input_ids: torch.Tensor, mesh: object) -> None:
+    """Weights stay gathered between the passes from the third step on, and no longer than that."""
+    model = routed.model
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+    def step() -> int:
+        with Gathers() as seen, routed.routed_forward():
+            model(input_ids=input_ids, labels=input_ids).backward()
+        model.zero_grad()
+        return seen.count
+
+    layers = len(model.model.layers)
+    step()  # looks at the model first
+    gathers = [step() for _ in range(3)]
+    assert gathers[0] - gathers[1] == layers and gathers[1] == gathers[2], gathers
+
+    def fail(module: torch.nn.Module, args: object) -> None:
+        passes.append(module)
+        if len(passes) == 2:
+            raise RuntimeError("the gradient pass")
+
+    # The shards, as an optimizer has them. What stands around the layers stays gathered after any forward that failed.
+    trained = list(model.model.layers.parameters())
+    passes: list[torch.nn.Module] = []
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="the gradient pass"):
+        step()
+    hook.remove()
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.mul_(1.5)
+    whole = ROUTABLE["llama"]().train()
+    # The model first: reading its state shards all of it again.
+    losses = [model(input_ids=input_ids, labels=input_ids).loss.item()]
+    whole.load_state_dict({name: value.full_tensor() for name, value in model.state_dict().items()})
+    losses.append(whole(input_ids=input_ids, labels=input_ids).loss.item())
+    assert abs(losses[0] - losses[1]) <= 1e-5, losses
+
+
 def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -55,7 +109,9 @@ def main(rank: int, store: str) -> None:
             router = create_truncated_router(model, num_layers=router)
         return CGGRModel(model, **{**settings, "router": router}).train()
 
+    gathered_once(build({"gradient": "kv", "engine": "two_pass"}, "layers and root"), input_ids[mine], mesh)
     for layout, every in LAYOUTS.items():
+        sharding.DECIDED_AFTER = 1 if layout == "layers and root" else 3
         for settings in every:
             whole = build(settings, layout)
             whole(input_ids, labels=labels, draw=0).backward()

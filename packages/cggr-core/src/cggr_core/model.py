@@ -229,7 +229,8 @@ class CGGRModel(nn.Module):
         if self.scoring_stopwatch is not None:
             router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
         router.prepare(batch)
-        result = run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
+        with self._passes.step():
+            result = run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
         self.schedule.note_forward()
         self._deferred.post(result, self.schedule)
         self._metrics = result.metrics

@@ -168,13 +168,14 @@ class RoutedPasses:
         from cggr_core.routing import NO_CONTEXT
 
         context, values = NO_CONTEXT, None
-        if everywhere or self._engine == "two_pass":
-            context, values = self._passes.context(
-                batch, depth=self._passes.depth, keep_graph=self._keep_graph, head=everywhere
+        with self._passes.step():
+            if everywhere or self._engine == "two_pass":
+                context, values = self._passes.context(
+                    batch, depth=self._passes.depth, keep_graph=self._keep_graph, head=everywhere
+                )
+            at_kept, auxiliary_loss = self._passes.gradient(
+                batch, kept.selection, context, keep_graph=self._keep_graph, hidden=self._hidden
             )
-        at_kept, auxiliary_loss = self._passes.gradient(
-            batch, kept.selection, context, keep_graph=self._keep_graph, hidden=self._hidden
-        )
         return Values(kept, at_kept, values, auxiliary_loss)
 
     def _rows(self, kept: Kept) -> TokenInputs:

@@ -160,7 +160,7 @@ class SharedRun:
                 projections, in ``detached`` (and without gradients) nothing.
         """
         from cggr_core.routing import NO_CONTEXT, Shared
-        from cggr_core.routing.ordering import shards_layers
+        from cggr_core.routing.sharding import shards_layers
 
         passes, context = self._passes, self._context
         if gradient_mode == "exact" and torch.is_grad_enabled():

@@ -16,8 +16,8 @@ from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.loss_agreement import auxiliary_loss, loss_arguments, without_loss_arguments
 from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.ordering import shards_layers
 from cggr_core.routing.probe import Probe, probe, probe_longer_rows
+from cggr_core.routing.sharding import GatheredWeights, shards_layers
 from cggr_core.routing.shared import KeyValue
 from cggr_core.routing.structure import structure
 from cggr_core.routing.truncation import truncated
@@ -49,6 +49,7 @@ class Engine:
         self._probed_length = 0
         self._loads = count_loads(self.model)
         self._loads_seen = self._loads.count
+        self._gathered = GatheredWeights(self._description.layers)
 
     def follow(self, model: nn.Module | None = None) -> bool:
         """Look again where the model is another one than it was; called once a step, before its passes.
@@ -244,6 +245,10 @@ class Engine:
         assert self._probe is not None, "prepare() comes first"
         return truncated(self.architecture, depth, self._probe.layer_output)
 
+    def step(self) -> AbstractContextManager[None]:
+        """The length of a step whose gradient pass follows a context pass: weights are gathered once for both."""
+        return self._gathered.step()
+
     def context(
         self, inputs: TokenInputs, *, depth: int, keep_graph: bool, head: bool, hidden: bool = False
     ) -> tuple[Context, Tensor | None]:
@@ -262,15 +267,16 @@ class Engine:
         assert self._probe is not None, "prepare() comes first"
         seen: list[Tensor] = []
         own_head = head and not (self.architecture.head.fused or hidden)
-        context = context_pass(
-            self.model,
-            self.architecture,
-            inputs,
-            depth=depth,
-            keep_graph=keep_graph,
-            read_head=None if own_head else (seen.append if head else ignore_head),
-            layer_output=self._probe.layer_output,
-        )
+        with self._gathered.context_pass():
+            context = context_pass(
+                self.model,
+                self.architecture,
+                inputs,
+                depth=depth,
+                keep_graph=keep_graph,
+                read_head=None if own_head else (seen.append if head else ignore_head),
+                layer_output=self._probe.layer_output,
+            )
         return context, context.logits if own_head else (seen[0] if head else None)
 
     def gradient(
@@ -309,6 +315,7 @@ class Engine:
             read_head=seen.append if fused else None,
             note=note,
         )
+        self._gathered.gradient_pass_is_done()
         self._verify(inputs, selection, context)
         return seen[0] if fused else output.logits, auxiliary_loss(self.model, output)
 

@@ -29,7 +29,6 @@ from cggr_core.routing.context_pass import (
 from cggr_core.routing.inputs import TokenInputs, other_positions
 from cggr_core.routing.layer_rows import LayerCall, LayerRows
 from cggr_core.routing.masks import routed_masks
-from cggr_core.routing.ordering import shards_layers
 from cggr_core.routing.patches import (
     attention_implementation,
     replaced_forwards,
@@ -38,6 +37,7 @@ from cggr_core.routing.patches import (
     without_checkpointing,
 )
 from cggr_core.routing.rows import stop_gradient
+from cggr_core.routing.sharding import shards_layers
 from cggr_core.routing.shared import KeyValue
 from cggr_core.selection import Selection
 

@@ -4,12 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-def shards_layers(layers: nn.ModuleList) -> bool:
-    """Whether ``fully_shard`` (FSDP2) was applied to the layers."""
-    return any(hasattr(layer, "set_reshard_after_backward") for layer in layers)
+from torch import Tensor
 
 
 class _BackwardInTurn(torch.autograd.Function):

@@ -7,7 +7,7 @@ runs in. One model is not run in two threads at a time.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -117,6 +117,25 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def left_gathered(groups: Iterable[Any]) -> Iterator[None]:
+    """Let weights that FSDP2 gathers for a forward stay gathered after it.
+
+    What ``set_reshard_after_forward(False)`` sets, and then as it was: what the user chose cannot be read back
+    otherwise.
+
+    Reach: these groups of parameters, whoever calls their modules.
+    """
+    before = [(group, group.post_forward_mesh_info) for group in groups]
+    try:
+        for group, _ in before:
+            group.post_forward_mesh_info = None
+        yield
+    finally:
+        for group, chosen in before:
+            group.post_forward_mesh_info = chosen
 
 
 @contextmanager
