@@ -27,7 +27,7 @@ VERSION_TESTS = (
 )
 # The oldest that the packages ask for; a test holds these to their requirements.
 OLDEST = ("torch==2.11.0", "transformers==5.17.0")
-CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops",))
+CPU_BENCHMARKS = (("benchmarks.step_time", "cpu"), ("benchmarks.step_flops", "--shapes", "cpu"))
 # With an option as well: core's routing, which is shut without transformers, and the loading of models.
 ONCE_MORE = {"cggr-core": ("[transformers]",), "cggr": ("[flash]",)}
 # Bytecode is written for what is imported, also where the caller's environment says otherwise: without it every process

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core.linear_loss import linear_cross_entropy
+from cggr_core import linear_cross_entropy
 from cggr_flash import attention_backends, enable_flash_attention
 
 Context = Callable[[], AbstractContextManager[Any]]

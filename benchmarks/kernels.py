@@ -23,6 +23,12 @@ import triton.language as tl
 from benchmarks import _record
 from benchmarks._kernels import SEED, Call, Table, draw, peak_bytes, time_in_turns
 from benchmarks._kernels_attention import bench_attention
+from cggr_core.backends import resolve
+
+
+def reference(op: str) -> Callable[..., Any]:
+    """The plain-torch implementation of an op, which float64 always runs."""
+    return resolve(op, "cpu", torch.float64)
 
 
 def statistics_in_torch(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -68,9 +74,9 @@ def read_bandwidth(x: torch.Tensor) -> float:
 
 def bench_difficulty(table: Table, arguments: argparse.Namespace) -> None:
     """Statistics of 16,384 rows of 128,256 logits, and of a vocabulary that leaves rows unaligned."""
-    from cggr_core.difficulty import difficulty_reference
     from cggr_kernels.difficulty import difficulty
 
+    difficulty_reference = reference("difficulty")
     for N, V in ((16384, 128256), (16384, 50257)):
         logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
         targets = torch.randint(0, V, (N,), device="cuda")
@@ -102,9 +108,9 @@ def head_problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def bench_linear_difficulty(table: Table, arguments: argparse.Namespace) -> None:
     """Statistics from hidden states, beside the matrix product alone."""
-    from cggr_core.difficulty import linear_difficulty_reference
     from cggr_kernels.linear_difficulty import linear_difficulty
 
+    linear_difficulty_reference = reference("linear_difficulty")
     hidden, weight, targets = head_problem()
     op = "linear_difficulty 16384x2048x128256 bf16"
     candidates: dict[str, Call] = {
@@ -125,9 +131,9 @@ def bench_linear_difficulty(table: Table, arguments: argparse.Namespace) -> None
 
 def bench_linear_cross_entropy(table: Table, arguments: argparse.Namespace) -> None:
     """Loss of a quarter of the rows and its gradients."""
-    from cggr_core.linear_loss import chunked_linear_cross_entropy
     from cggr_kernels.linear_cross_entropy import linear_cross_entropy
 
+    chunked_linear_cross_entropy = reference("linear_cross_entropy")
     hidden, weight, targets = head_problem()
     kept = torch.randperm(hidden.shape[0], device="cuda")[: hidden.shape[0] // 4].sort().values
     masked = torch.full_like(targets, -100)
@@ -196,9 +202,9 @@ def _first(value: Any) -> torch.Tensor:
 
 def bench_select(table: Table, arguments: argparse.Namespace) -> None:
     """A quarter of 2^20 scores, in one row and in 64, beside one ``torch.topk``."""
-    from cggr_core.sampling import select_reference
     from cggr_kernels.select import select
 
+    select_reference = reference("select")
     for B, S in ((1, 2**20), (64, 2**14)):
         score = torch.rand(B, S, device="cuda")
         countable = torch.rand(B, S, device="cuda") < 0.95

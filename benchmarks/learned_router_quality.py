@@ -11,7 +11,7 @@ import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,54 +19,22 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core import CGGRModel, create_truncated_router
+from benchmarks._language_model import WARMUP, Size, training
+from cggr_core import CGGRModel, TruncatedRouter
 from cggr_core.experimental import LearnedRouter
-from cggr_core.readout import HeadReadout
-from cggr_train.data import Batches
 from cggr_train.data.batches import in_order
-from cggr_train.demo.corpus import standard_library
-from cggr_train.tokenizer import train_tokenizer
 
-RATIO, WARMUP = 0.25, 50
+RATIO = 0.25
 TRUNCATED, LEARNED = "truncated router", "learned router"
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model, its text and its training."""
-
-    layers: int
-    hidden: int
-    heads: int
-    depth: int
-    vocabulary: int
-    characters: int
-    batch: int
-    length: int
-    steps: int
-    every: int
-    learning_rate: float
-    device: str
-    tied: bool = True
-
-
+# Size of the model -> layers of both routers.
+DEPTHS = {"cpu": 1, "40m": 2, "135m": 4}
 SIZES = {
-    "cpu": Size(8, 128, 4, 1, 1024, 2_000_000, 8, 128, 800, 80, 2e-3, "cpu"),
-    "40m": Size(12, 512, 8, 2, 8192, 16_000_000, 16, 512, 800, 80, 1e-3, "cuda"),
-    "135m": Size(30, 576, 9, 4, 8192, 16_000_000, 8, 1024, 500, 50, 1e-3, "cuda"),
+    "cpu": Size(8, 128, 4, 1024, 2_000_000, 8, 128, 800, 80, 2e-3, "cpu"),
+    "40m": Size(12, 512, 8, 8192, 16_000_000, 16, 512, 800, 80, 1e-3, "cuda"),
+    "135m": Size(30, 576, 9, 8192, 16_000_000, 8, 1024, 500, 50, 1e-3, "cuda"),
 }
-
-
-def text(size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids to train on and to rank, from the standard library's source."""
-    documents = standard_library(max_characters=size.characters)
-    tokenizer = train_tokenizer(documents[:: max(1, size.characters // 4_000_000)], vocab_size=size.vocabulary)
-    ids = [np.array(row, dtype=np.int64) for row in tokenizer(documents, add_special_tokens=False)["input_ids"]]
-    held = max(1, len(ids) // 20)
-    return np.concatenate(ids[held:]), np.concatenate(ids[:held])
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -83,64 +51,45 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def rankings(wrapped: CGGRModel, depth: int, input_ids: Tensor) -> dict[str, float]:
     """Rank correlation of both routers with the true score of held-out tokens."""
-    passes, inputs = create_truncated_router(wrapped.model, depth).engine, {"input_ids": input_ids}
+    inputs, truncated = {"input_ids": input_ids}, TruncatedRouter(wrapped.model, depth)
     targets = torch.cat([input_ids[:, 1:], input_ids.new_full((len(input_ids), 1), -100)], dim=1)
     countable = targets != -100
-    readout = HeadReadout(passes.architecture.head, ignore_index=-100)
 
-    def score_at(layers: int | None) -> Tensor:
-        values = passes.plain(inputs, depth=layers)[0]
-        found = readout.statistics(values, targets, fields={"gradnorm"}).gradnorm
+    def scores(router: TruncatedRouter) -> Tensor:
+        found = router.statistics(inputs, targets, fields={"gradnorm"}).gradnorm
         assert found is not None  # asked for
         return found[countable]
 
+    truth, found = scores(TruncatedRouter(wrapped.model, 0)), {TRUNCATED: scores(truncated)}
     assert isinstance(wrapped.router, LearnedRouter)
+    passes = truncated.engine
     learned = wrapped.router(passes.hidden(inputs, depth=depth), passes.embeddings(targets.clamp(min=0)))
-    truth = score_at(None)
-    found = {TRUNCATED: score_at(depth), LEARNED: learned[countable]}
+    found[LEARNED] = learned[countable]
     return {name: rank_correlation(score, truth) for name, score in found.items()}
 
 
-def train(size: Size, seed: int, *, seconds: float, stream: np.ndarray, heldout: np.ndarray) -> dict[str, list[float]]:
+def train(
+    size: Size, seed: int, *, depth: int, seconds: float, stream: np.ndarray, heldout: np.ndarray
+) -> dict[str, list[float]]:
     """Rank correlations every so many steps of one training, which ends after so many seconds at the latest."""
     start = time.monotonic()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.hidden * 11 // 4,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=size.length,
-        tie_word_embeddings=size.tied,
-    )  # fmt: skip
-    with torch.device(size.device):
-        model = LlamaForCausalLM(config).train()
-    wrapped = CGGRModel(model, LearnedRouter(size.depth, seed=seed), min_tokens_ratio=RATIO, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warming = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
-    batches = Batches(stream, length=size.length, batch_size=size.batch, seed=seed)
+    wrapped = CGGRModel(size.model(seed), LearnedRouter(depth, seed=seed), min_tokens_ratio=RATIO, seed=seed)
     ranked = torch.cat(in_order(heldout, length=size.length, batch_size=4, limit=8)).to(size.device)
-    precision = torch.autocast(size.device, dtype=torch.bfloat16, enabled=size.device != "cpu")
     curves: dict[str, list[float]] = {TRUNCATED: [], LEARNED: []}
-    for step in range(size.steps + 1):
-        input_ids = batches.get(step).to(size.device)
-        with precision:
-            loss = wrapped(input_ids, labels=input_ids)
-        loss.backward()
+    for step, loss in training(wrapped, size, stream, seed=seed):
         if step % size.every == 0:
-            with precision:
-                found = rankings(wrapped, size.depth, ranked)
+            with size.precision():
+                found = rankings(wrapped, depth, ranked)
             for name, value in found.items():
                 curves[name].append(value)
             told = " ".join(f"{name} {value:.3f}" for name, value in found.items())
-            print(f"seed {seed} step {step:4} loss {loss.detach():.3f} {told}", flush=True)
+            print(f"seed {seed} step {step:4} loss {loss:.3f} {told}", flush=True)
             if time.monotonic() - start > seconds:
                 break
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warming.step()
-        optimizer.zero_grad(set_to_none=True)
     return curves
 
 
-def write(name: str, size: Size, seeds: list[int], runs: list[dict[str, list[float]]]) -> None:
+def write(name: str, size: Size, depth: int, seeds: list[int], runs: list[dict[str, list[float]]]) -> None:
     """Write the curves of the seeds so far, as far as all of them went, and their plot."""
     rankings_of_all = min(len(run[LEARNED]) for run in runs)
     runs = [{router: curve[:rankings_of_all] for router, curve in run.items()} for run in runs]
@@ -157,7 +106,13 @@ def write(name: str, size: Size, seeds: list[int], runs: list[dict[str, list[flo
         bar = {"every seed": 0.0, "met": min(chosen) >= 0}
         rows[f"learned - truncated, {row}"] = _record.summary(chosen) | {"unit": "rank correlation", "bar": bar}
     steps = (rankings_of_all - 1) * size.every
-    settings = asdict(size) | {"steps": steps, "keep_ratio": RATIO, "seed": seeds[: len(runs)], "scoring": "gradnorm"}
+    settings = asdict(size) | {
+        "depth": depth,
+        "steps": steps,
+        "keep_ratio": RATIO,
+        "seed": seeds[: len(runs)],
+        "scoring": "gradnorm",
+    }
     settings |= {"selection": "stratified", "optimizer": "AdamW", "warmup": WARMUP}
     path = _record.write(name, rows, settings=settings, control=TRUNCATED, device=size.device)
     draw(_record.load(name), path.with_suffix(".png"))
@@ -194,15 +149,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of a seed's training, at most")
     parser.add_argument("--untied", action="store_true", help="a head of its own in place of the embedding")
     options = parser.parse_args()
-    size = SIZES[options.size]
-    size = Size(**{**asdict(size), "tied": not options.untied, "steps": options.steps or size.steps})
-    stream, heldout = text(size)
+    size, depth = SIZES[options.size], DEPTHS[options.size]
+    size = replace(size, tied=not options.untied, steps=options.steps or size.steps)
+    stream, heldout = size.text()
     runs = []
     with ProcessPoolExecutor(options.at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
-        work = partial(train, size, seconds=options.seconds, stream=stream, heldout=heldout)
+        work = partial(train, size, depth=depth, seconds=options.seconds, stream=stream, heldout=heldout)
         for run in pool.map(work, options.seeds):
             runs.append(run)
-            write(f"learned_router_quality_{options.size}{'_untied' * options.untied}", size, options.seeds, runs)
+            write(
+                f"learned_router_quality_{options.size}{'_untied' * options.untied}", size, depth, options.seeds, runs
+            )
 
 
 if __name__ == "__main__":

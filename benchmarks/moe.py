@@ -224,7 +224,7 @@ def main() -> None:
     for place in arguments.shapes:
         torch.manual_seed(SEED)
         (compile_only if arguments.compile_only else measure)(SHAPES[place], arguments)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
 

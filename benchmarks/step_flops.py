@@ -1,25 +1,26 @@
 """Floating-point operations of a training step, beside what the table of gradient modes promises.
 
-``python -m benchmarks.step_flops`` counts the shapes of ``step_time`` on the meta device: nothing is computed, so any
-machine can, and the ops are the plain-torch ones, whose products are seen. Attention is eager for the same reason; it
-is uncut by causality in all variants alike. The loss makes the gradients of the head during the forward; those two are
-counted with the backward pass, where they belong.
+``CGGR_BACKEND=torch python -m benchmarks.step_flops --device cuda`` (a minute; on a CPU ``--shapes cpu`` alone) counts
+the second step of each shape of ``step_time``, on the fewest rows that a variant takes. The ops are the plain-torch
+ones, whose products are seen. Attention is eager for the same reason; it is uncut by causality in all
+variants alike. The loss makes the gradients of the head during the forward; those two are counted with the backward
+pass, where they belong.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _record
 from benchmarks.step_time import SEED, SHAPES, VARIANTS, Shape
-from cggr_core import CGGRModel, create_truncated_router
-from cggr_core.routing.architectures import describe
-from cggr_core.routing.probe import Probe
+from cggr_core import CGGRModel, backends, create_truncated_router
 
 # Gradient mode and engine -> forward and backward in forwards F of the layers, at keep ratio r, router depth share d.
 THEORY = {
@@ -39,7 +40,7 @@ def count(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
     """Operations of one forward and one backward for each row of the batch.
 
     Args:
-        shape: Sizes; the batch is replaced by the least rows that the variant needs.
+        shape: Sizes; the batch is replaced by the fewest rows that the variant takes.
         variant: ``"standard"`` or one of ``step_time.VARIANTS``.
         ratio: Keep ratio.
 
@@ -47,25 +48,15 @@ def count(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
         ``forward`` and ``backward``.
     """
     rows = 4 if variant.startswith("sequence") else 1  # a row is the least that this mode can keep
-    shape = replace(shape, batch=rows, device="meta")
-    model, tokens = shape.model(), torch.empty(rows, shape.length, dtype=torch.int64, device="meta")
+    shape = replace(shape, batch=rows)
+    model, tokens = shape.model(), shape.tokens()
     model.set_attn_implementation("eager")
-    # All ones: without a mask, transformers looks for packed documents, which takes values.
-    inputs = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-    head_gradients = 0
-    if variant == "standard":
-
-        def forward() -> Tensor:
-            return model(**inputs, use_cache=False).loss
-
-    else:
-        wrapped = _wrapped(model, shape, variant, ratio)
+    head_gradients, forward = 0, standard_forward(model, tokens)
+    if variant != "standard":
+        forward = routed_forward(model, tokens, variant, ratio)
         kept = shape.length if rows > 1 else round(ratio * (shape.length - 1))
         head_gradients = 4 * kept * shape.hidden * shape.vocab
-
-        def forward() -> Tensor:
-            return wrapped(**inputs)
-
+    forward().backward()  # before the first step the model is looked at
     with FlopCounterMode(display=False) as counter:
         loss = forward()
     forward_flops = counter.get_total_flops()
@@ -77,26 +68,33 @@ def count(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
     }
 
 
-def _wrapped(model: nn.Module, shape: Shape, variant: str, ratio: float) -> CGGRModel:
+def standard_forward(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
+    """The loss of all tokens."""
+    return lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def routed_forward(model: Any, tokens: Tensor, variant: str, ratio: float) -> Callable[[], Tensor]:
+    """The loss of the kept tokens."""
     settings, routed = VARIANTS[variant]
-    router = create_truncated_router(model, max(1, shape.layers // 8)) if routed else None
+    router = create_truncated_router(model) if routed else None
     wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings).train()
-    # The look at the model before the first step reads values, and there are none here: its result is what a Llama
-    # gives, whose layers return their hidden state and whose head is one matrix.
-    seen = Probe(describe(model), lambda hidden: hidden)
-    for engine in (wrapped._passes, *([router.engine] if router is not None else [])):
-        engine._probe, engine._probed = seen, {"plain", "routing"}
-    wrapped._watch = lambda *_: None
-    return wrapped
+    return lambda: wrapped(tokens, labels=tokens)
 
 
 def main() -> None:
     """Count every variant of every shape; write the JSON and the plot, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the JSON and the plot")
     options = parser.parse_args()
+    here = torch.device(options.device).type
+    if any(row.device_type == here and row.backend != "torch" for row in backends.report()):
+        parser.error("a kernel's operations are not seen; run with CGGR_BACKEND=torch")
+    shapes = {name: replace(SHAPES[name], device=options.device) for name in options.shapes}
     rows: dict[str, dict[str, Any]] = {}
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         standard = count(shape, "standard", options.ratio)
         rows[f"{name}: standard"] = standard | _single(1.0)
         for variant in VARIANTS:
@@ -104,21 +102,24 @@ def main() -> None:
             total = sum(counted.values()) / sum(standard.values())
             shares = {f"{part}_share": counted[part] / standard[part] for part in standard}
             rows[f"{name}: {variant}"] = counted | shares | _single(total) | {"theory": THEORY[variant]}
-            print(f"{name:5} {variant:42} " + " ".join(f"{part} {share:.3f}" for part, share in shares.items()))
-    settings = {name: shape.settings() for name, shape in SHAPES.items()}
+            told = " ".join(f"{part} {share:.3f}" for part, share in shares.items())
+            print(f"{name:5} {variant:42} {told}", flush=True)
+    settings = {name: shape.settings() for name, shape in shapes.items()}
     settings |= {"ratio": options.ratio, "seed": SEED}
-    path = _record.write("step_flops", rows, settings=settings, control="1b: standard")
-    _draw(rows, options.ratio).savefig(path.with_suffix(".png"), dpi=150)
+    control = next(iter(rows))
+    name = "_".join(["step_flops", *(shapes if len(shapes) < len(SHAPES) else [])])
+    path = _record.write(name, rows, settings=settings, control=control, folder=options.output)
+    _draw(rows, list(shapes), options.ratio).savefig(path.with_suffix(".png"), dpi=150)
 
 
 def _single(value: float) -> dict[str, Any]:
     return _record.summary([value]) | {"unit": "share of the standard step's operations"}
 
 
-def _draw(rows: dict[str, dict[str, Any]], ratio: float) -> Figure:
+def _draw(rows: dict[str, dict[str, Any]], shapes: list[str], ratio: float) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
-        for offset, name in enumerate(SHAPES):
+        for offset, name in enumerate(shapes):
             shares = [rows[f"{name}: {variant}"][f"{part}_share"] for variant in VARIANTS]
             places = [place + 0.27 * (offset - 1) for place in range(len(VARIANTS))]
             axes.barh(places, shares, height=0.25, label=name)

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core import CGGRModel, create_truncated_router, score, select
-from cggr_core.readout import HeadReadout
+from cggr_core import CGGRModel, create_truncated_router, linear_token_statistics, score, select
 from cggr_core.routing import fused_forwards, replaced_forwards, whole_rows
-from cggr_core.scoring import fields_for
 
 SEED = 0
 # On a GPU a training loop queues the next step while the last one runs; a sample is this many steps in a row.
@@ -278,13 +276,13 @@ def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
 
 def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[], None]:
     """Statistics of all tokens from hidden states, scores and selection: what choosing costs besides the passes."""
-    readout = HeadReadout(create_truncated_router(model, 1).engine.architecture.head, ignore_index=-100)
+    head = model.get_output_embeddings().weight
     hidden = torch.randn(*tokens.shape, model.config.hidden_size, device=tokens.device).to(model.dtype)
     targets = tokens.roll(-1, 1)
     countable = torch.ones_like(tokens, dtype=torch.bool)
 
     def step() -> None:
-        statistics = readout.statistics(hidden, targets, fields=fields_for("gradnorm"))
+        statistics = linear_token_statistics(hidden, head, targets, fields={"gradnorm"})
         select(score(statistics, scoring="gradnorm"), countable, ratio=ratio)
 
     return step
