@@ -19,6 +19,7 @@ from cggr_core.checks import (
 )
 
 __all__ = [
+    "CONTEXT_PRECISIONS",
     "ENGINES",
     "GRADIENT_MODES",
     "KEY_VALUE_MODES",
@@ -30,6 +31,7 @@ __all__ = [
     "SELECTIONS",
     "SUPERVISED",
     "WITH_PROBABILITIES",
+    "ContextPrecision",
     "EngineName",
     "GradientMode",
     "ModelSelection",
@@ -37,11 +39,13 @@ __all__ = [
     "RoutingSettings",
     "Scoring",
     "SelectionSettings",
+    "check_context_precision",
     "default_router_depth",
 ]
 
 GradientMode = Literal["kv", "exact", "detached", "sequence"]
 EngineName = Literal["interleaved", "two_pass"]
+ContextPrecision = Literal["fp8"]
 ModelSelection = Literal["stratified", "sampled", "random", "topk", "sequence_aware", "supervised"]
 Scoring = Literal["gradnorm", "combined", "loss", "entropy", "margin", "excess"]
 RouterName = Literal["full_depth", "truncated", "learned", "remembered"]
@@ -52,6 +56,8 @@ KEY_VALUE_MODES = ("kv", "detached")
 """The gradient modes whose passes route keys and values."""
 ENGINES: tuple[str, ...] = get_args(EngineName)
 """How the modes of :data:`KEY_VALUE_MODES` are computed."""
+CONTEXT_PRECISIONS: tuple[str, ...] = get_args(ContextPrecision)
+"""Precisions, besides the model's own, of the products of tokens that need no gradient."""
 SUPERVISED = "supervised"
 """The selection of exactly the countable tokens, of :class:`~cggr_core.CGGRModel` alone."""
 MODEL_SELECTIONS: tuple[str, ...] = get_args(ModelSelection)
@@ -78,6 +84,30 @@ def default_router_depth(num_layers: int) -> int:
         3
     """
     return max(1, num_layers // 8)
+
+
+def check_context_precision(precision: str | None, mode_name: str, mode: str) -> None:
+    """Raise unless tokens without a gradient can be computed in this precision.
+
+    Args:
+        precision: One of :data:`CONTEXT_PRECISIONS` or ``None``.
+        mode_name: What the argument is called that the mode came in.
+        mode: The gradient mode.
+
+    Raises:
+        ValueError: If it is unknown, or the mode has no such tokens.
+
+    Example:
+        >>> check_context_precision("fp8", "gradient", "kv")
+    """
+    if precision is None:
+        return
+    check_choice("context_precision", precision, CONTEXT_PRECISIONS)
+    if mode not in KEY_VALUE_MODES:
+        raise ValueError(
+            f"context_precision={precision!r} is about tokens that need no gradient, which {mode_name}='kv' and "
+            f"'detached' have, and {mode_name} is {mode!r}; leave context_precision=None"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +187,8 @@ class RoutingSettings(SelectionSettings):
     Attributes:
         gradient: One of :data:`GRADIENT_MODES`.
         engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
+        context_precision: One of :data:`CONTEXT_PRECISIONS`, of the linear layers where they run on tokens that need no
+            gradient; ``None`` for the model's own.
 
     Raises:
         TypeError: If a setting has a wrong type.
@@ -169,6 +201,7 @@ class RoutingSettings(SelectionSettings):
 
     gradient: str = "kv"
     engine: str | None = None
+    context_precision: str | None = None
 
     _selections: ClassVar[tuple[str, ...]] = MODEL_SELECTIONS
 
@@ -182,6 +215,7 @@ class RoutingSettings(SelectionSettings):
                     f"engine={self.engine!r} says how gradient='kv' and 'detached' are computed, and gradient is "
                     f"{self.gradient!r}; leave engine=None"
                 )
+        check_context_precision(self.context_precision, "gradient", self.gradient)
         if self.selection == SUPERVISED:
             self._check_supervised()
         if self.dynamic_threshold and not self.reads_scores:

@@ -18,6 +18,8 @@ OPS: tuple[str, ...] = (
     "moe_experts",
     "rotary",
     "silu_mul",
+    "quantize_rows",
+    "quantize_silu_mul",
 )
 """Names of the ops; each is the function of that name in the module of that name."""
 

@@ -34,6 +34,7 @@ class Routing:
         scoring: Which score it goes by.
         router: What scores: ``full_depth``, ``truncated``, ``learned`` or ``remembered``; None takes ``truncated`` if
             ``router_depth`` is given and ``full_depth`` if not.
+        context_precision: ``fp8``, or None for the model's own precision.
         router_depth: Layers of a truncated or learned router; None takes an eighth of the model's.
         ratio_warmup_steps: Steps over which the ratio goes from 1 to ``ratio``.
     """
@@ -45,6 +46,7 @@ class Routing:
     router_depth: int | None = None
     ratio_warmup_steps: int = RoutingSettings.warmup_steps
     router: str | None = None
+    context_precision: str | None = RoutingSettings.context_precision
 
     @property
     def scorer(self) -> str:
@@ -187,6 +189,7 @@ class RoutedLearner:
                 selection=routing.selection,
                 scoring=routing.scoring,
                 warmup_steps=routing.ratio_warmup_steps,
+                context_precision=routing.context_precision,
                 seed=seed,
             )
         except (TypeError, ValueError) as error:

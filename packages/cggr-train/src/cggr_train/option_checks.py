@@ -68,7 +68,14 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
         cggr_train.errors.InputError: --selection must be one of ... got 'stratifed'; did you mean 'stratified'?
     """
     from cggr_core.checks import check_choice, check_ratio
-    from cggr_core.settings import GRADIENT_MODES, MODEL_SELECTIONS, ROUTERS, SCORINGS, SELECTIONS
+    from cggr_core.settings import (
+        GRADIENT_MODES,
+        MODEL_SELECTIONS,
+        ROUTERS,
+        SCORINGS,
+        SELECTIONS,
+        check_context_precision,
+    )
 
     if routing.scoring == "excess":
         raise InputError(
@@ -87,6 +94,7 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
         if routing.router is not None:
             check_choice("--router", routing.router, ROUTERS)
         check_ratio("--ratio", routing.ratio)
+        check_context_precision(routing.context_precision, "--gradient", routing.gradient)
     except ValueError as error:
         raise InputError(str(error)) from error
     if routing.router_depth is not None:

@@ -12,7 +12,7 @@ from cggr_core.checks import check_choice, check_targets
 from cggr_core.logprobs.kept import Kept, all_tokens, kept_tokens
 from cggr_core.logprobs.shared_context import SharedContext, SharedRun
 from cggr_core.selection import Selection
-from cggr_core.settings import ENGINES, GRADIENT_MODES
+from cggr_core.settings import ENGINES, GRADIENT_MODES, check_context_precision
 from cggr_core.targets import at_predictors
 
 if TYPE_CHECKING:
@@ -26,7 +26,14 @@ MODES = tuple(mode for mode in GRADIENT_MODES if mode != "sequence")
 _NOT_INPUTS = ("labels", "past_key_values", "cache", "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict")
 
 
-def check_mode(gradient_mode: str, engine: str | None, *, everywhere: bool, inputs: dict[str, Any]) -> None:
+def check_mode(
+    gradient_mode: str,
+    engine: str | None,
+    context_precision: str | None,
+    *,
+    everywhere: bool,
+    inputs: dict[str, Any],
+) -> None:
     """Raise unless the settings of a call exist and can go together.
 
     Raises:
@@ -38,6 +45,7 @@ def check_mode(gradient_mode: str, engine: str | None, *, everywhere: bool, inpu
             "the step already, so 'exact' is what it would do with the others"
         )
     check_choice("gradient_mode", gradient_mode, MODES)
+    check_context_precision(context_precision, "gradient_mode", gradient_mode)
     if engine is not None:
         check_choice("engine", engine, ENGINES)
         if gradient_mode == "exact":
@@ -118,6 +126,7 @@ class RoutedPasses:
         arguments: Inputs of the model's forward, as the caller gave them; ``None`` for those that were left out.
         gradient_mode: One of :data:`MODES`; without gradients (``torch.no_grad``) every mode is one plain forward.
         engine: One of :data:`ENGINES`, or ``None``.
+        context_precision: One of :data:`CONTEXT_PRECISIONS`, or ``None``.
         hidden: Give the head's input whatever the head is.
         context: What stands before the rows, or ``None``.
     """
@@ -129,6 +138,7 @@ class RoutedPasses:
         *,
         gradient_mode: str,
         engine: str | None,
+        context_precision: str | None,
         hidden: bool,
         context: SharedContext | None,
     ) -> None:
@@ -138,6 +148,7 @@ class RoutedPasses:
         self._gradient_mode = gradient_mode
         self._keep_graph = gradient_mode == "kv"
         self._engine = engine
+        self._precision = context_precision
         self._hidden = hidden
         self._context = context
         if context is None:
@@ -171,10 +182,19 @@ class RoutedPasses:
         with self._passes.step():
             if everywhere or self._engine == "two_pass":
                 context, values = self._passes.context(
-                    batch, depth=self._passes.depth, keep_graph=self._keep_graph, head=everywhere
+                    batch,
+                    depth=self._passes.depth,
+                    keep_graph=self._keep_graph,
+                    head=everywhere,
+                    precision=self._precision,
                 )
             at_kept, auxiliary_loss = self._passes.gradient(
-                batch, kept.selection, context, keep_graph=self._keep_graph, hidden=self._hidden
+                batch,
+                kept.selection,
+                context,
+                keep_graph=self._keep_graph,
+                hidden=self._hidden,
+                precision=self._precision,
             )
         return Values(kept, at_kept, values, auxiliary_loss)
 
@@ -186,7 +206,9 @@ class RoutedPasses:
         if kept.rows is not None:
             context = context.of_rows(kept.row_numbers, kept.shape[0])
             arguments = {name: value.index_select(0, kept.rows) for name, value in arguments.items()}
-        return SharedRun(self._passes, context, arguments).after_context(gradient_mode=self._gradient_mode)
+        return SharedRun(self._passes, context, arguments).after_context(
+            gradient_mode=self._gradient_mode, precision=self._precision if self._routing else None
+        )
 
     def _all_after_context(self, kept: Kept, batch: TokenInputs, *, everywhere: bool) -> Values:
         """All tokens of the rows with an ordinary graph, through a gradient pass that keeps every one of them."""

@@ -28,6 +28,7 @@ def routed_logprobs(
     position_ids: Tensor | None = None,
     gradient_mode: str = "kv",
     engine: str | None = None,
+    context_precision: str | None = None,
     targets: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -61,6 +62,8 @@ def routed_logprobs(
             and all tokens' key/value projections, ``"detached"`` kept tokens alone. Under ``torch.no_grad`` all are one
             plain forward.
         engine: ``"interleaved"`` or ``"two_pass"``, same numbers; ``None`` takes the cheaper one that can do it.
+        context_precision: ``"fp8"`` computes the linear layers of tokens that need no gradient, those of a shared
+            ``context`` among them, in FP8, as :class:`CGGRModel` does; ``None`` for the model's own precision.
         targets: int64 ``[B, S]``, what each position is to predict, -100 for nothing. By default the next input token
             of the same document, which masked language models and ``inputs_embeds`` do not have.
         temperature: What the logits are divided by.
@@ -93,7 +96,7 @@ def routed_logprobs(
         >>> loss = -(advantages * policy.logprob).sum() / policy.keep.sum()
         >>> loss.backward()
     """
-    check_mode(gradient_mode, engine, everywhere=check_flag("everywhere", everywhere), inputs=inputs)
+    check_mode(gradient_mode, engine, context_precision, everywhere=check_flag("everywhere", everywhere), inputs=inputs)
     check_flag("entropy", entropy)
     if check_finite_number("temperature", temperature) <= 0.0:
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
@@ -104,7 +107,13 @@ def routed_logprobs(
         found = engine_of(inner)
         _raise_what_was_found(found)
         passes = RoutedPasses(
-            found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=False, context=context
+            found.engine,
+            arguments,
+            gradient_mode=gradient_mode,
+            engine=engine,
+            context_precision=context_precision,
+            hidden=False,
+            context=context,
         )
         architecture = found.engine.architecture
         tokens = aligned_targets(
@@ -142,6 +151,7 @@ def routed_hidden(
     position_ids: Tensor | None = None,
     gradient_mode: str = "kv",
     engine: str | None = None,
+    context_precision: str | None = None,
     context: SharedContext | None = None,
     **inputs: Any,
 ) -> RoutedHidden:
@@ -158,6 +168,7 @@ def routed_hidden(
         position_ids: As in :func:`routed_logprobs`.
         gradient_mode: As in :func:`routed_logprobs`.
         engine: As in :func:`routed_logprobs`.
+        context_precision: The same.
         context: As in :func:`routed_logprobs`.
         **inputs: As in :func:`routed_logprobs`.
 
@@ -180,7 +191,7 @@ def routed_hidden(
         >>> loss = (error * states.selection.valid).sum() / states.selection.valid.sum()
         >>> loss.backward()
     """
-    check_mode(gradient_mode, engine, everywhere=False, inputs=inputs)
+    check_mode(gradient_mode, engine, context_precision, everywhere=False, inputs=inputs)
     inner = language_model(model)
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}
     kept: list[Kept] = []
@@ -189,7 +200,13 @@ def routed_hidden(
         found = engine_of(inner)
         _raise_what_was_found(found)
         passes = RoutedPasses(
-            found.engine, arguments, gradient_mode=gradient_mode, engine=engine, hidden=True, context=context
+            found.engine,
+            arguments,
+            gradient_mode=gradient_mode,
+            engine=engine,
+            context_precision=context_precision,
+            hidden=True,
+            context=context,
         )
         values = passes.run(keep, None, everywhere=False)
         kept.append(values.kept)

@@ -152,12 +152,13 @@ class SharedRun:
         except ValueError as error:
             raise ValueError(f"a context is shared through keys and values that are routed. {error}") from error
 
-    def after_context(self, *, gradient_mode: str) -> TokenInputs:
+    def after_context(self, *, gradient_mode: str, precision: str | None = None) -> TokenInputs:
         """Run the context, and give the rows as they go on from it.
 
         Args:
             gradient_mode: What gradients reach of the context: in ``exact`` everything, in ``kv`` key and value
                 projections, in ``detached`` (and without gradients) nothing.
+            precision: Of the context's products in ``kv`` and ``detached``; ``None`` for the model's own.
         """
         from cggr_core.routing import NO_CONTEXT, Shared
         from cggr_core.routing.sharding import shards_layers
@@ -181,6 +182,8 @@ class SharedRun:
                 )
         else:
             keep_graph = gradient_mode == "kv"
-            recorded = passes.context(context, depth=passes.depth, keep_graph=keep_graph, head=False)[0].recorded
+            recorded = passes.context(
+                context, depth=passes.depth, keep_graph=keep_graph, head=False, precision=precision
+            )[0].recorded
         shared = Shared(recorded, context.shape[1], self._rows, context.padding)
         return replace(self.batch, shared=shared)

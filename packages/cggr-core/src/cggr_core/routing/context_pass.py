@@ -1,7 +1,7 @@
 """The context pass: all tokens through the first layers, leaving keys, values and what the head saw."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,6 +57,7 @@ def context_pass(
     keep_graph: bool,
     read_head: HeadReader | None,
     layer_output: LayerOutput,
+    precision: AbstractContextManager[None] | None = None,
 ) -> Context:
     """Run all tokens through the first ``depth`` layers without keeping activations.
 
@@ -71,6 +72,7 @@ def context_pass(
         keep_graph: Keep the graph from each layer's (detached) input to its keys and values, for mode ``kv``.
         read_head: Called with the head's input ``[B, S, H]`` in place of the head; ``None`` runs the model's own head.
         layer_output: Wraps a hidden state the way the model's layers return it.
+        precision: A block in which layers compute in another precision than their own.
 
     Returns:
         Keys and values, and the hidden state to go on from.
@@ -102,6 +104,7 @@ def context_pass(
         without_checkpointing(architecture),
         _context_masks(model, architecture, inputs),
         replaced_forwards(replacements),
+        nullcontext() if precision is None else precision,
         head_read_by(architecture, read_head),
     ):
         arguments = {**inputs.arguments(), **inputs.quiet}

@@ -16,6 +16,7 @@ from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.loss_agreement import auxiliary_loss, loss_arguments, without_loss_arguments
 from cggr_core.routing.masks import whole_rows
+from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_longer_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
 from cggr_core.routing.shared import KeyValue
@@ -47,6 +48,7 @@ class Engine:
         self._probe: Probe | None = None
         self._probed: set[str] = set()
         self._probed_length = 0
+        self._low_precision: LowPrecision | None = None
         self._loads = count_loads(self.model)
         self._loads_seen = self._loads.count
         self._gathered = GatheredWeights(self._description.layers)
@@ -250,7 +252,14 @@ class Engine:
         return self._gathered.step()
 
     def context(
-        self, inputs: TokenInputs, *, depth: int, keep_graph: bool, head: bool, hidden: bool = False
+        self,
+        inputs: TokenInputs,
+        *,
+        depth: int,
+        keep_graph: bool,
+        head: bool,
+        hidden: bool = False,
+        precision: str | None = None,
     ) -> tuple[Context, Tensor | None]:
         """All tokens through ``depth`` layers without keeping activations.
 
@@ -260,6 +269,8 @@ class Engine:
             keep_graph: Keep the graph of keys and values.
             head: Whether the head values are wanted.
             hidden: Give the head's input whatever the head is.
+            precision: One of :data:`~cggr_core.settings.CONTEXT_PRECISIONS` for the layers' products; ``None`` for
+                the model's own.
 
         Returns:
             Keys and values, and the head values ``[B, S, ...]`` if wanted.
@@ -276,6 +287,7 @@ class Engine:
                 keep_graph=keep_graph,
                 read_head=None if own_head else (seen.append if head else ignore_head),
                 layer_output=self._probe.layer_output,
+                precision=None if precision is None else self._in_low_precision().everywhere(),
             )
         return context, context.logits if own_head else (seen[0] if head else None)
 
@@ -288,6 +300,7 @@ class Engine:
         keep_graph: bool,
         hidden: bool = False,
         note: dict[int, KeyValue] | None = None,
+        precision: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Kept tokens through all layers with gradients.
 
@@ -298,6 +311,7 @@ class Engine:
             keep_graph: Mode ``kv`` rather than ``detached``.
             hidden: Give the head's input whatever the head is.
             note: Where to note the kept tokens' keys and values of every layer, with their graph.
+            precision: As for :meth:`context`, of the other tokens that this pass computes.
 
         Returns:
             Head values ``[B, K, ...]``, and the model's auxiliary loss over the kept tokens if it has one.
@@ -314,10 +328,16 @@ class Engine:
             keep_graph=keep_graph,
             read_head=seen.append if fused else None,
             note=note,
+            precision=None if precision is None else self._in_low_precision().at,
         )
         self._gathered.gradient_pass_is_done()
         self._verify(inputs, selection, context)
         return seen[0] if fused else output.logits, auxiliary_loss(self.model, output)
+
+    def _in_low_precision(self) -> LowPrecision:
+        if self._low_precision is None:
+            self._low_precision = LowPrecision(self._description.layers)
+        return self._low_precision
 
     def _verify(self, inputs: TokenInputs, selection: Selection, context: Context) -> None:
         """Compare with a plain forward where ``CGGR_VERIFY`` asks for it."""

@@ -36,23 +36,36 @@ def fused_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[...
     """
     modules = list(modules)
     rotaries: dict[type[nn.Module], FunctionType | None] = {}
-    gates: dict[type[nn.Module], bool] = {}
     forwards: dict[nn.Module, Callable[..., Any]] = dict(fused_norms(modules))
     for module in modules:
         kind = type(module)
-        if not (is_untouched(module) and kind.__module__.startswith("transformers.models.")):
+        if not _is_stock(module):
             continue
         if kind not in rotaries:
             rotaries[kind] = _with_fused_rotary(kind)
         forward = rotaries[kind]
         if forward is not None:
             forwards[module] = partial(forward, module)
-        elif _has_gate(module):
+    forwards |= {module: partial(_gated_mlp, module) for module in gated_mlps(modules)}
+    return forwards
+
+
+def gated_mlps(modules: Iterable[nn.Module]) -> list[Any]:
+    """The modules that compute ``down_proj(silu(gate_proj(x)) * up_proj(x))``, tried out class by class."""
+    gates: dict[type[nn.Module], bool] = {}
+    found = []
+    for module in modules:
+        if _is_stock(module) and _has_gate(module):
+            kind = type(module)
             if kind not in gates:
                 gates[kind] = _computes_gated_product(module)
             if gates[kind]:
-                forwards[module] = partial(_gated_mlp, module)
-    return forwards
+                found.append(module)
+    return found
+
+
+def _is_stock(module: nn.Module) -> bool:
+    return is_untouched(module) and type(module).__module__.startswith("transformers.models.")
 
 
 def _with_fused_rotary(kind: type[nn.Module]) -> FunctionType | None:

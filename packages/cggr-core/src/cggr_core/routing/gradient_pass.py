@@ -8,7 +8,7 @@ recorded layers first, which is what a truncated router leaves.
 
 import contextvars
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ def gradient_pass(
     keep_graph: bool,
     read_head: HeadReader | None,
     note: dict[int, KeyValue] | None = None,
+    precision: Callable[[int], AbstractContextManager[None]] | None = None,
 ) -> Any:
     """Run the kept tokens through all layers with gradients.
 
@@ -65,6 +66,8 @@ def gradient_pass(
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.
         note: Where to note the kept tokens' keys and values ``[B, H, K, D]`` of every layer, with their graph.
+        precision: From a layer's number to a block in which that layer computes other tokens in another precision than
+            its own.
 
     Returns:
         What the model returned; its logits are the kept tokens' where the head was run.
@@ -76,7 +79,9 @@ def gradient_pass(
     attention = implementation(model, index.device.type)
     interleaved = context.depth < len(architecture.layers)
     adapters = InvokedAdapters(model, length)
-    others = _OtherTokens(architecture, inputs, index, context, keep_graph, adapters) if interleaved else None
+    others = (
+        _OtherTokens(architecture, inputs, index, context, keep_graph, adapters, precision) if interleaved else None
+    )
     cache = RoutedCache(
         index=index,
         valid=selection.valid,
@@ -168,12 +173,14 @@ class _OtherTokens:
         context: Context,
         keep_graph: bool,
         adapters: InvokedAdapters,
+        precision: Callable[[int], AbstractContextManager[None]] | None,
     ) -> None:
         length = inputs.shape[1]
         self.exist = index.shape[1] < length
         self.index = other_positions(index, length)
         self._keep_graph = keep_graph
         self._adapters = adapters
+        self._precision = precision
         self._architecture = architecture
         self._forwards = [architecture.checkpoint_wrappers.get(layer, layer.forward) for layer in architecture.layers]
         self._cache = OtherTokensCache(
@@ -214,6 +221,7 @@ class _OtherTokens:
                 _unhooked_saved_tensors(),
                 self._adapters.at(self.index),
                 without_checkpoint_wrappers(self._architecture),
+                nullcontext() if self._precision is None else self._precision(layer),
                 suppress(EnoughError),
             ):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)

@@ -36,7 +36,14 @@ class FirstPass:
 
 
 def first_pass(
-    mode: str, way: str, batch: StepBatch, engine: Engine, router: Router | None, *, scored: bool
+    mode: str,
+    way: str,
+    batch: StepBatch,
+    engine: Engine,
+    router: Router | None,
+    *,
+    scored: bool,
+    precision: str | None,
 ) -> FirstPass:
     """Run all tokens as far as the scores and the other passes need it.
 
@@ -47,6 +54,7 @@ def first_pass(
         engine: The passes over the model.
         router: What scores or looks on; ``None`` where nothing does.
         scored: Whether the selection is made from scores.
+        precision: Of the pass in ``kv`` and ``detached``; ``None`` for the model's own.
     """
     tap = router.depth if router is not None and router.reads_hidden else None
     own_head = router.depth if scored and router is not None and tap is None else None
@@ -63,16 +71,19 @@ def first_pass(
             values, auxiliary_loss = engine.plain(batch.arguments)
             left = FirstPass(engine.depth, values, auxiliary_loss=auxiliary_loss)
         else:
-            left = _context(
-                mode, engine.depth if way == "two_pass" else (tap or own_head or 0), batch, engine, own_head
-            )
+            depth = engine.depth if way == "two_pass" else (tap or own_head or 0)
+            left = _context(mode, depth, batch, engine, own_head, precision)
     return left if not hidden else FirstPass(left.depth, left.values, hidden[0], left.context, left.auxiliary_loss)
 
 
-def _context(mode: str, depth: int, batch: StepBatch, engine: Engine, own_head: int | None) -> FirstPass:
+def _context(
+    mode: str, depth: int, batch: StepBatch, engine: Engine, own_head: int | None, precision: str | None
+) -> FirstPass:
     from cggr_core.routing import NO_CONTEXT
 
     if depth == 0:
         return FirstPass(context=NO_CONTEXT)
-    context, values = engine.context(batch.tokens, depth=depth, keep_graph=mode == "kv", head=own_head == depth)
+    context, values = engine.context(
+        batch.tokens, depth=depth, keep_graph=mode == "kv", head=own_head == depth, precision=precision
+    )
     return FirstPass(depth, values, context=context)

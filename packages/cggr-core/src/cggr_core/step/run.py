@@ -69,7 +69,15 @@ def run_step(
         at_full_depth = scored and router.depth == engine.depth
         way = settings.engine or ("two_pass" if at_full_depth else "interleaved")
 
-    first = first_pass(mode, way, batch, engine, router if listens else None, scored=scored)
+    first = first_pass(
+        mode,
+        way,
+        batch,
+        engine,
+        router if listens else None,
+        scored=scored,
+        precision=settings.context_precision,
+    )
 
     readout, scores = HeadReadout(engine.architecture.head, ignore_index=settings.ignore_index), Scores()
     if scored:
@@ -119,7 +127,9 @@ def _keep_tokens(
         values = first.values.gather(1, index[:, :, None].expand(-1, -1, first.values.shape[2]))
     else:
         assert first.context is not None  # of the modes that route keys and values
-        values, auxiliary_loss = engine.gradient(batch.tokens, selection, first.context, keep_graph=mode == "kv")
+        values, auxiliary_loss = engine.gradient(
+            batch.tokens, selection, first.context, keep_graph=mode == "kv", precision=settings.context_precision
+        )
     targets = batch.targets.tokens.gather(1, index)
     coefficients = loss_coefficients(
         selection, batch.countable, token_weight=batch.token_weight, num_items=batch.num_items

@@ -44,6 +44,13 @@ Heldout = Annotated[
 HeldoutFraction = Annotated[float, typer.Option(help="Share of the documents held out.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unusable lines, and count them.")]
 RouterDepth = Annotated[int | None, typer.Option(help="Score with the first N layers; by default with all.")]
+ContextPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp8: the linear layers in FP8 where they run on tokens that need no gradient (kv and detached).",
+        show_default=False,
+    ),
+]
 Length = Annotated[int, typer.Option(help="Tokens of a sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
 LearningRate = Annotated[

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from cggr_core.settings import (
+    ContextPrecision,
     EngineName,
     GradientMode,
     ModelSelection,
@@ -73,6 +74,13 @@ class CGGRConfig:
         default=cast(EngineName | None, RoutingSettings.engine),
         metadata={"help": "How kv and detached are computed; the cheaper one if not given."},
     )
+    context_precision: ContextPrecision | None = field(
+        default=cast(ContextPrecision | None, RoutingSettings.context_precision),
+        metadata={
+            "help": "Precision of the linear layers on tokens that need no gradient (kv and detached); the model's "
+            "own if not given."
+        },
+    )
     num_strata: int = field(
         default=RoutingSettings.num_strata, metadata={"help": "Score buckets of the stratified selection."}
     )
@@ -126,6 +134,7 @@ class CGGRConfig:
             "selection": given(self.selection, RoutingSettings.selection),
             "scoring": given(self.scoring, RoutingSettings.scoring),
             "engine": self.engine,
+            "context_precision": self.context_precision,
             "num_strata": self.num_strata,
             "min_tokens_per_sequence": self.min_tokens_per_sequence,
             "block_size": self.block_size,

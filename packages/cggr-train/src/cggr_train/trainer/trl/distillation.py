@@ -177,6 +177,7 @@ class DistillationLoss(DivergenceLoss):
             self.engine(student),
             {**given, **extra},
             gradient=self.config.gradient,
+            context_precision=self.config.context_precision,
             choose=choose,
             scored=self.scored,
             scoring=self.scoring,

@@ -62,6 +62,7 @@ class RoutedForward:
     Args:
         model: The model as the trainer holds it, with TRL's fused head, possibly wrapped by PEFT.
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
+        context_precision: ``"fp8"`` or ``None``.
         scoring: Adds up the time of measuring.
         autocast: The trainer's mixed precision.
 
@@ -70,12 +71,18 @@ class RoutedForward:
     """
 
     def __init__(
-        self, model: nn.Module, gradient: str, scoring: Stopwatch, autocast: Callable[[], AbstractContextManager[Any]]
+        self,
+        model: nn.Module,
+        gradient: str,
+        context_precision: str | None,
+        scoring: Stopwatch,
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model = model
         self.metrics: dict[str, Tensor] = {}
         self._engine = Engine(model)
         self._gradient = gradient
+        self._precision = context_precision
         self._scoring = scoring
         self._autocast = autocast
 
@@ -162,7 +169,12 @@ class RoutedForward:
             if plan.measure:
                 with self._scoring.measure(targets.device):
                     context, hidden = engine.context(
-                        batch, depth=engine.depth, keep_graph=keep_graph, head=True, hidden=True
+                        batch,
+                        depth=engine.depth,
+                        keep_graph=keep_graph,
+                        head=True,
+                        hidden=True,
+                        precision=self._precision,
                     )
                     assert hidden is not None  # asked for
                     measured = self._measured(plan, inputs, targets, rows, hidden, start)
@@ -171,7 +183,9 @@ class RoutedForward:
             selection = Selection.from_mask(kept)
             if not selection.index.shape[1]:  # nothing is kept: one slot that holds nothing connects the graph
                 selection = Selection.from_mask(kept, capacity=1)
-            hidden, auxiliary = engine.gradient(batch, selection, context, keep_graph=keep_graph, hidden=True)
+            hidden, auxiliary = engine.gradient(
+                batch, selection, context, keep_graph=keep_graph, hidden=True, precision=self._precision
+            )
         index, valid = selection.index + start, selection.valid
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
@@ -189,7 +203,7 @@ class RoutedForward:
         start = prompts.input_ids.shape[1]
         run = SharedRun(self._engine, prompts, {name: value[:, start:] for name, value in arguments.items()})
         run.prepare()
-        return run.after_context(gradient_mode=self._gradient)
+        return run.after_context(gradient_mode=self._gradient, precision=self._precision)
 
     @torch.no_grad()
     def _measured(

@@ -70,6 +70,7 @@ class GKDLoss(DivergenceLoss):
                     self.engine(student),
                     given,
                     gradient=self.config.gradient,
+                    context_precision=self.config.context_precision,
                     choose=choose,
                     scored=self.scored,
                     scoring=self.scoring,

@@ -39,6 +39,7 @@ def kept_states(
     arguments: dict[str, Any],
     *,
     gradient: str,
+    context_precision: str | None,
     choose: Callable[[Tensor | None], Tensor],
     scored: bool,
     scoring: Stopwatch,
@@ -49,6 +50,7 @@ def kept_states(
         engine: Of the model; called inside the model's own call.
         arguments: Of its forward.
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
+        context_precision: ``"fp8"`` or ``None``.
         choose: From the hidden states of all tokens ``[B, S, H]``, without gradients (None where ``scored`` is false),
             to the kept tokens, bool ``[B, S]``.
         scored: Whether the choice needs them.
@@ -69,10 +71,17 @@ def kept_states(
             everything = None
             if scored:
                 context, everything = engine.context(
-                    batch, depth=engine.depth, keep_graph=keep_graph, head=True, hidden=True
+                    batch,
+                    depth=engine.depth,
+                    keep_graph=keep_graph,
+                    head=True,
+                    hidden=True,
+                    precision=context_precision,
                 )
             selection = _slots(choose(everything))
-        hidden, _ = engine.gradient(batch, selection, context, keep_graph=keep_graph, hidden=True)
+        hidden, _ = engine.gradient(
+            batch, selection, context, keep_graph=keep_graph, hidden=True, precision=context_precision
+        )
     return KeptStates(hidden, selection)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cggr_core import keep_random
 from cggr_core.routing import unwrapped
-from cggr_core.settings import RoutingSettings
+from cggr_core.settings import RoutingSettings, check_context_precision
 from cggr_train.trainer.config import given
 from cggr_train.trainer.trl.fused_forward import Plan, RoutedForward
 from cggr_train.trainer.trl.hooks import check_fused_head
@@ -71,6 +71,7 @@ class TaskLoss:
                 f"gradient='sequence' keeps whole sequences by their scores, and {name} says itself which rows count; "
                 "use 'kv', 'detached' or 'exact'"
             )
+        check_context_precision(config.context_precision, "gradient", config.gradient)
         if self.selection not in self.selections:
             known = " or ".join(map(repr, self.selections))
             raise ValueError(
@@ -144,5 +145,7 @@ class LabelledLoss(TaskLoss):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if self._forward is None or self._forward.model is not model:
             autocast = self.trainer.accelerator.autocast
-            self._forward = RoutedForward(model, self.config.gradient, self.scoring, autocast)
+            self._forward = RoutedForward(
+                model, self.config.gradient, self.config.context_precision, self.scoring, autocast
+            )
         return self._forward

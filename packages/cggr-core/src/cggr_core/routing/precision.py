@@ -1,0 +1,154 @@
+"""The linear layers of decoder layers in FP8, for calls on tokens that need no gradient.
+
+Both factors of a product are quantised in the call, with a scale for every row. A call of a layer on a context happens
+once in a training step, so nothing would be gained by keeping quantised weights, and they are never out of date: not
+after an optimiser that writes past torch's version counters, not in a replayed graph, not where FSDP2 gathers anew.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.fp8 import STEP, has_fp8_products, product, quantize_rows, quantize_silu_mul
+from cggr_core.head import autocast_active
+from cggr_core.routing.fusions import gated_mlps
+from cggr_core.routing.norms import is_untouched
+from cggr_core.routing.patches import replaced_forwards
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Expert routers: a token that goes to another expert is no rounding error.
+_ROUTERS = ("gate", "router")
+_QUERIES, _BESIDE_QUERIES = "q_proj", ("k_proj", "v_proj")
+
+Quantised = tuple[Tensor, Tensor]
+
+
+class LowPrecision:
+    """Runs decoder layers' linear layers in FP8 for the length of a block.
+
+    Left alone are quantised and sharded weights, linear layers that somebody replaced, expert routers, sizes that are
+    no multiples of 16, and every call under autograd (keys and values, in gradient mode ``kv``) but those of queries,
+    whose gradient nobody reads. Adapters around a linear layer stay as they are, and what they adapt does not.
+
+    Args:
+        layers: The decoder layers.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._last: tuple[Tensor, int, Quantised] | None = None
+        self._warned = False
+        self._forwards = [self._of_layer(layer) for layer in layers]
+
+    def _of_layer(self, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        adapters = _adapters(layer)
+        for name, module in layer.named_modules():
+            if takes_fp8(module) and module not in adapters and name.rpartition(".")[2] not in _ROUTERS:
+                forwards[module] = partial(self._linear, module, _makes_queries(layer, name))
+        for module in gated_mlps(layer.modules()):
+            if module.down_proj in forwards:
+                forwards[module] = partial(self._gated_mlp, module)
+        return forwards
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """In all layers. Reach: these modules, whoever calls them."""
+        every = {module: forward for forwards in self._forwards for module, forward in forwards.items()}
+        with replaced_forwards(every), self._forgetting():
+            yield
+
+    @contextmanager
+    def at(self, layer: int) -> Iterator[None]:
+        """In one layer. Reach: its modules, whoever calls them."""
+        with replaced_forwards(self._forwards[layer]), self._forgetting():
+            yield
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._last = None
+
+    def _linear(self, linear: nn.Linear, queries: bool, x: Tensor) -> Tensor:
+        out_dtype = _result_dtype(x, linear.weight)
+        if (torch.is_grad_enabled() and not queries) or out_dtype is None:
+            return nn.Linear.forward(linear, x)
+        with torch.no_grad():
+            return self._product(linear, self._quantised(x), out_dtype).unflatten(0, x.shape[:-1])
+
+    def _gated_mlp(self, module: Any, x: Tensor) -> Tensor:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        out_dtype = _result_dtype(gate, module.down_proj.weight)
+        same = gate.shape == up.shape and gate.dtype == up.dtype
+        down: nn.Module = module.down_proj
+        watched = bool(down._forward_hooks or down._forward_pre_hooks)
+        if torch.is_grad_enabled() or out_dtype is None or not same or watched:
+            return down(module.act_fn(gate) * up)
+        quantised = quantize_silu_mul(gate.flatten(0, -2), up.flatten(0, -2))
+        return self._product(module.down_proj, quantised, out_dtype).unflatten(0, x.shape[:-1])
+
+    def _product(self, linear: nn.Linear, x: Quantised, out_dtype: torch.dtype) -> Tensor:
+        self._warn_where_emulated(linear.weight.device)
+        return product(*x, *quantize_rows(linear.weight), linear.bias).to(out_dtype)
+
+    def _quantised(self, x: Tensor) -> Quantised:
+        """The input's rows; queries, keys and values share theirs, as do the two halves of a gated MLP."""
+        version = -1 if x.is_inference() else x._version
+        if self._last is not None and self._last[0] is x and self._last[1] == version:
+            return self._last[2]
+        made = quantize_rows(x.detach().flatten(0, -2))
+        self._last = None if version < 0 else (x, version, made)
+        return made
+
+    def _warn_where_emulated(self, device: torch.device) -> None:
+        if self._warned or has_fp8_products(device):
+            return
+        self._warned = True
+        warnings.warn(
+            f"context_precision='fp8' is emulated on {device}: its rounding errors are there, its speed is not (FP8 "
+            "products with a scale for every row need compute capability 9.0); leave context_precision=None unless "
+            "the errors are what you study",
+            stacklevel=2,
+        )
+
+
+def takes_fp8(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer whose product can be one of FP8."""
+    if type(module) is not nn.Linear or not is_untouched(module):
+        return False
+    return module.in_features % STEP == 0 and module.out_features % STEP == 0
+
+
+def _adapters(layer: nn.Module) -> set[nn.Module]:
+    """What stands beside the base layers of adapters."""
+    return {
+        module
+        for wrapper in layer.modules()
+        if "base_layer" in wrapper._modules
+        for name, child in wrapper.named_children()
+        if name != "base_layer"
+        for module in child.modules()
+    }
+
+
+def _makes_queries(layer: nn.Module, name: str) -> bool:
+    # An adapter's base layer stands one deeper than the layer that it took the place of.
+    parent, _, own = name.removesuffix(".base_layer").rpartition(".")
+    siblings = layer.get_submodule(parent)._modules
+    return own == _QUERIES and all(siblings.get(beside) is not None for beside in _BESIDE_QUERIES)
+
+
+def _result_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What the layer's own product would give; ``None`` where it has to be the layer's own."""
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device
+    if not plain or x.numel() == 0 or x.dim() < 2 or x.dtype not in _FLOATS or weight.dtype not in _FLOATS:
+        return None
+    if autocast_active(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if x.dtype == weight.dtype else None
