@@ -17,8 +17,12 @@ from cggr_kernels.linear_cross_entropy import linear_cross_entropy
 from cggr_kernels.linear_difficulty import linear_difficulty
 from cggr_kernels.moe_experts import moe_experts
 from cggr_kernels.moe_route import moe_route
+from cggr_kernels.quantize_rows import quantize_rows
+from cggr_kernels.quantize_silu_mul import quantize_silu_mul
+from cggr_kernels.rotary import rotary
 from cggr_kernels.routed_attention import routed_attention
 from cggr_kernels.select import STRATEGIES, select
+from cggr_kernels.silu_mul import silu_mul
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -80,12 +84,38 @@ def run_experts() -> None:
         (moe_experts(x, gate_up, down, index, route_weight).sum() + balance).backward()
 
 
+def run_rotary() -> None:
+    """Heads in one part and in several, halves that are no power of two, and angles of one row for all."""
+    for rows, (HQ, HKV), D in ((1, (1, 1), 2), (2, (33, 3), 64), (2, (5, 5), 80)):
+        q, k = leaf(2, 7, HQ, D), leaf(2, 7, HKV, D)
+        angle = torch.randn(rows, 7, D, device="cuda", dtype=torch.bfloat16)
+        turned = rotary(q.transpose(1, 2), k.transpose(1, 2), angle.cos(), angle.sin())
+        sum(part.sum() for part in turned).backward()
+
+
+def run_silu_mul() -> None:
+    """Less than a block, and a block and a bit."""
+    for shape in ((1,), (7, 257), (2, 1025)):
+        silu_mul(leaf(*shape), leaf(*shape)).sum().backward()
+
+
+def run_quantize() -> None:
+    """Rows shorter and longer than what is kept in registers."""
+    for N, K in ((1, 1), (3, 257), (5, 14336), (2, 16385)):
+        gate, up = leaf(N, K), leaf(N, K)
+        quantize_rows(gate)
+        quantize_silu_mul(gate, up)
+
+
 OPS = {
     "difficulty": run_difficulty,
     "linear_difficulty": run_linear_difficulty,
     "linear_cross_entropy": run_linear_cross_entropy,
     "routed_attention": run_routed_attention,
     "select": run_select,
+    "rotary": run_rotary,
+    "silu_mul": run_silu_mul,
+    "quantize": run_quantize,
     "experts": run_experts,
 }
 

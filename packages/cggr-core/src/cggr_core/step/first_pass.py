@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cggr_core.settings import RoutingSettings
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.router import Router
 
@@ -36,6 +37,7 @@ class FirstPass:
 
 
 def first_pass(
+    settings: RoutingSettings,
     mode: str,
     way: str,
     batch: StepBatch,
@@ -43,18 +45,17 @@ def first_pass(
     router: Router | None,
     *,
     scored: bool,
-    precision: str | None,
 ) -> FirstPass:
     """Run all tokens as far as the scores and the other passes need it.
 
     Args:
-        mode: Gradient mode.
+        settings: Of the step.
+        mode: Gradient mode of this step.
         way: How ``kv`` and ``detached`` are computed.
         batch: The batch.
         engine: The passes over the model.
         router: What scores or looks on; ``None`` where nothing does.
         scored: Whether the selection is made from scores.
-        precision: Of the pass in ``kv`` and ``detached``; ``None`` for the model's own.
     """
     tap = router.depth if router is not None and router.reads_hidden else None
     own_head = router.depth if scored and router is not None and tap is None else None
@@ -72,7 +73,7 @@ def first_pass(
             left = FirstPass(engine.depth, values, auxiliary_loss=auxiliary_loss)
         else:
             depth = engine.depth if way == "two_pass" else (tap or own_head or 0)
-            left = _context(mode, depth, batch, engine, own_head, precision)
+            left = _context(mode, depth, batch, engine, own_head, settings.context_precision)
     return left if not hidden else FirstPass(left.depth, left.values, hidden[0], left.context, left.auxiliary_loss)
 
 

@@ -69,15 +69,7 @@ def run_step(
         at_full_depth = scored and router.depth == engine.depth
         way = settings.engine or ("two_pass" if at_full_depth else "interleaved")
 
-    first = first_pass(
-        mode,
-        way,
-        batch,
-        engine,
-        router if listens else None,
-        scored=scored,
-        precision=settings.context_precision,
-    )
+    first = first_pass(settings, mode, way, batch, engine, router if listens else None, scored=scored)
 
     readout, scores = HeadReadout(engine.architecture.head, ignore_index=settings.ignore_index), Scores()
     if scored:
