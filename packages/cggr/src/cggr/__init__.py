@@ -54,6 +54,7 @@ _OPTIONAL: dict[str, str] = {
     "create_persistent_tr_mlp": "cggr_moe",
     "enable_flash_attention": "cggr_flash",
     "load_model_with_flash_attention": "cggr_flash",
+    "register_experts": "cggr_moe",
 }
 
 
