@@ -158,7 +158,6 @@ def test_num_items_in_batch_is_num_items(gradient):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"shift_labels": torch.ones(2, 12, dtype=torch.int64)}, "shift_labels: a routed step shifts labels itself"),
         ({"ignore_index": 0}, r"make it with CGGRModel\(model, ignore_index=0\)"),
         ({"label_smoothing": 0.1}, "label_smoothing is an argument of the model's own loss"),
     ],

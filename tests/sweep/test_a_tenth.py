@@ -15,7 +15,7 @@ TENTH = {
     "DogeForCausalLM": "exact",
     "EsmcForMaskedLM": "exact",
     "FunnelForMaskedLM": "exact",
-    "Gemma3ForConditionalGeneration": "untried",
+    "Gemma3ForConditionalGeneration": "every",
     "GitForCausalLM": "untried",
     "GraniteMoeHybridForCausalLM": "exact",
     "HyperCLOVAXForCausalLM": "every",

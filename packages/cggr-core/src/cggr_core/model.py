@@ -181,7 +181,8 @@ class CGGRModel(nn.Module):
             example_ids: int64 ``[B]`` on the CPU, which example each row is; for ``RememberedScores``.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
                 arguments of the wrapped model. Without an attention mask, positions that start anew are packed
-                documents, and nothing is attended to across them.
+                documents, and nothing is attended to across them. ``shift_labels``, int64 ``[B, S]``, take the place
+                of ``labels`` and stand at their predictors already, as in transformers.
 
         Returns:
             A float32 scalar, connected to the graph even where nothing is countable; or the model's output.

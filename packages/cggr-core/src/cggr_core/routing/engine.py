@@ -14,7 +14,13 @@ from cggr_core.routing.context_pass import Context, context_pass, head_read_by, 
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loads import count_loads
-from cggr_core.routing.loss_agreement import auxiliary_loss, loss_arguments, without_loss_arguments
+from cggr_core.routing.loss_agreement import (
+    LossArguments,
+    auxiliary_loss,
+    check_reads_shift_labels,
+    loss_arguments,
+    taken_apart,
+)
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_longer_rows
@@ -130,11 +136,17 @@ class Engine:
         """What only the model's loss would read of a forward's arguments."""
         return loss_arguments(self.model, arguments)
 
-    def without_loss_arguments(
+    def taken_apart(
         self, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
-    ) -> tuple[dict[str, Any], Tensor | float | None]:
-        """A forward's arguments less its loss's; see :mod:`cggr_core.routing.loss_agreement`."""
-        return without_loss_arguments(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
+    ) -> LossArguments:
+        """A forward's arguments, and its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
+        return taken_apart(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
+
+    def check_reads_shift_labels(self, inputs: TokenInputs) -> None:
+        """Raise unless the model's own loss reads ``shift_labels``; seen once, on the first batch that has them."""
+        if "shift_labels" not in self._probed:
+            check_reads_shift_labels(self.model, self.architecture, inputs)
+            self._probed.add("shift_labels")
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False) -> None:
         """Look at the model on its first batch, after weights were loaded, and where rows are longer than before.

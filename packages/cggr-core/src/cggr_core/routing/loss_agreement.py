@@ -2,6 +2,8 @@
 
 import inspect
 import re
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,14 +90,10 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
         raise ValueError(f"{name} gives no loss for labels alone; a routed step would be about something else")
     if own.numel() != 1:
         raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, and a routed step has one number")
-    auxiliary = auxiliary_loss(model, output)
-    tolerance = _tolerance(logits, own)
-    found: dict[bool, float] = {}
-    for shifted in (architecture.shifted, not architecture.shifted):
-        ours = _mean_nll(logits, labels, shifted)
-        found[shifted] = float(ours if auxiliary is None else ours + auxiliary)
+    alignments = (architecture.shifted, not architecture.shifted)  # the likely one first, which wins a draw
+    found = {shifted: _routed_loss(model, output, logits, labels, shifted=shifted) for shifted in alignments}
     nearest = min(found, key=lambda shifted: abs(found[shifted] - float(own)))
-    if abs(found[nearest] - float(own)) <= tolerance * max(1.0, abs(float(own))):
+    if _same(own, found[nearest], logits):
         return nearest
     raise ValueError(
         f"{name}'s own loss is not the mean cross-entropy of its logits that a routed step computes: on "
@@ -103,6 +101,38 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
         f"{found[False]:.6g} without ({_likely_cause(base)}); train it with its own forward, or build your loss from "
         "its logits"
     )
+
+
+@torch.no_grad()
+def check_reads_shift_labels(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> None:
+    """Raise unless the model's own loss is about ``shift_labels`` where it is given them besides ``labels``.
+
+    Args:
+        model: The model.
+        architecture: Its description.
+        inputs: The batch to take tokens from.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    base = unwrapped(model)
+    arguments, labels = _few_labelled_tokens(base, inputs)
+    other = labels.flip(1)  # aligned in no way with the labels that go with them
+    device = labels.device
+    own, logits, found = None, None, 0.0
+    with (
+        suppress(*MODEL_ERRORS),
+        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
+        without_checkpointing(architecture),
+    ):
+        arguments |= {"use_cache": False, "shift_labels": other}
+        output, logits = _loss_and_logits(model, architecture, arguments, labels)
+        own, found = getattr(output, "loss", None), _routed_loss(model, output, logits, other, shifted=False)
+    if own is None or logits is None or own.numel() != 1 or not _same(own, found, logits):
+        raise ValueError(
+            f"shift_labels: the own loss of {type(base).__name__} does not read them; give labels as the model takes "
+            "them, and leave shift_labels out"
+        )
 
 
 def _loss_and_logits(
@@ -154,10 +184,25 @@ def loss_arguments(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any
     return {name: value for name, value in rest.items() if name in of_loss or "label" in name}
 
 
-def without_loss_arguments(
+@dataclass(frozen=True)
+class LossArguments:
+    """What a forward was given for its loss, apart from what the passes over the model are given.
+
+    Attributes:
+        rest: The forward's other arguments; the passes have no labels for a loss to go with.
+        num_items: Countable tokens of the whole optimiser step, which transformers calls ``num_items_in_batch``.
+        shift_labels: Labels int64 ``[B, S]`` that stand at their predictors already, or ``None``.
+    """
+
+    rest: dict[str, Any]
+    num_items: Tensor | float | None = None
+    shift_labels: Tensor | None = None
+
+
+def taken_apart(
     model: nn.Module, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
-) -> tuple[dict[str, Any], Tensor | float | None]:
-    """Take what only a model's loss reads out of a forward's arguments: the passes have no labels to go with it.
+) -> LossArguments:
+    """Tell what only a model's loss reads of a forward's arguments from the rest.
 
     Args:
         model: The model.
@@ -165,16 +210,18 @@ def without_loss_arguments(
         num_items: Countable tokens of the whole optimiser step, or ``None``.
         ignore_index: Of the labels.
 
-    Returns:
-        The other arguments, and ``num_items``, which transformers calls ``num_items_in_batch``.
-
     Raises:
-        ValueError: If one would change the loss in a way that a routed step does not have, or both names are given.
+        ValueError: If one would change the loss in a way that a routed step does not have, or ``num_items`` is given
+            under both names.
+        TypeError: If ``shift_labels`` is no tensor.
     """
     given = loss_arguments(model, arguments)
     if not given:
-        return arguments, num_items
+        return LossArguments(arguments, num_items)
     rest = {name: value for name, value in arguments.items() if name not in given}
+    shift_labels = given.pop("shift_labels", None)
+    if shift_labels is not None and not isinstance(shift_labels, Tensor):
+        raise TypeError(f"shift_labels must be a tensor, got {type(shift_labels).__name__}")
     for name in sorted(given):
         value = given[name]
         if name == "num_items_in_batch":
@@ -187,14 +234,12 @@ def without_loss_arguments(
                     f"ignore_index={value}: this model was made with ignore_index={ignore_index}; make it with "
                     f"CGGRModel(model, ignore_index={value})"
                 )
-        elif name == "shift_labels":
-            raise ValueError("shift_labels: a routed step shifts labels itself, as the model does; give labels alone")
         else:
             raise ValueError(
                 f"{name} is an argument of the model's own loss, and a routed step's loss is cross-entropy with "
                 "token_weight; leave it out, or build your loss from the model's logits"
             )
-    return rest, num_items
+    return LossArguments(rest, num_items, shift_labels)
 
 
 def _parameters(function: Any) -> frozenset[str]:
@@ -238,15 +283,19 @@ def text_alone(input_ids: Tensor, config: Any) -> Tensor:
     return input_ids.masked_fill(placeholders, plain)
 
 
-def _mean_nll(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
+def _routed_loss(model: nn.Module, output: Any, logits: Tensor, labels: Tensor, *, shifted: bool) -> float:
+    """What a routed step makes of logits: mean cross-entropy, and what expert routers add."""
     targets = labels[:, 1:] if shifted else labels
-    logits = logits[:, :-1] if shifted else logits
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    predictions = logits[:, :-1] if shifted else logits
+    nll = cross_entropy(predictions.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    auxiliary = auxiliary_loss(model, output)
+    return float(nll if auxiliary is None else nll + auxiliary)
 
 
-def _tolerance(*values: Tensor) -> float:
-    exact = all(value.dtype in (torch.float32, torch.float64) for value in values)
-    return _TOLERANCE if exact and not autocast_active(values[0].device.type) else _HALF_TOLERANCE
+def _same(own: Tensor, ours: float, logits: Tensor) -> bool:
+    exact = all(value.dtype in (torch.float32, torch.float64) for value in (own, logits))
+    tolerance = _TOLERANCE if exact and not autocast_active(own.device.type) else _HALF_TOLERANCE
+    return abs(float(own) - ours) <= tolerance * max(1.0, abs(float(own)))
 
 
 def _likely_cause(base: Any) -> str:

@@ -65,16 +65,18 @@ class StepBatch:
             ValueError: If a shape, a device or (on CPU) a label does not fit, an argument is missing or would not be
                 read, or the model cannot be routed or has another loss.
         """
-        arguments, given["num_items"] = engine.without_loss_arguments(
-            arguments, num_items=given.get("num_items"), ignore_index=settings.ignore_index
-        )
+        apart = engine.taken_apart(arguments, num_items=given.get("num_items"), ignore_index=settings.ignore_index)
+        arguments, given["num_items"] = apart.rest, apart.num_items
         tokens = engine.inputs(**arguments)
-        check_step_arguments(settings, tokens.shape, tokens.position_ids, labels=labels, **given)
+        every_labels = {"labels": labels, "shift_labels": apart.shift_labels}
+        check_step_arguments(settings, tokens.shape, tokens.position_ids, every_labels, **given)
         # How the model aligns its labels is seen on its first batch.
         engine.prepare(tokens, routing=settings.routes_keys_and_values, own_loss=True)
+        if apart.shift_labels is not None:
+            engine.check_reads_shift_labels(tokens)
         targets = align_labels(
-            labels,
-            shifted=engine.architecture.shifted,
+            labels if apart.shift_labels is None else apart.shift_labels,
+            shifted=engine.architecture.shifted and apart.shift_labels is None,
             vocab_size=engine.vocab_size,
             ignore_index=settings.ignore_index,
         )

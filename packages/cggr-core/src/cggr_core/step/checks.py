@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ def check_step_arguments(
     settings: RoutingSettings,
     shape: tuple[int, int],
     like: Tensor,
+    labels: Mapping[str, Tensor | None],
     *,
-    labels: Tensor,
     token_weight: Tensor | None,
     reference_nll: Tensor | None,
     num_items: Tensor | float | None,
@@ -51,8 +52,8 @@ def check_step_arguments(
         settings: Of the step.
         shape: ``(B, S)``.
         like: A tensor on the device of the batch.
-        labels: See :meth:`cggr_core.CGGRModel.forward` for these.
-        token_weight: The same.
+        labels: By the name of the argument.
+        token_weight: See :meth:`cggr_core.CGGRModel.forward` for these.
         reference_nll: The same.
         num_items: The same.
         selection: The same.
@@ -64,7 +65,7 @@ def check_step_arguments(
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape or a device does not fit, or an argument is missing or would not be read.
     """
-    per_token = {"labels": labels, "token_weight": token_weight, "reference_nll": reference_nll}
+    per_token = {**labels, "token_weight": token_weight, "reference_nll": reference_nll}
     for name, tensor in per_token.items():
         if tensor is not None:
             check_shape(name, tensor, shape, "one value for each input token")

@@ -26,7 +26,7 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: A batch of the Trainer, labels included.
 
     Raises:
-        ValueError: If documents are packed without position ids, or labels are given shifted.
+        ValueError: If documents are packed without position ids.
     """
     hints = _PACKING_HINTS & inputs.keys()
     if hints and inputs.get("position_ids") is None:
@@ -34,8 +34,6 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
             f"the batch holds {', '.join(sorted(hints))} and no position_ids: let the data collator return "
             "position_ids (they start anew with every packed document)"
         )
-    if "shift_labels" in inputs:
-        raise ValueError("the batch holds shift_labels; give labels as the model takes them, it shifts them itself")
     return {name: value for name, value in inputs.items() if name not in _ATTENTION_HINTS}
 
 
