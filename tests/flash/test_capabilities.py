@@ -38,27 +38,27 @@ def test_rows_are_in_the_order_of_auto_with_the_kernels_of_sdpa_behind_it():
 @pytest.mark.parametrize(
     ("machine", "backend", "reason", "fix"),
     [
-        (CPU, "flash_attention_2", "needs an NVIDIA GPU, and the device is cpu", "device_map='cuda'"),
-        (CPU, "kernels-community/flash-attn2", "needs an NVIDIA GPU, and the device is cpu", "device_map='cuda'"),
-        (RADEON, "flash_attention_3", "needs an NVIDIA GPU, and the device is cuda:0 (AMD Instinct", "'sdpa'"),
-        (CPU, "flex_attention", "torch has its backward pass on GPUs only, and the device is cpu", "'sdpa'"),
+        (CPU, "flash_attention_2", "needs an NVIDIA GPU, but the device is cpu", "device_map='cuda'"),
+        (CPU, "kernels-community/flash-attn2", "needs an NVIDIA GPU, but the device is cpu", "device_map='cuda'"),
+        (RADEON, "flash_attention_3", "needs an NVIDIA GPU, but the device is cuda:0 (AMD Instinct", "'sdpa'"),
+        (CPU, "flex_attention", "its backward pass needs a GPU, but the device is cpu", "'sdpa'"),
         (
             V100,
             "flash_attention_2",
-            "needs compute capability 8.0 (Ampere) or later, and Tesla V100 has 7.0",
-            "take backend='sdpa'",
+            "needs compute capability 8.0 (Ampere) or later, but Tesla V100 has 7.0",
+            "use backend='sdpa'",
         ),
         (
             A100,
             "flash_attention_3",
-            "needs compute capability 9.0 (Hopper) or later, and NVIDIA A100 has 8.0",
-            "take backend='sdpa'",
+            "needs compute capability 9.0 (Hopper) or later, but NVIDIA A100 has 8.0",
+            "use backend='sdpa'",
         ),
         (A100, "kernels-community/flash-attn4", "needs compute capability 9.0 (Hopper) or later", "backend='sdpa'"),
         (
             replace(H200, dtype=torch.float32),
             "flash_attention_4",
-            "computes in float16 and bfloat16 only, and the model is in float32",
+            "supports float16 and bfloat16 only, but the model is in float32",
             "dtype=torch.bfloat16",
         ),
         (
@@ -77,40 +77,40 @@ def test_rows_are_in_the_order_of_auto_with_the_kernels_of_sdpa_behind_it():
         (
             replace(H200, packages={**ALL_PACKAGES, "flash-attn": "2.3.1"}),
             "flash_attention_2",
-            "flash-attn 2.3.1 is installed, and 2.3.3 or later is needed",
+            "flash-attn 2.3.3 or later is required, but 2.3.1 is installed",
             "flash-attn>=2.8",
         ),
         (
             replace(H200, import_errors={"flash-attn": "ImportError: undefined symbol: _ZN3c10"}),
             "flash_attention_2",
-            "flash-attn 2.8.3 does not import: ImportError: undefined symbol: _ZN3c10",
-            "install it again for torch",
+            "flash-attn 2.8.3 cannot be imported: ImportError: undefined symbol: _ZN3c10",
+            "reinstall it for torch",
         ),
         (without("kernels"), "owner/kernel", "the package kernels is not installed", "'transformers[kernels]'"),
         (
             replace(H200, packages={**ALL_PACKAGES, "kernels": "2.0"}),
             "kernels-community/flash-attn2",
-            "kernels 2.0 is installed, and this transformers takes 1.0 or later, below 2.0",
+            "this transformers requires kernels >= 1.0, < 2.0, but 2.0 is installed",
             "'transformers[kernels]'",
         ),
         (
             replace(H200, packages={**ALL_PACKAGES, "kernels": "0.9"}),
             "kernels-community/flash-attn2",
-            "kernels 0.9 is installed, and this transformers takes 1.0 or later, below 2.0",
+            "this transformers requires kernels >= 1.0, < 2.0, but 0.9 is installed",
             "'transformers[kernels]'",
         ),
         (
             replace(H200, import_errors={"kernels": "ImportError: cannot import name 'x'"}),
             "kernels-community/flash-attn2",
-            "kernels 1.5 does not import: ImportError: cannot import name 'x'",
+            "kernels 1.5 cannot be imported: ImportError: cannot import name 'x'",
             "'transformers[kernels]'",
         ),
-        (without("triton"), "flex_attention", "the package triton, which compiles it, is not installed", "CUDA build"),
+        (without("triton"), "flex_attention", "it is compiled by triton, which is not installed", "CUDA build"),
         (
             replace(H200, sdpa_kernels=dict.fromkeys(H200.sdpa_kernels, "no")),
             "sdpa",
-            "none of its kernels runs on cuda:0 (NVIDIA H200) in bfloat16",
-            "take backend='eager'",
+            "none of its kernels run on cuda:0 (NVIDIA H200) in bfloat16",
+            "use backend='eager'",
         ),
     ],
 )
@@ -136,20 +136,20 @@ def test_this_machine():
     assert rows["sdpa/flash"].available
     assert rows["sdpa/math"].available
     assert not rows["sdpa/cudnn"].available
-    assert rows["sdpa/cudnn"].reason == "a CUDA kernel, and the device is the CPU"
+    assert rows["sdpa/cudnn"].reason == "needs CUDA, but the device is the CPU"
     assert rows["eager"].available
     assert not any(rows[name].available for name in FLASH)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(RuntimeError, match=r"device cuda is not there: this PyTorch \(.*\) sees no GPU; take 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"device cuda does not exist: this PyTorch \(.*\) sees no GPU; use 'cpu'"):
         attention_backends("cuda")
 
 
 def test_a_gpu_beyond_the_last(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"device cuda:2 is not there: .* sees 2 of them; take 'cuda:1' or 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"device cuda:2 does not exist: .* sees 2 GPUs; use 'cuda:1' or 'cpu'"):
         attention_backends("cuda:2")
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_dtype_of_attention(dtype):
 
 def test_a_dtype_that_no_kernel_of_sdpa_has_is_seen_by_running_them():
     row = {row.name: row for row in attention_backends("cpu", torch.float8_e4m3fn)}["sdpa"]
-    assert (row.available, row.fix) == (False, "take backend='eager'")
+    assert (row.available, row.fix) == (False, "use backend='eager'")
 
 
 def test_looking_leaves_the_random_generator_alone():
@@ -201,7 +201,7 @@ def test_the_table_has_every_row_with_its_reason(capsys):
     main(["--device", "cpu", "--dtype", "float32"])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith(f"cpu, float32, torch {torch.__version__}, transformers ")
-    assert lines[0].split() == ["backend", "works", "because", "to", "change", "that"]
+    assert lines[0].split() == ["backend", "works", "reason", "fix"]
     for row, line in zip(attention_backends("cpu", torch.float32), lines[1:], strict=True):
         assert line.startswith(row.name)
         assert row.reason in line

@@ -118,7 +118,7 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(saved, tmp_path, loads):
     assert len(loads) == 1
     weights = cache / "snapshots" / commit / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged \(\d+ bytes; .*fetch it again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged \(\d+ bytes; .*download it again"):
         load_model_with_flash_attention("owner/tiny", **where)
 
 
@@ -128,43 +128,43 @@ def test_an_explicit_backend_that_cannot_work_is_refused_before_the_weights_are_
         load_model_with_flash_attention(checkpoint, "flash_attention_2", dtype="float16", device_map="cuda")
     assert str(error.value) == (
         "backend='flash_attention_2' cannot be used for LlamaForCausalLM: needs compute capability 8.0 (Ampere) or "
-        "later, and Tesla V100 has 7.0. What to do: take backend='sdpa', whose kernels include older GPUs"
+        "later, but Tesla V100 has 7.0. To fix this: use backend='sdpa', whose kernels support older GPUs"
     )
     assert loads == []
 
 
 def test_flash_without_a_device_says_where_to_put_the_model(checkpoint, loads):
-    with pytest.raises(RuntimeError, match=r"the device is cpu\. What to do: put the model on a GPU \(device_map"):
+    with pytest.raises(RuntimeError, match=r"the device is cpu\. To fix this: put the model on a GPU \(device_map"):
         load_model_with_flash_attention(checkpoint, "flash_attention_2", dtype="bfloat16")
     assert loads == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, "float32", "auto"])
 def test_flash_in_float32_is_an_error_and_nothing_is_cast(checkpoint, loads, dtype):
-    with pytest.raises(ValueError, match=r"backend='flash_attention_2' computes in float16 and bfloat16 only"):
+    with pytest.raises(ValueError, match=r"backend='flash_attention_2' supports float16 and bfloat16 only"):
         load_model_with_flash_attention(checkpoint, "flash_attention_2", dtype=dtype, device_map="cuda")
     assert loads == []
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./model", "~/no-such-model", "/no-such-root/model"])
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(FileNotFoundError, match=r"does not exist; /.* does"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist \(but /.* does\)"):
         load_model_with_flash_attention(name)
 
 
 def test_a_path_that_is_nearly_there(checkpoint):
-    with pytest.raises(FileNotFoundError, match=rf"does not exist; .* does; did you mean {checkpoint}\?"):
+    with pytest.raises(FileNotFoundError, match=rf"does not exist \(but .* does\); did you mean {checkpoint}\?"):
         load_model_with_flash_attention(checkpoint.with_name("modell"))
 
 
 def test_neither_a_folder_nor_a_model_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'owner/model' does not exist; .*; nor does the hub give a model of"):
+    with pytest.raises(FileNotFoundError, match=r"'owner/model' does not exist .*, and the hub gave no model of"):
         load_model_with_flash_attention("owner/model", local_files_only=True)
 
 
 def test_a_file_instead_of_a_folder(checkpoint):
-    with pytest.raises(FileNotFoundError, match="is a file; give the folder that holds it"):
+    with pytest.raises(FileNotFoundError, match="is a file; pass the folder that contains it"):
         load_model_with_flash_attention(checkpoint / "model.safetensors")
 
 
@@ -187,7 +187,7 @@ def test_an_adapter_alone(tmp_path):
 
 def test_a_folder_without_weights(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has a config\.json and no weights: neither model\.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match=r"has a config\.json but no weights: neither model\.safetensors nor"):
         load_model_with_flash_attention(checkpoint)
 
 
@@ -202,7 +202,7 @@ DAMAGES = {
 def test_damaged_weights_are_named_before_a_model_is_made(checkpoint, damage, loads):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(DAMAGES[damage](weights.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{weights} is damaged \(\d+ bytes; .*git-lfs pointer: fetch it again"):
+    with pytest.raises(ValueError, match=rf"{weights} is damaged \(\d+ bytes; .*git-lfs pointer; download it again"):
         load_model_with_flash_attention(checkpoint)
     assert loads == []
 
@@ -221,7 +221,7 @@ def test_shards(sharded):
     with pytest.raises(ValueError, match=rf"{shards[1]} is damaged"):
         load_model_with_flash_attention(sharded)
     shards[1].unlink()
-    with pytest.raises(FileNotFoundError, match=rf"lacks 1 of the {len(shards)} files .*: {shards[1].name}; fetch"):
+    with pytest.raises(FileNotFoundError, match=rf"lacks 1 of the {len(shards)} files .*: {shards[1].name}; download"):
         load_model_with_flash_attention(sharded)
 
 
@@ -235,7 +235,7 @@ def test_pickles_are_read_only_when_that_is_asked_for(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     torch.save(weights, checkpoint / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin only, a pickle, which runs code when it is"):
+    with pytest.raises(FileNotFoundError, match=r"only as pytorch_model\.bin, a pickle, which can run code when"):
         load_model_with_flash_attention(checkpoint)
     model = load_model_with_flash_attention(checkpoint, use_safetensors=False)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
@@ -264,9 +264,9 @@ def test_code_of_a_checkpoint_is_not_run_unless_that_is_asked_for(checkpoint):
         ({"backend": "flash_attention_5"}, ValueError, "did you mean 'flash_attention_"),
         ({"dtype": "bf16"}, ValueError, "dtype must be 'auto', a floating torch dtype or the name of one"),
         ({"dtype": torch.int8}, ValueError, "dtype must be 'auto', a floating torch dtype or the name of one"),
-        ({"attn_implementation": "sdpa"}, TypeError, "takes no 'attn_implementation': say backend="),
-        ({"torch_dtype": "auto"}, TypeError, "takes no 'torch_dtype': say dtype="),
-        ({"output_loading_info": True}, TypeError, "takes no 'output_loading_info': the model alone is returned"),
+        ({"attn_implementation": "sdpa"}, TypeError, "does not take 'attn_implementation': say backend="),
+        ({"torch_dtype": "auto"}, TypeError, "does not take 'torch_dtype': say dtype="),
+        ({"output_loading_info": True}, TypeError, "does not take 'output_loading_info': only the model is returned"),
         ({"config": {"a": 1}}, TypeError, "config must be a transformers configuration, got dict"),
         ({"nonsense": 1}, TypeError, "nonsense"),
     ],

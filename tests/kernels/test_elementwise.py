@@ -121,7 +121,7 @@ def test_bad_shapes_are_named(change, error, said, device):
 
 def test_bad_gates_are_named(device):
     gate = torch.randn(2, 3, device=device)
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(ValueError, match="the same shape and dtype"):
         silu_mul(gate, gate[:1])
     with pytest.raises(TypeError, match="gate must be float32"):
         silu_mul(gate.long(), gate)

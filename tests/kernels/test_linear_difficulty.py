@@ -45,7 +45,7 @@ def test_bad_input_is_named(device):
     hidden, weight, targets, bias = problem(6, 8, 100, torch.float32, device)
     with pytest.raises(ValueError, match=r"weight must be \[V, 8\]"):
         linear_difficulty(hidden, weight[:, 1:])
-    with pytest.raises(TypeError, match=r"weight is torch\.float16"):
+    with pytest.raises(TypeError, match=r"weight must have the dtype of hidden, got torch\.float16"):
         linear_difficulty(hidden, weight.half())
     with pytest.raises(ValueError, match="targets must have shape"):
         linear_difficulty(hidden, weight, targets[1:])

@@ -140,15 +140,15 @@ def test_bad_input_is_named(device):
         moe_experts(x, gate_up[..., 1:], down, index, weight)
     with pytest.raises(ValueError, match=r"down must have shape \(3, 8, 8\)"):
         moe_experts(x, gate_up, down[:2], index, weight)
-    with pytest.raises(TypeError, match=r"down is torch\.float16 and x is torch\.float32"):
+    with pytest.raises(TypeError, match=r"down must have the dtype of x, got torch\.float16 and torch\.float32"):
         moe_experts(x, gate_up, down.half(), index, weight)
-    with pytest.raises(ValueError, match="the intermediate dimension is 7; these kernels take multiples of 4"):
+    with pytest.raises(ValueError, match="the intermediate dimension must be a multiple of 4 in"):
         moe_experts(x, gate_up[:, :14], down[..., :7], index, weight)
     with pytest.raises(TypeError, match="index must be int64"):
         moe_experts(x, gate_up, down, index.int(), weight)
     with pytest.raises(ValueError, match=r"index must be \[5, K\] and weight float32"):
         moe_experts(x, gate_up, down, index, weight[:, :1])
-    with pytest.raises(ValueError, match="down is on meta"):
+    with pytest.raises(ValueError, match="down must be on the device of x, got meta and cpu"):
         moe_experts(x, gate_up, down.to("meta"), index, weight)
 
 

@@ -155,11 +155,11 @@ def test_bad_input_is_named(device):
     q, k, v, position, segment, _ = problem(1, 8, 40, 4, 2, 16, torch.float32, device, segments=True)
     with pytest.raises(ValueError, match="q must have 4 dimensions"):
         routed_attention(q[0], k, v, position)
-    with pytest.raises(TypeError, match=r"k is torch\.float16 and q is torch\.float32"):
+    with pytest.raises(TypeError, match=r"k must have the dtype of q, got torch\.float16 and torch\.float32"):
         routed_attention(q, k.half(), v, position)
     with pytest.raises(ValueError, match="k and v must be"):
         routed_attention(q, k, v[:, 1:], position)
-    with pytest.raises(ValueError, match="multiple of the 2 heads"):
+    with pytest.raises(ValueError, match="must be a multiple of those of k, got 3 and 2"):
         routed_attention(q[:, :, :3], k, v, position)
     with pytest.raises(ValueError, match=r"q_position must have shape \(1, 8\)"):
         routed_attention(q, k, v, position[:, 1:])
@@ -167,9 +167,9 @@ def test_bad_input_is_named(device):
         routed_attention(q, k, v, position.int())
     with pytest.raises(ValueError, match=r"segment must have shape \(1, 40\)"):
         routed_attention(q, k, v, position, segment[:, 1:])
-    with pytest.raises(ValueError, match="k has no keys"):
+    with pytest.raises(ValueError, match="k must have at least one key"):
         routed_attention(q, k[:, :0], v[:, :0], position)
-    with pytest.raises(ValueError, match="head dimension 512"):
+    with pytest.raises(ValueError, match="head dimension of q must be 1 to 256, got 512"):
         routed_attention(*(torch.zeros(1, 1, 1, 512, device=device),) * 3, position[:, :1])
     for name, value in {"window": 0, "softcap": 0.0, "scale": -1.0}.items():
         with pytest.raises(ValueError, match=name):

@@ -69,11 +69,11 @@ def test_refusals():
         from_hf_block(torch.nn.Linear(2, 2))
     block = make_block("mixtral")
     block.jitter_noise = 0.1
-    with pytest.raises(ValueError, match=r"jitter_noise=0\.1"):
+    with pytest.raises(ValueError, match=r"jitter_noise of block must be 0, got 0\.1"):
         from_hf_block(block)
     block = make_block("olmoe")
     block.experts.act_fn = torch.nn.GELU()
-    with pytest.raises(ValueError, match="activation GELU"):
+    with pytest.raises(ValueError, match="activation of block must be SiLU, got GELU"):
         from_hf_block(block)
     layer = PersistentTRMLP(16, 24, num_experts=4, top_k=2, norm_topk_prob=False)
     with pytest.raises(ValueError, match="kind='mixtral' always normalises"):

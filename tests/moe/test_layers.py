@@ -210,10 +210,12 @@ def test_bad_input_is_named():
     x = torch.randn(2, 5, 16)
     with pytest.raises(ValueError, match=r"hidden_states must have shape \[B, S, 16\] or \[T, 16\], got \(2, 5, 15\)"):
         layer(x[..., 1:])
-    with pytest.raises(ValueError, match=r"hidden_states is torch\.float16 but gate\.weight is torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"hidden_states must have the dtype of gate\.weight, got torch\.float16 and torch\.float32"
+    ):
         layer(x.half())
     layer.down_proj.data = layer.down_proj.data.half()
-    with pytest.raises(ValueError, match=r"down_proj is torch\.float16"):
+    with pytest.raises(ValueError, match=r"dtype of down_proj, got torch\.float32 and torch\.float16"):
         layer(x)
     layer = make()
     with pytest.raises(ValueError, match="hidden_states is on meta"):

@@ -1,4 +1,4 @@
-"""Loading transformers models with the best attention backend of the machine."""
+"""Load transformers models with the fastest attention backend that works."""
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # These import all that transformers needs for models, seconds that the table of backends can do without.
+    # These import transformers' model code, which takes seconds that the table of backends does not need.
     if name == "enable_flash_attention":
         from cggr_flash.enabling import enable_flash_attention
 

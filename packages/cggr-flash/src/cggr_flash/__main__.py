@@ -1,4 +1,4 @@
-"""``python -m cggr_flash``: the attention backends of this machine as a table."""
+"""``python -m cggr_flash``: a table of this machine's attention backends."""
 
 import argparse
 
@@ -13,10 +13,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the rows of :func:`cggr_flash.attention_backends`, aligned.
 
     Args:
-        arguments: Of the command line; those of the process by default.
+        arguments: Command-line arguments; those of the process by default.
     """
     parser = argparse.ArgumentParser(prog="python -m cggr_flash", description="Which attention backends work here.")
-    parser.add_argument("--device", help="where a model would run (default: the accelerator, or cpu)")
+    parser.add_argument("--device", help="device of the model (default: the accelerator, else cpu)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     chosen = parser.parse_args(arguments)
     try:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{device}, {chosen.dtype}, {versions}\n")
-    table = [("backend", "works", "because", "to change that")]
+    table = [("backend", "works", "reason", "fix")]
     for row in attention_backends(device, getattr(torch, chosen.dtype)):
         table.append((row.name, "yes" if row.available else "no", row.reason, row.fix))
     widths = [max(len(row[column]) for row in table) for column in range(3)]

@@ -1,4 +1,4 @@
-"""Which attention backends work on a machine, and the exact reason where one does not."""
+"""Which attention backends work on a machine, and exactly why the others do not."""
 
 import difflib
 import re
@@ -18,10 +18,10 @@ class AttentionBackend(NamedTuple):
     """One attention backend of transformers on this machine.
 
     Attributes:
-        name: What transformers calls it; ``sdpa/...`` are the kernels behind ``sdpa``, which torch chooses among.
+        name: Name in transformers; ``sdpa/...`` are the kernels from which torch chooses for ``sdpa``.
         available: Whether it runs here, forward and backward.
-        reason: Why not, or what it runs on.
-        fix: What to do about it, empty where it is available.
+        reason: Why it is not available, or what it runs on.
+        fix: How to make it available; empty if it is.
     """
 
     name: str
@@ -31,7 +31,7 @@ class AttentionBackend(NamedTuple):
 
 
 class _Library(NamedTuple):
-    """A flash attention library: its distribution, the GPUs it is written for, and how to get it."""
+    """A flash attention library: its distribution, the GPUs it supports, and how to install it."""
 
     distribution: str
     capability: tuple[int, int]
@@ -59,26 +59,26 @@ _LIBRARIES = {
         "python -m pip install --no-build-isolation 'flash-attn>=2.8' (it compiles CUDA code)",
     ),
 }
-# The hub's builds of the same libraries, as transformers names them.
+# Hub builds of the same libraries, by their names in transformers.
 HUB_KERNELS = {FLASH_ATTN_KERNEL_FALLBACK[name]: name for name in _LIBRARIES}
-# What "auto" tries, fastest first.
+# The order in which "auto" tries backends, fastest first.
 ORDER = (*_LIBRARIES, *HUB_KERNELS, "sdpa", "flex_attention", "eager")
 
 
 def attention_backends(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> list[AttentionBackend]:
-    """Every attention backend, fastest first: available here, or the exact reason why not.
+    """List every attention backend, fastest first, with the exact reason if it does not work here.
 
     Args:
-        device: Where a model would run; by default the accelerator, or the CPU where there is none.
-        dtype: Of its queries, keys and values.
+        device: Device of the model; by default the accelerator, or the CPU if there is none.
+        dtype: Dtype of queries, keys and values.
 
     Returns:
-        Rows; the four kernels that torch has behind ``sdpa`` follow it, as ``sdpa/cudnn`` and so on.
+        One row per backend. The four kernels behind ``sdpa`` follow it, as ``sdpa/cudnn`` and so on.
 
     Raises:
-        ValueError: If ``device`` is no device or ``dtype`` no floating dtype.
+        ValueError: If ``device`` is not a device or ``dtype`` is not a floating dtype.
         RuntimeError: If ``device`` is a GPU that PyTorch does not see.
 
     Example:
@@ -86,7 +86,7 @@ def attention_backends(
         >>> rows["sdpa"].available
         True
         >>> rows["flash_attention_4"].reason
-        'needs an NVIDIA GPU, and the device is cpu'
+        'needs an NVIDIA GPU, but the device is cpu'
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating torch dtype such as torch.bfloat16, got {dtype!r}")
@@ -100,7 +100,7 @@ def default_device() -> torch.device:
 
 
 def judge(machine: Machine) -> list[AttentionBackend]:
-    """The rows of :func:`attention_backends` for a machine of which the facts are known."""
+    """The rows of :func:`attention_backends` for a given machine."""
     rows = [judge_backend(name, machine) for name in ORDER]
     place = ORDER.index("sdpa") + 1
     rows[place:place] = [
@@ -110,7 +110,7 @@ def judge(machine: Machine) -> list[AttentionBackend]:
 
 
 def judge_backend(name: str, machine: Machine) -> AttentionBackend:
-    """The row of one backend, a hub kernel of any name among them."""
+    """The row of one backend, or of any hub kernel."""
     if name in _LIBRARIES:
         return _library(name, _LIBRARIES[name], machine)
     if name == "sdpa":
@@ -126,11 +126,11 @@ def check_backend(name: str) -> str:
     """Return ``name`` if it is ``"auto"``, a backend, or has the form of a hub kernel's name.
 
     Args:
-        name: What was asked for.
+        name: The requested backend.
 
     Raises:
         TypeError: If it is not a string.
-        ValueError: If it names nothing; the error gives the nearest name.
+        ValueError: If there is no such backend; the message suggests the nearest name.
 
     Example:
         >>> check_backend("sdpa")
@@ -148,25 +148,25 @@ def check_backend(name: str) -> str:
 
 
 def is_flash(name: str) -> bool:
-    """Whether a backend is a flash attention library, from a package or from the hub."""
+    """Whether a backend is a flash attention library, installed or from the hub."""
     return name in _LIBRARIES or "/" in name
 
 
 def _gpu_obstacle(name: str, library: _Library | None, machine: Machine) -> AttentionBackend | None:
-    """What no installation helps against: the device, its generation, the dtype."""
+    """Obstacles that no installation removes: the device, its generation, the dtype."""
     if machine.device.type != "cuda" or (machine.capability is None and name != "flash_attention_2"):
-        reason = f"needs an NVIDIA GPU, and the device is {machine.where}"
-        fix = "put the model on a GPU (device_map='cuda', or model.to('cuda')), or take backend='sdpa'"
+        reason = f"needs an NVIDIA GPU, but the device is {machine.where}"
+        fix = "put the model on a GPU (device_map='cuda' or model.to('cuda')), or use backend='sdpa'"
         return AttentionBackend(name, False, reason, fix)
     if library is not None and machine.capability is not None and machine.capability < library.capability:
         needed, found = (f"{major}.{minor}" for major, minor in (library.capability, machine.capability))
         reason = (
-            f"needs compute capability {needed} ({library.generation}) or later, and {machine.device_name} has {found}"
+            f"needs compute capability {needed} ({library.generation}) or later, but {machine.device_name} has {found}"
         )
-        return AttentionBackend(name, False, reason, "take backend='sdpa', whose kernels include older GPUs")
+        return AttentionBackend(name, False, reason, "use backend='sdpa', whose kernels support older GPUs")
     if machine.dtype not in HALF:
-        reason = f"computes in float16 and bfloat16 only, and the model is in {machine.dtype_name}"
-        fix = "load the model with dtype=torch.bfloat16, or take backend='sdpa'"
+        reason = f"supports float16 and bfloat16 only, but the model is in {machine.dtype_name}"
+        fix = "load the model with dtype=torch.bfloat16, or use backend='sdpa'"
         return AttentionBackend(name, False, reason, fix)
     return None
 
@@ -179,11 +179,11 @@ def _library(name: str, library: _Library, machine: Machine) -> AttentionBackend
     if found is None:
         return AttentionBackend(name, False, f"the package {library.distribution} is not installed", library.install)
     if TorchVersion(found) < library.oldest:
-        reason = f"{library.distribution} {found} is installed, and {library.oldest} or later is needed"
+        reason = f"{library.distribution} {library.oldest} or later is required, but {found} is installed"
         return AttentionBackend(name, False, reason, library.install)
     if library.distribution in machine.import_errors:
-        reason = f"{library.distribution} {found} does not import: {machine.import_errors[library.distribution]}"
-        fix = f"install it again for torch {torch.__version__}: {library.install}"
+        reason = f"{library.distribution} {found} cannot be imported: {machine.import_errors[library.distribution]}"
+        fix = f"reinstall it for torch {torch.__version__}: {library.install}"
         return AttentionBackend(name, False, reason, fix)
     return AttentionBackend(name, True, f"{library.distribution} {found} on {machine.device_name}")
 
@@ -198,28 +198,28 @@ def _hub_kernel(name: str, machine: Machine) -> AttentionBackend:
     if found is None:
         return AttentionBackend(name, False, "the package kernels is not installed", fix)
     if not TorchVersion(oldest) <= found or not TorchVersion(below) > found:
-        reason = f"kernels {found} is installed, and this transformers takes {oldest} or later, below {below}"
+        reason = f"this transformers requires kernels >= {oldest}, < {below}, but {found} is installed"
         return AttentionBackend(name, False, reason, fix)
     if "kernels" in machine.import_errors:
-        reason = f"kernels {found} does not import: {machine.import_errors['kernels']}"
+        reason = f"kernels {found} cannot be imported: {machine.import_errors['kernels']}"
         return AttentionBackend(name, False, reason, fix)
-    return AttentionBackend(name, True, f"kernels {found}; downloaded from the hub when it is first used")
+    return AttentionBackend(name, True, f"kernels {found}; downloaded from the hub on first use")
 
 
 def _sdpa(machine: Machine) -> AttentionBackend:
     running = [name for name in SDPA_KERNELS if not machine.sdpa_kernels[name]]
     if running:
         return AttentionBackend("sdpa", True, f"in torch {torch.__version__}; its kernels here: {', '.join(running)}")
-    reason = f"none of its kernels runs on {machine.where} in {machine.dtype_name}"
-    return AttentionBackend("sdpa", False, reason, "take backend='eager'")
+    reason = f"none of its kernels run on {machine.where} in {machine.dtype_name}"
+    return AttentionBackend("sdpa", False, reason, "use backend='eager'")
 
 
 def _flex_attention(machine: Machine) -> AttentionBackend:
     name = "flex_attention"
     if machine.device.type != "cuda":
-        reason = f"torch has its backward pass on GPUs only, and the device is {machine.where}"
-        return AttentionBackend(name, False, reason, "put the model on a GPU, or take backend='sdpa'")
+        reason = f"its backward pass needs a GPU, but the device is {machine.where}"
+        return AttentionBackend(name, False, reason, "put the model on a GPU, or use backend='sdpa'")
     if "triton" not in machine.packages or "triton" in machine.import_errors:
-        reason = machine.import_errors.get("triton", "the package triton, which compiles it, is not installed")
-        return AttentionBackend(name, False, reason, "install a CUDA build of torch, which brings triton")
+        reason = machine.import_errors.get("triton", "it is compiled by triton, which is not installed")
+        return AttentionBackend(name, False, reason, "install a CUDA build of torch, which includes triton")
     return AttentionBackend(name, True, f"compiled by triton {machine.packages['triton']} for every new shape")

@@ -1,4 +1,4 @@
-"""Setting a loaded model to the fastest attention backend that works on it, in place."""
+"""Switch a loaded model to the fastest attention backend that works on it, in place."""
 
 import logging
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ from cggr_flash.trial import TrialError, disagreement, trial
 _logger = logging.getLogger("cggr_flash")
 
 Model = TypeVar("Model", bound=nn.Module)
-AUTO_GOES_ON = "take backend='auto', which goes on to the next"
+AUTO_GOES_ON = "use backend='auto', which tries the next one"
 
 
 def enable_flash_attention(model: Model, backend: str = "auto") -> Model:
-    """Set a loaded model to an attention backend, in place; it has run a tiny forward and backward when this returns.
+    """Switch a loaded model to an attention backend, in place, after a trial forward and backward.
 
-    What the trial computes is held to eager attention's results. Under ``torch.autocast``, the dtype of autocast
-    counts instead of the model's. Image towers that cannot take the backend keep theirs, and the log says so.
+    The results of the trial must agree with eager attention. Under ``torch.autocast``, autocast's dtype counts instead
+    of the model's. Image towers that do not support the backend keep theirs, and the log says so.
 
     Args:
-        model: A transformers model, composite (vision and text) ones among them, or a PEFT wrapper of one.
-        backend: A name of :func:`cggr_flash.attention_backends`, a hub kernel ``"owner/name"``, or ``"auto"``: the
-            fastest that works on this model, its dtype and its device; what was passed over and why is one line in
-            the log ``cggr_flash``.
+        model: A transformers model (text only, or vision and text), or a PEFT wrapper of one.
+        backend: A name from :func:`cggr_flash.attention_backends`, a hub kernel ``"owner/name"``, or ``"auto"`` for the
+            fastest that works with this model, dtype and device. The logger ``cggr_flash`` gets one line on which
+            backends were skipped and why.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: If ``model`` is not a transformers model, or ``backend`` not a string.
-        ValueError: If no backend has that name, or a flash attention is asked for a model in float32.
-        RuntimeError: If the backend cannot work; the text says why and what to do. The model is as it was before.
+        TypeError: If ``model`` is not a transformers model, or ``backend`` is not a string.
+        ValueError: If there is no such backend, or flash attention is requested for a model in float32.
+        RuntimeError: If the backend does not work; the message says why and what to do. The model is left unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,14 +52,14 @@ def enable_flash_attention(model: Model, backend: str = "auto") -> Model:
         reason, _ = model_obstacle(base, "another") or ("its attention cannot be changed", "")
         raise RuntimeError(
             f"{reason}, and it cannot be changed in place; load it with load_model_with_flash_attention(path), which "
-            "builds it on the fastest backend that works"
+            "builds it with the fastest backend that works"
         )
     choose(base, backend)
     return model
 
 
 class PassedOver(NamedTuple):
-    """A backend that is not taken: why, what to do, and whether it was tried on the model."""
+    """A skipped backend: why, what to do, and whether it was tried on the model."""
 
     name: str
     reason: str
@@ -76,12 +76,12 @@ def listed(passed_over: Sequence[PassedOver]) -> str:
 
 
 def explained(backend: str, model_name: str, reason: str, fix: str) -> str:
-    """The error about an explicit backend that cannot work."""
-    return f"backend={backend!r} cannot be used for {model_name}: {reason}. What to do: {fix}"
+    """The error message for an explicit backend that does not work."""
+    return f"backend={backend!r} cannot be used for {model_name}: {reason}. To fix this: {fix}"
 
 
 def choose(model: PreTrainedModel, backend: str) -> None:
-    """Set a model to ``backend``, or for ``"auto"`` to the first that works; see :func:`enable_flash_attention`."""
+    """Switch a model to ``backend``, or for ``"auto"`` to the first that works; see :func:`enable_flash_attention`."""
     device, dtype = placement(model)
     if backend != "auto":
         check_dtype(backend, dtype)
@@ -93,14 +93,14 @@ def choose(model: PreTrainedModel, backend: str) -> None:
         raise RuntimeError(f"no attention backend works on {name} on {device}: {listed(passed_over)}")
     failed = passed_over[-1]
     text = explained(backend, name, failed.reason, failed.fix)
-    raise RuntimeError(f"{text}. The model is on {current(model)!r}, as before")
+    raise RuntimeError(f"{text}. The model still uses {current(model)!r}")
 
 
 def first_that_works(model: PreTrainedModel, names: Sequence[str], passed_over: list[PassedOver]) -> bool:
-    """Set a model to the first of ``names`` that works, and log that; where none does, it is as it was before.
+    """Switch a model to the first of ``names`` that works, and log it; if none works, leave the model unchanged.
 
-    A model that cannot be switched is tried on what it was built with. The backends that do not work are appended to
-    ``passed_over``, whose earlier entries are for the log.
+    A model that cannot be switched is tried with the backend it was built with. Backends that do not work are appended
+    to ``passed_over``, whose earlier entries are for the log.
     """
     device, dtype = placement(model)
     machine = inspect_machine(device, dtype)
@@ -127,15 +127,15 @@ def first_that_works(model: PreTrainedModel, names: Sequence[str], passed_over: 
 
 
 def placement(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
-    """Where the model runs and the dtype of its attention, that of an active autocast included.
+    """Device of the model and dtype of its attention, taking autocast into account.
 
     Raises:
         ValueError: If its weights are on the meta device.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if devices == {torch.device("meta")}:
-        raise ValueError(f"model {type(model).__name__} is on the meta device and has no weights; load them first")
-    # Offloaded weights are brought to the accelerator to be used.
+        raise ValueError(f"{type(model).__name__} is on the meta device and has no weights; load them first")
+    # Offloaded weights run on the accelerator.
     device = min(devices, key=lambda each: (each.type in ("meta", "cpu"), each.index or 0))
     if torch.is_autocast_enabled(device.type):
         return device, torch.get_autocast_dtype(device.type)
@@ -143,12 +143,12 @@ def placement(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
 
 
 def check_dtype(backend: str, dtype: torch.dtype) -> None:
-    """Raise where a flash attention is asked for a dtype that it does not compute in."""
+    """Raise if flash attention is requested for a dtype it does not support."""
     if is_flash(backend) and dtype not in HALF:
         raise ValueError(
-            f"backend={backend!r} computes in float16 and bfloat16 only, and the model's dtype is "
-            f"{str(dtype).removeprefix('torch.')}; nothing is cast in silence: load the model with "
-            "dtype=torch.bfloat16, call this under torch.autocast, or take backend='sdpa'"
+            f"backend={backend!r} supports float16 and bfloat16 only, but the model's dtype is "
+            f"{str(dtype).removeprefix('torch.')}; load the model with dtype=torch.bfloat16, call this under "
+            "torch.autocast, or use backend='sdpa'"
         )
 
 
@@ -165,7 +165,7 @@ def _results_on_eager(model: PreTrainedModel, before: Implementations) -> list[T
         return trial(model)
     except Exception as error:
         raise RuntimeError(
-            f"{type(model).__name__} does not run on a few made-up inputs, so no attention backend can be tried on it: "
+            f"{type(model).__name__} does not run on trial inputs, so no attention backend can be tried on it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     finally:
@@ -175,17 +175,17 @@ def _results_on_eager(model: PreTrainedModel, before: Implementations) -> list[T
 def _tried(
     model: PreTrainedModel, name: str, expected: list[Tensor] | None, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
-    """Why a backend does not work on the model, ``""`` where it does and stays set; and which towers keep theirs."""
+    """Why a backend does not work on the model, ``""`` if it does and stays set; and which towers keep theirs."""
     kept: list[str] = []
     try:
         if expected is not None:
             kept = set_backend(model, name)
         if current(model) != name:
-            return f"transformers set {current(model)!r} in its place", kept
+            return f"transformers set {current(model)!r} instead", kept
         found = trial(model)
     except TrialError as error:
         return str(error), kept
-    except Exception as error:  # compilers and kernels fail in ways of their own
+    except Exception as error:  # compilers and kernels raise errors of any type
         return f"{type(error).__name__}: {first_line(error)}", kept
     return (disagreement(found, expected, dtype) if expected is not None else ""), kept
 
@@ -196,8 +196,8 @@ def _log_choice(
     notes = [repr(name), *([listed(passed_over)] if passed_over else []), *kept]
     accelerator = default_device()
     if machine.device.type == "cpu" and accelerator.type != "cpu":
-        notes.append(f"on {accelerator} it could be another: move the model there and call enable_flash_attention")
-    # What should have worked and did not is worth a warning; what is not installed is not.
+        notes.append(f"{accelerator} may have a faster one: move the model there and call enable_flash_attention")
+    # Warn of what should have worked, not of what is not installed.
     level = logging.WARNING if any(each.tried for each in passed_over) else logging.INFO
     text = f"{type(model).__name__} on {machine.where} in {machine.dtype_name} runs on {'; '.join(notes)}"
     _logger.log(level, text)

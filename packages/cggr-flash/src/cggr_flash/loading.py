@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model onto the fastest attention backend that works on it."""
+"""Load a Hugging Face model with the fastest attention backend that works on it."""
 
 import os
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from cggr_flash.enabling import AUTO_GOES_ON, PassedOver, check_dtype, choose, e
 from cggr_flash.machine import Machine, first_line, inspect_machine
 from cggr_flash.model_support import class_obstacle
 
-# Of from_pretrained: where the files are, which the configuration and the weights share.
+# Arguments of from_pretrained that locate the files, for the configuration and the weights alike.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OURS = {
     "attn_implementation": "say backend=... instead",
     "torch_dtype": "say dtype=... instead",
-    "output_loading_info": "the model alone is returned, and weights that do not fit are an error",
+    "output_loading_info": "only the model is returned, and weights that do not match raise an error",
 }
 
 
@@ -33,29 +33,29 @@ def load_model_with_flash_attention(
     device_map: Any = None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
-    """Load a model of the hub or of a folder, and set it to an attention backend that has run on it.
+    """Load a model from the hub or a folder with an attention backend that has been tried on it.
 
-    The class is the one that the checkpoint names, so causal and masked language models and vision-and-text models come
-    back as what they were saved as. Everything that can be checked without the weights is checked before they are read.
+    The model class is the one named in the checkpoint, so causal and masked language models and vision-language models
+    come back as they were saved. Everything that can be checked without the weights is checked before they are read.
 
     Args:
         name_or_path: Name on the hub, or a folder.
         backend: See :func:`cggr_flash.enable_flash_attention`.
-        dtype: ``"auto"`` for that of the checkpoint, or ``torch.bfloat16``, ``"bfloat16"``, ...
-        device_map: As transformers takes it; ``None`` leaves the model on the CPU, where no flash attention runs:
-            ``"cuda"`` for a GPU.
+        dtype: ``"auto"`` for the checkpoint's dtype, or ``torch.bfloat16``, ``"bfloat16"``, ...
+        device_map: As in transformers, for example ``"cuda"``. ``None`` leaves the model on the CPU, where no flash
+            attention runs.
         **from_pretrained: Further arguments of ``from_pretrained`` and settings of the configuration.
-            ``trust_remote_code`` is False and ``use_safetensors`` True unless passed.
+            ``trust_remote_code`` defaults to False and ``use_safetensors`` to True.
 
     Returns:
-        The Hugging Face model itself, in evaluation mode.
+        The Hugging Face model, in evaluation mode.
 
     Raises:
         TypeError: If an argument is given twice under two names.
-        ValueError: If no backend has that name, if a flash attention is asked for in float32, or if a file of the
-            weights is damaged or does not fill the model.
-        FileNotFoundError: If the path, the configuration or the weights are not there.
-        RuntimeError: If the backend cannot work; the text says why and what to do.
+        ValueError: If there is no such backend, flash attention is requested in float32, or a weight file is damaged or
+            incomplete.
+        FileNotFoundError: If the path, the configuration or the weights do not exist.
+        RuntimeError: If the backend does not work; the message says why and what to do.
 
     Example:
         >>> import tempfile
@@ -69,7 +69,7 @@ def load_model_with_flash_attention(
     """
     check_backend(backend)
     for name in _OURS.keys() & from_pretrained.keys():
-        raise TypeError(f"load_model_with_flash_attention takes no {name!r}: {_OURS[name]}")
+        raise TypeError(f"load_model_with_flash_attention does not take {name!r}: {_OURS[name]}")
     dtype = _dtype(dtype)
     if isinstance(dtype, torch.dtype):
         check_dtype(backend, dtype)
@@ -85,7 +85,7 @@ def load_model_with_flash_attention(
         model = _load(model_class, name, arguments)
         choose(model, backend)
         return model
-    # Such a model is made once for each backend that is tried on it.
+    # Such a model is built anew for each backend tried.
     for candidate in candidates:
         try:
             model = _load(model_class, name, {**arguments, "attn_implementation": candidate})
@@ -101,10 +101,10 @@ def load_model_with_flash_attention(
 
 
 def _candidates(backend: str, model_class: Any, config: Any, machine: Machine) -> tuple[list[str], list[PassedOver]]:
-    """The backends to try, and those that neither the machine nor the class of the model allows.
+    """The backends to try, and those ruled out by the machine or the model class.
 
     Raises:
-        RuntimeError: If ``backend`` is one of those.
+        RuntimeError: If ``backend`` is ruled out.
     """
     candidates, passed_over = [], []
     for name in ORDER if backend == "auto" else (backend,):
@@ -120,7 +120,7 @@ def _candidates(backend: str, model_class: Any, config: Any, machine: Machine) -
 
 
 def _checked_name(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> str:
-    """The name, if it can be one of the hub, or is a folder with a configuration."""
+    """The name, if it could be on the hub or is a folder with a configuration."""
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(f"name_or_path must be a string or a path, got {type(name_or_path).__name__}")
     name = os.fspath(name_or_path)
@@ -130,20 +130,20 @@ def _checked_name(name_or_path: str | os.PathLike[str], options: dict[str, Any])
             check_configuration(folder / options.get("subfolder", ""))
         return str(folder)
     if folder.exists():
-        raise FileNotFoundError(f"{name!r} is a file; give the folder that holds it")
+        raise FileNotFoundError(f"{name!r} is a file; pass the folder that contains it")
     if isinstance(name_or_path, os.PathLike) or looks_like_path(name):
         raise FileNotFoundError(missing_path(name))
     return name
 
 
 def _config(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The configuration, and the arguments that are left for the model."""
+    """The configuration, and the remaining arguments for the model."""
     given = options.pop("config", None)
     if given is not None:
         if not isinstance(given, PreTrainedConfig):
             raise TypeError(f"config must be a transformers configuration, got {type(given).__name__}")
         return given, options
-    # Arguments for both; transformers would write the last over what a quantised checkpoint says of itself.
+    # Arguments for both; transformers would overwrite the quantisation settings of the checkpoint with the last.
     shared = {key: options.pop(key) for key in (*_WHERE, "trust_remote_code", "quantization_config") if key in options}
     where = {key: value for key, value in shared.items() if key != "quantization_config"}
     try:
@@ -152,23 +152,23 @@ def _config(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if Path(name).is_dir():
             raise
         raise FileNotFoundError(
-            f"{missing_path(name)}; nor does the hub give a model of that name: {first_line(error)}"
+            f"{missing_path(name)}, and the hub gave no model of that name: {first_line(error)}"
         ) from error
     config, rest = found
     return config, {**rest, **shared}
 
 
 def _check_files(name: str, config: Any, options: Mapping[str, Any]) -> None:
-    """Look at the weights of a folder, if they are where they usually are."""
+    """Check the weights of a folder, if they are in the usual place."""
     folder = Path(name) / options.get("subfolder", "")
     elsewhere = options.get("gguf_file") or getattr(config, "transformers_weights", None)
-    # A folder of torch.distributed.checkpoint has a file of that name.
+    # Folders of torch.distributed.checkpoint have a file of that name.
     if folder.is_dir() and not elsewhere and not (folder / ".metadata").is_file():
         check_weights(folder, variant=options.get("variant"), use_safetensors=options["use_safetensors"])
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
-    """The class that the checkpoint was saved as, or the one that its own code defines."""
+    """The class that the checkpoint names, or the one that its own code defines."""
     if trust_remote_code and getattr(config, "auto_map", None):
         kinds = [kind for kind in config.auto_map if kind.startswith("AutoModel")]
         return getattr(transformers, kinds[0], AutoModelForCausalLM) if kinds else AutoModelForCausalLM
@@ -180,7 +180,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _builds_attention_in(model_class: Any) -> bool:
-    # An AutoModel stands for a class that is known once it is loaded.
+    # An AutoModel stands for a class known only after loading.
     return issubclass(model_class, PreTrainedModel) and not model_class._can_set_attn_implementation()
 
 
@@ -192,7 +192,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _planned_dtype(backend: str, dtype: str | torch.dtype, config: Any) -> torch.dtype:
-    """The dtype that the model will have; where only the weights can tell, one that rules nothing out."""
+    """The dtype the model will have; if only the weights can tell, one that rules nothing out."""
     planned = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
     if not isinstance(planned, torch.dtype):
         return HALF[0] if is_flash(backend) or backend == "auto" else torch.float32
@@ -201,7 +201,7 @@ def _planned_dtype(backend: str, dtype: str | torch.dtype, config: Any) -> torch
 
 
 def _planned_device(device_map: Any) -> torch.device:
-    """Where ``device_map`` puts the layers, the accelerator rather than what is offloaded."""
+    """Where ``device_map`` puts the layers: the accelerator, even if parts are offloaded."""
     if device_map is None:
         return torch.get_default_device()
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -212,11 +212,11 @@ def _planned_device(device_map: Any) -> torch.device:
 
 
 def _load(model_class: Any, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    """The model, with a value of the checkpoint in every one of its parameters."""
+    """The model, with every parameter loaded from the checkpoint."""
     try:
         model, report = model_class.from_pretrained(name, **arguments, output_loading_info=True)
     except SafetensorError as error:
-        # A folder was looked at before; what the hub's cache holds is looked at now.
+        # A folder was checked before; the hub's cache is checked now.
         where = {key: arguments[key] for key in _WHERE if key in arguments and key != "force_download"}
         path = cached_file(name, CONFIG_NAME, **{**where, "local_files_only": True})
         if path is not None:
@@ -228,7 +228,7 @@ def _load(model_class: Any, name: str, arguments: dict[str, Any]) -> PreTrainedM
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"the weights of {name!r} lack {len(missing)} of the tensors of {type(model).__name__} ({shown}), which "
-            "transformers would leave random. If that is meant, load the model with transformers and pass it to "
-            "enable_flash_attention"
+            "transformers would initialise at random. If you want that, load the model with transformers and pass it "
+            "to enable_flash_attention"
         )
     return model

@@ -1,4 +1,4 @@
-"""The facts about a machine that decide which attention backends work on it; they are judged in ``capabilities``."""
+"""The facts about a machine from which ``capabilities`` decides which attention backends work."""
 
 import importlib
 import platform
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
-# Distribution -> the module that an attention backend imports of it.
+# Module that an attention backend imports, by distribution.
 MODULES = {
     "flash-attn": "flash_attn",
     "flash-attn-3": "flash_attn_interface",
@@ -32,17 +32,17 @@ _CPU_KERNELS = ("flash", "math")
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is.
+    """Device, dtype and installed packages.
 
     Attributes:
-        device: Where the model runs.
-        device_name: For people: ``"NVIDIA H200"``.
+        device: Device of the model.
+        device_name: Human-readable name, for example ``"NVIDIA H200"``.
         capability: Compute capability of an NVIDIA GPU; ``None`` on any other device.
-        dtype: Of queries, keys and values.
-        packages: Distribution -> version, of those in :data:`MODULES` that are installed.
-        import_errors: Distribution -> why its module does not import, of those that are installed and do not.
-        sdpa_kernels: Kernel of :data:`SDPA_KERNELS` -> why it does not run, ``""`` where it does.
-        kernels_versions: The versions of ``kernels`` that transformers takes: from, and below.
+        dtype: Dtype of queries, keys and values.
+        packages: Version by distribution, for those in :data:`MODULES` that are installed.
+        import_errors: Error by distribution, for those that are installed but cannot be imported.
+        sdpa_kernels: Why each kernel of :data:`SDPA_KERNELS` does not run; ``""`` if it does.
+        kernels_versions: The versions of ``kernels`` that transformers accepts: at least, and below.
     """
 
     device: torch.device
@@ -56,20 +56,20 @@ class Machine:
 
     @property
     def where(self) -> str:
-        """The device for people, with its name where it is a GPU."""
+        """Human-readable device, with its name if it is a GPU."""
         return f"{self.device} ({self.device_name})" if self.device.type == "cuda" else str(self.device)
 
     @property
     def dtype_name(self) -> str:
-        """The dtype for people."""
+        """Human-readable dtype."""
         return str(self.dtype).removeprefix("torch.")
 
 
 def find_device(device: torch.device | str) -> torch.device:
-    """The device of that name.
+    """Return the device of that name.
 
     Raises:
-        ValueError: If it is no name of a device.
+        ValueError: If there is no such device.
         RuntimeError: If it is a GPU that PyTorch does not see.
     """
     try:
@@ -80,22 +80,24 @@ def find_device(device: torch.device | str) -> torch.device:
         ) from error
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= count:
-        seen, instead = (f"{count} of them", f"'cuda:{count - 1}' or 'cpu'") if count else ("no GPU", "'cpu'")
+        seen, instead = (
+            (f"{count} GPU{'s' * (count > 1)}", f"'cuda:{count - 1}' or 'cpu'") if count else ("no GPU", "'cpu'")
+        )
         raise RuntimeError(
-            f"device {found} is not there: this PyTorch ({torch.__version__}) sees {seen}; take {instead}"
+            f"device {found} does not exist: this PyTorch ({torch.__version__}) sees {seen}; use {instead}"
         )
     return found
 
 
 def inspect_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Read the facts: installed packages are imported, and SDPA's kernels run on a few random numbers.
+    """Inspect the machine: import the installed packages, and try SDPA's kernels on a few random numbers.
 
     Args:
-        device: Where the model runs.
-        dtype: Of queries, keys and values.
+        device: Device of the model.
+        dtype: Dtype of queries, keys and values.
 
     Returns:
-        The facts.
+        The facts about the machine.
 
     Raises:
         RuntimeError: If the device is a GPU that PyTorch does not see.
@@ -126,23 +128,23 @@ def _version(distribution: str) -> str | None:
 def _import_error(module: str) -> str:
     try:
         importlib.import_module(module)
-    except Exception as error:  # a compiled extension of another torch fails in ways of its own
+    except Exception as error:  # an extension compiled for another torch raises errors of any type
         return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
 def _sdpa_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu" and name not in _CPU_KERNELS:
-        return "a CUDA kernel, and the device is the CPU"
+        return "needs CUDA, but the device is the CPU"
     with warnings.catch_warnings(record=True) as said, torch.enable_grad(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
         try:
-            # Drawn on the CPU, so that the generator of the device is left alone.
+            # Drawn on the CPU, so that the device's generator is left alone.
             query = torch.randn(1, 2, 64, 64).to(device, dtype).requires_grad_()
             with sdpa_kernel(SDPA_KERNELS[name]):
                 scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            # torch warns with one reason for every kernel that it passed over, those that are switched off included.
+            # torch warns with a reason for every kernel it skipped, including those switched off.
             reasons = [str(w.message).partition(" (Triggered")[0] for w in said]
             own = [reason for reason in reasons if "not used because" not in reason and "disabled" not in reason]
             return " ".join(own) or first_line(error)
@@ -150,6 +152,6 @@ def _sdpa_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, which is the one that names the cause."""
+    """The first line of an error message, which names the cause."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a model says about the attention backends that it can be set to, and what it is set to."""
+"""Which attention backends a model supports, and which one it uses."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import modeling_flash_attention_utils as transformers_flash
 from cggr_flash.capabilities import is_flash
 
 _SOFTCAP = "attn_logit_softcapping"
-# What configurations call the dropout of attention probabilities.
+# Names of the dropout of attention probabilities in configurations.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 _WITHOUT_DROPOUT = ("flash_attention_3", "flash_attention_4", "flash-attn3", "flash-attn4", "flex_attention")
 
@@ -30,26 +30,26 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def current(model: PreTrainedModel) -> str:
-    """The backend that the model's text part runs on."""
+    """The backend of the model's text part."""
     config: Any = model.config.get_text_config()
     return config._attn_implementation
 
 
 def is_switchable(model: PreTrainedModel) -> bool:
-    """Whether every part reads its backend when it runs; the others built it in when they were made."""
+    """Whether every part looks up its backend when it runs, rather than when it was built."""
     return all(part._can_set_attn_implementation() for part in _models(model))
 
 
 def model_obstacle(model: PreTrainedModel, backend: str) -> tuple[str, str] | None:
-    """Why a model cannot run on a backend, whatever the machine.
+    """Why a model cannot use a backend on any machine.
 
     Args:
         model: The model.
-        backend: Its name.
+        backend: Name of the backend.
 
     Returns:
-        The reason and what to do, or ``None``. Image and audio towers are not asked: they keep their backend where
-        they cannot take the new one (:func:`set_backend`).
+        The reason and what to do, or ``None``. Image and audio towers do not count: they keep their backend if they do
+        not support the new one (:func:`set_backend`).
     """
     for part in _text_models(model):
         reason = _class_obstacle(type(part), backend)
@@ -58,77 +58,77 @@ def model_obstacle(model: PreTrainedModel, backend: str) -> tuple[str, str] | No
     if not is_switchable(model) and backend != current(model):
         built = next(type(part).__name__ for part in _models(model) if not part._can_set_attn_implementation())
         return (
-            f"{built} builds its attention in when it is made, here {current(model)!r}",
-            f"load it anew: load_model_with_flash_attention(path, backend={backend!r})",
+            f"{built} fixes its attention backend when it is built, here {current(model)!r}",
+            f"load it again: load_model_with_flash_attention(path, backend={backend!r})",
         )
     return _config_obstacle(model.config, backend)
 
 
 def _class_obstacle(model_class: type[PreTrainedModel], backend: str) -> tuple[str, str] | None:
     name: Any = model_class.__name__
-    other = "take backend='auto', which finds what it has"
+    other = "use backend='auto', which finds one that it supports"
     if is_flash(backend):
         supported, what = model_class._supports_flash_attn, "flash attention"
         compatible = getattr(model_class, "_compatible_flash_implementations", None)
         if supported and compatible and backend not in compatible:
             listed = ", ".join(repr(each) for each in compatible)
-            return f"{name} works with {listed} only among the flash attentions", f"take one of these, or {other[5:]}"
+            return f"of the flash attentions, {name} supports {listed} only", f"use one of these, or {other[4:]}"
     elif backend == "sdpa":
         supported, what = model_class._supports_sdpa, "sdpa"
     elif backend == "flex_attention":
         supported, what = model_class._supports_flex_attn, "flex_attention"
     else:
         return None
-    return None if supported else (f"{name} has no {what} in transformers", other)
+    return None if supported else (f"{name} does not support {what} in transformers", other)
 
 
 def class_obstacle(model_class: type[PreTrainedModel], config: Any, backend: str) -> tuple[str, str] | None:
-    """As :func:`model_obstacle`, for a model that is not made yet."""
+    """Like :func:`model_obstacle`, for a model that is not built yet."""
     return _class_obstacle(model_class, backend) or _config_obstacle(config, backend)
 
 
 def _config_obstacle(config: Any, backend: str) -> tuple[str, str] | None:
-    """What a model computes and a backend leaves out, in silence or by failing once it trains."""
+    """Computations of the model that a backend would silently leave out, or fail at in training."""
     text = config.get_text_config()
     cap = getattr(text, _SOFTCAP, None)
     if backend == "sdpa" and cap is not None:
-        return f"it has no softcap, and the model's configuration has {_SOFTCAP}={cap}", "take backend='eager'"
+        return f"it has no softcap, but the model's configuration has {_SOFTCAP}={cap}", "use backend='eager'"
     if not any(backend.endswith(name) for name in _WITHOUT_DROPOUT):
         return None
     for name in _DROPOUTS:
         value = getattr(text, name, None)
         if isinstance(value, float) and value > 0.0:
             return (
-                f"it has no dropout, and the model's configuration has {name}={value}",
-                f"load the model with {name}=0.0, or take backend='sdpa'",
+                f"it has no dropout, but the model's configuration has {name}={value}",
+                f"load the model with {name}=0.0, or use backend='sdpa'",
             )
     return None
 
 
 def set_backend(model: PreTrainedModel, backend: str) -> list[str]:
-    """Set a model to a backend; towers that do not have it keep theirs.
+    """Switch a model to a backend; towers that do not support it keep theirs.
 
     Args:
-        model: The model, which can be switched.
-        backend: What its text part is to run on.
+        model: A model whose backend can be switched.
+        backend: Backend for its text part.
 
     Returns:
-        What keeps its backend, for people.
+        Human-readable list of the parts that keep their backend.
 
     Raises:
-        Exception: Whatever transformers, a library that it imports or the hub raises.
+        Exception: Whatever transformers, a library it imports, or the hub raises.
     """
     wanted, kept = _request(model, backend)
     model.set_attn_implementation(wanted)
     for part in _models(model):
-        # transformers 5.17 passes over an encoder and a decoder that have copies of the whole configuration.
+        # transformers 5.17 skips an encoder and a decoder that have copies of the whole configuration.
         if type(part.config) is type(model.config) and part.config._attn_implementation != backend:
             part.set_attn_implementation(backend)
     return kept
 
 
 def _request(model: PreTrainedModel, backend: str) -> tuple[str | dict[str, str], list[str]]:
-    """What to ask transformers for: the backend, or one for each part of the configuration; and what stays."""
+    """The request to transformers (the backend, or one per part of the configuration), and which parts keep theirs."""
     config: Any = model.config
     text = config.get_text_config()
     wanted, kept = {"": backend}, []
@@ -146,7 +146,7 @@ def _request(model: PreTrainedModel, backend: str) -> tuple[str | dict[str, str]
 
 
 class Implementations:
-    """The backends that all (sub)configurations of a model are set to, to go back to."""
+    """Snapshot of the backends of all (sub)configurations of a model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         found = {id(part.config): part.config for part in _models(model)}
@@ -159,11 +159,12 @@ class Implementations:
         self._loaded = transformers_flash._loaded_implementation
 
     def restore(self) -> None:
-        """Set all of them back."""
+        """Restore the snapshot."""
         for config, name in self._before:
-            # The internal attribute: the public setter walks over the sub-configurations, and may refuse.
+            # The internal attribute: the public setter visits the sub-configurations, and may refuse.
             config._attn_implementation_internal = name
-        # The functions of one flash library are loaded at a time, in 5.17 even if importing it failed: load them anew.
+        # transformers holds the functions of one flash library at a time, in 5.17 even if its import failed: reload
+        # them.
         if transformers_flash._loaded_implementation != self._loaded:
             transformers_flash._loaded_implementation = None
 

@@ -1,4 +1,4 @@
-"""One tiny forward and backward on a loaded model: what says that a backend works, rather than that it imports."""
+"""A tiny forward and backward on a loaded model, which shows that a backend works, not just that it imports."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _ROWS, _TOKENS = 2, 16
-# Relative error that half of the tokens may have against eager attention. Reordered sums in low precision stay
-# below it in deep models, a few tokens that change experts do not count, and other computations are above it.
+# Median relative error of tokens against eager attention. Reordered sums in low precision stay below it in deep
+# models, a few tokens that change experts do not count, and a different computation is above it.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
 _HALF_TOLERANCE = 0.2
 
 
 class TrialError(RuntimeError):
-    """A model does not run on the few inputs that can be made up for it, or gives numbers that are wrong."""
+    """A model does not run on trial inputs, or gives wrong numbers."""
 
 
 def trial(model: PreTrainedModel) -> list[Tensor]:
-    """Run the model on a few made-up tokens, and its image towers on made-up pixels, forward and backward.
+    """Run the model on a few synthetic tokens, and its image towers on synthetic pixels, forward and backward.
 
-    In evaluation mode, without a cache, with gradients to the inputs alone: no parameter's ``grad``, no random
-    generator and no training flag is changed.
+    In evaluation mode, without a cache, with gradients to the inputs only: ``grad`` of parameters, random generators
+    and training flags stay unchanged.
 
     Args:
         model: The model, on its device.
 
     Returns:
-        Outputs and gradients, float32, in an order that is the same in every trial of this model.
+        Outputs and gradients, float32, in the same order in every trial of this model.
 
     Raises:
         TrialError: If no part of the model takes tokens or pixels, or a result is not finite.
@@ -48,12 +48,12 @@ def trial(model: PreTrainedModel) -> list[Tensor]:
 
 
 def disagreement(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str:
-    """How results differ from those of eager attention, or ``""`` where the difference is one of rounding.
+    """How results differ from eager attention, or ``""`` if only by rounding.
 
     Args:
-        found: Of :func:`trial`.
-        expected: Of a trial of the same model on eager attention.
-        dtype: That the model computes in.
+        found: Results of :func:`trial`.
+        expected: Results of a trial of the same model with eager attention.
+        dtype: Dtype of the computation.
     """
     tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
     for result, reference in zip(found, expected, strict=True):
@@ -61,7 +61,7 @@ def disagreement(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype
         size = reference.norm(dim=-1)
         error = ((result - reference).norm(dim=-1) / size.clamp(min=1e-3 * float(size.max()) + 1e-30)).median()
         if not error <= tolerance:
-            return f"its results differ from eager attention's by {float(error):.2g} of their size"
+            return f"its results differ from eager attention by a relative error of {float(error):.2g}"
     return ""
 
 
@@ -77,7 +77,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _parts(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The outermost models that take tokens, and the outermost image towers, in those and beside them."""
+    """The outermost models that take tokens, and the outermost image towers inside or beside them."""
     if isinstance(module, PreTrainedModel):
         if _takes_tokens(module) and _embeddings(module):
             yield module
@@ -137,13 +137,13 @@ def _run_on_tokens(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    """Where tokens enter; an encoder and its decoder have a module each."""
+    """The embeddings of tokens; an encoder and its decoder have one each."""
     owners: list[Any] = [model]
     if getattr(model.config, "is_encoder_decoder", False):
         owners += [model.get_encoder(), model.get_decoder()]
     found: dict[int, nn.Module] = {}
     for owner in owners:
-        with suppress(NotImplementedError):  # said by models with several, whose parts are asked instead
+        with suppress(NotImplementedError):  # raised by models with several, whose parts are asked instead
             module = owner.get_input_embeddings()
             found |= {id(module): module} if isinstance(module, nn.Module) else {}
     return list(found.values())
@@ -159,7 +159,7 @@ def _run_on_pixels(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def _tokens(config: Any) -> Tensor:
-    """int64 ``[2, 16]`` of ordinary tokens: those with a meaning of their own (padding, images) change the forward."""
+    """int64 ``[2, 16]`` of ordinary tokens: special ones (padding, images) change the forward."""
     text = config.get_text_config()
     special = {
         value
@@ -173,12 +173,12 @@ def _tokens(config: Any) -> Tensor:
 
 
 def _loss(output: Tensor) -> Tensor:
-    # Not a plain sum: behind a layer norm, that has no gradient.
+    # Not a plain sum, which has no gradient behind a layer norm.
     weights = _wave(output.shape, output.device) / output.shape[-1] ** 0.5
     return (output.float() * weights).sum()
 
 
 def _wave(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
-    """Fixed numbers in [-1, 1] of no particular pattern, which no random generator is asked for."""
+    """Fixed pseudo-random numbers in [-1, 1] that draw on no random generator."""
     count = torch.Size(shape).numel()
     return torch.cos(torch.arange(count, device=device, dtype=torch.float64) ** 2 * 0.37).float().reshape(shape)

@@ -1,7 +1,7 @@
 """Triton kernels for token-selective training: scoring, losses, selection, attention of kept tokens, routed MLPs.
 
 The package imports wherever PyTorch does. :data:`BACKEND` maps ``(op, device type)`` to the callables that run there;
-where the kernels cannot run it is empty and :data:`REASON` says why. ``python -m cggr_kernels`` prints both.
+where the kernels cannot run, it is empty and :data:`REASON` says why. ``python -m cggr_kernels`` prints both.
 """
 
 from importlib.metadata import version

@@ -8,10 +8,10 @@ from cggr_kernels.backend import BACKEND, OPS, REASON
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Op, device type, what runs there, and why: one row for each op and device type.
+    """One row for each op and device type.
 
     Returns:
-        Tuples of four strings.
+        Tuples of four strings: op, device type, what runs there, and why.
 
     Example:
         >>> rows()[0][0]

@@ -1,4 +1,4 @@
-"""Checks shared by the ops: they look at shapes, dtypes and devices, never at values on a device."""
+"""Checks shared by the ops. They look at shapes, dtypes and devices, never at values."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ def check_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all given tensors are on one device that the kernels run on.
 
     Args:
-        **tensors: Argument names and tensors; ``None`` is skipped.
+        **tensors: Tensors by argument name; ``None`` is skipped.
 
     Raises:
-        ValueError: If a tensor is elsewhere.
+        ValueError: If a tensor is on another device.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(given.items()))
     if first.device.type not in DEVICE_TYPES:
         raise ValueError(
-            f"{first_name} is on {first.device}, but these kernels run on {' and '.join(DEVICE_TYPES)}; "
-            "use the functions of cggr_core, which choose by device"
+            f"{first_name} is on {first.device}, but these kernels run on {' and '.join(DEVICE_TYPES)} only; "
+            "use the functions of cggr_core, which work on any device"
         )
     for name, tensor in given.items():
         if tensor.device != first.device:
             raise ValueError(
-                f"{name} is on {tensor.device} and {first_name} on {first.device}; move them to one device"
+                f"{name} must be on the device of {first_name}, got {tensor.device} and {first.device}; move one of "
+                "them"
             )
 
 
@@ -39,12 +40,12 @@ def check_float(name: str, tensor: Tensor, dims: int) -> None:
 
     Args:
         name: Argument name for the message.
-        tensor: What was given.
-        dims: Dimensions it must have.
+        tensor: The tensor to check.
+        dims: Number of dimensions it must have.
 
     Raises:
-        TypeError: If the dtype is another.
-        ValueError: If the number of dimensions is another.
+        TypeError: If the dtype is not one of these.
+        ValueError: If the number of dimensions is wrong.
     """
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
@@ -57,12 +58,12 @@ def check_index(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
     Args:
         name: Argument name for the message.
-        tensor: What was given.
+        tensor: The tensor to check.
         shape: Shape it must have.
 
     Raises:
-        TypeError: If the dtype is another.
-        ValueError: If the shape is another.
+        TypeError: If the dtype is not int64.
+        ValueError: If the shape is wrong.
     """
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {tensor.dtype}; convert it with .long()")
@@ -74,11 +75,11 @@ def check_vocabulary(name: str, size: int) -> None:
     """Raise unless the vocabulary size is between 1 and ``MAX_VOCABULARY``.
 
     Args:
-        name: Argument that has the vocabulary dimension.
-        size: Its size.
+        name: Argument with the vocabulary dimension.
+        size: Size of that dimension.
 
     Raises:
-        ValueError: If it is outside.
+        ValueError: If the size is out of range.
     """
     if not 1 <= size <= MAX_VOCABULARY:
-        raise ValueError(f"{name} has a vocabulary of {size}; accepted are 1 to {MAX_VOCABULARY} entries")
+        raise ValueError(f"the vocabulary of {name} must have 1 to {MAX_VOCABULARY} entries, got {size}")

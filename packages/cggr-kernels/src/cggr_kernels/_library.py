@@ -1,4 +1,4 @@
-"""The operator library that every kernel is registered on, and the devices it runs on."""
+"""The operator library on which every kernel is registered, and the devices it runs on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import triton
 LIBRARY = torch.library.Library("cggr_kernels", "DEF")
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-"""Whether ``TRITON_INTERPRET=1`` was set: kernels then run in Python, on CPU tensors too."""
+"""Whether ``TRITON_INTERPRET=1`` is set: kernels then run in Python, on CPU tensors too."""
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may ask for; 0 where there is none, as in the interpreter."""
+    """Bytes of shared memory available to a program; 0 where there is none, as in the interpreter."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
 
 
@@ -28,8 +28,8 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
 
     Args:
         schema: Operator schema, for example ``"difficulty(Tensor logits, int ignore_index) -> Tensor"``.
-        launch: Implementation on real tensors.
-        fake: Implementation on tensors without data, for tracing.
+        launch: Implementation for real tensors.
+        fake: Implementation for tensors without data, used in tracing.
 
     Returns:
         The operator, callable with the arguments of the schema.

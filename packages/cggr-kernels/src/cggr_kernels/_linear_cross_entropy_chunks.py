@@ -1,9 +1,9 @@
-"""Cross-entropy of a head on chosen rows, without the logits of all classes at any time.
+"""Cross-entropy of a head on chosen rows, without ever holding the logits of all classes.
 
-The logits are made for a chunk of the classes at a time, by the vendor's matrix product, into one small buffer that two
-kernels read while it is in the cache. Chunks of classes, not of rows, because the gradient of the head's weight is then
-complete chunk by chunk: it is accumulated in float32 inside one product and written once, and no float32 copy of the
-weight exists. The price is that the gradients need the logits again.
+The vendor's matrix product computes the logits of a chunk of classes at a time into one small buffer, which two kernels
+read while it is in the cache. Chunking by class, not by row, completes the gradient of the head's weight chunk by
+chunk: it is accumulated in float32 inside one product and written once, and no float32 copy of the weight exists. In
+return, the gradients need the logits again.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def raw_logits(buffer: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None
 def read_logits(
     raw: Tensor, targets: Tensor, state: Tensor, start: int, end: int, softcap: float | None, scale: float | None
 ) -> None:
-    """Take the columns [start, end) into the running state [3, M] of the rows."""
+    """Update the running state [3, M] of the rows with the columns [start, end)."""
     M = raw.shape[0]
     chunk_lse_kernel[(M,)](raw, targets, state, M, end - start, start, **_factors(softcap, scale))
 
 
 def start_state(M: int, device: torch.device) -> Tensor:
-    """State of rows that have read nothing: maximum, sum, and the logit of the target, NaN if it never comes."""
+    """Initial state: maximum, sum, and the logit of the target (NaN if it never comes)."""
     state_3M = torch.empty(3, M, dtype=torch.float32, device=device)
     state_3M[0], state_3M[1], state_3M[2] = LOWEST.value, 0.0, torch.nan
     return state_3M
@@ -121,7 +121,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Gradients:
-    """Gradients of rows, weight and bias, complete once every chunk was added; empty where they are not needed."""
+    """Gradients of rows, weight and bias, complete once every chunk is added; empty where not needed."""
 
     def __init__(self, rows: Tensor, weight: Tensor, needs: list[bool], d_rows: Tensor) -> None:
         create = torch.empty if rows.shape[0] else torch.zeros
@@ -131,7 +131,7 @@ class Gradients:
         self.d_bias = create(weight.shape[0] if needs[2] else 0, dtype=torch.float32, device=rows.device)
 
     def add(self, d_raw: Tensor, start: int, end: int) -> None:
-        """Add what the gradient of the head's output in the columns [start, end) gives."""
+        """Add the contribution of the gradient of the head's output in the columns [start, end)."""
         if self.needs[0]:
             _add_product(self.d_rows, d_raw, self.weight[start:end])
         if self.needs[1]:
@@ -150,7 +150,7 @@ def differentiate(
     softcap: float | None,
     scale: float | None,
 ) -> Tensor:
-    """Gradient of the head's output ``raw`` [M, C], in the buffer ``out``, which may be where ``raw`` is."""
+    """Gradient of the head's output ``raw`` [M, C], in the buffer ``out``, which may share memory with ``raw``."""
     M, C = raw.shape
     chunk_gradient_kernel[(M,)](
         raw,
@@ -207,7 +207,7 @@ def fake_gradient(
 
 
 def launch_scale(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor`` in place, as autograd must know of it."""
+    """``x *= factor`` in place, as an op that autograd sees."""
     if x.numel():
         grid = (triton.cdiv(x.numel(), _SCALE_STEPS * _BLOCK),)
         scale_kernel[grid](x, factor, x.numel(), STEPS=_SCALE_STEPS, BLOCK=_BLOCK, num_warps=8)

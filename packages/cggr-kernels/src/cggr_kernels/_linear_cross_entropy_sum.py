@@ -1,12 +1,12 @@
-"""Weighted sum of the cross-entropy of a head on chosen rows, with its gradients made beside it.
+"""Weighted sum of the cross-entropy of a head on chosen rows, with the gradients computed in the forward pass.
 
-What the gradients will lie in is lent out until they are written, so that hardly any other memory is needed:
+The gradient buffers double as scratch space until they are written, so hardly any other memory is needed:
 
 - The gradient of all hidden states holds the chosen rows, their gradient in float32, and a chunk of logits.
-- The gradient of the weight is written from its first class to its last. Of the chunks whose logits fit in what is not
-  written yet, they are kept there and not made a second time. Its last classes hold the wider one of two chunks.
+- The gradient of the weight is written from the first class to the last. Logits that fit into the part not yet written
+  are kept there instead of being computed twice. The last classes hold the wider of two chunks.
 
-Who has the memory lets all logits be held at once: one chunk, one matrix product of four less.
+With enough memory, all logits can be held at once: a single chunk, and three matrix products instead of four.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cggr_kernels._linear_cross_entropy_chunks import (
     start_state,
 )
 
-# Elements that are on their way from the gradient of chosen rows into that of all rows.
+# Elements copied at a time from the gradient of the chosen rows to that of all rows.
 SPREAD_ELEMENTS = 2**19
 _SPREAD_COLUMNS = 32
 _ALIGNMENT = 128
 
 
 class _Spare:
-    """Memory of a result that is not written yet, lent out from its front."""
+    """Hands out the unwritten memory of a result, from the front."""
 
     def __init__(self, result: Tensor) -> None:
         self.free = result.view(-1)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialized tensor in what is free, or in new memory if that is too little."""
+        """Uninitialized tensor in the free part, or in new memory if that is too small."""
         elements = torch.Size(shape).numel() * dtype.itemsize // self.free.element_size()
         if elements > self.free.numel():
             return torch.empty(shape, dtype=dtype, device=self.free.device)
@@ -48,9 +48,9 @@ class _Spare:
 
 
 def _plan(M: int, V: int, columns: int, d_weight: Tensor, spare: _Spare) -> tuple[list[tuple[int, int, Tensor]], int]:
-    """Chunks of classes with the buffer of each one's gradient, and where in ``d_weight`` the first buffer begins.
+    """Chunks of classes with the buffer for each chunk's gradient, and where in ``d_weight`` the first buffer begins.
 
-    If half a chunk is free besides, the last classes' part of ``d_weight`` is the buffer of all others.
+    If there is room for half a chunk more, the last classes' part of ``d_weight`` is the buffer of all other chunks.
     """
     if d_weight.numel() and columns // 2 <= spare.free.numel() // M < columns:
         H = d_weight.shape[1]
@@ -67,7 +67,7 @@ def _plan(M: int, V: int, columns: int, d_weight: Tensor, spare: _Spare) -> tupl
 def _spread(d_rows: Tensor, d_hidden: Tensor, row_index: Tensor | None) -> None:
     """Write the gradient of the rows [M, H] float32, which may lie in ``d_hidden`` [N, H] past its first M, into it.
 
-    Some columns at a time, so that no second gradient of the rows exists beside the one of all hidden states.
+    A few columns at a time, so that the rows' gradient never exists twice.
     """
     M, H = d_rows.shape
     if row_index is None:
@@ -92,14 +92,15 @@ def _add_chunks(
     columns: int,
     spare: _Spare,
 ) -> Tensor:
-    """Losses [M] of the rows, and their gradients in ``gradients``."""
+    """Losses [M] of the rows; adds their gradients to ``gradients``."""
     rows, weight, d_weight = gradients.rows, gradients.weight, gradients.d_weight
     M, (V, H) = rows.shape[0], weight.shape
     plan, limit = _plan(M, V, columns, d_weight, spare)
     state_3M = start_state(M, rows.device)
     kept, occupied = {}, 0
     for start, end, buffer in plan:
-        # Logits may lie where the gradient of their own and later classes will: they are used up before it is written.
+        # Logits may share memory with the gradient of their own and later classes: they are consumed before it is
+        # written.
         place = d_weight.view(-1)[start * H : limit]
         fits = start * H >= occupied and place.numel() >= M * (end - start)
         raw = raw_logits(place if fits else buffer, rows, weight, bias, start, end)
@@ -134,7 +135,7 @@ def launch_sum(
         rows.copy_(hidden)
     else:
         torch.index_select(hidden, 0, row_index, out=rows)
-    # Whatever a row of no weight holds must not reach the weight's gradient.
+    # A row of weight 0 must not reach the weight's gradient, whatever it holds.
     rows.masked_fill_((coefficient == 0)[:, None], 0)
     d_rows = spare.take((M, H) if needs[0] else (0,), torch.float32)
     gradients = Gradients(rows, weight, needs, d_rows)

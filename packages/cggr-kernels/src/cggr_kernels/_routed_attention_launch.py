@@ -1,4 +1,4 @@
-"""Block shapes, tensor descriptors and launches of the kernels of routed attention."""
+"""Block shapes, tensor descriptors and launches of the routed-attention kernels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOG2E = 1.4426950408889634
 
 
 class Blocks(NamedTuple):
-    """Shape of a kernel's programs: query rows, keys, warps, stages of the pipeline; and how it uses registers.
+    """Shape of a kernel's programs (query rows, keys, warps, pipeline stages) and how it uses registers.
 
-    ``hold`` keeps the queries in registers; ``eager`` starts both products of a key gradient's block together and loads
-    statistics ahead; ``registers`` bounds those of a thread.
+    ``hold`` keeps the queries in registers; ``eager`` starts both products of a key-gradient block together and loads
+    statistics ahead; ``registers`` limits the registers of a thread.
     """
 
     m: int
@@ -44,7 +44,7 @@ KEY_GRADIENT_BLOCKS = {
     256: Blocks(64, 64, 8, 2, eager=True),
 }
 FLOAT32_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 16, 4, 1)}
-# For GPUs before Hopper: less shared memory, and products whose operands are all in registers.
+# For GPUs before Hopper, with less shared memory and matrix products that take all operands from registers.
 SMALL_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)}
 _MUCH_SHARED_MEMORY = 200 * 1024
 
@@ -59,7 +59,7 @@ def _blocks(table: dict[int, Blocks], q: Tensor) -> Blocks:
 
 
 def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """Descriptor of ``x``, or of a copy where the copy engine of a GPU cannot address it: in steps of 16 bytes."""
+    """Descriptor of ``x``, or of a copy if ``x`` is not aligned to the 16 bytes that the GPU's copy engine needs."""
     step = 16 // x.element_size()
     if x.data_ptr() % 16 or any(stride == 0 or stride % step for stride in x.stride()[:-1]):
         x = torch.nn.functional.pad(x, (0, -x.shape[-1] % step)).contiguous()
@@ -119,7 +119,7 @@ def _arguments(
         "HAS_SEGMENT": segment is not None,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
-        # Three products of tensor cores for one: as close to the truth as float32 is, and several times faster.
+        # Three tensor-core products in place of one: as accurate as float32, and several times faster.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "BLOCK_D": _padded_dim(q),
         "BLOCK_M": blocks.m,

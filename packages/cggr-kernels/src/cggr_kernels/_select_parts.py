@@ -1,4 +1,4 @@
-"""Parts of the op ``select`` that are plain torch."""
+"""Plain-torch parts of the op ``select``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROW_STRIDE = 1 << 32
 
 
 def seed_step(seed: int) -> int:
-    """What a seed adds to the counter before it is hashed: 64 bits with a sign."""
+    """What a seed adds to the counter before hashing: a signed 64-bit integer."""
     step = seed * 0xD1342543DE82EF95 & (1 << 64) - 1
     return step - (1 << 64) if step >= 1 << 63 else step
 

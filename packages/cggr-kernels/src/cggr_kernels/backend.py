@@ -1,4 +1,4 @@
-"""What this package offers to the registry of cggr-core (entry point ``cggr.backends``)."""
+"""The backend that cggr-core finds through the entry point ``cggr.backends``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OPS: tuple[str, ...] = (
     "quantize_rows",
     "quantize_silu_mul",
 )
-"""Names of the ops; each is the function of that name in the module of that name."""
+"""Names of the ops; each is a function in the module of the same name."""
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot run on this machine's software, or ``None`` if they can.
+    """Why the kernels cannot run with the installed software, or ``None`` if they can.
 
-    It looks at what is installed, not at whether a GPU is present: an op is chosen by the device of its tensors.
+    Whether a GPU is present does not matter here: an op is chosen by the device of its tensors.
 
     Returns:
-        One sentence without a full stop, or ``None``.
+        The reason, without a full stop, or ``None``.
 
     Example:
         >>> unavailable() is None or isinstance(unavailable(), str)
@@ -40,11 +40,11 @@ def unavailable() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return (
-            f"triton cannot be imported ({error}); python -m pip install 'triton>=3.6' (on Windows "
+            f"triton cannot be imported ({error}); install it: python -m pip install 'triton>=3.6' (on Windows "
             "'triton-windows>=3.6')"
         )
     if torch.version.hip is not None:
-        return f"this PyTorch is built for ROCm ({torch.version.hip}) and the kernels are written for CUDA"
+        return f"this PyTorch is built for ROCm ({torch.version.hip}), and the kernels are written for CUDA"
     from cggr_kernels._library import INTERPRETED
 
     if torch.version.cuda is None and not INTERPRETED:

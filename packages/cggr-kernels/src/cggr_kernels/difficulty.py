@@ -80,18 +80,18 @@ def difficulty(logits: Tensor, targets: Tensor | None = None, ignore_index: int 
     is computed online (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867): every logit is read once.
 
     Args:
-        logits: Unnormalised log-probabilities, shape ``[N, V]``, float32, float16 or bfloat16; rows may be strided,
-            the last dimension is contiguous. NaN in a row shows in its statistics.
-        targets: Aligned class indices, shape ``[N]``, int64; without them nll and gradnorm are 0. A target outside
-            ``[0, V)`` that is not ``ignore_index`` makes its row NaN.
-        ignore_index: Rows with this target get 0 in all five and their logits are not read.
+        logits: Unnormalised log-probabilities, shape ``[N, V]``, float32, float16 or bfloat16. Rows may be strided; the
+            last dimension must be contiguous. NaN in a row makes its statistics NaN.
+        targets: Aligned class indices, shape ``[N]``, int64; without targets, nll and gradnorm are 0. A target outside
+            ``[0, V)`` that is not ``ignore_index`` makes the statistics of its row NaN.
+        ignore_index: Rows with this target get 0 in all five statistics, and their logits are not read.
 
     Returns:
         Five float32 tensors of shape ``[N]``: entropy, confidence, margin, nll, gradnorm.
 
     Raises:
-        TypeError: If ``logits`` is of another dtype, or ``targets`` is not int64.
-        ValueError: If shapes, strides or devices do not fit, or the vocabulary is empty or above 1,048,576.
+        TypeError: If the dtype of ``logits`` is not accepted, or ``targets`` is not int64.
+        ValueError: If shapes, strides or devices do not match, or the vocabulary is empty or larger than 1,048,576.
 
     Example:
         >>> entropy, confidence, margin, nll, gradnorm = difficulty(torch.zeros(1, 4, device="cuda"))
@@ -101,7 +101,9 @@ def difficulty(logits: Tensor, targets: Tensor | None = None, ignore_index: int 
     check_float("logits", logits, 2)
     check_vocabulary("logits", logits.shape[1])
     if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
+        raise ValueError(
+            f"logits must be contiguous in the last dimension, got strides {logits.stride()}; call .contiguous()"
+        )
     if targets is not None:
         check_index("targets", targets, (logits.shape[0],))
         targets = targets.contiguous()

@@ -1,4 +1,4 @@
-"""Cross-entropy of a head on chosen rows, without the logits of all classes at any time."""
+"""Cross-entropy of a head on chosen rows, without ever holding the logits of all classes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _scale = register("linear_cross_entropy_scale_(Tensor(a!) x, Tensor factor) -> (
 
 
 class _SumLoss(torch.autograd.Function):
-    """Weighted sum of the rows' nll, whose gradients are made beside it and scaled by the upstream number."""
+    """Weighted sum of the rows' nll; the forward pass computes the gradients, the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -71,7 +71,7 @@ class _SumLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second gradient of the weight would double the memory. Autograd notices a second walk.
+        # In place: a second gradient of the weight would double the memory. Autograd notices a second backward.
         grads = ctx.saved_tensors
         for grad in grads:
             if grad is not None:
@@ -80,13 +80,13 @@ class _SumLoss(torch.autograd.Function):
 
 
 def _gradients_beside(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
-    """Whether to make gradients beside the loss: not in float16, where an upstream loss scale would come too late."""
+    """Whether the forward pass computes gradients: not in float16, where a loss scale would come too late."""
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     return reduction == "sum" and differentiable and hidden.dtype != torch.float16
 
 
 class _RowLoss(torch.autograd.Function):
-    """nll [M] of the rows; what is done with it is left to autograd, so that any upstream gradient is right."""
+    """nll [M] of the rows; autograd handles the rest, so any upstream gradient is correct."""
 
     @staticmethod
     def forward(
@@ -132,7 +132,7 @@ def _check(
     if row_weight is not None and (row_weight.dim() != 1 or row_weight.shape[0] not in (M, N)):
         raise ValueError(f"row_weight must have shape ({M},) or ({N},), got {tuple(row_weight.shape)}")
     if row_weight is not None and row_weight.requires_grad:
-        raise ValueError("row_weight requires a gradient but is used as a constant; pass row_weight.detach()")
+        raise ValueError("row_weight requires a gradient, but it is treated as a constant; pass row_weight.detach()")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_device(hidden=hidden, weight=weight, targets=targets, row_index=row_index, row_weight=row_weight, bias=bias)
@@ -154,31 +154,32 @@ def linear_cross_entropy(
     """Weighted cross-entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`` on chosen rows.
 
     Exact: nothing is filtered or approximated. Memory beyond the gradients is a chunk of logits and three copies of the
-    chosen rows; the gradient of ``weight`` is accumulated in float32 and rounded once. Except in float16, the gradients
-    of a sum are made beside it, its graph can be walked once, and what its gradients will lie in holds those copies and
-    that chunk: with up to a quarter of the rows chosen, no other memory is needed.
+        chosen rows; the gradient of ``weight`` is accumulated in float32 and rounded once. Except in float16, the
+        gradients of a sum are computed in the forward pass, so its graph allows one backward pass, and the gradient
+        buffers double as scratch space for those copies and that chunk: with up to a quarter of the rows chosen, no
+        other memory is needed.
 
     Args:
         hidden: Final hidden states, shape ``[N, H]``, float32, float16 or bfloat16.
-        weight: The head's matrix, shape ``[V, H]``, dtype of ``hidden`` unless autocast is on.
+        weight: The head's weight, shape ``[V, H]``, same dtype as ``hidden`` unless autocast is on.
         targets: Class of each row, shape ``[N]``, int64. A class outside ``[0, V)`` makes the loss NaN.
         row_index: Rows to use, shape ``[M]``, int64; ``None`` for all. A row outside ``[0, N)`` makes the loss NaN.
-        row_weight: Factor on each used row's loss, a constant, shape ``[M]`` or ``[N]``. Rows of weight 0 give no loss
-            and no gradient whatever they hold.
+        row_weight: Constant factor on the loss of each row, shape ``[M]`` or ``[N]``. Rows of weight 0 give no loss and
+            no gradient, whatever they hold.
         bias: The head's bias, shape ``[V]``.
-        softcap: Bound of the logits; ``None`` for none.
+        softcap: Bound on the logits; ``None`` for none.
         scale: Factor on the logits before the softcap; ``None`` for 1.
-        ignore_index: Target of rows that count for nothing.
-        reduction: ``"sum"`` for a scalar, ``"none"`` for the weighted loss of each used row.
-        max_logits: For a sum: hold the logits of all used rows if they are no more than that, which is faster by a
-            matrix product; ``None`` for a chunk of them at a time.
+        ignore_index: Target of rows to leave out.
+        reduction: ``"sum"`` for a scalar, ``"none"`` for the weighted loss of each row.
+        max_logits: For a sum, hold all logits at once if there are no more than this many, which saves a matrix
+            product; ``None`` always works in chunks.
 
     Returns:
-        float32, 0-dim or ``[M]``; differentiable in ``hidden``, ``weight`` and ``bias``.
+        float32, 0-dim or ``[M]``; differentiable with respect to ``hidden``, ``weight`` and ``bias``.
 
     Raises:
-        TypeError: If a dtype is not accepted, or those of ``hidden`` and ``weight`` differ.
-        ValueError: If shapes or devices do not fit, or ``reduction`` is unknown.
+        TypeError: If a dtype is not accepted, or ``hidden`` and ``weight`` differ in dtype.
+        ValueError: If shapes or devices do not match, or ``reduction`` is unknown.
 
     Example:
         >>> hidden = torch.zeros(3, 8, device="cuda")
@@ -196,7 +197,9 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight is {weight.dtype} and hidden is {hidden.dtype}; cast them to one dtype")
+        raise TypeError(
+            f"weight must have the dtype of hidden, got {weight.dtype} and {hidden.dtype}; cast one of them"
+        )
     bias = None if bias is None else bias.to(hidden.dtype)
     with torch.autocast(device_type, enabled=False):
         weight = weight.contiguous()

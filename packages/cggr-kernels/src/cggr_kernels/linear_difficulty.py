@@ -1,8 +1,8 @@
-"""Statistics of next-token distributions straight from hidden states and head weight.
+"""Statistics of next-token distributions, straight from hidden states and the head's weight.
 
-The logits are made for a chunk of rows at a time by the vendor's matrix product and read once by the kernel of
-:mod:`cggr_kernels.difficulty`. On an H200 that is faster than a fused kernel whose matrix product would have to keep up
-with the vendor's, and the buffer does not grow with the number of rows.
+The vendor's matrix product computes the logits of a chunk of rows at a time, and the kernel of
+:mod:`cggr_kernels.difficulty` reads them once. On an H200 this beats a fused kernel, whose matrix product would have to
+match the vendor's, and the buffer does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cggr_kernels._checks import check_device, check_float, check_index, check_v
 from cggr_kernels._library import register
 from cggr_kernels.difficulty import Statistics, launch_difficulty
 
-# Logits held at once: 1,024 rows of a vocabulary of 128k, the fewest that leave the product bound by arithmetic.
+# Logits held at once: 1,024 rows of a 128k vocabulary, the fewest that keep the product compute-bound.
 CHUNK_ELEMENTS = 2**27
 MIN_ROWS = 256
 
@@ -31,7 +31,7 @@ def _launch(
     N, V = hidden.shape[0], weight.shape[0]
     out_5N = torch.empty(5, N, dtype=torch.float32, device=hidden.device)
     rows = max(1, min(N, max(MIN_ROWS, CHUNK_ELEMENTS // V // 128 * 128)))
-    # Rows of the buffer start at multiples of 16 bytes, so that the kernel loads as much at once as it can.
+    # Rows of the buffer start at multiples of 16 bytes, for the widest loads.
     buffer = torch.empty(rows, -(-V // 8) * 8, dtype=hidden.dtype, device=hidden.device)
     for start in range(0, N, rows):
         end = min(start + rows, N)
@@ -77,23 +77,23 @@ def linear_difficulty(
 ) -> Statistics:
     """Statistics of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, without gradients.
 
-    The same five as :func:`cggr_kernels.difficulty.difficulty`; the logits never exist for all rows at once.
+    The same five statistics as :func:`cggr_kernels.difficulty.difficulty`; the full logits never exist at once.
 
     Args:
         hidden: Final hidden states, shape ``[N, H]``, float32, float16 or bfloat16.
-        weight: The head's matrix, shape ``[V, H]``, dtype of ``hidden`` unless autocast is on.
-        targets: Aligned class indices, shape ``[N]``, int64; without them nll and gradnorm are 0.
+        weight: The head's weight, shape ``[V, H]``, same dtype as ``hidden`` unless autocast is on.
+        targets: Aligned class indices, shape ``[N]``, int64; without targets, nll and gradnorm are 0.
         bias: The head's bias, shape ``[V]``.
-        softcap: Bound of the logits; ``None`` for none.
+        softcap: Bound on the logits; ``None`` for none.
         scale: Factor on the logits before the softcap; ``None`` for 1.
-        ignore_index: Rows with this target get 0 in all five.
+        ignore_index: Rows with this target get 0 in all five statistics.
 
     Returns:
         Five float32 tensors of shape ``[N]``: entropy, confidence, margin, nll, gradnorm.
 
     Raises:
-        TypeError: If a dtype is not accepted, or those of ``hidden`` and ``weight`` differ.
-        ValueError: If shapes or devices do not fit.
+        TypeError: If a dtype is not accepted, or ``hidden`` and ``weight`` differ in dtype.
+        ValueError: If shapes or devices do not match.
 
     Example:
         >>> hidden = torch.zeros(1, 8, device="cuda")
@@ -120,7 +120,9 @@ def linear_difficulty(
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight is {weight.dtype} and hidden is {hidden.dtype}; cast them to one dtype")
+        raise TypeError(
+            f"weight must have the dtype of hidden, got {weight.dtype} and {hidden.dtype}; cast one of them"
+        )
     bias = None if bias is None else bias.to(hidden.dtype)
     with torch.autocast(device_type, enabled=False):
         statistics = _linear_difficulty(hidden, weight, targets, bias, softcap, scale, ignore_index)

@@ -1,6 +1,7 @@
-"""The experts of a token-routed MLP: grouped products over the tokens sorted by expert.
+"""The experts of a token-routed MLP: grouped matrix products over tokens sorted by expert.
 
-The forward pass keeps gate and up projection for the backward pass; the sorted copies of the input are made again.
+The forward pass saves the gate and up projections for the backward pass, which recomputes the sorted copies of the
+input.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ _gradient = register(
 
 
 class _Experts(torch.autograd.Function):
-    """Output of the experts, differentiable in the input, both projections and the weights."""
+    """Output of the experts, differentiable with respect to the input, both projections and the weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, index: Tensor) -> Tensor:
@@ -143,13 +144,14 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tens
         )
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}; cast them to one dtype")
+            raise TypeError(f"{name} must have the dtype of x, got {tensor.dtype} and {x.dtype}; cast one of them")
     for name, size in (("hidden", H), ("intermediate", I)):
         if size * x.element_size() % ALIGNMENT:
             multiple = ALIGNMENT // x.element_size()
             raise ValueError(
-                f"the {name} dimension is {size}; these kernels take multiples of {multiple} in {x.dtype}, because "
-                "rows must begin at multiples of 16 bytes. Use CGGR_BACKEND=torch for other sizes"
+                f"the {name} dimension must be a multiple of {multiple} in {x.dtype}, because rows start at multiples "
+                "of "
+                f"16 bytes, got {size}. Use CGGR_BACKEND=torch for other sizes"
             )
     check_index("index", index, tuple(index.shape[:2]) or (0,))
     if index.shape[0] != T or tuple(weight.shape) != tuple(index.shape) or weight.dtype != torch.float32:
@@ -158,30 +160,33 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tens
             f"{tuple(weight.shape)} of {weight.dtype}"
         )
     if index.numel() + SEGMENT.value * E > MAX_ROWS:
-        raise ValueError(f"{index.numel()} choices among {E} experts are more than the {MAX_ROWS} rows one call can do")
+        raise ValueError(
+            f"{index.numel()} choices among {E} experts exceed the {MAX_ROWS} rows of one call; split the tokens into "
+            "several calls"
+        )
     check_device(x=x, gate_up=gate_up, down=down, index=index, weight=weight)
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """``out[t] = Σ_k weight[t, k] · (silu(g) * u) @ down[e].T`` with ``e = index[t, k]``.
 
-    ``g`` and ``u`` are the halves of ``x[t] @ gate_up[e].T``. Bitwise the same from run to run, forward and backward;
-    nothing is read by the host, and the number of launches does not depend on the routing or the number of experts.
+    ``g`` and ``u`` are the halves of ``x[t] @ gate_up[e].T``. Forward and backward are bitwise reproducible, the host
+    reads nothing, and the number of launches does not depend on the routing or the number of experts.
 
     Args:
-        x: ``[T, H]``, float32, float16 or bfloat16. H and I take a multiple of 16 bytes.
-        gate_up: ``[E, 2I, H]``, dtype of ``x``, the gate's rows first.
-        down: ``[E, H, I]``, dtype of ``x``.
-        index: ``[T, K]``, int64: the expert of each choice. One outside of ``[0, E)`` is null: it contributes nothing
-            and costs nothing.
-        weight: ``[T, K]``, float32: factors of the choices.
+        x: ``[T, H]``, float32, float16 or bfloat16. Rows of H and of I must be multiples of 16 bytes.
+        gate_up: ``[E, 2I, H]``, same dtype as ``x``, the gate's rows first.
+        down: ``[E, H, I]``, same dtype as ``x``.
+        index: ``[T, K]``, int64: the expert of each choice. Anything outside ``[0, E)`` is a null choice, which
+            contributes and costs nothing.
+        weight: ``[T, K]``, float32: weight of each choice.
 
     Returns:
-        ``[T, H]``, dtype of ``x``; differentiable in all of them but ``index``.
+        ``[T, H]``, same dtype as ``x``; differentiable with respect to all arguments but ``index``.
 
     Raises:
-        TypeError: If a dtype is not accepted, or those of ``x``, ``gate_up`` and ``down`` differ.
-        ValueError: If shapes, devices or the alignment of rows do not fit.
+        TypeError: If a dtype is not accepted, or ``x``, ``gate_up`` and ``down`` differ in dtype.
+        ValueError: If shapes or devices do not match, or rows are not multiples of 16 bytes.
 
     Example:
         >>> x, gate_up, down = (torch.ones(size, device="cuda") for size in ((1, 8), (2, 16, 8), (2, 8, 8)))

@@ -1,7 +1,7 @@
-"""Sorting the choices by expert, on the device and without atomics: where each choice's row is, and whose each tile is.
+"""Sort the choices by expert, on the device and without atomics: the row of each choice and the expert of each tile.
 
-Every expert's rows are one segment, padded to a multiple of 128; buffers are sized for the worst case, which the host
-knows, and kernels read how much of them is in use.
+The rows of an expert form one segment, padded to a multiple of 128. Buffers are sized for the worst case, which the
+host knows; kernels read how much of them is in use.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def make_plan(index: Tensor, num_experts: int) -> Plan:
     """Sort the choices by expert, and by token within an expert: three launches.
 
     Args:
-        index: ``[T, K]``, int64, contiguous: the expert of each choice. One outside of ``[0, E)`` is null.
+        index: ``[T, K]``, int64, contiguous: the expert of each choice. Anything outside ``[0, E)`` is a null choice.
         num_experts: E.
 
     Returns:
@@ -116,12 +116,12 @@ def make_plan(index: Tensor, num_experts: int) -> Plan:
 
 
 def expand(x: Tensor, plan: Plan, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The tokens' rows at the rows of their choices, zeros in the padding of the segments.
+    """Copy each token to the rows of its choices, with zeros in the padding of the segments.
 
     Args:
         x: ``[T, H]``, contiguous.
         plan: Where the rows go.
-        weight: ``[T, K]``, float32, contiguous, to be spread likewise, or ``None``.
+        weight: ``[T, K]``, float32, contiguous, to be copied likewise; or ``None``.
 
     Returns:
         ``[rows, H]`` and ``[rows]`` float32 (empty without weights); undefined beyond the rows in use.
@@ -155,10 +155,10 @@ def combine(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
     Args:
         rows: ``[rows, H]``, contiguous.
         plan: Where the rows are.
-        weight: ``[T, K]``, float32, contiguous: factors, or ``None``.
+        weight: ``[T, K]``, float32, contiguous: weight of each choice; or ``None``.
 
     Returns:
-        ``[T, H]``, dtype of ``rows``.
+        ``[T, H]``, same dtype as ``rows``.
     """
     (T, K), H = plan.row.shape, rows.shape[1]
     out = rows.new_empty(T, H)
@@ -177,7 +177,7 @@ def combine(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
 
 
 def collect(share: Tensor, plan: Plan) -> Tensor:
-    """What the rows of the choices hold.
+    """Gather a value per row back to the choices.
 
     Args:
         share: ``[rows]``, float32.

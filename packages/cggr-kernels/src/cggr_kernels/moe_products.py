@@ -1,7 +1,7 @@
-"""Grouped products over rows that are sorted by expert, in persistent kernels.
+"""Grouped matrix products over rows sorted by expert, in persistent kernels.
 
-As many programs as the device has multiprocessors take tiles in turn, whatever the number of experts; how many tiles
-there are is read on the device.
+One program per multiprocessor works through the tiles, whatever the number of experts; the number of tiles is read on
+the device.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cggr_kernels.moe_details._products import group_product_kernel, row_product
 from cggr_kernels.moe_details._swiglu import swiglu_gradient_kernel
 from cggr_kernels.moe_plan import Plan
 
-ALIGNMENT = 16  # bytes between rows that the copy engine can start at
+ALIGNMENT = 16  # alignment of rows that the copy engine needs, in bytes
 _SWIGLU_ROWS = 8
 _SWIGLU_BLOCK = 256
 
 
 class Blocks(NamedTuple):
-    """Tile of one program, and how it is run."""
+    """Tile of one program and its launch options."""
 
     m: int
     n: int
@@ -49,20 +49,20 @@ class Blocks(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Blocks of each kernel; those of the up projection hold two tiles of columns, gate and up."""
+    """Blocks of each kernel; the up projection's hold two tiles of columns, gate and up."""
 
     up: Blocks
     rows: Blocks
     group: Blocks
 
 
-# Chosen by what was measured on an H200; fixed, so that sums are made in the same order always.
+# Measured on an H200, and fixed, so that sums always run in the same order.
 HALF_BLOCKS = Table(
     up=Blocks(128, 128, 64, 8, 8, 4, True),
     rows=Blocks(128, 256, 64, 8, 8, 4, True),
     group=Blocks(128, 256, 64, 8, 8, 4, True),
 )
-# For devices with less shared memory than HALF_BLOCKS take.
+# For devices with less shared memory than HALF_BLOCKS needs.
 SMALL_BLOCKS = Table(
     up=Blocks(128, 64, 32, 8, 8, 3), rows=Blocks(128, 128, 32, 8, 8, 3), group=Blocks(128, 128, 32, 8, 8, 3)
 )
@@ -74,7 +74,7 @@ _MUCH_SHARED_MEMORY = 229_424
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a device; in the interpreter few, but more than one."""
+    """Number of multiprocessors of a device; a small number in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -89,20 +89,20 @@ def _precision() -> str:
 
 
 def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """Descriptor of ``tensor``, or of a copy where it begins at an address that the copy engine cannot start at."""
+    """Descriptor of ``tensor``, or of a copy if its address is not aligned for the copy engine."""
     if tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.clone()
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, Tensor]:
-    """Gate and up projection of the sorted rows, and SwiGLU of them.
+    """Gate and up projections of the sorted rows, and their SwiGLU.
 
     Args:
         x_PH: ``[P, H]``, the sorted rows.
         gate_up: ``[E, 2I, H]``.
-        plan: Whose rows they are.
-        save: Whether gate and up themselves are wanted.
+        plan: Which rows belong to which expert.
+        save: Whether to return gate and up as well.
 
     Returns:
         SwiGLU ``[P, I]``, and gate and up ``[2P, I]`` (empty without ``save``); undefined beyond the rows in use.
@@ -136,9 +136,9 @@ def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool)
     Args:
         a: ``[planes · P, K]``.
         w: ``[E · planes, K, N]``, or if ``transposed`` ``[E · planes, N, K]``.
-        plan: Whose rows they are.
+        plan: Which rows belong to which expert.
         planes: Matrices per expert.
-        transposed: Whether the matrices are.
+        transposed: Whether the matrices are transposed.
 
     Returns:
         ``[P, N]``, undefined beyond the rows in use.
@@ -165,7 +165,7 @@ def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool)
 
 
 def swiglu_gradient(dh_PI: Tensor, z_2PI: Tensor, row_weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """SwiGLU's backward; weight times SwiGLU takes the place of ``dh_PI``.
+    """Backward of SwiGLU; overwrites ``dh_PI`` with weight times SwiGLU.
 
     Args:
         dh_PI: ``[P, I]``, gradient of SwiGLU without the rows' weights.
@@ -191,7 +191,7 @@ def group_product(a: Tensor, b: Tensor, plan: Plan, planes: int) -> Tensor:
     Args:
         a: ``[planes · P, M]``.
         b: ``[P, N]``.
-        plan: Whose rows they are.
+        plan: Which rows belong to which expert.
         planes: Matrices per expert.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Routing of tokens to experts: softmax, the best experts, and the losses and counts that go with them.
+"""Routing of tokens to experts: softmax, top-k experts, and the losses and counts derived from the same numbers.
 
 Three kernels: one pass over the logits, one program that sums the blocks' statistics in a fixed order, and one pass
 for the gradient.
@@ -149,9 +149,9 @@ _gradient = register(
 
 
 class _Route(torch.autograd.Function):
-    """Gives the weights and losses that the op has made their gradient in the logits.
+    """Autograd function of the op: gradients of the weights and both losses with respect to the logits.
 
-    What has none stays outside: autograd would make zeros for it in every backward pass.
+    Outputs without a gradient stay outside: autograd would allocate zeros for them in every backward pass.
     """
 
     @staticmethod
@@ -180,7 +180,9 @@ def _check(logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int)
     check_float("logits", logits, 2)
     T, E = logits.shape
     if not 1 <= E <= MAX_EXPERTS:
-        raise ValueError(f"logits is for {E} experts; accepted are 1 to {MAX_EXPERTS}")
+        raise ValueError(
+            f"logits has {E} experts; the kernels take 1 to {MAX_EXPERTS}. Use CGGR_BACKEND=torch for more"
+        )
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k must be 1 to {E}, the number of experts, got {top_k}")
     if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (E,)):
@@ -193,26 +195,26 @@ def _check(logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int)
 def moe_route(
     logits: Tensor, bias: Tensor | None, keep: Tensor | None, top_k: int, norm_topk_prob: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Choose ``top_k`` experts for each token; bitwise the same from run to run, nothing read by the host.
+    """Choose ``top_k`` experts for each token; bitwise reproducible, and the host reads nothing.
 
     A choice is null (index −1, weight 0) where the token is not in ``keep``, its logits have no softmax (NaN, +inf, all
     −inf), or the expert's probability is exactly 0. Among equal scores the lower expert is taken.
 
     Args:
         logits: ``[T, E]``, float32, float16 or bfloat16, E at most 1024.
-        bias: ``[E]``, float32, added to the probabilities for the choice alone, or ``None``.
-        keep: ``[T]``, bool, the tokens that are routed, or ``None`` for all.
+        bias: ``[E]``, float32, added to the probabilities when choosing, but not to the weights; ``None`` for no bias.
+        keep: ``[T]``, bool: the tokens to route; ``None`` for all.
         top_k: Experts per token, K.
-        norm_topk_prob: Whether the weights of a token are divided by their sum.
+        norm_topk_prob: Whether to divide a token's weights by their sum.
 
     Returns:
         ``weight`` ``[T, K]`` float32, ``index`` ``[T, K]`` int64 (best first), the load-balancing loss, the z-loss
-        (both 0-dim float32), the choices of each expert ``[E]`` int64, the mean entropy in nats, and the number of bad
-        tokens (0-dim int64). The weights and both losses are differentiable in ``logits``.
+        (both 0-dim float32), the number of choices that fell on each expert ``[E]`` int64, the mean entropy in nats,
+        and the number of bad tokens (0-dim int64). The weights and both losses are differentiable in ``logits``.
 
     Raises:
         TypeError: If the dtype of ``logits`` is not accepted.
-        ValueError: If shapes, dtypes, devices or ``top_k`` do not fit.
+        ValueError: If a shape, dtype or device does not match, or ``top_k`` is out of range.
 
     Example:
         >>> weight, index, *rest = moe_route(torch.tensor([[1.0, 3.0, 2.0]], device="cuda"), None, None, 2, True)

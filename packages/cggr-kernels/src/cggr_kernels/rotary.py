@@ -17,7 +17,7 @@ _MOST_HEADS_AT_ONCE = 32
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     B, HQ, S, D = q.shape
-    # Tokens before heads in memory, as the projections leave them and attention takes them.
+    # Tokens before heads in memory, as projections return them and attention takes them.
     q_out, k_out = (x.new_empty(B, S, x.shape[1], D).transpose(1, 2) for x in (q, k))
     if B * S == 0:
         return q_out, k_out
@@ -73,22 +73,22 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Turn queries and keys by their positions' angles (rotary position embedding, https://arxiv.org/abs/2104.09864).
+    r"""Rotate queries and keys by the angles of their positions (rotary embedding, https://arxiv.org/abs/2104.09864).
 
     With ``x = [x1, x2]`` in halves: ``[x1 cos1 - x2 sin1, x2 cos2 + x1 sin2]``, in float32, rounded once.
 
     Args:
         q: ``[B, H, S, D]``, ``D`` even, float32, float16 or bfloat16; contiguous in the last dimension.
-        k: ``[B, Hkv, S, D]``, of the same dtype.
-        cos: ``[B, S, D]`` or ``[1, S, D]``; angles take no gradient.
-        sin: As ``cos``, with its strides.
+        k: ``[B, Hkv, S, D]``, same dtype as ``q``.
+        cos: ``[B, S, D]`` or ``[1, S, D]``, without a gradient.
+        sin: Same shape and strides as ``cos``.
 
     Returns:
-        Both turned, in the shapes of ``q`` and ``k``, tokens before heads in memory.
+        The rotated queries and keys, in the shapes of ``q`` and ``k``, tokens before heads in memory.
 
     Raises:
-        TypeError: If a dtype is another.
-        ValueError: If shapes, strides or devices do not fit.
+        TypeError: If a dtype is not accepted.
+        ValueError: If shapes, strides or devices do not match.
 
     Example:
         >>> q, k = torch.randn(1, 4, 3, 8, device="cuda"), torch.randn(1, 2, 3, 8, device="cuda")
@@ -109,10 +109,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         )
     if cos.shape != sin.shape or cos.shape[0] not in (1, B) or tuple(cos.shape[1:]) != (S, D):
         raise ValueError(
-            f"cos and sin must be [{B} or 1, {S}, {D}] as q and k are, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"cos and sin must be [{B} or 1, {S}, {D}] to match q and k, got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError("cos and sin are given no gradient here; detach them")
+        raise ValueError("cos and sin require a gradient, but they get none here; detach them")
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()

@@ -78,17 +78,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, q_position: Tensor, segment: Tensor 
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor, 4)
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and q is {q.dtype}; cast them to one dtype")
+            raise TypeError(f"{name} must have the dtype of q, got {tensor.dtype} and {q.dtype}; cast one of them")
     B, K, H, D = q.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"k and v must be [B, S, Hkv, D] with B and D of q [B, K, H, D], got {shapes}")
+        raise ValueError(f"k and v must be [B, S, Hkv, D] with the B and D of q [B, K, H, D], got {shapes}")
     if k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(f"q has {H} heads, which must be a multiple of the {k.shape[2]} heads of k")
+        raise ValueError(f"the heads of q must be a multiple of those of k, got {H} and {k.shape[2]}")
     if K and not k.shape[1]:
-        raise ValueError(f"k has no keys, shape {tuple(k.shape)}, but q has queries, shape {tuple(q.shape)}")
+        raise ValueError(
+            f"k must have at least one key for the queries of q, got k {tuple(k.shape)} and q {tuple(q.shape)}"
+        )
     if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"q has head dimension {D}; accepted are 1 to {MAX_HEAD_DIM}")
+        raise ValueError(f"the head dimension of q must be 1 to {MAX_HEAD_DIM}, got {D}")
     check_index("q_position", q_position, (B, K))
     if segment is not None:
         check_index("segment", segment, (B, k.shape[1]))
@@ -110,29 +112,29 @@ def routed_attention(
 
     A query at position ``t`` sees key ``s`` if ``s <= t``; with ``window``, if also ``t - s < window``; with
     ``segment``, if also both are in the same segment, and that is not negative. Blocks of keys that no query of a block
-    sees are not read, and grouped heads share the keys they load. The softmax is the tiled online one of FlashAttention
-    (Dao, https://arxiv.org/abs/2307.08691); the backward pass recomputes it and uses no atomics, so that results repeat
-    bit for bit.
+    can see are not read, and grouped heads share the keys they load. The softmax is the tiled online one of
+    FlashAttention (Dao, https://arxiv.org/abs/2307.08691); the backward pass recomputes it and uses no atomics, so
+    results are bitwise reproducible.
 
     Args:
         q: Kept queries, shape ``[B, K, H, D]``, float32, float16 or bfloat16, ``D`` at most 256; any strides.
-        k: Keys of all tokens, shape ``[B, S, Hkv, D]``, ``H`` a multiple of ``Hkv``, dtype of ``q``.
-        v: Values of all tokens, shape and dtype of ``k``.
-        q_position: Position of each query among the keys, shape ``[B, K]``, int64, in ``[0, S)``. Ascending rows skip
-            the most work; any order is correct.
-        segment: Segment of every key (documents packed into a row), shape ``[B, S]``, int64, negative for padding.
-        window: Number of keys a query sees at most, itself included; ``None`` for all.
+        k: Keys of all tokens, shape ``[B, S, Hkv, D]``, ``H`` a multiple of ``Hkv``, same dtype as ``q``.
+        v: Values of all tokens, same shape and dtype as ``k``.
+        q_position: Position of each query among the keys, shape ``[B, K]``, int64, in ``[0, S)``. Any order is correct;
+            ascending rows skip the most work.
+        segment: Segment of each key, for documents packed into a row: shape ``[B, S]``, int64, negative for padding.
+        window: Maximum number of keys a query sees, itself included; ``None`` for no limit.
         softcap: Scores become ``softcap * tanh(score / softcap)``; ``None`` for none.
-        scale: Factor of the scores, positive; by default ``D ** -0.5``.
-        key_gradient: ``"all"``: gradients of all keys and values. ``"kept"``: of those at ``q_position`` alone, zero
-            elsewhere, which costs less (queries are then distinct positions).
+        scale: Positive factor on the scores; ``D ** -0.5`` by default.
+        key_gradient: ``"all"`` computes the gradients of all keys and values; ``"kept"`` only those at ``q_position``,
+            with zeros elsewhere, which is cheaper (the positions of a row must then be distinct).
 
     Returns:
-        Shape ``[B, K, H, D]``, dtype of ``q``, contiguous. Queries that see no key give 0.
+        Shape ``[B, K, H, D]``, same dtype as ``q``, contiguous; zeros for queries that see no key.
 
     Raises:
         TypeError: If a dtype is not accepted or the dtypes differ.
-        ValueError: If shapes, devices or numbers do not fit.
+        ValueError: If shapes or devices do not match, or a number is out of range.
 
     Example:
         >>> q = torch.randn(1, 2, 4, 64, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Which tokens are kept: from scores to ascending indices and weights, on the device."""
+"""Selection of tokens: from scores to ascending indices and weights, on the device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK = 1024
 
 
 def _uniform(draw: Tensor, seed: int, offset: int, stride: int, rows: int, length: int) -> Tensor:
-    """Numbers ``[rows, length]``, each row ``stride`` positions after the one before."""
+    """Random numbers ``[rows, length]``, each row ``stride`` positions after the previous one."""
     out = torch.empty(rows, length, dtype=torch.float64, device=draw.device)
     n = out.numel()
     if n:
@@ -50,8 +50,8 @@ def _stratified(
 ) -> tuple[Tensor, Tensor]:
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
-    After one sort by score the strata are ranges of ranks, and a second sort shuffles each of them; all that the
-    reference does with the entries of a stratum is then arithmetic on its number.
+    After one sort by score, strata are ranges of ranks, and a second sort shuffles each of them. What the reference
+    does with the entries of a stratum is then arithmetic on its number.
     """
     B, S = score.shape
     device = score.device
@@ -93,8 +93,8 @@ def _sampled(
 ) -> tuple[Tensor, Tensor]:
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
-    Sorted in float32, at half the price: what is mixed in afterwards keeps the order. Ascending, so that the sums that
-    the capping needs are the cumulated ones.
+    Sorting in float32 halves the cost; the uniform part mixed in later keeps the order. Ascending, so that capping
+    needs cumulative sums only.
     """
     B, S = score.shape
     device = score.device
@@ -104,7 +104,7 @@ def _sampled(
         return keep_BS, weight_BS
     blocks = triton.cdiv(S, _BLOCK)
     grid = (blocks, B)
-    # As torch rounds it, so that entries that are alike in the reference are alike here.
+    # Rounded as torch rounds, so that ties in the reference are ties here.
     constants = {"MIX": mix, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     score = score.clamp(min=0.0).masked_fill(~countable, -1.0)
     mean_B = score.clamp(min=0.0).sum(1, dtype=torch.float64) / n.clamp(min=1)
@@ -136,7 +136,7 @@ def _sampled(
 
 
 def _compact(keep: Tensor, weight: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots ``[B, capacity]`` of the kept entries; those that are not kept have weight 0."""
+    """Slots ``[B, capacity]`` of the kept entries; unused slots have weight 0."""
     B, S = keep.shape
     index = torch.empty(B, capacity, dtype=torch.int64, device=keep.device)
     valid = torch.empty(B, capacity, dtype=torch.bool, device=keep.device)
@@ -177,7 +177,7 @@ def _launch(
     else:
         keep_BS = top_mask(score, countable, k)
     if weight_BS is None or not unbiased:
-        # Every kept token stands for as many countable ones of the whole batch.
+        # Every kept token stands for the same number of countable tokens of the whole batch.
         weight_BS = (n.sum() / k.sum().clamp(min=1)).to(torch.float32).expand(B, S)
     return _compact(keep_BS, weight_BS, capacity)
 
@@ -223,13 +223,13 @@ def select(
     defensive_mix: float = 0.05,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, at least one if there is one.
+    """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, and at least one if there is any.
 
-    The host reads nothing, and the same seed and draw choose the same tokens. ``stratified``: Neyman's allocation over
+    The host reads nothing; the same seed and draw choose the same tokens. ``stratified``: Neyman's allocation over
     ``num_strata`` equal buckets by score, with the root mean square score as the spread, then systematic sampling
     (Madow 1949) over the buckets, each in random order; ``sampled``: probability proportional to the score, capped at
-    1; ``random``; ``topk``: the highest scores, the lower position where they tie; ``sequence_aware``: the same with at
-    least ``min_tokens``.
+    1; ``random``; ``topk``: the highest scores, lower positions first among ties; ``sequence_aware``: the same, with at
+    least ``min_tokens`` per row.
 
     Args:
         score: Shape ``[B, S]``, float32, finite; higher is more worth learning from.
@@ -240,20 +240,21 @@ def select(
         num_strata: Buckets of ``stratified``, at most 64.
         min_tokens: For ``sequence_aware``.
         unbiased: Whether ``stratified``, ``sampled`` and ``random`` weight by 1 / probability (Horvitz and Thompson
-            1952); else every kept token has the weight countable / kept of the whole batch.
-        seed: Seed of the random strategies; its low 64 bits count.
-        draw: Which draw of that seed: an int, or a 0-dim int64 tensor on the device, which is never read by the host.
+            1952); otherwise every kept token has the weight countable / kept of the whole batch.
+        seed: Seed of the random strategies; the low 64 bits are used.
+        draw: Number of the draw for that seed: an int, or a 0-dim int64 tensor on the device, which the host never
+            reads.
         defensive_mix: Share of uniform sampling in ``stratified`` and ``sampled``, in [0, 1]; it bounds the weights.
-        first_row: Number of the first row among the rows of that draw: batches that share a draw and number their rows
-            on choose what one batch of all the rows would.
+        first_row: Number of the first row among the rows of that draw. Batches that share a draw and number their rows
+            consecutively choose what one batch of all the rows would.
 
     Returns:
-        ``index`` ``[B, K]`` int64: K distinct positions of each row, ascending, slots that are not kept filled with
-        positions that are not kept; ``valid`` ``[B, K]`` bool; ``weight`` ``[B, K]`` float32, 0 where not valid.
+        ``index`` ``[B, K]`` int64: K distinct positions of each row, ascending; unused slots are filled with positions
+        that are not kept; ``valid`` ``[B, K]`` bool; ``weight`` ``[B, K]`` float32, 0 where not valid.
 
     Raises:
         TypeError: If a dtype is not accepted.
-        ValueError: If shapes, devices or numbers do not fit, or the strategy is unknown.
+        ValueError: If shapes or devices do not match, a number is out of range, or the strategy is unknown.
 
     Example:
         >>> score = torch.tensor([[0.1, 3.0, 0.2, 2.0]], device="cuda")
@@ -284,7 +285,7 @@ def select(
         check_device(score=score, draw=draw)
     else:
         draw = torch.full((), draw, dtype=torch.int64, device=score.device)
-    # The op takes seeds of 64 bits with a sign.
+    # The op takes signed 64-bit seeds.
     seed = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
     return _select(
         score.contiguous(),

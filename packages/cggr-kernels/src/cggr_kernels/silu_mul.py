@@ -60,14 +60,14 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         gate: Any shape, float32, float16 or bfloat16.
-        up: Of the same shape and dtype.
+        up: Same shape and dtype as ``gate``.
 
     Returns:
-        The product, contiguous; neither the activation nor its sigmoid is kept for the backward pass.
+        The product, contiguous. Neither the activation nor its sigmoid is saved for the backward pass.
 
     Raises:
-        TypeError: If a dtype is another.
-        ValueError: If shapes or devices do not fit.
+        TypeError: If a dtype is not accepted.
+        ValueError: If shapes or devices do not match.
 
     Example:
         >>> gate = torch.randn(2, 5, device="cuda")
@@ -79,7 +79,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
-            f"gate and up must have one shape and dtype, got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} "
+            f"gate and up must have the same shape and dtype, got {tuple(gate.shape)} {gate.dtype} and "
+            f"{tuple(up.shape)} "
             f"{up.dtype}"
         )
     check_device(gate=gate, up=up)

@@ -1,7 +1,7 @@
-"""Token-routed MLP layers: mixtures of experts that are trained without dropping a token.
+"""Token-routed MLP layers: mixtures of experts that drop no token.
 
-:func:`create_persistent_tr_mlp` makes a layer. On CUDA it runs in the persistent kernels of cggr-kernels, elsewhere in
-plain torch with the same results. :func:`register_experts` lets models of transformers run their experts there.
+:func:`create_persistent_tr_mlp` creates one. On CUDA it runs in the persistent kernels of cggr-kernels, elsewhere in
+plain torch with the same results. :func:`register_experts` lets transformers models run their experts there.
 """
 
 from importlib.metadata import version

@@ -1,7 +1,7 @@
-"""What the experts compute: the reference of the op ``moe_experts``.
+"""The experts' computation: the reference of the op ``moe_experts``.
 
-The choices are sorted by expert; each expert's rows are then one block of a grouped matrix product, which torch has for
-some devices and dtypes, and which is a loop over the experts elsewhere.
+The choices are sorted by expert, so that each expert's rows form one block of a grouped matrix product. Where torch has
+no grouped product for the device and dtype, a loop over the experts takes its place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["moe_experts_reference"]
 
 _GROUPED_DEVICES = ("cpu", "cuda")
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ALIGNMENT = 16  # bytes between rows, what torch's grouped product asks for
+_ALIGNMENT = 16  # alignment of rows that torch's grouped product requires, in bytes
 
 
 def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     aligned = all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
-    # While a graph is traced, torch knows the product in bfloat16 alone.
+    # In tracing, torch has the grouped product in bfloat16 only.
     dtypes = _GROUPED_DTYPES[:1] if torch.compiler.is_compiling() else _GROUPED_DTYPES
     return rows.device.type in _GROUPED_DEVICES and weight.dtype in dtypes and aligned
 
@@ -83,19 +83,19 @@ def _grouped_linear(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
 def moe_experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Plain-torch op ``moe_experts``: ``out[t] = Σ_k weight[t, k] · (silu(g) · u) @ down[e].T``.
 
-    With ``e = index[t, k]`` and ``g, u`` the halves of ``x[t] @ gate_up[e].T``. It is summed in float32 at least, in
-    the order of k.
+    Here ``e = index[t, k]``, and ``g`` and ``u`` are the halves of ``x[t] @ gate_up[e].T``. Sums run in the order of k,
+    in float32 or better.
 
     Args:
         x: ``[T, H]``.
         gate_up: ``[E, 2I, H]``, the gate's rows first.
         down: ``[E, H, I]``.
-        index: ``[T, K]``, int64, the expert of each choice; a negative one is null, contributes nothing and costs
-            nothing.
+        index: ``[T, K]``, int64: the expert of each choice. A negative index is a null choice, which contributes and
+            costs nothing.
         weight: ``[T, K]``, float32 or float64.
 
     Returns:
-        ``[T, H]``, dtype of ``x``; differentiable in ``x``, ``gate_up``, ``down`` and ``weight``.
+        ``[T, H]``, same dtype as ``x``; differentiable with respect to ``x``, ``gate_up``, ``down`` and ``weight``.
     """
     (T, K), E = index.shape, gate_up.shape[0]
     places = index.flatten()
@@ -108,7 +108,7 @@ def moe_experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, index: Tenso
     else:
         unused = (torch.arange(T * K, device=x.device) >= load_E.sum())[:, None]
     rows = x[order // K]
-    if unused is not None:  # here for the gradient, which a grouped product leaves undefined in unused rows
+    if unused is not None:  # for the gradient, which a grouped product leaves undefined in unused rows
         rows = rows.masked_fill(unused, 0.0)
     gate, up = _grouped_linear(rows, gate_up, load_E).chunk(2, dim=1)
     rows = _grouped_linear(silu(gate) * up, down, load_E)

@@ -1,4 +1,4 @@
-"""What a mixture-of-experts block of Hugging Face Transformers 5 holds, and a block made of the same parameters."""
+"""Reading a mixture-of-experts block of Hugging Face Transformers 5, and building one from the same parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cggr_core.checks import check_choice
 
 
 class _Kind(NamedTuple):
-    """Where a block's class is, and what its configuration calls the sizes."""
+    """The module of a block's class, and the names of the sizes in its configuration."""
 
     folder: str
     prefix: str
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 class Block(NamedTuple):
-    """Sizes, settings and parameters of a block, or of the layer that computes the same."""
+    """Sizes, settings and parameters of a block or of the equivalent layer."""
 
     hidden_dim: int
     intermediate_dim: int
@@ -43,13 +43,13 @@ class Block(NamedTuple):
 
 
 def read_block(block: nn.Module) -> Block:
-    """What ``block`` holds; its parameters themselves, no copies.
+    """Sizes, settings and parameters of ``block``, without copying.
 
     Args:
         block: A ``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock`` or ``OlmoeSparseMoeBlock``.
 
     Raises:
-        ValueError: If the block is of another kind, has an activation other than SiLU, or adds jitter to its input.
+        ValueError: If the block is of another class, its activation is not SiLU, or it adds jitter to its input.
     """
     blocks: Any = block
     kind = next((kind for kind in _KINDS.values() if type(block).__name__ == f"{kind.prefix}SparseMoeBlock"), None)
@@ -57,9 +57,9 @@ def read_block(block: nn.Module) -> Block:
         names = ", ".join(f"{known.prefix}SparseMoeBlock" for known in _KINDS.values())
         raise ValueError(f"block must be one of {names}, got {type(block).__name__}")
     if not isinstance(blocks.experts.act_fn, nn.SiLU) and type(blocks.experts.act_fn).__name__ != "SiLUActivation":
-        raise ValueError(f"block has the activation {type(blocks.experts.act_fn).__name__}; accepted is SiLU")
+        raise ValueError(f"the activation of block must be SiLU, got {type(blocks.experts.act_fn).__name__}")
     if getattr(blocks, "jitter_noise", 0.0):
-        raise ValueError(f"block has jitter_noise={blocks.jitter_noise}, which the layer does not have; set it to 0")
+        raise ValueError(f"jitter_noise of block must be 0, got {blocks.jitter_noise}; the layer has no jitter")
     experts, gate = blocks.experts, blocks.gate
     num_experts, double, hidden_dim = experts.gate_up_proj.shape
     normalised = kind.always_normalised or gate.norm_topk_prob
@@ -68,19 +68,21 @@ def read_block(block: nn.Module) -> Block:
 
 
 def make_block(parts: Block, kind: str) -> nn.Module:
-    """A Hugging Face block of those parameters, in that training mode.
+    """Build a Hugging Face block from these parts, in the same training mode.
 
     Args:
-        parts: What it holds.
+        parts: Sizes, settings and parameters.
         kind: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``.
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If the kind is unknown, or is Mixtral, whose weights are always normalised, and these are not.
+        ValueError: If the kind is unknown, or it is Mixtral, which always normalises the weights, and the parts do not.
     """
     chosen = _KINDS[check_choice("kind", kind, tuple(_KINDS))]
     if chosen.always_normalised and not parts.norm_topk_prob:
-        raise ValueError("kind='mixtral' always normalises the weights, and the layer has norm_topk_prob=False")
+        raise ValueError(
+            "kind='mixtral' always normalises the weights, but the layer has norm_topk_prob=False; use kind='qwen3_moe'"
+        )
     try:
         transformers = import_module("transformers")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Mixture-of-experts blocks of Hugging Face Transformers 5, there and back; parameters are shared, not copied."""
+"""Convert to and from mixture-of-experts blocks of Hugging Face Transformers 5; parameters are shared, not copied."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Layer = TypeVar("Layer", bound=PersistentTRMLP)
 
 
 def from_hf_block(block: nn.Module, layer_type: type[Layer] = PersistentTRMLP) -> Layer:
-    """A layer that computes what ``block`` computes, with the same parameter tensors.
+    """Convert a Hugging Face block to a layer that computes the same, sharing its parameters.
 
     Args:
         block: A ``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock`` or ``OlmoeSparseMoeBlock``.
         layer_type: Class of the layer.
 
     Returns:
-        The layer, in the block's training mode. Its parameters are those of the block.
+        The layer, in the block's training mode.
 
     Raises:
-        ValueError: If the block is of another kind, has an activation other than SiLU, or adds jitter to its input.
+        ValueError: If the block is of another class, its activation is not SiLU, or it adds jitter to its input.
 
     Example:
         >>> from transformers import OlmoeConfig
@@ -37,21 +37,22 @@ def from_hf_block(block: nn.Module, layer_type: type[Layer] = PersistentTRMLP) -
 
 
 def to_hf_block(layer: PersistentTRMLP, kind: str = "qwen3_moe") -> nn.Module:
-    """A Hugging Face block that computes what ``layer`` computes, with the same parameter tensors.
+    """Convert a layer to a Hugging Face block that computes the same, sharing its parameters.
 
-    Needs transformers 5. The auxiliary loss stays behind: Hugging Face makes its own from the router's logits.
+    Requires transformers 5. The auxiliary loss is not carried over: Hugging Face computes its own from the router
+    logits.
 
     Args:
         layer: The layer.
         kind: ``"mixtral"`` (whose weights are always normalised), ``"qwen3_moe"`` or ``"olmoe"``.
 
     Returns:
-        The block, in the layer's training mode, computing with transformers' own code.
+        The block, in the layer's training mode, running transformers' own code.
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If the kind is unknown or cannot say what the layer does: no router bias in any of them, no
-            ``norm_topk_prob=False`` in Mixtral.
+        ValueError: If the kind is unknown, the layer has a router bias, or the layer has ``norm_topk_prob=False`` and
+            the kind is Mixtral.
 
     Example:
         >>> to_hf_block(PersistentTRMLP(16, 32, num_experts=4, top_k=2), "mixtral").top_k

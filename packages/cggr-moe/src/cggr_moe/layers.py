@@ -1,4 +1,4 @@
-"""The layer: a router, the experts it chooses from, and the losses that keep the choice balanced."""
+"""The layer: a router, its experts, and the losses that balance their load."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ ACTIVATIONS = ("swiglu",)
 
 
 class PersistentTRMLP(nn.Module):
-    """Token-routed MLP: each token goes to the ``top_k`` best of ``num_experts`` SwiGLU experts, and none is dropped.
+    """Token-routed MLP: each token goes to the ``top_k`` best of ``num_experts`` SwiGLU experts; no token is dropped.
 
     With router probabilities ``p = softmax(gate.weight @ x)`` the output of a token is the sum over its experts of
-    ``w_e · down_e (silu(gate_e x) * up_e x)``, where the weights ``w_e`` are the chosen probabilities, divided by their
-    sum if ``norm_topk_prob``. On CUDA it runs in the persistent kernels of cggr-kernels: one launch per stage whatever
-    the number of experts, nothing read back by the host, bitwise the same from run to run. Elsewhere it runs in torch,
-    with the same results.
+    ``w_e · down_e (silu(gate_e x) * up_e x)``, where the weights ``w_e`` are the probabilities of the chosen experts,
+    divided by their sum if ``norm_topk_prob``. On CUDA it runs in the persistent kernels of cggr-kernels: one launch
+    per stage whatever the number of experts, no host reads, bitwise reproducible. Elsewhere it runs in plain torch with
+    the same results.
 
     The auxiliary loss is the load-balancing loss of the Switch Transformer (Fedus et al., 2021, equations 4 to 6, taken
-    over all ``top_k`` choices): ``E · Σ_e f_e P_e`` with ``f_e`` the share of the choices that fell on expert e and
-    ``P_e`` its mean probability. It is 1 when the load is balanced and at most E. With ``z_loss`` > 0, ``z_loss`` times
-    the mean squared log-sum-exp of the router's logits is added (ST-MoE, Zoph et al., 2022, equation 5).
+    over all ``top_k`` choices): ``E · Σ_e f_e P_e`` where ``f_e`` is the share of choices that fell on expert e and
+    ``P_e`` is its mean probability. It is 1 when the load is balanced and at most E. With ``z_loss`` > 0, ``z_loss``
+    times the mean squared log-sum-exp of the router's logits is added (ST-MoE, Zoph et al., 2022, equation 5).
 
-    Loss-free balancing (Wang et al., 2024, arXiv 2408.15664) is on with ``router_bias``: a bias per expert is added to
-    the probabilities for the choice, not for the weights; call :meth:`update_router_bias` after each optimizer step.
-    The biases stay in float32 when the layer is cast, since half precision would swallow their small steps.
+    ``router_bias`` switches on loss-free balancing (Wang et al., 2024, arXiv 2408.15664): a bias per expert is added to
+    the probabilities when choosing, but not to the weights. Call :meth:`update_router_bias` after each optimizer step.
+    The biases stay in float32 when the layer is cast, because half precision would round away their small steps.
 
-    Parameters, laid out as the experts of Hugging Face Transformers 5:
+    Parameters, in the layout of the experts of Hugging Face Transformers 5:
 
     * ``gate.weight`` ``[E, H]``: the router.
-    * ``gate_up_proj`` ``[E, 2I, H]``: for each expert the gate's rows, then the up-projection's.
+    * ``gate_up_proj`` ``[E, 2I, H]``: for each expert the rows of the gate, then those of the up projection.
     * ``down_proj`` ``[E, H, I]``.
 
     Attributes:
-        metrics: Tensors that describe the last call, see :meth:`forward`; none of them is read by the host.
+        metrics: Tensors that describe the last call, see :meth:`forward`. The host reads none of them.
 
     Args:
         hidden_dim: Width of the input and output, H.
@@ -64,16 +64,16 @@ class PersistentTRMLP(nn.Module):
         num_experts: E.
         top_k: Experts per token, K, 1 to E.
         activation: ``"swiglu"``.
-        norm_topk_prob: Whether the weights of a token's experts are divided by their sum.
-        router_bias: Whether a bias per expert balances the load.
-        bias_update_rate: What :meth:`update_router_bias` moves a bias by, in probability.
-        z_loss: Coefficient of the router's z-loss inside of the auxiliary loss.
+        norm_topk_prob: Whether to divide the weights of a token's experts by their sum.
+        router_bias: Whether to balance the load with a bias per expert.
+        bias_update_rate: Step size of :meth:`update_router_bias`, in probability.
+        z_loss: Coefficient of the router's z-loss in the auxiliary loss.
         dtype: Dtype of the parameters; the default dtype if None.
         device: Device of the parameters; the default device if None.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a value outside of what is accepted, ``top_k > num_experts`` among them.
+        ValueError: If a value is out of range, for example ``top_k > num_experts``.
 
     Example:
         >>> layer = PersistentTRMLP(16, 32, num_experts=4, top_k=2)
@@ -129,7 +129,7 @@ class PersistentTRMLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights from the uniform distribution of :class:`torch.nn.Linear`, ±1/√fan_in."""
+        """Initialise all weights as :class:`torch.nn.Linear` does, uniformly in ±1/√fan_in."""
         self.gate.reset_parameters()
         for weight in (self.gate_up_proj, self.down_proj):
             bound = 1 / math.sqrt(weight.shape[2])
@@ -138,25 +138,25 @@ class PersistentTRMLP(nn.Module):
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens and run their experts.
 
-        Afterwards ``metrics`` has ``tokens_per_expert`` (``[E]``, int64; its sum is ``top_k`` times the routed tokens,
-        less choices of probability 0), ``entropy`` (mean entropy of the routing, nats), ``balance_loss`` and
-        ``z_loss`` (both without coefficient, detached).
+        Afterwards ``metrics`` holds ``tokens_per_expert`` (``[E]``, int64; the sum is ``top_k`` times the routed
+        tokens, minus choices of probability 0), ``entropy`` (mean entropy of the routing, in nats), ``balance_loss``
+        and ``z_loss`` (both detached, without coefficients).
 
         Args:
-            hidden_states: ``[B, S, H]`` or ``[T, H]``, of the parameters' dtype unless autocast is on.
-            token_mask: ``[B, S]`` or ``[T]``, bool: the tokens that go to experts. The others cost nothing, get zeros
-                and are in no statistic. It is the mask that ``CGGRScorer`` returns.
+            hidden_states: ``[B, S, H]`` or ``[T, H]``, in the parameters' dtype unless autocast is on.
+            token_mask: ``[B, S]`` or ``[T]``, bool: the tokens to route, for example the mask from ``CGGRScorer``. The
+                others cost nothing, get zeros and enter no statistic.
 
         Returns:
-            ``output``, of the shape and dtype of ``hidden_states`` (of autocast's dtype where that is on), and
-            ``aux_loss``, 0-dim, float32 (float64 for float64 inputs): the load-balancing loss, plus ``z_loss`` times
-            the z-loss; zero where no token is routed.
+            ``output``, with the shape and dtype of ``hidden_states`` (autocast's dtype if it is on), and ``aux_loss``,
+            0-dim, float32 (float64 for float64 inputs): the load-balancing loss plus ``z_loss`` times the z-loss, or
+            zero if no token is routed.
 
         Raises:
-            TypeError: If ``hidden_states`` is not of a floating dtype or ``token_mask`` not bool.
-            ValueError: If a shape, dtype or device does not fit, or ``hidden_states`` holds NaN or infinities. On
-                devices that values cannot be read from without waiting, the call after reports them; until then such
-                tokens are not routed.
+            TypeError: If ``hidden_states`` is not of a floating dtype, or ``token_mask`` is not bool.
+            ValueError: If a shape, dtype or device does not match, or ``hidden_states`` holds NaN or infinities. On
+                devices whose values cannot be read without waiting, the next call reports them; such tokens are not
+                routed.
         """
         self._raise_if_bad(self._monitor.read(), "an earlier call")
         self._check(hidden_states, token_mask)
@@ -166,8 +166,7 @@ class PersistentTRMLP(nn.Module):
         if torch.is_autocast_enabled(kind):
             x, gate_up, down = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, gate_up, down))
         keep = None if token_mask is None else token_mask.reshape(-1)
-        # Whatever a token that is not routed holds: the router's gradient is a product with its input, and 0 * NaN is
-        # NaN.
+        # The router's gradient is a product with its input, and 0 * NaN is NaN: zero the tokens that are not routed.
         logits = linear(x if keep is None else x.masked_fill(~keep[:, None], 0.0), self.gate.weight)
         route = resolve("moe_route", kind, logits.dtype)
         routing = Routing(*route(logits, self.router_bias, keep, self.top_k, self.norm_topk_prob))
@@ -187,14 +186,14 @@ class PersistentTRMLP(nn.Module):
     def update_router_bias(self) -> None:
         """Move each expert's bias by ``bias_update_rate`` towards the mean load; call it after each optimizer step.
 
-        The load is what training calls have routed since the last update, summed over all ranks where
-        ``torch.distributed`` is initialised. Nothing is read by the host.
+        The load counts the tokens routed by training calls since the last update, summed over all ranks if
+        ``torch.distributed`` is initialised. The host reads nothing.
 
         Raises:
-            RuntimeError: If the layer was made without ``router_bias``.
+            RuntimeError: If the layer was created without ``router_bias``.
         """
         if self.router_bias is None:
-            raise RuntimeError("this layer has no router bias; make it with router_bias=True")
+            raise RuntimeError("this layer has no router bias; create it with router_bias=True")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._load)
         load = self._load.to(torch.float32)
@@ -202,7 +201,7 @@ class PersistentTRMLP(nn.Module):
         self._load.zero_()
 
     def extra_repr(self) -> str:
-        """The sizes, as they were given."""
+        """Sizes and options of the layer."""
         return (
             f"hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}, "
             f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r}, "
@@ -223,7 +222,10 @@ class PersistentTRMLP(nn.Module):
     def to_hf(self, kind: str = "qwen3_moe") -> nn.Module:
         """A Hugging Face block that shares this layer's parameters; see :func:`cggr_moe.to_hf_block`."""
         if self.router_bias is not None:
-            raise ValueError("the layer has a router bias, which no Hugging Face block of these kinds has")
+            raise ValueError(
+                "this layer has a router bias, which these Hugging Face blocks do not have; create it with "
+                "router_bias=False"
+            )
         sizes = (self.hidden_dim, self.intermediate_dim, self.num_experts, self.top_k, self.norm_topk_prob)
         gate = self.gate.weight
         assert isinstance(gate, nn.Parameter)
@@ -256,8 +258,8 @@ class PersistentTRMLP(nn.Module):
             check_same_device("hidden_states", hidden_states, name, parameter)
             if parameter.dtype != hidden_states.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
                 raise ValueError(
-                    f"hidden_states is {hidden_states.dtype} but {name} is {parameter.dtype}; "
-                    "cast them to one dtype or run under torch.autocast"
+                    f"hidden_states must have the dtype of {name}, got {hidden_states.dtype} and {parameter.dtype}; "
+                    "cast one of them or run under torch.autocast"
                 )
         if token_mask is not None:
             check_shape("token_mask", token_mask, shape[:-1], "one entry per token of hidden_states")
@@ -268,8 +270,9 @@ class PersistentTRMLP(nn.Module):
     def _raise_if_bad(self, counts: list[float] | None, where: str) -> None:
         if counts and counts[0]:
             raise ValueError(
-                f"hidden_states of {int(counts[0])} token(s) give router logits without a softmax (from {where}): "
-                "they hold NaN or infinities, or gate.weight does; look for the layer before this one that makes them"
+                f"the router logits of {int(counts[0])} token(s) have no softmax (from {where}): hidden_states or "
+                "gate.weight "
+                "holds NaN or infinities; look for the earlier layer that produces them"
             )
 
 
@@ -287,7 +290,7 @@ def create_persistent_tr_mlp(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> PersistentTRMLP:
-    """Make a token-routed MLP layer; arguments and errors are those of :class:`PersistentTRMLP`.
+    """Create a token-routed MLP layer, with the arguments and errors of :class:`PersistentTRMLP`.
 
     Args:
         hidden_dim: Width of the input and output, H.
@@ -295,10 +298,10 @@ def create_persistent_tr_mlp(
         num_experts: E.
         top_k: Experts per token, K, 1 to E.
         activation: ``"swiglu"``.
-        norm_topk_prob: Whether the weights of a token's experts are divided by their sum.
-        router_bias: Whether a bias per expert balances the load.
-        bias_update_rate: What an update moves that bias by, in probability.
-        z_loss: Coefficient of the router's z-loss inside of the auxiliary loss.
+        norm_topk_prob: Whether to divide the weights of a token's experts by their sum.
+        router_bias: Whether to balance the load with a bias per expert.
+        bias_update_rate: Step size of an update of that bias, in probability.
+        z_loss: Coefficient of the router's z-loss in the auxiliary loss.
         dtype: Dtype of the parameters; the default dtype if None.
         device: Device of the parameters; the default device if None.
 

@@ -1,6 +1,6 @@
-"""Where tokens go: the reference of the op ``moe_route``.
+"""Which experts each token goes to: the reference of the op ``moe_route``.
 
-Softmax over the experts, the ``top_k`` best of them, and the losses and counts that are read off the same numbers.
+Softmax over the experts, the ``top_k`` best of them, and the losses and counts derived from the same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Routing", "moe_route_reference"]
 class Routing(NamedTuple):
     """Result of the op ``moe_route``.
 
-    ``weight``, ``balance_loss`` and ``z_loss`` are differentiable in the logits.
+    ``weight``, ``balance_loss`` and ``z_loss`` are differentiable with respect to the logits.
 
     Attributes:
         weight: ``[T, K]``, float32 (float64 for float64 logits): weight of each choice, 0 where it is null.
@@ -44,16 +44,15 @@ def moe_route_reference(
 ) -> Routing:
     """Plain-torch op ``moe_route``.
 
-    A choice is null, that is, costs nothing and has weight 0, in three cases: the token is not in ``keep``, its logits
-    have no softmax, or the expert's probability is exactly 0 (a logit of −inf). Among equal scores the lower expert is
-    taken.
+    A choice is null (it costs nothing and has weight 0) if the token is not in ``keep``, its logits have no softmax, or
+    the expert's probability is exactly 0 (a logit of −inf). Ties go to the lower expert.
 
     Args:
         logits: ``[T, E]``, any floating dtype.
-        bias: ``[E]`` added to the probabilities for the choice alone, not for the weights, or None.
-        keep: ``[T]`` bool, the tokens that are routed, or None for all.
+        bias: ``[E]``, added to the probabilities when choosing, but not to the weights; None for no bias.
+        keep: ``[T]`` bool: the tokens to route; None for all.
         top_k: Experts per token, K.
-        norm_topk_prob: Whether the weights of a token are divided by their sum.
+        norm_topk_prob: Whether to divide a token's weights by their sum.
 
     Returns:
         The routing.
@@ -63,7 +62,7 @@ def moe_route_reference(
     sound_T = logits_TE.detach().logsumexp(1).isfinite()
     wanted_T = torch.ones_like(sound_T) if keep is None else keep
     routed_T = sound_T & wanted_T
-    # Whatever a token that is not routed holds must not reach a gradient.
+    # A token that is not routed must not reach a gradient, whatever it holds.
     logits_TE = logits_TE.masked_fill(~routed_T[:, None], 0.0)
     probability_TE = logits_TE.softmax(1)
     score_TE = probability_TE.detach() if bias is None else probability_TE.detach() + bias
@@ -74,7 +73,7 @@ def moe_route_reference(
     if norm_topk_prob:
         weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
     index_TK = index_TK.masked_fill(null_TK, -1)
-    # Null choices are counted in a place of their own, which is cut off.
+    # Null choices are counted in an extra slot, which is cut off.
     places = index_TK.masked_fill(null_TK, E).flatten()
     load_E = places.new_zeros(E + 1).scatter_add(0, places, torch.ones_like(places))[:E]
     tokens = routed_T.sum().clamp(min=1)
