@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -147,6 +148,27 @@ def test_the_public_part_of_core_is_written_down():
     exported = ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", routing.read_text("utf-8"), re.S | re.M)[1])
     assert [name for name in OF_CORE - {"routing"} if f"``{name}``" not in docstring] == []
     assert [name for name in exported if f"`{name}`" not in docstring] == []
+
+
+@pytest.mark.parametrize("package", ["cggr_core", "cggr_moe", "cggr_train"])
+def test_every_module_stands_in_a_layer(package):
+    """A module that the contracts of import-linter do not name could import anything, and be in a circle."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    named = {
+        ".".join([*container, name.strip()])
+        for contract in settings["contracts"]
+        if contract["type"] == "layers"
+        for container in ([[inside] for inside in contract["containers"]] if "containers" in contract else [[]])
+        for layer in contract["layers"]
+        for name in layer.split("|")
+    }
+    modules = [path.relative_to(PACKAGES).with_suffix("").parts[2:] for path in sources(package)]
+    strangers = [
+        ".".join(parts)
+        for parts in modules
+        if parts[-1] != "__init__" and not named & {".".join(parts[:end]) for end in range(2, len(parts) + 1)}
+    ]
+    assert not strangers and len(named) > 40
 
 
 def test_the_reader_of_imports_sees_each_form():
