@@ -95,7 +95,7 @@ def inspect_text(
     *,
     tokenizer: str | None = None,
     reference: str | None = None,
-    ratio: float = 0.25,
+    ratio: float = settings.RoutingSettings.min_tokens_ratio,
     router_depth: int | None = None,
     length: int = 1024,
     seed: int = 0,

@@ -15,6 +15,7 @@ from cggr_core.logprobs.passes import RoutedPasses, aligned_targets, check_mode
 from cggr_core.logprobs.results import RoutedHidden, TokenLogprobs
 from cggr_core.logprobs.shared_context import SharedContext
 from cggr_core.selection import Selection
+from cggr_core.settings import RoutingSettings
 
 __all__ = ["routed_hidden", "routed_logprobs"]
 
@@ -26,9 +27,9 @@ def routed_logprobs(
     keep: Tensor | Selection,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    gradient_mode: str = "kv",
-    engine: str | None = None,
-    context_precision: str | None = None,
+    gradient_mode: str = RoutingSettings.gradient,
+    engine: str | None = RoutingSettings.engine,
+    context_precision: str | None = RoutingSettings.context_precision,
     targets: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -149,9 +150,9 @@ def routed_hidden(
     keep: Tensor | Selection,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    gradient_mode: str = "kv",
-    engine: str | None = None,
-    context_precision: str | None = None,
+    gradient_mode: str = RoutingSettings.gradient,
+    engine: str | None = RoutingSettings.engine,
+    context_precision: str | None = RoutingSettings.context_precision,
     context: SharedContext | None = None,
     **inputs: Any,
 ) -> RoutedHidden:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cggr_core.settings import RoutingSettings
 from cggr_train.errors import InputError
 from cggr_train.option_checks import check_number, check_routing
 from cggr_train.settings import STUDY, TrainSettings
@@ -52,10 +53,10 @@ class StudySettings:
     """
 
     train: TrainSettings
-    gradients: tuple[str, ...] = ("kv",)
-    ratios: tuple[float, ...] = (0.25,)
-    selections: tuple[str, ...] = ("stratified",)
-    scorings: tuple[str, ...] = ("gradnorm",)
+    gradients: tuple[str, ...] = (RoutingSettings.gradient,)
+    ratios: tuple[float, ...] = (RoutingSettings.min_tokens_ratio,)
+    selections: tuple[str, ...] = (RoutingSettings.selection,)
+    scorings: tuple[str, ...] = (RoutingSettings.scoring,)
     routers: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     seeds: int = 3
