@@ -8,12 +8,17 @@ for, each with the learning rate that suits it, and answers all test problems by
 ``batches``   the standard step at batch 1 and at batch 4 against routed steps at batch 4, for ``--seconds``
 
 The controls are the standard step with gradient checkpointing, at the batch of equal cost, and with as many sequences
-at a time as the routed step's memory has room for; random tokens at the same ratio; and the exact gradient of sampled
-ones. A run that was stopped goes on when the same command is given again.
+at a time as the routed step's memory has room for; random tokens at the same ratio, scattered and in stretches of 32;
+and the exact gradient of sampled ones. A run that was stopped goes on when the same command is given again; after
+``--stop-after`` it stops by itself, and reports on the seeds that all arms have done.
 """
 
 import argparse
 import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,14 +27,15 @@ from benchmarks import _record
 from benchmarks.gsm8k import MARK, among_others, read_problems, write_problems
 from benchmarks.study import rows
 from cggr_train.device import pick_device
+from cggr_train.log import read_log
 from cggr_train.option_checks import parse_bytes
 from cggr_train.report.plots import draw_frontier
 from cggr_train.report.verdict import verdict
 from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study
 from cggr_train.study.analysis import Outcome
-from cggr_train.study.arms import CONTROLS, load_arms, save_arms
-from cggr_train.study.run import prepare_study
+from cggr_train.study.arms import CONTROLS, Arm, load_arms, save_arms
+from cggr_train.study.run import RESULTS, prepare_study
 from cggr_train.study.settings import STUDY
 from cggr_train.tokenizer import load_tokenizer
 
@@ -38,16 +44,18 @@ SHAPES: dict[str, dict[str, int]] = {
     "context": {"length": 2048, "batch_size": 16},
     "batches": {"length": 512, "batch_size": 4},
 }
-SAME_AS_STANDARD = ("exact-supervised",)
-"""The gradient of all supervised tokens, which is the standard one."""
+STRETCH = 32
+"""Neighbouring tokens that are chosen together, in the arm that does so."""
 
 
 def data_files(setting: str, arguments: argparse.Namespace) -> tuple[Path, Path]:
     """What is trained on and what is held out, written once into the work folder."""
     train, test = (read_problems(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test"))
-    folder = arguments.work / "data" / ("context" if setting == "context" else "answers")
+    folder, length = arguments.work / "data" / "answers", arguments.length or SHAPES[setting]["length"]
+    if setting == "context":
+        folder = folder.with_name(f"context_{arguments.model.name}_{length}")
     if setting == "context" and not (folder / "test.jsonl").exists():
-        tokenizer, length = load_tokenizer(str(arguments.model)), arguments.length or SHAPES[setting]["length"]
+        tokenizer = load_tokenizer(str(arguments.model))
         # What stands before a test problem is of the training problems: no test problem helps with another.
         test = among_others(test, train, tokenizer, length=length, seed=1)
         train = among_others(train, train, tokenizer, length=length, seed=0)
@@ -60,7 +68,8 @@ def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
     shape = SHAPES[setting]
     length, batch_size = arguments.length or shape["length"], arguments.batch_size or shape["batch_size"]
     problems = len(data.read_text(encoding="utf-8").splitlines())
-    steps = None if arguments.seconds else max(1, round(arguments.epochs * problems / batch_size))
+    steps = arguments.steps or max(1, round(arguments.epochs * problems / batch_size))
+    steps = None if arguments.seconds else steps
     train = TrainSettings(
         data=(str(data),), heldout=(str(heldout),), field="question", answer="answer", model=str(arguments.model),
         length=length, batch_size=batch_size, steps=steps, seconds=arguments.seconds, weight_decay=0.01,
@@ -69,22 +78,116 @@ def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
     return StudySettings(
         train=train,
         gradients=("kv",) if setting == "batches" else ("kv", "exact"),
-        ratios=tuple(arguments.ratios),
+        ratios=(arguments.ratio,),
         selections=("supervised", "sampled"),
         batch_sizes=(1,) if setting == "batches" else (),
         seeds=arguments.seeds,
         equal=("time",),
-        evaluations=4,
+        evaluations=arguments.evaluations,
         draws=0,
         parallel=arguments.parallel,
         calibration_seconds=arguments.calibration_seconds,
         controls=CONTROLS,
         memory_limit=parse_bytes("--memory-limit", arguments.memory_limit) if arguments.memory_limit else None,
         rates=tuple(arguments.rates) if len(arguments.rates) > 1 else (),
+        rate_share=arguments.rate_share,
         accuracy=True,
+        accuracy_readings=("time", "tokens"),
         answer_after=MARK,
         questions=arguments.questions,
     )
+
+
+def compared(arms: Sequence[Arm], ratio: float) -> list[Arm]:
+    """The arms to run: of all that were planned, those that tell something, and stretches beside scattered tokens."""
+    planned = {arm.name: arm for arm in arms}
+    routed = [f"kv-{ratio:g}-random", "kv-supervised", f"kv-{ratio:g}-sampled-gradnorm",
+              f"exact-{ratio:g}-sampled-gradnorm"]  # fmt: skip
+    equal = planned["kv-supervised"].equal_cost
+    wanted = {"standard", "standard-checkpointed", "standard-equal-memory", equal, *routed}
+    found = [
+        dataclasses.replace(
+            arm,
+            equal_cost=arm.equal_cost if arm.equal_cost in wanted else equal,
+            random=arm.random if arm.random in wanted else f"kv-{ratio:g}-random" if arm.random else None,
+        )
+        for arm in arms
+        if arm.name in wanted or arm.role == "batch"
+    ]
+    scattered = next(arm for arm in found if arm.name == f"kv-{ratio:g}-random")
+    stretches = dataclasses.replace(
+        scattered,
+        name=f"{scattered.name}-stretch{STRETCH}",
+        label=f"{scattered.label}, stretches of {STRETCH}",
+        role="asked",
+        random=scattered.name,
+        routing=dataclasses.replace(scattered.routing, block_size=STRETCH),
+    )
+    place = found.index(scattered) + 1
+    return [*found[:place], stretches, *found[place:]]
+
+
+def run(folder: Path, asked: StudySettings, console: Console, stop_after: float | None) -> tuple[Outcome, int] | None:
+    """Run or resume a study, and report on the seeds that were done by all arms when the time is up.
+
+    Returns:
+        The outcome and how many seeds it holds; None where not one was done.
+    """
+    if stop_after is not None:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # while a report is written there is nothing to stop
+        timer = threading.Timer(stop_after, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    asked.save(folder)  # an earlier run may have reported on fewer seeds
+    result = resume_study(folder, console)
+    if result.outcome is not None:
+        return result.outcome, asked.seeds
+    records = read_log(folder / RESULTS)
+    names = {record["arm"] for record in records if record["event"] == "rate"} or {
+        record["arm"] for record in records if record["event"] == "timing"
+    }
+    done = {(record["arm"], record["seed"]) for record in records if record["event"] == "run"}
+    first = asked.train.seed
+    whole = 0
+    while whole < asked.seeds and {(name, first + whole) for name in names} <= done:
+        whole += 1
+    console.print(f"stopped with {len(done)} runs done, {whole} of {asked.seeds} seeds by all arms", highlight=False)
+    if not whole:
+        return None
+    dataclasses.replace(asked, seeds=whole).save(folder)
+    result = resume_study(folder, console)
+    asked.save(folder)
+    return None if result.outcome is None else (result.outcome, whole)
+
+
+def share_of_time(curve: Sequence[dict[str, float]], loss: float, seconds: float) -> float | None:
+    """How long a curve takes to come down to a loss, between its points in a straight line, as a share of ``seconds``.
+
+    Example:
+        >>> points = [{"seconds": 0.0, "heldout_loss": 3.0}, {"seconds": 4.0, "heldout_loss": 1.0}]
+        >>> share_of_time(points, 2.0, 8.0), share_of_time(points, 0.5, 8.0)
+        (0.25, None)
+    """
+    before = None
+    for point in curve:
+        if point["heldout_loss"] <= loss:
+            if before is None:
+                return 0.0
+            part = (before["heldout_loss"] - loss) / (before["heldout_loss"] - point["heldout_loss"])
+            return (before["seconds"] + part * (point["seconds"] - before["seconds"])) / seconds
+        before = point
+    return None
+
+
+def reached(outcome: Outcome, name: str, control: str) -> list[float | None]:
+    """Of each seed, the share of the control's time after which an arm has the loss that the control ends with."""
+    if control not in outcome.losses["time"] or name not in outcome.losses["time"]:
+        return []
+    ends = [points[-1] for points in outcome.curves[control]]
+    return [
+        share_of_time(curve, end["heldout_loss"], end["seconds"])
+        for curve, end in zip(outcome.curves[name], ends, strict=True)
+    ]
 
 
 def write_result(outcome: Outcome, asked: StudySettings, arguments: argparse.Namespace, name: str) -> Path:
@@ -93,6 +196,12 @@ def write_result(outcome: Outcome, asked: StudySettings, arguments: argparse.Nam
     for arm in outcome.arms:
         found[arm.name] |= {
             "accuracy": outcome.accuracy.get(arm.name),
+            "accuracy_after_equal_tokens": outcome.accuracy_after_tokens.get(arm.name),
+            "share_of_the_time_of": {
+                control: shares
+                for control in ("standard", "standard-checkpointed")
+                if (shares := reached(outcome, arm.name, control))
+            },
             "learning_rate": arm.learning_rate or asked.train.learning_rate,
             "micro_batch": arm.forward_size,
             "checkpointing": arm.checkpointing,
@@ -105,6 +214,7 @@ def write_result(outcome: Outcome, asked: StudySettings, arguments: argparse.Nam
             key: getattr(asked, key)
             for key in ("seeds", "memory_limit", "rates", "rate_share", "questions", "parallel")
         },
+        "seeds_done": outcome.seeds,
         "left_out": outcome.left_out,
         "amounts": outcome.amounts,
         "verdict": verdict(outcome)[0],
@@ -127,9 +237,13 @@ def main() -> None:
     parser.add_argument("--name", help="of the result, instead of frontier_SETTING_MODEL")
     parser.add_argument("--results", type=Path, default=_record.RESULTS)
     parser.add_argument("--epochs", type=float, default=1.0, help="of the standard arm; the others get its time")
+    parser.add_argument("--steps", type=int, help="of the standard arm, instead of --epochs")
     parser.add_argument("--seconds", type=float, help="of every run, instead of --epochs")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="one: the same for all arms")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--rate-share", type=float, default=0.5, help="how long a rate is tried, as a share of a run")
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--evaluations", type=int, default=8)
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS")
     parser.add_argument("--memory-limit", help="bytes of a step, 24GB say")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, help="runs at a time on one GPU")
@@ -143,13 +257,14 @@ def main() -> None:
     console = Console(width=150)
     name = arguments.name or f"frontier_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
     folder = arguments.work / name
+    asked = settings(arguments.setting, arguments)
     if not (folder / STUDY).exists():
-        prepare_study(settings(arguments.setting, arguments), folder, console)
-        save_arms(folder, [arm for arm in load_arms(folder) if arm.name not in SAME_AS_STANDARD])
-    result = resume_study(folder, console)
-    if result.outcome is None:
-        raise SystemExit(result.exit_code)
-    path = write_result(result.outcome, StudySettings.load(folder), arguments, name)
+        prepare_study(asked, folder, console)
+        save_arms(folder, compared(load_arms(folder), arguments.ratio))
+    found = run(folder, asked, console, arguments.stop_after)
+    if found is None:
+        raise SystemExit("not one seed was done by all arms; the same command goes on")
+    path = write_result(found[0], dataclasses.replace(asked, seeds=found[1]), arguments, name)
     console.print(f"result {path}", highlight=False)
 
 

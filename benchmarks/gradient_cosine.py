@@ -2,7 +2,7 @@
 
 The cosine of the mean over batches of each variant's gradient with the mean of the full gradient, on questions and
 answers of GSM8K (by themselves, or behind other questions), before training and, with ``--train``, what each variant
-reaches on held-out text after the same number of steps:
+reaches on held-out text at the same cost:
 
 ``scattered R``    a share R of the supervised tokens, each drawn for itself
 ``stretch N, R``   the same share in whole stretches of N neighbouring ones
@@ -126,9 +126,9 @@ def loss_of(model: Any, rows: Tensor, variant: Variant | None, generator: torch.
         else:
             with routed(layers, variant, kept):
                 logits = model(input_ids=input_ids, use_cache=False).logits
-    targets = labels[:, 1:].flatten()
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
-    return (losses * weight[:, :-1].flatten()).sum() / (targets != -100).sum()
+    predicts = labels[:, 1:] != -100
+    losses = cross_entropy(logits[:, :-1][predicts].float(), labels[:, 1:][predicts], reduction="none")
+    return (losses * weight[:, :-1][predicts]).sum() / predicts.sum()
 
 
 def cost(variant: Variant, share: float) -> float:
@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int)
-    parser.add_argument("--train", type=int, default=0, help="steps of each variant; 0 trains none")
+    parser.add_argument(
+        "--train", type=int, default=0, help="steps with the full gradient; the others take as many as cost the same"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the training")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--eval-sequences", type=int, default=256)
@@ -172,29 +174,27 @@ def main() -> None:
     bfloat16 = device.type == "cuda"
     tokenizer = load_tokenizer(str(arguments.model))
     data, test = (Documents([path], field="question,answer") for path in data_files(arguments.setting, arguments))
-    folder = arguments.work / f"tokens_{arguments.setting}_{arguments.length}"
+    name = arguments.name or f"gradient_cosine_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
+    folder = arguments.work / f"tokens_{name}"
     store = build_example_store(data, tokenizer, folder, length=arguments.length, heldout_documents=test)
     size = {"length": arguments.length, "batch_size": arguments.batch_size}
     order = Batches(store.train, **size, seed=SEED)
     batches = [order.get(number).to(device) for number in range(arguments.batches)]
     base: Any = load_model(str(arguments.model)).to(device)
     base.eval()  # no dropout: both means are of the same network
-    name = arguments.name or f"gradient_cosine_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
     settings = {"seed": SEED, "model": arguments.model.name, **size, "batches": arguments.batches,
                 "train_steps": arguments.train, "learning_rate": arguments.learning_rate}  # fmt: skip
 
     def loss(variant: Variant | None, generator: torch.Generator, model: Any) -> Callable[[Tensor], Tensor]:
         return lambda rows: loss_of(model, rows, variant, generator, bfloat16=bfloat16)
 
-    def trained(variant: Variant | None, seed: int) -> float:
+    def trained(variant: Variant | None, seed: int, steps: int) -> float:
         model, generator = copy.deepcopy(base).train(), torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
-        warmup = max(1, arguments.train // 20)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda n: min(1.0, (n + 1) / warmup) * (1 - n / arguments.train)
-        )
+        warmup = max(1, steps // 20)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warmup) * (1 - n / steps))
         own = Batches(store.train, **size, seed=seed)
-        for number in range(arguments.train):
+        for number in range(steps):
             loss(variant, generator, model)(own.get(number).to(device)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -220,7 +220,8 @@ def main() -> None:
         row: dict[str, Any] = {"median": cosine, "kept_share": share, "unit": "cosine"}
         row["cost"] = 3.0 if variant is None else cost(variant, share)
         if arguments.train:
-            row["heldout_loss"] = [trained(variant, seed) for seed in range(arguments.seeds)]
+            row["steps"] = max(1, round(arguments.train * 3 / row["cost"]))
+            row["heldout_loss"] = [trained(variant, seed, row["steps"]) for seed in range(arguments.seeds)]
         found[key] = row
         reached = "".join(f" {value:.4f}" for value in row.get("heldout_loss", ()))
         print(f"{key:20} cosine {cosine:.4f}  kept {share:6.1%}  cost {row['cost']:.2f} F{reached}", flush=True)

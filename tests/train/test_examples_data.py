@@ -9,6 +9,7 @@ from cggr_train.data import Documents, TokenStore, build_example_store, count_ta
 from cggr_train.errors import InputError
 from cggr_train.evaluate import heldout_loss
 from cggr_train.exact_match import exact_match, final_answer
+from cggr_train.grouped_attention import attend
 from cggr_train.learner import Routing, build_learner
 from cggr_train.presets import build_config, build_model
 from cggr_train.run import start_run
@@ -128,9 +129,14 @@ def test_the_share_of_right_answers(store, tokenizer, after):
     assert model.training
 
 
-def test_greedy_decoding_is_the_models_own(store, tokenizer):
-    """Batched, padded and cached, a model says what it says to each question alone."""
-    model = build_model(build_config("nano", vocab_size=300, length=128), seed=0).eval()
+@pytest.mark.parametrize("tokens_per_turn", [3, 128])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_greedy_decoding_is_the_models_own(store, tokenizer, implementation, tokens_per_turn):
+    """Batched, padded, cached and in turns, a model says what it says to each question alone."""
+    config = build_config("nano", vocab_size=300, length=128)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
+    model = build_model(config, seed=0).eval()
+    model.set_attn_implementation(implementation)
     rows = rows_of(store.heldout)[:5]
     said = []
     for row in rows:
@@ -145,8 +151,24 @@ def test_greedy_decoding_is_the_models_own(store, tokenizer):
         row[first:] = -1 - tokenizer.eos_token_id
         row[first : first + 8] = answer
     model.generation_config.eos_token_id = None
-    found = exact_match(model, own, tokenizer, device=CPU, slack=0, batch_size=3)
+    found = exact_match(model, own, tokenizer, device=CPU, slack=0, batch_size=3, tokens_per_turn=tokens_per_turn)
     assert found == (5, 5)
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_token_attends_as_through_sdpa(masked):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 1, 8, generator=generator)
+    key, value = (torch.randn(3, 2, 11, 8, generator=generator) for _ in range(2))
+    mask = torch.rand(3, 1, 1, 11, generator=generator) < 0.6 if masked else None
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    found, weights = attend(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    repeated = (part.repeat_interleave(3, dim=1) for part in (key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
+    assert weights is None
 
 
 def test_a_mark_that_is_missing_is_an_error(store, tokenizer):

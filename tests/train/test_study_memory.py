@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from cggr_train.errors import InputError
+from cggr_train.log import read_log
 from cggr_train.option_checks import parse_bytes
 from cggr_train.study import fitting, resume_study, start_study
 from cggr_train.study import run as run_module
@@ -147,9 +148,15 @@ def test_each_arm_gets_the_rate_that_suits_it(data, tmp_path):
 
 
 def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
-    wanted = asked(data, controls=(), selections=("supervised",), accuracy=True, answer_after="####", questions=3)
+    readings = ("time", "tokens")
+    wanted = asked(
+        data, controls=(), selections=("supervised",), accuracy=True, accuracy_readings=readings, answer_after="####",
+        questions=3,
+    )  # fmt: skip
     outcome, text = run(wanted, tmp_path / "study")
-    assert outcome.accuracy == {"standard": [0.0], "kv-supervised": [0.0]}
+    assert outcome.accuracy == outcome.accuracy_after_tokens == {"standard": [0.0], "kv-supervised": [0.0]}
+    runs = [record for record in read_log(tmp_path / "study" / RESULTS) if record["event"] == "run"]
+    assert [run["accuracy"] for run in runs] == [{key: {"right": 0, "questions": 3} for key in readings}] * 2
     assert "Held-out questions answered exactly" in text
 
 
@@ -160,6 +167,7 @@ def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
         ({"memory_limit": -1}, "--memory-limit must be positive"),
         ({"rates": (0.0,)}, "--rates must be positive"),
         ({"accuracy": True, "equal": ("tokens",)}, "let --equal hold time"),
+        ({"accuracy_readings": ("kept",)}, "accuracy_readings is 'kept'"),
         ({"answer_after": "#"}, "--answer-after belongs to --eval exact-match"),
         ({"accuracy": True, "questions": 0}, "--questions must be at least 1"),
     ],

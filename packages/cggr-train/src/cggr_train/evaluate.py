@@ -40,9 +40,9 @@ def heldout_loss(
             input_ids, labels = split_supervised(batch.to(device))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 logits = model(input_ids=input_ids, use_cache=False).logits
-            targets = labels[:, 1:].reshape(-1)
+            predicts = labels[:, 1:] != IGNORED  # few of them, where prompts are masked: the others are not widened
             losses = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum", ignore_index=IGNORED
+                logits[:, :-1][predicts].float(), labels[:, 1:][predicts], reduction="sum"
             )
             total += losses.double()
             count += int(count_targets(batch))

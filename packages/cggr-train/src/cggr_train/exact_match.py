@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cggr_train.data import split_supervised
 from cggr_train.errors import InputError
+from cggr_train.grouped_attention import grouped_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,8 +45,9 @@ def exact_match(
     after: str | None = None,
     device: torch.device,
     bfloat16: bool = False,
-    batch_size: int = 128,
+    batch_size: int = 256,
     slack: int = SLACK,
+    tokens_per_turn: int = 128,
 ) -> Accuracy:
     """Answer every question of ``rows`` and compare with the answers that stand there.
 
@@ -58,38 +61,61 @@ def exact_match(
         bfloat16: Decode under bfloat16 autocast.
         batch_size: Questions that are answered at a time.
         slack: Tokens that an answer may be longer than the longest of ``rows``.
+        tokens_per_turn: After so many tokens the questions whose answers have ended leave the batches.
 
     Raises:
         InputError: If an answer of ``rows`` lacks the mark.
     """
-    from transformers import GenerationConfig
-
+    end: Any = tokenizer.eos_token_id
     questions, answers = zip(*map(_take_apart, rows), strict=True)
     wanted = [final_answer(text, after) for text in tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
     if None in wanted:
         raise InputError(f"--answer-after is {after!r}, which is not in every answer of the held-out data")
-    end: Any = tokenizer.eos_token_id
-    decoding = GenerationConfig(
-        do_sample=False, max_new_tokens=max(map(len, answers)) + slack, eos_token_id=end, pad_token_id=end
-    )
-    training, right = model.training, 0
+    said: list[list[int]] = [[] for _ in questions]
+    unfinished, most = list(range(len(questions))), max(map(len, answers)) + slack
+    training = model.training
     model.eval()
-    order = sorted(range(len(questions)), key=lambda number: len(questions[number]))
     try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            input_ids, attention_mask = _pad_left([questions[number] for number in chosen], end)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                found: Any = model.generate(  # pyright: ignore[reportCallIssue]
-                    input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
-                    generation_config=decoding, use_cache=True,
+        with grouped_attention(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            for done in range(0, most, tokens_per_turn):
+                texts = [questions[number] + said[number] for number in unfinished]
+                added = _continue(
+                    model, texts, end=end, tokens=min(tokens_per_turn, most - done), device=device,
+                    batch_size=batch_size,
                 )  # fmt: skip
-            texts = tokenizer.batch_decode(found[:, input_ids.shape[1] :], skip_special_tokens=True)
-            given = (final_answer(text, after) for text in texts)
-            right += sum(one == wanted[number] for one, number in zip(given, chosen, strict=True))
+                for number, more in zip(unfinished, added, strict=True):
+                    said[number] += more
+                unfinished = [
+                    number for number, more in zip(unfinished, added, strict=True)
+                    if end not in more and len(more) == tokens_per_turn
+                ]  # fmt: skip
+                if not unfinished:
+                    break
     finally:
         model.train(training)
-    return Accuracy(right, len(questions))
+    given = [final_answer(text, after) for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+    return Accuracy(sum(one == other for one, other in zip(given, wanted, strict=True)), len(questions))
+
+
+def _continue(
+    model: PreTrainedModel, texts: Sequence[list[int]], *, end: int, tokens: int, device: torch.device, batch_size: int
+) -> list[list[int]]:
+    """What a model says next, greedily: so many tokens, or fewer up to its end, which is included."""
+    from transformers import GenerationConfig
+
+    decoding = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=end, pad_token_id=end)
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    said: dict[int, list[int]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        input_ids, attention_mask = _pad_left([texts[number] for number in chosen], end)
+        found: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=decoding,
+            use_cache=True,
+        )  # fmt: skip
+        for number, row in zip(chosen, found[:, input_ids.shape[1] :].tolist(), strict=True):
+            said[number] = row[: row.index(end) + 1] if end in row else row
+    return [said[number] for number in range(len(texts))]
 
 
 def final_answer(text: str, after: str | None) -> str | None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from cggr_core.settings import ROUTERS, RoutingSettings, default_router_depth
-from cggr_train.data import count_targets, split_supervised
+from cggr_core.settings import KEY_VALUE_MODES, ROUTERS, SUPERVISED, RoutingSettings, default_router_depth
+from cggr_train.data import split_supervised
 from cggr_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Routing:
             ``router_depth`` is given and ``full_depth`` if not.
         context_precision: ``fp8``, or None for the model's own precision.
         router_depth: Layers of a truncated or learned router; None takes an eighth of the model's.
+        block_size: Neighbouring tokens that are chosen together.
         ratio_warmup_steps: Steps over which the ratio goes from 1 to ``ratio``.
     """
 
@@ -47,6 +48,7 @@ class Routing:
     ratio_warmup_steps: int = RoutingSettings.warmup_steps
     router: str | None = None
     context_precision: str | None = RoutingSettings.context_precision
+    block_size: int = RoutingSettings.block_size
 
     @property
     def scorer(self) -> str:
@@ -105,62 +107,11 @@ class Learner(Protocol):
         ...
 
 
-class StandardLearner:
-    """Ordinary Hugging Face training: every token in the loss and in the gradient.
-
-    Its norms, rotary embeddings and gated activations run in fused ops, as those of the routed passes do, so that what
-    selection gains is not mixed with what those ops gain.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        from cggr_core.routing import fused_forwards, replaced_forwards
-
-        forwards = fused_forwards(model.modules())
-        self._with_fused_layers: Callable[[], AbstractContextManager[Any]] = partial(replaced_forwards, forwards)
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # The backward pass runs the layers again, behind the end of any block: there they stay for good.
-            self._for_good = ExitStack()
-            self._for_good.enter_context(self._with_fused_layers())
-            self._with_fused_layers = nullcontext
-        self.model = model
-        self.wrapped: nn.Module = model
-        self.memory: RememberedScores | None = None
-        self._countable: Tensor | int = 0
-
-    def loss(
-        self,
-        rows: Tensor,
-        *,
-        num_items: float | Tensor | None = None,
-        draw: int | Tensor | None = None,
-        first_row: int = 0,
-        example_ids: Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`Learner`."""
-        input_ids, labels = split_supervised(rows)
-        self._countable = count_targets(rows)
-        extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        with self._with_fused_layers():
-            return self.wrapped(input_ids=input_ids, labels=labels, use_cache=False, **extra).loss
-
-    def step(self) -> None:
-        """Nothing to do."""
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Every countable token is kept."""
-        return {"keep_ratio": 1.0, "kept_tokens": self._countable, "countable_tokens": self._countable}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-
 class RoutedLearner:
     """A model inside ``CGGRModel``.
+
+    The routed passes of ``kv`` and ``detached`` run norms, rotary embeddings and gated activations in fused ops; the
+    ordinary passes of the other modes do so here.
 
     Args:
         model: A Hugging Face causal language model.
@@ -188,12 +139,14 @@ class RoutedLearner:
                 min_tokens_ratio=routing.ratio,
                 selection=routing.selection,
                 scoring=routing.scoring,
+                block_size=routing.block_size,
                 warmup_steps=routing.ratio_warmup_steps,
                 context_precision=routing.context_precision,
                 seed=seed,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
+        self._with_fused_layers = nullcontext if routing.gradient in KEY_VALUE_MODES else _fused_layers(model)
 
     def loss(
         self,
@@ -208,7 +161,7 @@ class RoutedLearner:
         input_ids, labels = split_supervised(rows)
         place: dict[str, Any] = {"draw": draw, "first_row": first_row, "example_ids": example_ids}
         try:
-            with self.routed.routed_forward():
+            with self._with_fused_layers(), self.routed.routed_forward():
                 return self.wrapped(input_ids=input_ids, labels=labels, num_items=num_items, **place)
         except ValueError as error:  # a mode that this architecture cannot have, or logits that are NaN
             raise InputError(str(error)) from error
@@ -231,6 +184,51 @@ class RoutedLearner:
         self.routed.load_routing_state_dict(state)
 
 
+class StandardLearner(RoutedLearner):
+    """The standard step: every token in the loss and in the gradient.
+
+    Fused layers and the loss through the head are the code that routed steps run, so that what routing gains is not
+    mixed with what those gain; the numbers are those of the model's own loss.
+
+    Args:
+        model: A Hugging Face causal language model.
+        labelled: Whether some tokens are unsupervised: the head then runs on the others alone, which costs one value
+            from the device per step.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, labelled: bool = False) -> None:
+        super().__init__(model, Routing("exact", 1.0, SUPERVISED if labelled else "random"), seed=0)
+
+    def step(self) -> None:
+        """Nothing to do."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Every countable token is kept."""
+        countable = self.routed.metrics.get("countable_tokens", 0)
+        return {"keep_ratio": 1.0, "kept_tokens": countable, "countable_tokens": countable}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def _fused_layers(model: PreTrainedModel) -> Callable[[], AbstractContextManager[Any]]:
+    """What is entered around an ordinary pass, so that its layers run the fused ops of routed passes."""
+    from cggr_core.routing import fused_forwards, replaced_forwards
+
+    forwards = fused_forwards(model.modules())
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return partial(replaced_forwards, forwards)
+    # The backward pass runs the layers again, behind the end of any block: there they stay for good.
+    for_good = ExitStack()
+    for_good.enter_context(replaced_forwards(forwards))
+    return lambda: nullcontext(for_good)
+
+
 def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores | None) -> Any:
     from cggr_core import create_truncated_router
     from cggr_core.checks import check_choice
@@ -249,7 +247,13 @@ def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores |
 
 
 def build_learner(
-    model: PreTrainedModel, method: str, routing: Routing, *, seed: int, memory: RememberedScores | None = None
+    model: PreTrainedModel,
+    method: str,
+    routing: Routing,
+    *,
+    seed: int,
+    memory: RememberedScores | None = None,
+    labelled: bool = False,
 ) -> Learner:
     """The learner of a method.
 
@@ -259,12 +263,13 @@ def build_learner(
         routing: Settings of the first two; ``random`` overrides the selection and needs no router.
         seed: Seed of the selections.
         memory: Scores of earlier epochs, for ``router="remembered"``.
+        labelled: Of ``standard``: whether some tokens are unsupervised, see :class:`StandardLearner`.
 
     Raises:
         InputError: If the method or a setting of it is unknown.
     """
     if method == "standard":
-        return StandardLearner(model)
+        return StandardLearner(model, labelled=labelled)
     if method not in METHODS:
         raise InputError(f"--method is {method!r}: give one of {', '.join(METHODS)}")
     if method == "random":

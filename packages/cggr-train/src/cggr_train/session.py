@@ -114,7 +114,10 @@ class RunSession:
         self.memory: RememberedScores | None = None
         if settings.method == "cggr" and settings.routing.scorer == "remembered":
             self.memory = self._remembered(resumed)
-        self.learner = build_learner(model, settings.method, settings.routing, seed=settings.seed, memory=self.memory)
+        self.learner = build_learner(
+            model, settings.method, settings.routing, seed=settings.seed, memory=self.memory,
+            labelled=tokens.train.dtype.kind != "u" and not settings.loop.cuda_graph,
+        )  # fmt: skip
         self.learner.wrapped = ranks.wrap(model, device)
         if ranks.size > 1:
             torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations

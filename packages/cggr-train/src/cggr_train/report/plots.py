@@ -179,7 +179,9 @@ def _name_curves(axes: Axes, outcome: Outcome, ends: dict[str, tuple[float, floa
         axes.annotate(
             _name(arm, outcome), ends[name], xytext=(1.03, height), textcoords=axes.transAxes, va="center",
             fontsize=9, fontweight="bold", color=colour(arm, outcome),
-            arrowprops={"arrowstyle": "-", "color": colour(arm, outcome), "linewidth": 0.8, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-", "color": colour(arm, outcome), "linewidth": 0.8, "alpha": 0.6, "relpos": (0, 0.5),
+            },
         )  # fmt: skip
 
 

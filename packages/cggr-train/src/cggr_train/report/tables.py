@@ -11,9 +11,11 @@ from rich.table import Table
 from cggr_train.display import format_bytes
 from cggr_train.report.text import count, difference, duration, loss
 from cggr_train.study.analysis import FURTHER_CONTROLS
-from cggr_train.study.intervals import interval
+from cggr_train.study.intervals import Interval, interval
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cggr_train.study.analysis import Outcome
 
 READING_NAMES = {"time": "equal time", "tokens": "equal tokens", "kept": "equal kept tokens"}
@@ -115,21 +117,34 @@ def _read(outcome: Outcome, name: str) -> list[str]:
 
 
 def _accuracies(outcome: Outcome) -> Cells:
-    """Shares of right answers at the end of every arm's time."""
-    found = {name: interval(shares) for name, shares in outcome.accuracy.items()}
-    rows = []
-    for arm in outcome.arms:
-        value, cell = found.get(arm.name), DIVERGED
-        if value is not None:
-            cell = f"{value.mean:.1%}" + ("" if value.high is None else f" ±{value.high - value.mean:.1%}")
-        rows.append((arm.name, [format_bytes(outcome.memory[arm.name]["peak_bytes"]), cell]))
+    """Shares of right answers, and of those after as many tokens where they were asked for."""
+    readings = {"equal time": outcome.accuracy, "equal tokens": outcome.accuracy_after_tokens}
+    found = {
+        heading: {name: interval(shares) for name, shares in every.items()}
+        for heading, every in readings.items() if every
+    }  # fmt: skip
+    rows = [
+        (
+            arm.name,
+            [format_bytes(outcome.memory[arm.name]["peak_bytes"]), *(_share(by, arm.name) for by in found.values())],
+        )
+        for arm in outcome.arms
+    ]
+    best = {(max(by, key=lambda name: by[name].mean), 1 + number) for number, by in enumerate(found.values())}
     return Cells(
-        "Held-out questions answered exactly, by greedy decoding, after the same time",
+        "Held-out questions answered exactly, by greedy decoding",
         "± half of the 95% interval over seeds.",
-        ["arm", "peak memory", "accuracy"],
+        ["arm", "peak memory", *found],
         rows,
-        frozenset({(max(found, key=lambda name: found[name].mean), 1)}),
+        frozenset(best),
     )
+
+
+def _share(found: Mapping[str, Interval], name: str) -> str:
+    value = found.get(name)
+    if value is None:
+        return DIVERGED
+    return f"{value.mean:.1%}" + ("" if value.high is None else f" ±{value.high - value.mean:.1%}")
 
 
 def _differences(outcome: Outcome) -> Cells:

@@ -61,7 +61,7 @@ def _standing(outcome: Outcome, best: Arm, compared: list[Arm]) -> list[str]:
         f"{against(outcome.comparisons['tokens'][best.name].against['standard'], outcome.arms[0].title)}.",
         _cost(outcome, best),
     ]
-    if best.random in standing.against:
+    if best.random in standing.against and best.method != "random":
         lines.append(_scoring(outcome, best))
     if outcome.gradients:
         lines.append(_gradient(outcome, best))

@@ -50,6 +50,7 @@ class Outcome:
         losses: For each reading, the held-out loss of each seed of each arm that did not diverge.
         accuracy: Share of the held-out questions that each seed of an arm answers at the end of its time; empty where
             none were asked.
+        accuracy_after_tokens: The same where all arms have seen as many tokens.
         left_out: Why an arm that was planned is not compared, by its name.
     """
 
@@ -66,6 +67,7 @@ class Outcome:
     seeds: int
     losses: dict[str, dict[str, list[float]]]
     accuracy: dict[str, list[float]]
+    accuracy_after_tokens: dict[str, list[float]]
     left_out: dict[str, str]
 
     def arm(self, name: str) -> Arm:
@@ -168,15 +170,16 @@ def analyse(
         diverged=diverged,
         seeds=seeds,
         losses=every,
-        accuracy=_accuracies(whole, runs, seed_numbers),
+        accuracy=_accuracies("time", whole, runs, seed_numbers),
+        accuracy_after_tokens=_accuracies("tokens", whole, runs, seed_numbers),
         left_out=dict(left_out or {}),
     )
 
 
 def _accuracies(
-    arms: Sequence[Arm], runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]
+    reading: str, arms: Sequence[Arm], runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]
 ) -> dict[str, list[float]]:
-    found = {arm.name: [runs[arm.name, seed].get("accuracy") for seed in seeds] for arm in arms}
+    found = {arm.name: [runs[arm.name, seed].get("accuracy", {}).get(reading) for seed in seeds] for arm in arms}
     return {
         name: [asked["right"] / asked["questions"] for asked in every if asked is not None]
         for name, every in found.items()

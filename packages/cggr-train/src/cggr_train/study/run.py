@@ -320,7 +320,11 @@ class _Study:
                     "warmup_steps": plan.warmup_steps,
                     "eval_sequences": plan.eval_sequences,
                     "save_model": arm is self.arms[0] and seed == self.seeds[0],
-                    "accuracy_at": plan.readings[arm.name]["time"] if self.settings.accuracy else None,
+                    "accuracy_at": {
+                        reading: plan.readings[arm.name][reading]
+                        for reading in self.settings.accuracy_readings
+                        if self.settings.accuracy
+                    },
                 },
             )
             for seed in self.seeds

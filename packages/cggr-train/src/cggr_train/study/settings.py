@@ -44,7 +44,9 @@ class StudySettings:
         rates: Learning rates of which each arm gets the one that does best for it, at a seed of its own and on
             sequences that are neither trained on nor held out; empty gives all arms that of ``train``.
         rate_share: How long each rate is tried, as a share of the arm's run.
-        accuracy: Answer the held-out questions at the end of each arm's time.
+        accuracy: Answer the held-out questions.
+        accuracy_readings: Where they are answered: at the end of each arm's ``time``, and where all arms have seen as
+            many ``tokens``.
         answer_after: Mark in front of what is compared of an answer; None compares whole answers.
         questions: How many are asked; None asks all.
 
@@ -71,6 +73,7 @@ class StudySettings:
     rates: tuple[float, ...] = ()
     rate_share: float = 0.5
     accuracy: bool = False
+    accuracy_readings: tuple[str, ...] = ("time",)
     answer_after: str | None = None
     questions: int | None = None
 
@@ -107,6 +110,9 @@ class StudySettings:
             raise InputError("--eval exact-match asks questions: give the key of the answers with --answer")
         if self.accuracy and "time" not in self.equal:
             raise InputError("--eval exact-match answers at the end of each arm's time: let --equal hold time")
+        strange = [name for name in self.accuracy_readings if name not in EQUAL]
+        if strange:
+            raise InputError(f"accuracy_readings is {strange[0]!r}: give {', '.join(EQUAL)} or both")
         if self.answer_after is not None and not self.accuracy:
             raise InputError("--answer-after belongs to --eval exact-match")
         if self.questions is not None and self.questions < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def train_run(
     save_model: bool,
     tell: Callable[..., None],
     stop: Callable[[], bool] = lambda: False,
-    accuracy_at: int | None = None,
+    accuracy_at: Mapping[str, int] | None = None,
     tuning: bool = False,
 ) -> dict[str, Any] | None:
     """Train up to the last of ``points``, or go on from where an interrupted run of the same arm and seed left off.
@@ -53,14 +53,15 @@ def train_run(
         save_model: Keep the averaged weights at the end.
         tell: Called about once a second with ``step``, ``steps`` and ``loss``.
         stop: Asked before every step; a run that is stopped saves a checkpoint.
-        accuracy_at: The one of ``points`` at which the held-out questions are answered; None asks none.
+        accuracy_at: Those of ``points`` at which the held-out questions are answered, each by its name; None asks none.
         tuning: The run only tries a learning rate: it is evaluated on the sequences that rates are chosen by.
 
     Returns:
         ``points`` (each with ``step``, ``tokens``, ``kept_tokens`` and ``heldout_loss`` in nats per token), ``engine``,
         ``router`` (:data:`ROUTER_METRICS` of the last step), ``train_seconds``, the time of all steps beside whatever
-        else ran at the time, and ``accuracy`` (``right`` and ``questions``) where it was asked for; None if it was
-        stopped. Of a run whose loss is no longer finite ``points`` up to there, ``diverged`` (the step) and ``reason``.
+        else ran at the time, and ``accuracy`` (by name, ``right`` and ``questions``) where it was asked for; None if it
+        was stopped. Of a run whose loss is no longer finite ``points`` up to there, ``diverged`` (the step) and
+        ``reason``.
 
     Raises:
         SaveError: If a checkpoint cannot be written.
@@ -73,7 +74,7 @@ def train_run(
         arm, seed, steps=points[-1], warmup_steps=warmup_steps, eval_sequences=eval_sequences, weights=checkpoint,
         tuning=tuning,
     )  # fmt: skip
-    run = _Run(context, session, folder, tell, accuracy_at)
+    run = _Run(context, session, folder, tell, accuracy_at or {})
     if checkpoint is not None:
         run.resume(checkpoint)
     if session.progress.step == 0 and not run.curve:
@@ -101,7 +102,7 @@ def train_run(
         "engine": str(session.learner.metrics.get("engine", "")),
         "router": {name: float(value) for name, value in session.learner.metrics.items() if name in ROUTER_METRICS},
         "train_seconds": session.progress.seconds,
-        **({} if run.accuracy is None else {"accuracy": run.accuracy}),
+        **({"accuracy": run.accuracy} if run.accuracy else {}),
     }
 
 
@@ -110,13 +111,13 @@ class _Run:
 
     def __init__(
         self, context: StudyContext, session: RunSession, folder: Path, tell: Callable[..., None],
-        accuracy_at: int | None,
+        accuracy_at: Mapping[str, int],
     ) -> None:  # fmt: skip
         self.context, self.session, self.folder, self.tell = context, session, folder, tell
         self.accuracy_at = accuracy_at
         self.average = RunningAverage(session.model)
         self.curve: list[dict[str, Any]] = []
-        self.accuracy: dict[str, int] | None = None
+        self.accuracy: dict[str, dict[str, int]] = {}
         # on the device, so that counting does not wait for it
         self.kept = torch.zeros((), dtype=torch.int64, device=session.device)
         self._told = self._saved = time.monotonic()
@@ -158,10 +159,11 @@ class _Run:
             {"step": self.progress.step, "tokens": self.progress.tokens, "kept_tokens": int(self.kept),
              "heldout_loss": loss}
         )  # fmt: skip
-        if self.progress.step == self.accuracy_at:
-            self.answer()
+        names = [name for name, step in self.accuracy_at.items() if step == self.progress.step]
+        if names:
+            self.accuracy |= dict.fromkeys(names, self.answer())
 
-    def answer(self) -> None:
+    def answer(self) -> dict[str, int]:
         """Ask every held-out question of the averaged weights."""
         context, train = self.context, self.context.settings.train
         rows = torch.from_numpy(context.tokens.heldout.reshape(-1, train.length).astype("int64"))
@@ -170,7 +172,7 @@ class _Run:
                 self.session.model, rows[: context.settings.questions], context.tokenizer,
                 after=context.settings.answer_after, device=context.device, bfloat16=context.bfloat16,
             )  # fmt: skip
-        self.accuracy = found._asdict()
+        return found._asdict()
 
     def save_model(self, folder: Path) -> None:
         from safetensors import SafetensorError

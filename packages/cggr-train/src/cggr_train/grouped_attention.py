@@ -1,0 +1,69 @@
+"""Attention of one new token to a long cache, each key and value read once for all the heads that share it.
+
+transformers repeats keys and values for every head where SDPA is given a mask: of a batch with long prompts that is
+most of the time of a decoded token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "one_token_grouped"
+_PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions"}
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: SDPA's, but for a single query per row.
+
+    Args:
+        module: The attention layer.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, S, D]``, of which ``H / G`` heads share one.
+        value: As ``key``.
+        attention_mask: bool ``[B, 1, Q, S]``, false where nothing is attended to; None for no mask.
+        **options: As the layer gives them.
+
+    Returns:
+        ``[B, Q, H, D]``, and no weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    told = {name for name, given in options.items() if given is not None} - _PLAIN
+    if query.shape[2] > 1 or told or (attention_mask is not None and attention_mask.dtype != torch.bool):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows, heads, _, size = query.shape
+    scale = options.get("scaling")
+    scores = query.reshape(rows, key.shape[1], -1, size) @ key.transpose(2, 3)
+    scores = scores.float() * (size**-0.5 if scale is None else scale)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1).to(value.dtype) @ value).reshape(rows, 1, heads, -1), None
+
+
+@contextmanager
+def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that attends through SDPA decode with :func:`attend` in the block; any other stays as it is."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if own != "sdpa" or not getattr(model, "_supports_attention_backend", False):
+        yield
+        return
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
