@@ -8,11 +8,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from cggr_core.recording import Recorder, StepCall, StepOutcome
 from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
 from cggr_core.selection import Selection
-from cggr_core.settings import RoutingSettings
-from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, run_step
+from cggr_core.settings import CudaGraph, RoutingSettings
+from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, StepResult, findings, run_step
 from cggr_core.step.checks import check_not_compiled, check_unused, drop_inert_arguments
 from cggr_core.stopwatch import Stopwatch
 
@@ -69,6 +70,8 @@ class CGGRModel(nn.Module):
             compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the model's own precision.
         seed: Of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.
+        cuda_graph: ``"auto"`` records steps of equal shapes as CUDA graphs, see the recipe for small models; ``False``
+            runs every step as it is.
 
     Attributes:
         scoring_stopwatch: A :class:`~cggr_core.stopwatch.Stopwatch` to add up the time spent on scores alone (the
@@ -112,6 +115,7 @@ class CGGRModel(nn.Module):
         ignore_index: int = RoutingSettings.ignore_index,
         engine: str | None = RoutingSettings.engine,
         context_precision: str | None = RoutingSettings.context_precision,
+        cuda_graph: CudaGraph = RoutingSettings.cuda_graph,
     ) -> None:
         super().__init__()
         from cggr_core.routing import Engine
@@ -132,6 +136,7 @@ class CGGRModel(nn.Module):
             threshold_sensitivity=threshold_sensitivity,
             seed=seed,
             ignore_index=ignore_index,
+            cuda_graph=cuda_graph,
         )
         self.schedule = Schedule.of(self.settings)
         self._passes = Engine(model)
@@ -148,6 +153,7 @@ class CGGRModel(nn.Module):
         self._deferred = DeferredErrors()
         self._draws = Draws(self.schedule)
         self._metrics: dict[str, Any] = {}
+        self._recorder: Recorder | None = None
 
     @_disable_dynamo  # torch.compiler.disable, but Dynamo, a second of import, waits until a forward
     def forward(
@@ -219,25 +225,29 @@ class CGGRModel(nn.Module):
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
         self._raise_deferred_errors(wait=self.schedule.reads_confidence)
         self._follow_model()
-        batch = StepBatch.checked(
-            self.settings,
-            self._passes,
-            arguments=drop_inert_arguments(arguments),
-            labels=labels,
-            token_weight=token_weight,
-            reference_nll=reference_nll,
-            num_items=num_items,
-            selection=selection,
-            draw=draw,
-            first_row=first_row,
-            example_ids=example_ids,
+        call = StepCall(
+            drop_inert_arguments(arguments),
+            {
+                "labels": labels,
+                "token_weight": token_weight,
+                "reference_nll": reference_nll,
+                "num_items": num_items,
+                "selection": selection,
+                "draw": draw,
+                "first_row": first_row,
+                "example_ids": example_ids,
+            },
         )
+        replayed = self._replayed(call)
+        if replayed is not None:
+            self.schedule.note_forward()
+            self._deferred.send(replayed.findings)
+            self._metrics = replayed.metrics
+            return replayed.loss
         router: Router = self._router
         if self.scoring_stopwatch is not None:
             router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
-        router.prepare(batch)
-        with self._passes.step():
-            result = run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
+        result = self._run(call, router)
         self.schedule.note_forward()
         self._deferred.post(result, self.schedule)
         self._metrics = result.metrics
@@ -346,6 +356,10 @@ class CGGRModel(nn.Module):
         if learns:
             self._router.load_state_dict(state["router"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A recording is of these parameters, and cannot be copied or pickled; a copy makes its own.
+        return {**self.__dict__, "_recorder": None}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -353,6 +367,24 @@ class CGGRModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    def _run(self, call: StepCall, router: Router) -> StepResult:
+        batch = StepBatch.checked(self.settings, self._passes, arguments=dict(call.arguments), **call.given)
+        router.prepare(batch)
+        with self._passes.step():
+            return run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
+
+    def _replayed(self, call: StepCall) -> StepOutcome | None:
+        """The step by a recording of it, where there is one or one is due."""
+        if not self.settings.cuda_graph:
+            return None
+        if self._recorder is None:
+            self._recorder = Recorder(self._outcome, self.settings, self._passes, self.schedule, self._draws)
+        return self._recorder.take(call, self._router)
+
+    def _outcome(self, call: StepCall) -> StepOutcome:
+        result = self._run(call, self._router)
+        return StepOutcome(result.loss, result.metrics, findings(result, self.schedule))
 
     def _follow_model(self) -> None:
         """See what was done to the wrapped model since the last step, another one in its place among it."""

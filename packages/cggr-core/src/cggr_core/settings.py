@@ -20,6 +20,7 @@ from cggr_core.checks import (
 
 __all__ = [
     "CONTEXT_PRECISIONS",
+    "CUDA_GRAPHS",
     "ENGINES",
     "GRADIENT_MODES",
     "KEY_VALUE_MODES",
@@ -32,6 +33,7 @@ __all__ = [
     "SUPERVISED",
     "WITH_PROBABILITIES",
     "ContextPrecision",
+    "CudaGraph",
     "EngineName",
     "GradientMode",
     "ModelSelection",
@@ -49,6 +51,7 @@ ContextPrecision = Literal["fp8"]
 ModelSelection = Literal["stratified", "sampled", "random", "topk", "sequence_aware", "supervised"]
 Scoring = Literal["gradnorm", "combined", "loss", "entropy", "margin", "excess"]
 RouterName = Literal["full_depth", "truncated", "learned", "remembered"]
+CudaGraph = Literal[False, "auto"]
 
 GRADIENT_MODES: tuple[str, ...] = get_args(GradientMode)
 """What a kept token's gradient reaches; see :class:`~cggr_core.CGGRModel`."""
@@ -74,6 +77,8 @@ SCORINGS: tuple[str, ...] = get_args(Scoring)
 """What makes a token worth learning from; see :func:`~cggr_core.score`."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 """Names of what scores, for configurations and command lines."""
+CUDA_GRAPHS: tuple[bool | str, ...] = get_args(CudaGraph)
+"""Whether steps are recorded as CUDA graphs."""
 
 
 def default_router_depth(num_layers: int) -> int:
@@ -189,6 +194,8 @@ class RoutingSettings(SelectionSettings):
         engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
         context_precision: One of :data:`CONTEXT_PRECISIONS`, of the linear layers where they run on tokens that need no
             gradient; ``None`` for the model's own.
+        cuda_graph: One of :data:`CUDA_GRAPHS`: ``"auto"`` records steps of equal shapes as CUDA graphs where that saves
+            time, and says why where it does not; without effect on other devices.
 
     Raises:
         TypeError: If a setting has a wrong type.
@@ -202,11 +209,14 @@ class RoutingSettings(SelectionSettings):
     gradient: str = "kv"
     engine: str | None = None
     context_precision: str | None = None
+    cuda_graph: CudaGraph = False
 
     _selections: ClassVar[tuple[str, ...]] = MODEL_SELECTIONS
 
     def __post_init__(self) -> None:
         check_choice("gradient", self.gradient, GRADIENT_MODES)
+        if not any(self.cuda_graph is choice or self.cuda_graph == choice == "auto" for choice in CUDA_GRAPHS):
+            raise ValueError(f"cuda_graph must be 'auto' or False, got {self.cuda_graph!r}")
         super().__post_init__()
         if self.engine is not None:
             check_choice("engine", self.engine, ENGINES)

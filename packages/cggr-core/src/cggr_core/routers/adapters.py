@@ -46,8 +46,13 @@ def as_router(router: Any, engine: Engine) -> Router:
 
 
 class _KnowingRouter:
-    """A router that neither learns nor remembers."""
+    """A router that neither learns nor remembers.
 
+    Attributes:
+        recordable: Whether its work is the trained model's own, so that a recorded step can hold it.
+    """
+
+    recordable = False
     depth: int | None = None
     reads_hidden = False
     gives_confidence = True
@@ -78,6 +83,8 @@ class FullDepthRouter(_KnowingRouter):
     Args:
         depth: Its layers.
     """
+
+    recordable = True
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -121,6 +128,8 @@ class OwnLayersRouter(CallableRouter):
     Args:
         router: The router, whose parameters are the model's.
     """
+
+    recordable = True
 
     def __init__(self, router: TruncatedRouter) -> None:
         super().__init__(router)

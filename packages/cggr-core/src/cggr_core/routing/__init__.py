@@ -15,6 +15,7 @@ name                          what it promises
 :func:`fused_forwards`        forwards to run in place of a model's norms, attentions and MLPs
 :func:`forward_replaced_by`   a call of a module that is a call of something else, in which the module is itself again
 :func:`replaced_forwards`     modules with another ``forward`` for the length of a block
+:func:`replaced_parameters`   modules that find other parameters in place of theirs for the length of a block
 :func:`without_hooks`         a module without its hooks for the length of a block, to be called inside its own call
 :func:`whole_rows`            no look at positions, and no needless mask, for the length of a block
 :func:`unwrapped`             the Hugging Face model inside a PEFT wrapper
@@ -34,7 +35,7 @@ from cggr_core.routing.engine import Engine
 from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import whole_rows
-from cggr_core.routing.patches import forward_replaced_by, replaced_forwards, without_hooks
+from cggr_core.routing.patches import forward_replaced_by, replaced_forwards, replaced_parameters, without_hooks
 from cggr_core.routing.shared import Shared
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "forward_replaced_by",
     "fused_forwards",
     "replaced_forwards",
+    "replaced_parameters",
     "unwrapped",
     "whole_rows",
     "without_hooks",

@@ -44,11 +44,12 @@ class Engine:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes depend on its class
         self._verified_every = verification_interval()
-        self._gradient_passes = 0
+        self._gradient_passes = self._looks = 0
         self._look()
 
     def _look(self) -> None:
         """Describe the model as it is now; what was seen of it before no longer holds."""
+        self._looks += 1
         self._description = describe(self.model)
         self._structure = structure(self.model)
         self._probe: Probe | None = None
@@ -88,6 +89,11 @@ class Engine:
     def architecture(self) -> Architecture:
         """The description, corrected by what the first batch showed."""
         return self._description if self._probe is None else self._probe.architecture
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Changes whenever what was seen of the model may no longer hold."""
+        return self._looks, self._loads.count
 
     @property
     def depth(self) -> int:
@@ -167,6 +173,7 @@ class Engine:
             grown = False  # every rank would have to look in the same step, and rows are of other lengths elsewhere
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
+            self._looks += 1
             self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
             self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
             self._probed_length = max(self._probed_length, inputs.shape[1]) if routing else 0

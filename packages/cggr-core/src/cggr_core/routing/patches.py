@@ -139,6 +139,31 @@ def left_gathered(groups: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_parameters(model: nn.Module, replacements: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Let modules find other parameters in place of theirs for the length of the block.
+
+    Reach: the modules of this model, whoever calls them.
+
+    Args:
+        model: The model.
+        replacements: By the parameter that a module has, shared ones too, the one to find.
+    """
+    before = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter in replacements
+    ]
+    try:
+        for parameters, name, parameter in before:
+            parameters[name] = replacements[parameter]
+        yield
+    finally:
+        for parameters, name, parameter in before:
+            parameters[name] = parameter
+
+
+@contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Call a module inside its own call: its forward hooks have run around the outer one, once.
 

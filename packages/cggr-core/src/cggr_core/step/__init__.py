@@ -1,7 +1,7 @@
 """One training step: :func:`run_step` from statistics to loss, and what it is made of."""
 
 from cggr_core.step.batch import StepBatch
-from cggr_core.step.deferred import DeferredErrors
+from cggr_core.step.deferred import DeferredErrors, findings
 from cggr_core.step.draws import Draws
 from cggr_core.step.router import Observation, Router, ScoreRequest, Scores
 from cggr_core.step.run import StepResult, run_step
@@ -15,5 +15,6 @@ __all__ = [
     "Scores",
     "StepBatch",
     "StepResult",
+    "findings",
     "run_step",
 ]

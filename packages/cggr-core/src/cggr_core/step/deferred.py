@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cggr_core.checks import values_are_free
 from cggr_core.collectives import sum_over_ranks
@@ -23,25 +24,17 @@ class DeferredErrors:
         Raises:
             ValueError: If the loss is NaN, where looking at it costs nothing.
         """
-        loss, targets, statistics = result.loss, result.targets, result.scores.statistics
+        loss = result.loss
         if values_are_free(loss) and bool(loss.isnan()):
             raise ValueError(
                 "the loss is NaN: logits are NaN or infinite at a kept token, or a token_weight is NaN; look for an "
                 "overflow or a bad learning rate before this step"
             )
-        # Without statistics the number of tokens is not known: -1 stands for some.
-        nan = -loss.detach().isnan().long()
-        confidence = torch.full((), torch.nan, device=targets.invalid.device)
-        if statistics is not None:
-            found = next(value for value in statistics[:-1] if value is not None)
-            count = (found.isnan() & targets.countable).sum()
-            nan = torch.where(count > 0, count, nan)
-            if schedule.reads_confidence:
-                # Of all ranks, so that they go on with the same ratio.
-                count = result.metrics["countable_tokens"]
-                total = sum_over_ranks(torch.stack([result.metrics["confidence"] * count, count.float()]))
-                confidence = total[0] / total[1]
-        self._monitor.post(torch.stack([targets.invalid.float(), nan.float(), confidence]))
+        self.send(findings(result, schedule))
+
+    def send(self, found: Tensor) -> None:
+        """Send the :func:`findings` of a step on their way."""
+        self._monitor.post(found)
 
     def raise_deferred_errors(
         self, schedule: Schedule, *, vocab_size: int, ignore_index: int, wait: bool = False
@@ -71,3 +64,21 @@ class DeferredErrors:
             raise ValueError(f"{where}; look for an overflow or a bad learning rate before that step")
         if confidence == confidence:
             schedule.observe(confidence)
+
+
+def findings(result: StepResult, schedule: Schedule) -> Tensor:
+    """Labels outside the vocabulary, tokens with NaN logits (-1 for some), and the confidence: float32 ``[3]``."""
+    loss, targets, statistics = result.loss, result.targets, result.scores.statistics
+    # Without statistics the number of tokens is not known: -1 stands for some.
+    nan = -loss.detach().isnan().long()
+    confidence = torch.full((), torch.nan, device=targets.invalid.device)
+    if statistics is not None:
+        found = next(value for value in statistics[:-1] if value is not None)
+        count = (found.isnan() & targets.countable).sum()
+        nan = torch.where(count > 0, count, nan)
+        if schedule.reads_confidence:
+            # Of all ranks, so that they go on with the same ratio.
+            count = result.metrics["countable_tokens"]
+            total = sum_over_ranks(torch.stack([result.metrics["confidence"] * count, count.float()]))
+            confidence = total[0] / total[1]
+    return torch.stack([targets.invalid.float(), nan.float(), confidence])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from cggr_core.settings import (
     ContextPrecision,
+    CudaGraph,
     EngineName,
     GradientMode,
     ModelSelection,
@@ -107,6 +108,10 @@ class CGGRConfig:
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
     )
+    cuda_graph: CudaGraph = field(
+        default=RoutingSettings.cuda_graph,
+        metadata={"help": "'auto' records steps of equal shapes as CUDA graphs where that saves time."},
+    )
     skip_zero_advantage: bool | None = field(
         default=None,
         metadata={"help": "Leave rows without an advantage out of a policy update; by default where that is exact."},
@@ -135,6 +140,7 @@ class CGGRConfig:
             "scoring": given(self.scoring, RoutingSettings.scoring),
             "engine": self.engine,
             "context_precision": self.context_precision,
+            "cuda_graph": self.cuda_graph,
             "num_strata": self.num_strata,
             "min_tokens_per_sequence": self.min_tokens_per_sequence,
             "block_size": self.block_size,

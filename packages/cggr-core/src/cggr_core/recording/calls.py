@@ -1,0 +1,131 @@
+"""The arguments of a training forward: which of them two steps must share, and places for those that change."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# These change from step to step and are read on the device: the first as it is, the second whatever kind of number.
+_DRAW, _ITEMS = "draw", "num_items"
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One call of :meth:`cggr_core.CGGRModel.forward` in training.
+
+    Attributes:
+        arguments: Of the wrapped model's forward.
+        given: The forward's own arguments, by name.
+    """
+
+    arguments: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs."""
+        return self.given["labels"].device
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """All arguments by name."""
+        yield from self.arguments.items()
+        yield from self.given.items()
+
+    def obstacle(self) -> str | None:
+        """Why these arguments cannot be those of a recorded step; ``None`` where they can."""
+        for name in ("selection", "example_ids"):
+            if self.given.get(name) is not None:
+                return f"{name} is passed in"
+        for name, value in self.items():
+            if name in (_DRAW, _ITEMS) or value is None:
+                continue
+            if not isinstance(value, Tensor):
+                try:
+                    hash(value)
+                except TypeError:
+                    return f"the argument {name} is a {type(value).__name__}, which cannot be told from another"
+            elif value.requires_grad:
+                return f"the argument {name} requires gradients"
+            elif value.device != self.device:
+                return f"the argument {name} is on {value.device}, and the labels are on {self.device}"
+        return None
+
+    def key(self) -> Hashable:
+        """What is built into a recording of the step: names, shapes, dtypes, values that are no tensors, autocast."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and (
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_cache_enabled(),
+        )
+        return (self.device, autocast, *(_built_in(name, value) for name, value in self.items()))
+
+
+def _built_in(name: str, value: Any) -> Hashable:
+    if name == _DRAW:
+        return None
+    if name == _ITEMS and value is not None:
+        return name, _on_device(value) and (value.shape, value.dtype)
+    if isinstance(value, Tensor):
+        return name, value.shape, value.dtype
+    return name, type(value), value
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+class FixedInputs:
+    """The tensors that a recorded step reads, at places that stay the same.
+
+    Args:
+        call: A step like all that follow.
+        draw: Number of its random draw.
+
+    Attributes:
+        call: The same step, reading these places.
+    """
+
+    def __init__(self, call: StepCall, draw: int | Tensor) -> None:
+        device = call.device
+        self._places: dict[str, Tensor] = {_DRAW: torch.zeros((), dtype=torch.int64, device=device)}
+        for name, value in call.items():
+            if name == _ITEMS and value is not None and not _on_device(value):
+                self._places[name] = torch.zeros((), device=device)
+            elif isinstance(value, Tensor) and name != _DRAW:
+                self._places[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+        self.fill(call, draw)
+        parts = ({name: self._places.get(name, value) for name, value in part.items()} for part in _parts(call))
+        self.call = StepCall(*parts)
+
+    def fill(self, call: StepCall, draw: int | Tensor) -> None:
+        """Put the values of a step in the places."""
+        given = dict(call.items()) | {_DRAW: draw}
+        for name, place in self._places.items():
+            value = given[name]
+            if _on_device(value) or place.dim():
+                place.copy_(value, non_blocking=True)
+            else:
+                place.fill_(value if not isinstance(value, Tensor) else value.item())
+
+
+def _parts(call: StepCall) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    return call.arguments, call.given
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step leaves, recorded or not.
+
+    Attributes:
+        loss: Scalar, connected to the graph.
+        metrics: See :attr:`cggr_core.CGGRModel.metrics`.
+        findings: float32 ``[3]``, see :class:`~cggr_core.step.DeferredErrors`.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Any]
+    findings: Tensor

@@ -1,0 +1,100 @@
+"""Recording on a CUDA device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cggr_core.recording.replay import NotRecordedError, Replay
+
+_READ = "called a synchronizing CUDA operation"
+
+
+class CudaGraphs:
+    """Records passes in one pool of memory, on one stream.
+
+    Args:
+        device: A CUDA device.
+
+    Attributes:
+        held_bytes: See :class:`~cggr_core.recording.replay.Graphs`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last: torch.cuda.Stream | None = None
+        self.held_bytes = 0
+
+    def capture(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        self.wait()
+        torch.clear_autocast_cache()
+        torch.cuda.empty_cache()  # what a pool is to hold has to be free
+        before = torch.cuda.memory_reserved(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            # Of this thread alone: data loaders pin memory in another.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                made = run()
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+            finally:
+                torch.clear_autocast_cache()  # of copies whose memory is the pool's
+        self.wait()
+        self.held_bytes += torch.cuda.memory_reserved(self._device) - before
+
+        def replay() -> None:
+            stream = torch.cuda.current_stream(self._device)
+            if self._last is not None and self._last != stream:
+                stream.wait_stream(self._last)
+            self._last = stream
+            graph.replay()
+
+        return replay, made
+
+    def watched(self, run: Callable[[], Any]) -> Any:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                made = run()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in said:
+            if _READ in str(warning.message):
+                where = f"{Path(warning.filename).name}, line {warning.lineno}"
+                raise NotRecordedError(f"the host waits for the device within the step ({where})")
+        return made
+
+    def wait(self) -> None:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        torch.cuda.synchronize(self._device)
+
+    def random_state(self) -> Tensor:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        return torch.cuda.get_rng_state(self._device)
+
+    def set_random_state(self, state: Tensor) -> None:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        torch.cuda.set_rng_state(state, self._device)
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        with suppress(RuntimeError):
+            graph.capture_end()
+        # torch before 2.13 leaves its allocator waiting for the end of a capture that failed.
+        end = cast(Any, torch._C)._cuda_endAllocateToPool
+        with suppress(RuntimeError):
+            end(self._device.index or 0, self._pool)

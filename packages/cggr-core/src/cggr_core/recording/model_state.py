@@ -1,0 +1,95 @@
+"""What a recording has built in of a model: looked at before every replay, so it must cost next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# transformers collects outputs that were asked for; nothing asks within a step.
+_INERT_HOOKS = "transformers.utils.output_capturing"
+_TENSORS = ("_parameters", "_buffers")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class ModelState:
+    """The tensors of a model and where they are, its modules' switches and numbers, and who hooks them.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._held = [tensor for module in self._modules for tensor in _tensors(module)]  # so that no id is used anew
+        self._seen = self._look()
+
+    def holds(self) -> bool:
+        """Whether nothing of it has changed; values of tensors may."""
+        return self._look() == self._seen
+
+    def _look(self) -> list[Hashable]:
+        found: list[Hashable] = []
+        for module in self._modules:
+            for name, value in module.__dict__.items():
+                kind = type(value)
+                if kind in _PLAIN:
+                    found.append(value)
+                elif name in _TENSORS:
+                    for tensor in value.values():
+                        if tensor is not None:
+                            found.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
+                elif name in _HOOKS:
+                    if value:
+                        found.append(tuple(map(id, value.values())))
+                elif name == "forward":
+                    found.append(value)
+                elif kind is dict and value:  # the scales of adapters
+                    found.extend(number for number in value.values() if type(number) in _PLAIN)
+        return found
+
+
+def obstacle_in(model: nn.Module, device: torch.device) -> str | None:
+    """Why steps of a model cannot be recorded; ``None`` where nothing is seen that stands against it.
+
+    Args:
+        model: The model.
+        device: Of its inputs.
+    """
+    if (
+        module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks
+    ):
+        return "hooks are registered on all modules, and a replay would run none"
+    for module in model.modules():
+        name = type(module).__name__
+        for hook in _hooks(module):
+            if getattr(hook, "__module__", None) != _INERT_HOOKS:
+                return f"a {name} has hooks, and a replay would run none"
+        if module.__dict__.get("gradient_checkpointing") is True or hasattr(module, "checkpoint_fn"):
+            return "activations are checkpointed, under a random state that the host keeps"
+        for tensor in _tensors(module):
+            if tensor.device != device:
+                return f"a {name} has a tensor on {tensor.device}, and the batch is on {device}"
+            if tensor.requires_grad and type(tensor) is not nn.Parameter:
+                return f"a {name} trains a {type(tensor).__name__}, whose place is its own business"
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                yield tensor
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for registered in _HOOKS:
+        yield from module.__dict__[registered].values()
+    if hasattr(module, "_hf_hook"):  # accelerate's, which stand in the forward
+        yield module.__dict__["_hf_hook"]

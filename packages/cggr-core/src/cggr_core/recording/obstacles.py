@@ -1,0 +1,49 @@
+"""Why a step is not recorded, whatever its model and its arguments are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+
+from cggr_core.monitor import capturing
+from cggr_core.settings import SUPERVISED, RoutingSettings
+
+
+def obstacle_of(settings: RoutingSettings, router: Any) -> str | None:
+    """Why steps of these settings are not recorded; ``None`` where they can be.
+
+    Args:
+        settings: Of the steps.
+        router: What scores.
+    """
+    if settings.selection == SUPERVISED:
+        return "selection='supervised' asks the device in every step how many tokens it keeps"
+    if settings.context_precision is not None:
+        return f"context_precision={settings.context_precision!r} keeps copies of the weights, whose age the host knows"
+    if not getattr(router, "recordable", False):
+        name = type(getattr(router, "router", router)).__name__
+        return f"the router is a {name}, which may do anything in a step"
+    return None
+
+
+def obstacle_now(device: torch.device) -> str | None:
+    """Why no step is recorded in the state that the process is in; ``None`` where one can be.
+
+    Args:
+        device: Of the step.
+    """
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return "gradients are off"
+    if capturing(device):
+        return "the caller records a graph"
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return "several processes share the step, and what they exchange is not recorded"
+    if os.environ.get("CGGR_VERIFY"):
+        return "CGGR_VERIFY compares passes on the host"
+    torch_c = cast(Any, torch._C)
+    if torch_c._len_torch_dispatch_stack() or torch_c._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "a dispatch mode or hooks on saved tensors watch the step"
+    return None

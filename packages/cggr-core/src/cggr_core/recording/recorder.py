@@ -1,0 +1,179 @@
+"""Which steps are recorded, when, and what is said where none is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cggr_core.recording.calls import StepCall, StepOutcome
+from cggr_core.recording.cuda import CudaGraphs
+from cggr_core.recording.model_state import ModelState, obstacle_in
+from cggr_core.recording.obstacles import obstacle_now, obstacle_of
+from cggr_core.recording.replay import Graphs, NotRecordedError, Recording, Run, SharedPlaces
+from cggr_core.schedule import Schedule
+from cggr_core.settings import RoutingSettings
+from cggr_core.step import Draws
+
+if TYPE_CHECKING:
+    from cggr_core.routing import Engine
+
+_logger = logging.getLogger(__name__)
+
+EAGER_STEPS = 3
+"""Steps of a kind that run as they are before one is recorded: they compile kernels, and not every kind comes again."""
+MOST_RECORDINGS = 8
+"""Recordings that are held at a time; further kinds of steps run as they are."""
+MOST_ATTEMPTS = 32
+"""Recordings that are made in all: a model that changes every few steps is left alone after that."""
+_MOST_KINDS = 256
+_SAID_AFTER = 24
+
+
+class Recorder:
+    """Takes training steps by replaying a recording, where one stands for them.
+
+    Args:
+        run: Takes a step as it is.
+        settings: Of the steps.
+        engine: The passes over the model.
+        schedule: Their keep ratio.
+        draws: Numbers their random choices.
+        device_type: Where steps are recorded.
+        graphs: Makes what records on a device.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: RoutingSettings,
+        engine: Engine,
+        schedule: Schedule,
+        draws: Draws,
+        *,
+        device_type: str = "cuda",
+        graphs: Callable[[torch.device], Graphs] = CudaGraphs,
+    ) -> None:
+        self._run, self._settings, self._engine = run, settings, engine
+        self._schedule, self._draws = schedule, draws
+        self._device_type, self._graphs = device_type, graphs
+        self._attempts = self._eager_in_a_row = 0
+        self._stopped: str | None = None
+        self._said: set[str] = set()
+        self._reason = ""
+        self._recordings: dict[Hashable, Recording] = {}
+        self._places: SharedPlaces | None = None
+        self._forget()
+
+    def take(self, call: StepCall, router: Any) -> StepOutcome | None:
+        """The step by replay; ``None`` where it is to run as it is.
+
+        Args:
+            call: The arguments.
+            router: What scores.
+
+        Raises:
+            ValueError: As the step itself does.
+        """
+        if not isinstance(call.given["labels"], Tensor) or call.device.type != self._device_type:
+            return None
+        reason = self._stopped or self._obstacle(call, router)
+        if reason is not None:
+            return self._as_it_is(reason)
+        stamp = self._engine.seen
+        if self._recordings and (stamp != self._stamp or self._state is None or not self._state.holds()):
+            self._forget()
+        kind = (stamp, self._schedule.ratio, call.key())
+        recording = self._recordings.get(kind)
+        if recording is None:
+            recording, reason = self._recorded(kind, call)
+            if recording is None:
+                return self._as_it_is(reason)
+        self._eager_in_a_row = 0
+        draw = call.given["draw"]
+        return recording(call, self._draws.next(call.device) if draw is None else draw)
+
+    @property
+    def recordings(self) -> int:
+        """How many are held."""
+        return len(self._recordings)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the last step was run as it is; ``None`` where it was replayed."""
+        return self._reason if self._eager_in_a_row else None
+
+    def _recorded(self, kind: Hashable, call: StepCall) -> tuple[Recording | None, str]:
+        if kind in self._refused:
+            return None, self._refused[kind]
+        if len(self._times) >= _MOST_KINDS:
+            self._times.clear()
+        self._times[kind] = self._times.get(kind, 0) + 1
+        if self._times[kind] <= EAGER_STEPS:
+            return None, f"no kind of step (its shapes, its keep ratio) has come more than {EAGER_STEPS} times yet"
+        if len(self._recordings) >= MOST_RECORDINGS:
+            return None, f"{MOST_RECORDINGS} kinds of steps are recorded, and no more are held"
+        if self._attempts >= MOST_ATTEMPTS:
+            return None, f"{MOST_ATTEMPTS} recordings were made, and the model or its steps keep changing"
+        model = self._engine.model
+        reason = obstacle_in(model, call.device)
+        if reason is not None:
+            return None, reason
+        self._attempts += 1
+        if self._places is None:
+            self._places = SharedPlaces(self._graphs(call.device))
+        draw = call.given["draw"]
+        try:
+            made = Recording(self._run, call, 0 if draw is None else draw, model, self._places)
+        except NotRecordedError as refusal:
+            self._refused[kind] = str(refusal)
+            self._say(str(refusal))
+            return None, str(refusal)
+        except RuntimeError as error:
+            self._stopped = f"recording failed ({str(error).strip().splitlines()[0]})"
+            self._forget()
+            self._say(self._stopped, logging.WARNING)
+            return None, self._stopped
+        # After the first recording: it may be the first to see the model in training.
+        self._state, self._stamp = self._state or ModelState(model), self._engine.seen
+        self._recordings[kind] = made
+        _logger.info(
+            "cuda_graph='auto': recording %d of at most %d; they hold %.2f GB together",
+            len(self._recordings),
+            MOST_RECORDINGS,
+            self._places.graphs.held_bytes / 1e9,
+        )
+        return made, ""
+
+    def _obstacle(self, call: StepCall, router: Any) -> str | None:
+        """What stands against recording at the moment."""
+        if self._schedule.moving:
+            return "the keep ratio is moving"
+        if self._places is not None and self._places.busy:
+            return "the backward pass of a step before has not run yet"
+        return obstacle_now(call.device) or obstacle_of(self._settings, router) or call.obstacle()
+
+    def _as_it_is(self, reason: str) -> None:
+        self._reason = reason
+        self._eager_in_a_row += 1
+        if self._eager_in_a_row == _SAID_AFTER:
+            self._say(reason)
+
+    def _say(self, reason: str, level: int = logging.INFO) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            _logger.log(level, "cuda_graph='auto': steps run as they are, since %s", reason)
+
+    def _forget(self) -> None:
+        if self._recordings and self._places is not None:
+            self._places.graphs.wait()  # a graph is not taken away while it runs
+        self._recordings.clear()
+        self._refused: dict[Hashable, str] = {}
+        self._times: dict[Hashable, int] = {}
+        # Memory that nothing records into any more is not recorded into again.
+        self._places = None
+        self._state: ModelState | None = None
+        self._stamp: Any = None

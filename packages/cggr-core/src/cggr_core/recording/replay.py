@@ -1,0 +1,253 @@
+"""One recorded step: a forward and a backward graph behind one node of the caller's autograd graph.
+
+The backward graph writes each gradient to a place of its own, and what autograd is given are copies: gradients are
+accumulated, clipped, scaled and hooked like those of any step, and nobody holds a tensor that the next replay changes.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from cggr_core.recording.calls import FixedInputs, StepCall, StepOutcome
+
+Run = Callable[[StepCall], StepOutcome]
+Replay = Callable[[], None]
+
+# A replay that saves less than this share of a step does not pay for the memory that it holds.
+_WORTH = 0.9
+# Of a gradient's norm, and of all gradients' norm: kernels that add in any order differ by far less.
+_TOLERANCE, _TOTAL_TOLERANCE = 0.05, 0.01
+
+
+class NotRecordedError(Exception):
+    """A step that is better not recorded; the text says why."""
+
+
+class Graphs(Protocol):
+    """How passes are recorded on a device; see :class:`~cggr_core.recording.cuda.CudaGraphs`."""
+
+    def capture(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
+        """Record what ``run`` does; how to do it again, and the tensors that it then leaves its results in."""
+        ...
+
+    def watched(self, run: Callable[[], Any]) -> Any:
+        """Call ``run``, and raise :class:`NotRecordedError` if it made the host wait for the device."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the recordings hold."""
+        ...
+
+    def random_state(self) -> Tensor:
+        """State of the generator that dropout draws from."""
+        ...
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Go back to a state."""
+        ...
+
+
+class PassAwaited:
+    """A recorded forward pass, from its replay to its backward pass; gone with the graph that it belongs to."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+
+class SharedPlaces:
+    """What recordings of one model share: one memory, in which at most one of them awaits its backward pass.
+
+    Args:
+        graphs: Records the passes.
+
+    Attributes:
+        gradients: Where the backward graphs write, by the place of a parameter among those that are trained.
+    """
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs = graphs
+        self.gradients: dict[int, Tensor] = {}
+        self._awaited: weakref.ref[PassAwaited] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a replayed forward pass may still have its backward pass."""
+        awaited = None if self._awaited is None else self._awaited()
+        return awaited is not None and not awaited.over
+
+    def await_backward(self) -> PassAwaited:
+        """Note that a forward pass was replayed."""
+        awaited = PassAwaited()
+        self._awaited = weakref.ref(awaited)
+        return awaited
+
+
+class Recording:
+    """A step that is replayed for every call of its kind.
+
+    Args:
+        run: Takes a step as it is.
+        call: A call of the kind.
+        draw: Number of its random draw.
+        model: Whose parameters are trained.
+        places: Shared with the model's other recordings.
+
+    Raises:
+        NotRecordedError: If the step is better not recorded.
+        RuntimeError: If it cannot be.
+    """
+
+    def __init__(self, run: Run, call: StepCall, draw: int | Tensor, model: nn.Module, places: SharedPlaces) -> None:
+        self._run, self._model, self._places = run, model, places
+        self._inputs = FixedInputs(call, draw)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._leaves: list[nn.Parameter] = []
+        self._connected: Tensor | None = None
+        self._names: list[str] = []
+        self._constants: dict[str, Any] = {}
+        graphs = places.graphs
+        state = graphs.random_state()
+        try:
+            expected = self._rehearse()
+            graphs.set_random_state(state)
+            self._replay_forward, (self._loss, self._findings, *self._numbers) = graphs.capture(self._forward)
+            self._upstream = torch.ones_like(self._loss)
+            self._reached: list[int] = []
+            self._replay_backward, _ = graphs.capture(self._backward)
+            graphs.set_random_state(state)
+            self._compare(expected)
+        finally:
+            graphs.set_random_state(state)
+            self._connected, self._leaves = None, []
+
+    def __call__(self, call: StepCall, draw: int | Tensor) -> StepOutcome:
+        """Take a step by replaying the recording."""
+        self._inputs.fill(call, draw)
+        loss = _Replayed.apply(self, *self._trained)
+        numbers = dict(zip(self._names, (number.clone() for number in self._numbers), strict=True))
+        return StepOutcome(loss, {**self._constants, **numbers}, self._findings)
+
+    def forward(self) -> tuple[Tensor, PassAwaited]:
+        """The loss of a replay."""
+        self._replay_forward()
+        return self._loss.clone(), self._places.await_backward()
+
+    def backward(self, upstream: Tensor, awaited: PassAwaited) -> list[Tensor | None]:
+        """The gradients of the trained parameters.
+
+        Raises:
+            RuntimeError: If they were given before: what the backward pass reads is gone then.
+        """
+        if awaited.over:
+            raise RuntimeError(
+                "the backward pass of a recorded step runs once, also with retain_graph=True; for another one, give "
+                "CGGRModel cuda_graph=False"
+            )
+        awaited.over = True
+        self._upstream.copy_(upstream)
+        self._replay_backward()
+        gradients: list[Tensor | None] = [None] * len(self._trained)
+        copies = torch._foreach_mul([self._places.gradients[place] for place in self._reached], 1.0)
+        for place, copied in zip(self._reached, copies, strict=True):
+            gradients[place] = copied
+        return gradients
+
+    def _forward(self) -> list[Tensor]:
+        from cggr_core.routing import replaced_parameters
+
+        # Of the same values, but no leaf of a graph that may still be around: such a leaf is bound to another stream.
+        # And what hooks the parameters sees the gradients once, where autograd adds them up.
+        self._leaves = [nn.Parameter(parameter.detach()) for parameter in self._trained]
+        with replaced_parameters(self._model, dict(zip(self._trained, self._leaves, strict=True))):
+            outcome = self._run(self._inputs.call)
+        self._connected = outcome.loss
+        numbers = {name: value.detach() for name, value in outcome.metrics.items() if isinstance(value, Tensor)}
+        self._names = list(numbers)
+        self._constants = {name: value for name, value in outcome.metrics.items() if name not in numbers}
+        return [outcome.loss.detach(), outcome.findings, *numbers.values()]
+
+    def _backward(self) -> list[Tensor]:
+        found = self._gradients(self._upstream)
+        own = self._places.gradients
+        self._reached = [place for place, gradient in enumerate(found) if gradient is not None]
+        again = [place for place in self._reached if place in own]
+        for place in self._reached:
+            own.setdefault(place, found[place])
+        if again:  # another recording's
+            torch._foreach_copy_([own[place] for place in again], [found[place] for place in again])
+        return [own[place] for place in self._reached]
+
+    def _gradients(self, upstream: Tensor | None) -> list[Any]:
+        loss, self._connected = self._connected, None
+        assert loss is not None  # of the forward pass
+        if not loss.requires_grad:
+            raise NotRecordedError("nothing that the loss depends on is trained")
+        return list(torch.autograd.grad(loss, self._leaves, upstream, allow_unused=True))
+
+    def _rehearse(self) -> tuple[float, list[float], float]:
+        """Take the step as it is: its loss, the norms of its gradients, and the seconds that it takes."""
+        graphs = self._places.graphs
+
+        def take() -> tuple[Tensor, list[Tensor]]:
+            loss = self._forward()[0]
+            return loss, [gradient for gradient in self._gradients(None) if gradient is not None]
+
+        graphs.wait()
+        began = time.perf_counter()
+        loss, gradients = graphs.watched(take)
+        graphs.wait()
+        seconds = time.perf_counter() - began
+        return loss.item(), _norms(gradients), seconds
+
+    def _compare(self, expected: tuple[float, list[float], float]) -> None:
+        """Hold the recording to the step as it is, and look whether it saves anything."""
+        graphs, (loss, norms, seconds) = self._places.graphs, expected
+        self._upstream.fill_(1)
+        graphs.wait()
+        began = time.perf_counter()
+        self._replay_forward()
+        self._replay_backward()
+        graphs.wait()
+        replayed = time.perf_counter() - began
+        found = _norms([self._places.gradients[place] for place in self._reached])
+        total = sum(norm**2 for norm in norms) ** 0.5
+        same = abs(self._loss.item() - loss) <= _TOLERANCE * abs(loss) and len(found) == len(norms)
+        same = same and all(
+            abs(a - b) <= _TOLERANCE * b + _TOTAL_TOLERANCE * total for a, b in zip(found, norms, strict=True)
+        )
+        if not same:
+            raise NotRecordedError("a replay gives other numbers than the step that was recorded")
+        if replayed > _WORTH * seconds:
+            raise NotRecordedError(
+                f"a replay takes {replayed * 1e3:.1f} ms and the step as it is {seconds * 1e3:.1f} ms: it is not bound "
+                "by its launches"
+            )
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, *trained: Tensor) -> Tensor:
+        ctx.recording = recording
+        loss, ctx.awaited = recording.forward()
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.recording.backward(upstream, ctx.awaited)
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).tolist() if tensors else []

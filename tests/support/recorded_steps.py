@@ -1,0 +1,100 @@
+"""Training steps with recordings held to the same steps run as they are."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from cggr_core import CGGRModel, create_truncated_router
+from cggr_core.recording import Recorder, replay
+from tests.support.reenacted import Reenacted
+
+
+def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRModel:
+    """A CGGRModel that records its steps: on a GPU as it does for anybody, on the CPU by doing them again."""
+    router = None if depth is None else create_truncated_router(base, depth)
+    model = CGGRModel(base, router, cuda_graph="auto", **settings).train()
+    if next(base.parameters()).device.type == "cpu":
+        parts = (model._outcome, model.settings, model._passes, model.schedule, model._draws)
+        model._recorder = Recorder(*parts, device_type="cpu", graphs=Reenacted)
+    return model
+
+
+def replayed(model: CGGRModel) -> bool:
+    """Whether the last step was."""
+    return model._recorder is not None and model._recorder.recordings > 0 and model._recorder.reason is None
+
+
+def hold_to_eager(
+    base,
+    micro_batches: list[list[dict[str, Any]]],
+    *,
+    autocast: torch.dtype | None = None,
+    scale: float = 1.0,
+    depth: int | None = None,
+    tolerance: float = 0.0,
+    **settings: Any,
+) -> list[bool]:
+    """Losses, clipped gradients and their norms of every optimizer step, with and without recordings.
+
+    Every optimizer step starts from the same weights, so that a kernel that adds in any order does not count twice.
+
+    Args:
+        base: The model.
+        micro_batches: Of every optimizer step, arguments of each forward.
+        autocast: Its dtype.
+        scale: Of the losses, as a gradient scaler does it.
+        depth: Of a truncated router; ``None`` for none.
+        tolerance: Relative error of losses, norms and gradients.
+        **settings: Of the model.
+
+    Returns:
+        Whether each optimizer step was replayed.
+    """
+    given = {"depth": depth, **settings}
+    recorded = recording_model(base, **given)
+    eager_base = copy.deepcopy(base)
+    eager = CGGRModel(
+        eager_base, None if depth is None else create_truncated_router(eager_base, depth), **settings
+    ).train()
+    device = next(base.parameters()).device
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (recorded, eager)]
+    found = []
+    for number, micro in enumerate(micro_batches):
+        with torch.no_grad():
+            for own, other in zip(recorded.model.parameters(), eager.model.parameters(), strict=True):
+                own.copy_(other)
+        losses, norms = ([], []), []
+        for model, kept in zip((recorded, eager), losses, strict=True):
+            for batch in micro:
+                around = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+                with around:
+                    loss = model(**batch)
+                (loss * scale).backward()
+                kept.append(loss.detach())
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        found.append(replayed(recorded))
+        torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=tolerance, atol=0)
+        torch.testing.assert_close(norms[0], norms[1], rtol=tolerance, atol=0)
+        difference, size = 0.0, 0.0
+        for own, other in zip(recorded.model.parameters(), eager.model.parameters(), strict=True):
+            assert (own.grad is None) == (other.grad is None)
+            if own.grad is not None:
+                difference += float((own.grad - other.grad).double().square().sum())
+                size += float(other.grad.double().square().sum())
+        assert difference**0.5 <= tolerance * size**0.5
+        assert recorded.metrics.keys() == eager.metrics.keys()
+        assert recorded.metrics["kept_tokens"] == eager.metrics["kept_tokens"]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=number % 2 == 0)
+    return found
+
+
+def worth_it(monkeypatch) -> None:
+    """Let recordings be kept whatever they save: on the CPU they save nothing."""
+    monkeypatch.setattr(replay, "_WORTH", 1e9)
