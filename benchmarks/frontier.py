@@ -98,7 +98,7 @@ def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
     )
 
 
-def compared(arms: Sequence[Arm], ratio: float) -> list[Arm]:
+def compared(arms: Sequence[Arm], ratio: float, without: Sequence[str] = ()) -> list[Arm]:
     """The arms to run: of all that were planned, those that tell something, and stretches beside scattered tokens."""
     planned = {arm.name: arm for arm in arms}
     routed = [f"kv-{ratio:g}-random", "kv-supervised", f"kv-{ratio:g}-sampled-gradnorm",
@@ -124,7 +124,7 @@ def compared(arms: Sequence[Arm], ratio: float) -> list[Arm]:
         routing=dataclasses.replace(scattered.routing, block_size=STRETCH),
     )
     place = found.index(scattered) + 1
-    return [*found[:place], stretches, *found[place:]]
+    return [arm for arm in (*found[:place], stretches, *found[place:]) if arm.name not in without]
 
 
 def run(folder: Path, asked: StudySettings, console: Console, stop_after: float | None) -> tuple[Outcome, int] | None:
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="one: the same for all arms")
     parser.add_argument("--rate-share", type=float, default=0.5, help="how long a rate is tried, as a share of a run")
     parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--without", nargs="+", metavar="ARM", default=[], help="arms to leave out")
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--stop-after", type=float, metavar="SECONDS")
     parser.add_argument("--memory-limit", help="bytes of a step, 24GB say")
@@ -260,7 +261,7 @@ def main() -> None:
     asked = settings(arguments.setting, arguments)
     if not (folder / STUDY).exists():
         prepare_study(asked, folder, console)
-        save_arms(folder, compared(load_arms(folder), arguments.ratio))
+        save_arms(folder, compared(load_arms(folder), arguments.ratio, arguments.without))
     found = run(folder, asked, console, arguments.stop_after)
     if found is None:
         raise SystemExit("not one seed was done by all arms; the same command goes on")

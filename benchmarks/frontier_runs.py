@@ -68,10 +68,11 @@ def jobs(stage: str) -> list[Job]:
         ]  # fmt: skip
     return [
         frontier("answers", "smollm2", 0.5, "--epochs", "1", "--memory-limit", "8GB", "--parallel", "3",
-                 "--rate-share", "0.35", "--eval-sequences", "256"),
+                 "--rate-share", "0.25", "--questions", "660", "--eval-sequences", "256"),
         frontier("context", "qwen05b", 0.5, "--steps", "60", "--batch-size", "8", "--memory-limit", "16GB",
                  "--parallel", "2", "--rate-share", "0.35", "--rates", "1e-5", "3e-5", "1e-4", "--questions", "256",
-                 "--eval-sequences", "64", "--evaluations", "6"),
+                 "--eval-sequences", "64", "--evaluations", "6", "--without", "kv-0.25-random-stretch32",
+                 "kv-0.25-sampled-gradnorm", "exact-0.25-sampled-gradnorm"),
     ]  # fmt: skip
 
 
