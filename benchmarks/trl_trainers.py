@@ -333,6 +333,7 @@ def main() -> None:
         "--seconds", type=float, default=60.0, help="for each measurement; three rounds are timed whatever it says"
     )
     parser.add_argument("--prompts", type=int, nargs="*", help="lengths of GRPO's prompts, instead of the shape's own")
+    parser.add_argument("--completion", type=int, help="length of GRPO's completions, instead of the shape's own")
     parser.add_argument("--plain", type=int, help="tokens of a plain micro-batch, instead of the shape's own")
     parser.add_argument("--routed", type=int, help="tokens of a routed micro-batch, instead of the shape's own")
     parser.add_argument("--name", default="trl_trainers", help="first part of the result files' names")
@@ -341,7 +342,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     disable_progress_bars()
     sizes = SIZES[options.shape]
-    changes = {"plain": options.plain, "routed": options.routed, "prompts": options.prompts and tuple(options.prompts)}
+    changes = {name: getattr(options, name) for name in ("plain", "routed", "completion")}
+    changes["prompts"] = options.prompts and tuple(options.prompts)
     sizes = replace(sizes, **{name: value for name, value in changes.items() if value})
     device = sizes.model.device
     for name, task, make, size in cases(sizes, options.task):
