@@ -50,6 +50,24 @@ def test_lora(gradient, engine, targets):
             torch.testing.assert_close(found[f"{full}.lora_B.default.weight"], grad @ A.T, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize(("gradient", "engine"), WAYS)
+@PEFT_ASKS
+def test_an_adapter_on_the_head_is_run_for_kept_tokens_alone(gradient, engine):
+    """Its logits are the model's own, so there must be none of all tokens."""
+    model = get_peft_model(ROUTABLE["llama"](), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    sizes = []
+    head = model.get_output_embeddings().base_layer
+    step(model, gradient=gradient, engine=engine)  # the first call looks at the model
+    with_hook = head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    found = step(model, gradient=gradient, engine=engine)
+    with_hook.remove()
+    assert sizes == [slots(KEEP).index.shape[1]]
+    logits = model(input_ids=tokens(3, LENGTH)).logits
+    logprob = logits.log_softmax(-1)[:, :-1].gather(2, tokens(3, LENGTH)[:, 1:, None])[:, :, 0]
+    torch.testing.assert_close(found.logprob[:, :-1], logprob * found.keep[:, :-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("gradient", "engine"), WAYS)
 def test_checkpointing_gives_the_same_gradients(gradient, engine):
     model = ROUTABLE["llama"]()

@@ -223,8 +223,11 @@ class RoutedPasses:
         arguments = self._arguments
         if kept.rows is not None:
             arguments = {name: _rows(value, kept.rows, kept.shape[0]) for name, value in arguments.items()}
-        values, auxiliary_loss = self._passes.plain(arguments, hidden=self._hidden)
-        return _at_kept(kept, values, auxiliary_loss, everywhere=everywhere)
+        if everywhere:
+            values, auxiliary_loss = self._passes.plain(arguments, hidden=self._hidden)
+            return _at_kept(kept, values, auxiliary_loss, everywhere=True)
+        at_kept, auxiliary_loss = self._passes.plain(arguments, hidden=self._hidden, positions=kept.selection.index)
+        return Values(kept, at_kept, None, auxiliary_loss)
 
 
 def _at_kept(kept: Kept, values: Tensor, auxiliary_loss: Tensor | None, *, everywhere: bool) -> Values:

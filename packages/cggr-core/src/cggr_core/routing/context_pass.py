@@ -148,6 +148,24 @@ def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> It
         yield
 
 
+@contextmanager
+def head_at(architecture: Architecture, index: Tensor) -> Iterator[None]:
+    """Run the head on some positions alone: its logits are ``[B, K, V]``.
+
+    Args:
+        architecture: Of the model.
+        index: int64 ``[B, K]``.
+    """
+    head = architecture.head.module
+    own: Callable[..., Tensor] = head.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return own(hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2])), *args, **kwargs)
+
+    with replaced_forwards({head: forward}):
+        yield
+
+
 def ignore_head(hidden: Tensor) -> None:
     """A head reader for passes that need nothing of the head."""
 

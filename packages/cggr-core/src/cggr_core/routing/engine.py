@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cggr_core.routing.agreement import comparable, difference, verification_interval
 from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
-from cggr_core.routing.context_pass import Context, context_pass, head_read_by, ignore_head, layer_input
+from cggr_core.routing.context_pass import Context, context_pass, head_at, head_read_by, ignore_head, layer_input
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loads import count_loads
@@ -197,7 +197,12 @@ class Engine:
             raise ValueError(self._probe.packing_obstacle)
 
     def plain(
-        self, arguments: dict[str, Any], *, depth: int | None = None, hidden: bool = False
+        self,
+        arguments: dict[str, Any],
+        *,
+        depth: int | None = None,
+        hidden: bool = False,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """An ordinary forward, with or without gradients as the caller has set them.
 
@@ -205,21 +210,25 @@ class Engine:
             arguments: Of the model's forward, as its caller gave them.
             depth: Layers to run before the final norm; all by default.
             hidden: Give the head's input whatever the head is.
+            positions: int64 ``[B, K]``, the tokens whose head values are wanted; all by default.
 
         Returns:
-            Head values ``[B, S, ...]``, and the model's auxiliary loss if it has one.
+            Head values ``[B, S, ...]`` or ``[B, K, ...]``, and the model's auxiliary loss if it has one.
         """
-        if not (self.architecture.head.fused or hidden):
-            with self._truncated(depth):
-                output = self._forward(arguments)
-            return output.logits, auxiliary_loss(self.model, output)
         seen: list[Tensor] = []
-        with (
-            self._truncated(depth),
-            head_read_by(self.architecture, seen.append),
-        ):
+        own_head = not (self.architecture.head.fused or hidden)
+        if not own_head:
+            head = head_read_by(self.architecture, seen.append)
+        else:
+            head = nullcontext() if positions is None else head_at(self.architecture, positions)
+        with self._truncated(depth), head:
             output = self._forward(arguments)
-        return seen[0], auxiliary_loss(self.model, output)
+        if own_head:
+            return output.logits, auxiliary_loss(self.model, output)
+        values = seen[0]
+        if positions is not None:
+            values = values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2]))
+        return values, auxiliary_loss(self.model, output)
 
     def logits(self, arguments: dict[str, Any], *, depth: int | None = None) -> Tensor:
         """The logits ``[B, S, V]`` of an ordinary forward through ``depth`` layers (all by default)."""
