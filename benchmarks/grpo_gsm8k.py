@@ -339,10 +339,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9.6, 6.4), layout="constrained")
     panels = figure.subplots(2, 2, sharey="row", sharex="col")
     per_step = result["settings"]["rollouts"] // 2
-    colours = ["0.45", "#e9a23b", "#2a6f97", "#7b4ea3"]
-    for colour, (arm, row) in zip(colours, result["rows"].items(), strict=False):
+    colours = dict(zip(ARMS, ("0.45", "#e9a23b", "#2a6f97", "#7b4ea3"), strict=True))
+    for arm, row in result["rows"].items():
         for number, run in enumerate(row["runs"]):
-            look = {"color": colour, "label": arm if number == 0 else None, "linewidth": 1.3}
+            look = {"color": colours[arm], "label": arm if number == 0 else None, "linewidth": 1.3}
             # The seconds of an update by its run's median, so that single steps that waited do not shift the rest.
             second = statistics.median(step["update_seconds"] for step in run["steps"])
             rewarded = [step for step in run["steps"] if "reward" in step]
