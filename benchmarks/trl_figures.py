@@ -16,7 +16,7 @@ CONTROL, PLAIN, ROUTED = "TRL, checkpointing", "TRL", "CGGR, kv"
 MODELS = {"1b": "1B", "0.5b": "0.5B"}
 TASKS = {
     "sft": "`SFTTrainer`, rows of 8,192 tokens, 10% supervised",
-    "grpo_512": "`GRPOTrainer`, 16 × 8 completions of 1,024 tokens, prompts of 512, top 20% by entropy",
+    "grpo_512": "`GRPOTrainer`, 16 groups of 8 completions of 1,024 tokens, prompts of 512, top 20% by entropy",
     "grpo_4096": "the same, prompts of 4,096",
     "dpo": "`DPOTrainer`, pairs of 512 tokens on prompts of 1,024",
 }
