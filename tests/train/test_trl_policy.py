@@ -335,6 +335,7 @@ class TestBadInput:
             (CGGRConfig(selection="topk"), "selection='topk' picks tokens by a score"),
             (CGGRConfig(scoring="loss"), "scoring='loss' is not for the loss of GRPOTrainer"),
             (CGGRConfig(router="truncated"), "router='truncated' goes with tokens picked by a score"),
+            (CGGRConfig(min_tokens_ratio=0.2), "min_tokens_ratio=0.2 with selection='supervised', which keeps every"),
             (CGGRConfig(min_tokens_ratio=0.0), r"min_tokens_ratio must be in \(0, 1\], got 0.0"),
         ],
     )

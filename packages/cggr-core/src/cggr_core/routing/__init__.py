@@ -17,6 +17,7 @@ name                          what it promises
 :func:`replaced_forwards`     modules with another ``forward`` for the length of a block
 :func:`replaced_parameters`   modules that find other parameters in place of theirs for the length of a block
 :func:`without_hooks`         a module without its hooks for the length of a block, to be called inside its own call
+:func:`shards_layers`        whether ``fully_shard`` was applied to layers, so that every pass of one is a collective
 :func:`whole_rows`            no look at positions, and no needless mask, for the length of a block
 :func:`unwrapped`             the Hugging Face model inside a PEFT wrapper
 ============================  =========================================================================================
@@ -36,6 +37,7 @@ from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.patches import forward_replaced_by, replaced_forwards, replaced_parameters, without_hooks
+from cggr_core.routing.sharding import shards_layers
 from cggr_core.routing.shared import Shared
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "fused_forwards",
     "replaced_forwards",
     "replaced_parameters",
+    "shards_layers",
     "unwrapped",
     "whole_rows",
     "without_hooks",

@@ -19,7 +19,15 @@ from torch.nn.functional import pad
 
 from cggr_core import Selection, SharedContext
 from cggr_core.logprobs import SharedRun
-from cggr_core.routing import NO_CONTEXT, Engine, TokenInputs, replaced_forwards, unwrapped, without_hooks
+from cggr_core.routing import (
+    NO_CONTEXT,
+    Engine,
+    TokenInputs,
+    replaced_forwards,
+    shards_layers,
+    unwrapped,
+    without_hooks,
+)
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
 from cggr_train.trainer.trl.hooks import uncached_autocast
@@ -43,7 +51,8 @@ class Plan:
 
     Attributes:
         choose: The kept tokens; all labelled ones if None.
-        rows: bool ``[B]``, the rows that take part in the update; all if None. The others leave the forward.
+        rows: bool ``[B]``, the rows that take part in the update; all if None. The others leave the forward too, where
+            ranks need not make the same passes.
         measure: Whether values of all labelled tokens are needed, by ``choose`` or by the loss. They cost a forward.
         fill: ``[B, S]`` log-probabilities to report where nothing is computed; 0 if None.
         shares_prompts: Whether rows may begin with the same prompt, which is then run once for all of them.
@@ -108,10 +117,15 @@ class RoutedForward:
         with replaced_forwards({self.model: forward}):
             yield
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether passes are collectives, of which every rank must make the same ones whatever its rows are."""
+        return shards_layers(self._engine.architecture.layers)
+
     def _fused(self, plan: Plan, *, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
         countable = targets != IGNORED
-        rows = rows_of(plan.rows, countable, inputs)
+        rows = None if self._sharded else rows_of(plan.rows, countable, inputs)
         run = self._plain if self._gradient == "exact" else self._routed
         output, keep, weight = run(plan, inputs, targets, rows)
         for name in _PER_TOKEN:
@@ -126,11 +140,11 @@ class RoutedForward:
         output.loss = -output.log_probs.sum() / (
             count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         )
-        taking_part = is_in(rows, len(targets), targets.device)
+        left = torch.zeros_like(countable[:, 0]) if plan.rows is None else ~plan.rows
         self.metrics = {
-            "kept_tokens": (keep & taking_part[:, None]).sum(),
+            "kept_tokens": keep.sum(),
             "countable_tokens": count,
-            "rows_skipped": (countable.any(1) & ~taking_part).sum(),
+            "rows_skipped": (countable.any(1) & left).sum(),
         }
         return output
 
@@ -162,7 +176,8 @@ class RoutedForward:
         arguments = take_rows(arguments, rows, len(targets))
         keep_graph, engine = self._gradient == "kv", self._engine
         with self._router_losses(wanted=bool(inputs.get("output_router_logits"))):
-            prompts = shared_prompts(arguments, part != IGNORED) if plan.shares_prompts else None
+            shares = plan.shares_prompts and not self._sharded
+            prompts = shared_prompts(arguments, part != IGNORED) if shares else None
             start = 0 if prompts is None else prompts.input_ids.shape[1]
             batch = self._inputs(arguments, prompts)
             context, measured = NO_CONTEXT, None
@@ -295,7 +310,8 @@ class RoutedForward:
 
 
 def _chosen(plan: Plan, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    return (countable, None) if plan.choose is None else plan.choose(countable, measured)
+    keep, weight = (countable, None) if plan.choose is None else plan.choose(countable, measured)
+    return (keep if plan.rows is None else keep & plan.rows[:, None]), weight
 
 
 def _per_token(output: Any) -> dict[str, Tensor]:

@@ -89,6 +89,12 @@ class TaskLoss:
                 )
         if not 0 < self.ratio <= 1:
             raise ValueError(f"min_tokens_ratio must be in (0, 1], got {self.ratio}")
+        if self.selection == "supervised" and config.min_tokens_ratio is not None:
+            others = " or ".join(repr(kind) for kind in self.selections if kind != "supervised")
+            raise ValueError(
+                f"min_tokens_ratio={config.min_tokens_ratio} with selection='supervised', which keeps every token that "
+                f"the loss of {name} is about; use selection={others} for a share of them, or leave it out"
+            )
 
     def _name(self) -> str:
         return next(base.__name__ for base in type(self.trainer).__mro__ if base.__module__.split(".")[0] == "trl")
