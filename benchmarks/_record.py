@@ -1,6 +1,8 @@
 """What every benchmark shares: how it times, what it notes about the machine, how results are written and drawn."""
 
+import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -142,6 +144,7 @@ def measure_until(
     deadline: float,
     rounds: int,
     least: int = 3,
+    calls: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """:func:`measure` round by round, until there are enough or the time is over.
@@ -152,6 +155,7 @@ def measure_until(
         deadline: :func:`time.monotonic` after which no further round begins.
         rounds: Timed rounds at most.
         least: Timed rounds at least.
+        calls: Of a candidate in a row, see :func:`measure`.
         device: Device that the calls run on.
 
     Returns:
@@ -162,9 +166,24 @@ def measure_until(
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     while len(seconds[control]) < least or (len(seconds[control]) < rounds and time.monotonic() < deadline):
-        for name, row in measure(candidates, control=control, repeats=1, warmup=0, device=device).items():
+        for name, row in measure(candidates, control=control, repeats=1, warmup=0, calls=calls, device=device).items():
             seconds[name].append(row["median"])
     return _rows(seconds, control)
+
+
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    """Give a benchmark the option ``--seconds``: after so many, it begins nothing new and gives what it has."""
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so many, and give what is there by then")
+
+
+def deadline(seconds: float | None) -> float:
+    """The :func:`time.monotonic` at which ``seconds`` from now are over; never for ``None``."""
+    return math.inf if seconds is None else time.monotonic() + seconds
+
+
+def is_over(deadline: float) -> bool:
+    """Whether a :func:`deadline` has passed."""
+    return time.monotonic() >= deadline
 
 
 def _rows(seconds: Mapping[str, Sequence[float]], control: str) -> dict[str, dict[str, Any]]:

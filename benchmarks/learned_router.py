@@ -45,7 +45,7 @@ def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
 
     return {
         "standard": standard_step(model, tokens),
-        FUSED: fused_step(model, tokens),
+        FUSED: fused_step(model, standard_step(model, tokens)),
         f"{TRUNCATED}, depth {depth}": step(create_truncated_router(model, depth)),
         f"{LEARNED}, depth {depth}": step(LearnedRouter(depth)),
         "remembered scores": step(memory, example_ids=ids),

@@ -1,8 +1,8 @@
 """Time and memory of a training step: standard, compiled, and every gradient mode and engine.
 
-``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b`` and ``... 135m`` (one CUDA device; with
-``CGGR_BACKEND=torch`` and a ``--name``, the same without kernels). A step is forward, loss and backward; the
-optimizer's share is the same for all and left out. Random token ids, random weights.
+``python -m benchmarks.step_time cpu`` (two cores, a few minutes), ``... 1b``, ``... 8b`` and ``... 135m`` (one CUDA
+device; with ``CGGR_BACKEND=torch`` and a ``--name``, the same without kernels). A step is forward, loss and backward;
+the optimizer's share is the same for all and left out. Random token ids, random weights.
 """
 
 import argparse
@@ -76,6 +76,8 @@ class Shape:
 SHAPES = {
     "cpu": Shape(8, 384, 1024, 6, 2, 8192, 8, 512, torch.float32, "cpu"),
     "1b": Shape(16, 2048, 8192, 32, 8, 128256, 8, 2048, torch.bfloat16, "cuda"),
+    # Eight layers of Llama-3-8B's sizes; its head is as wide as the 1B model's.
+    "8b": Shape(8, 4096, 14336, 32, 8, 128256, 4, 2048, torch.bfloat16, "cuda", tied=False),
     "135m": Shape(30, 576, 1536, 9, 3, 49152, 8, 2048, torch.bfloat16, "cuda", launch_bound=True),
 }
 # Variant -> (settings of CGGRModel, whether a truncated router scores). The first three are what the bars are about.
@@ -90,11 +92,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "exact": ({"gradient": "exact"}, False),
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
+# Tokens that need no gradient in FP8.
+LOW = ", fp8 context"
 # The routed passes run norms, rotary embeddings and gated activations in fused ops; this is the standard step with
 # those alone changed.
 FUSED = "standard, fused layers"
 # What TRL's trainers do unless told otherwise: every layer's activations are recomputed in the backward pass.
 CHECKPOINTED = "standard, checkpointed"
+CHECKPOINTED_FUSED = "standard, checkpointed, fused layers"
 # Labels on the last tenth of every row alone, as in fine-tuning on answers: what the task leaves out is not trained on.
 SUPERVISED_SHARE = 0.1
 SUPERVISED = ", 10% supervised"
@@ -115,14 +120,14 @@ def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None
     return step
 
 
-def checkpointed_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Callable[[], None]:
-    """The standard step with gradient checkpointing, as transformers does it, on a copy of the model.
+def checkpointed(model: nn.Module) -> nn.Module:
+    """A copy of the model with gradient checkpointing, as transformers does it.
 
     Switched on and off on the model itself, it would make the compiled control compile anew in every round.
     """
     copied: Any = copy.deepcopy(model)
     copied.gradient_checkpointing_enable({"use_reentrant": False})
-    return standard_step(copied, tokens, labels)
+    return copied
 
 
 def end_labels(tokens: Tensor) -> Tensor:
@@ -132,9 +137,10 @@ def end_labels(tokens: Tensor) -> Tensor:
     return labels
 
 
-def supervised_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+def supervised_step(model: nn.Module, tokens: Tensor, precision: str | None) -> Callable[[], None]:
     """``kv`` on the tokens that have a label."""
-    wrapped, labels = CGGRModel(model, gradient="kv", selection="supervised").train(), end_labels(tokens)
+    wrapped = CGGRModel(model, gradient="kv", selection="supervised", context_precision=precision).train()
+    labels = end_labels(tokens)
 
     def step() -> None:
         wrapped(tokens, labels=labels).backward()
@@ -143,9 +149,9 @@ def supervised_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     return step
 
 
-def fused_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
-    """The standard step with the fused ops of the routed passes."""
-    forwards, standard = fused_forwards(model.modules()), standard_step(model, tokens)
+def fused_step(model: nn.Module, standard: Callable[[], None]) -> Callable[[], None]:
+    """A step of the model with the fused ops of the routed passes, forward and backward."""
+    forwards = fused_forwards(model.modules())
 
     def step() -> None:
         with replaced_forwards(forwards):
@@ -154,13 +160,16 @@ def fused_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     return step
 
 
-def cggr_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
+def cggr_step(
+    model: nn.Module, tokens: Tensor, variant: str, ratio: float, precision: str | None
+) -> Callable[[], None]:
     """The step of one variant over the same model."""
     settings, routed = VARIANTS[variant.removesuffix(RECORDED)]
     depth = max(1, model.config.num_hidden_layers // 8)
     router = create_truncated_router(model, depth) if routed else None
     recorded = "auto" if variant.endswith(RECORDED) else False
-    wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, cuda_graph=recorded, **settings).train()
+    settings = {**settings, "min_tokens_ratio": ratio, "seed": SEED, "context_precision": precision}
+    wrapped = CGGRModel(model, router, cuda_graph=recorded, **settings).train()
 
     def step() -> None:
         wrapped(tokens, labels=tokens).backward()
@@ -213,25 +222,26 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     """The step of a row of the table."""
     if variant.endswith(GRAPH):
         return GraphStep(make_step(model, tokens, variant.removesuffix(GRAPH), ratio), model)
-    if variant == "standard":
-        return standard_step(model, tokens)
-    if variant == CHECKPOINTED:
-        return checkpointed_step(model, tokens)
-    if variant == "standard" + SUPERVISED:
-        return standard_step(model, tokens, end_labels(tokens))
-    if variant == CHECKPOINTED + SUPERVISED:
-        return checkpointed_step(model, tokens, end_labels(tokens))
-    if variant == "kv" + SUPERVISED:
-        return supervised_step(model, tokens)
-    if variant == FUSED:
-        return fused_step(model, tokens)
+    if variant.endswith(COMPILED):
+        return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
     if variant == "scoring and selection alone":
         return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
         return standard_step(torch.compile(model), tokens)
-    if variant.endswith(COMPILED):
-        return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
-    return cggr_step(model, tokens, variant, ratio)
+    plain, labels = variant.removesuffix(SUPERVISED), end_labels(tokens) if variant.endswith(SUPERVISED) else None
+    if plain == "standard":
+        return standard_step(model, tokens, labels)
+    if plain == FUSED:
+        return fused_step(model, standard_step(model, tokens, labels))
+    if plain in (CHECKPOINTED, CHECKPOINTED_FUSED):
+        copied = checkpointed(model)
+        step = standard_step(copied, tokens, labels)
+        return fused_step(copied, step) if plain == CHECKPOINTED_FUSED else step
+    precision = "fp8" if variant.endswith(LOW) else None
+    variant = variant.removesuffix(LOW)
+    if variant == "kv" + SUPERVISED:
+        return supervised_step(model, tokens, precision)
+    return cggr_step(model, tokens, variant, ratio, precision)
 
 
 def peak_on_device(step: Callable[[], None]) -> int:
@@ -291,6 +301,60 @@ def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[],
     return step
 
 
+def variants_of(shape: Shape) -> list[str]:
+    """The rows of a shape's table besides the standard step, the ones that the bars are about first."""
+    main_variants = list(VARIANTS)[:3]
+    compiled = ["standard, compiled", *(name + COMPILED for name in main_variants[:2])]
+    graphs = [name + GRAPH for name in ("standard", *main_variants[:2], *compiled[1:])]
+    recorded = [name + RECORDED for name in main_variants]
+    supervised = [name + SUPERVISED for name in ("standard", FUSED, CHECKPOINTED, CHECKPOINTED_FUSED, "kv")]
+    cuda = shape.device == "cuda"
+    # On small models FP8 gains nothing: their products are not what takes the time.
+    low = [name + LOW for name in (*main_variants, "kv" + SUPERVISED, *list(VARIANTS)[4:7])]
+    return [
+        FUSED,
+        CHECKPOINTED,
+        CHECKPOINTED_FUSED,
+        *main_variants,
+        *supervised,
+        *(low if cuda and not shape.launch_bound else []),
+        *(compiled if cuda else []),
+        *([*graphs, *recorded] if shape.launch_bound else []),
+        *list(VARIANTS)[3:],
+    ]
+
+
+def prepared(
+    model: nn.Module, tokens: Tensor, variants: list[str], ratio: float, deadline: float
+) -> tuple[dict[str, Callable[[], None]], dict[str, int], dict[str, str]]:
+    """The steps of the variants, each run a few times.
+
+    Returns:
+        The steps, their peaks of CUDA memory in bytes (none on a CPU), and why variants were left out.
+    """
+    steps: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    for name in variants:
+        if _record.is_over(deadline):
+            left_out[name] = "the time was over"
+            continue
+        try:
+            step = make_step(model, tokens, name, ratio)
+            if tokens.is_cuda:
+                peaks[name] = peak_on_device(step)
+            else:
+                step()
+        except torch.OutOfMemoryError:
+            model.zero_grad(set_to_none=True)
+            left_out[name] = "out of memory"
+            torch.cuda.empty_cache()
+            continue
+        steps[name] = step
+        print(f"ready: {name}", flush=True)
+    return steps, peaks, left_out
+
+
 def main() -> None:
     """Run one shape and write its JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -298,8 +362,10 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
     parser.add_argument("--only", nargs="*", help="variants to run besides the standard step")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    _record.add_seconds(parser)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     if options.peak_of:
@@ -307,38 +373,32 @@ def main() -> None:
         return
 
     cuda = shape.device == "cuda"
-    main_variants = list(VARIANTS)[:2]
-    compiled = ["standard, compiled", *(name + COMPILED for name in main_variants)]
-    graphs = [name + GRAPH for name in ("standard", *main_variants, *compiled[1:])]
-    recorded = [name + RECORDED for name in list(VARIANTS)[:3]]
-    supervised = [name + SUPERVISED for name in ("standard", CHECKPOINTED, "kv")]
-    everything = [
-        FUSED,
-        CHECKPOINTED,
-        *supervised,
-        *(compiled if cuda else []),
-        *(graphs if shape.launch_bound else []),
-        *(recorded if shape.launch_bound else []),
-        *VARIANTS,
-    ]
-    variants = ["standard", *(everything if options.only is None else options.only)]
+    everything = variants_of(shape) if options.only is None else options.only
     model, tokens = shape.model(), shape.tokens()
-    steps = {name: make_step(model, tokens, name, options.ratio) for name in variants}
-    steps["scoring and selection alone"] = scoring_step(model, tokens, options.ratio)
+    # A third of the time is for the rounds, whatever compilation takes.
+    until, deadline = (_record.deadline(options.seconds and options.seconds * share) for share in (2 / 3, 1.0))
+    names = ["standard", *everything, "scoring and selection alone"]
+    steps, peaks, left_out = prepared(model, tokens, names, options.ratio, until)
     calls = STEPS_IN_A_ROW if cuda else 1
-    rounds = {"repeats": options.rounds, "warmup": 2, "calls": calls}
-    rows = _record.measure(steps, control="standard", device=shape.device, **rounds)
-    for name, step in steps.items():
-        peak = peak_on_device(step) if cuda else peak_in_fresh_process(options.shape, name, options.ratio)
+    rounds = {"rounds": options.rounds, "deadline": deadline, "calls": calls}
+    rows = _record.measure_until(steps, control="standard", device=shape.device, **rounds)
+    if not cuda:
+        peaks = {
+            name: peak_in_fresh_process(options.shape, name, options.ratio)
+            for name in steps
+            if not _record.is_over(deadline)
+        }
+    for name, peak in peaks.items():
         rows[name]["peak_extra_bytes"] = peak
     del model, steps
-    settings = shape.settings() | {"ratio": options.ratio, "seed": SEED}
+    settings = shape.settings() | {"ratio": options.ratio, "seed": SEED, "left_out": left_out}
     settings["steps_in_a_row"] = calls
     settings["backend"] = os.environ.get("CGGR_BACKEND", "auto")
     name = options.name or f"step_time_{options.shape}"
-    path = _record.write(name, rows, settings=settings, control="standard", device=shape.device)
-    _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds per step")
+    where = {"control": "standard", "device": shape.device, "folder": options.output}
+    path = _record.write(name, rows, settings=settings, **where)
     report(json.loads(path.read_text()))
+    _record.plot(_record.load(name, folder=options.output), path.with_suffix(".png"), label="seconds per step")
 
 
 def report(result: dict[str, Any]) -> None:
@@ -346,10 +406,10 @@ def report(result: dict[str, Any]) -> None:
     control = result["rows"]["standard"]
     print(f"{'':50} {'ms':>8} {'faster':>7} {'peak GB':>8} {'share':>6}")
     for name, row in result["rows"].items():
-        line = (
-            f"{name:42} {row['median'] * 1e3:8.1f} {row['ratio']['median']:6.2f}x {row['peak_extra_bytes'] / 1e9:8.2f}"
-        )
-        line += f" {row['peak_extra_bytes'] / control['peak_extra_bytes']:6.2f}"
+        line = f"{name:50} {row['median'] * 1e3:8.1f} {row['ratio']['median']:6.2f}x"
+        if "peak_extra_bytes" in row:
+            share = row["peak_extra_bytes"] / control["peak_extra_bytes"]
+            line += f" {row['peak_extra_bytes'] / 1e9:8.2f} {share:6.2f}"
         print(line)
 
 
