@@ -1,0 +1,130 @@
+"""What the operators of a step have to do, and the least time that a device could take for it."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+LABEL = "work#"
+# Dense products per second and bytes per second, as NVIDIA states them for the SXM boards.
+PEAKS: dict[str, dict[str, float]] = {
+    "H100": {"half": 989e12, "fp8": 1979e12, "single": 67e12, "bytes": 3.35e12},
+    "H200": {"half": 989e12, "fp8": 1979e12, "single": 67e12, "bytes": 4.8e12},
+}
+# Operators that read a few rows of what they are given.
+_READ_ROWS = ("gather", "index", "embedding")
+_HALF_SEEN = 0.5  # of the keys, by causal queries all over a row
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of an operator.
+
+    Attributes:
+        name: Of the operator, with its sizes where it is a matrix product.
+        flop: Operations of its matrix products, and of attention's.
+        bytes: Of the tensors that it reads and writes, each once.
+        kind: Of its products: ``"half"``, ``"single"`` or ``"fp8"``.
+    """
+
+    name: str
+    flop: float
+    bytes: float
+    kind: str
+
+    def floor(self, peaks: dict[str, float]) -> float:
+        """The seconds that a device cannot go below."""
+        return max(self.flop / peaks[self.kind], self.bytes / peaks["bytes"])
+
+
+class Counted(TorchDispatchMode):
+    """Labels every operator call for the profiler, and notes its work.
+
+    Attributes:
+        calls: The work of the call labelled ``work#N``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Work] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator under its label."""
+        place = len(self.calls)
+        self.calls.append(Work("", 0.0, 0.0, "half"))
+        with record_function(f"{LABEL}{place}"):
+            out = func(*args, **(kwargs or {}))
+        self.calls[place] = work_of(func, args, kwargs or {}, out)
+        return out
+
+
+def work_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Work:
+    """The work of one operator call."""
+    packet = func.overloadpacket
+    name = str(packet)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    moved = 2 * _bytes(made) if any(part in name for part in _READ_ROWS) else _bytes([*tensors, *made])
+    dtypes = {tensor.dtype for tensor in tensors}
+    kind = "fp8" if torch.float8_e4m3fn in dtypes and "scaled_mm" in name else "half"
+    if kind == "half" and not dtypes & {torch.bfloat16, torch.float16}:
+        kind = "single"
+    flop = 0.0
+    if name in _OWN:
+        flop = _OWN[name](*args)
+    elif packet in flop_registry:
+        flop = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        if "attention" in name:
+            flop *= _HALF_SEEN  # the formulas are those of whole rows, and these are causal
+        else:
+            sizes = [tuple(tensor.shape) for tensor in tensors if tensor.dim() > 1][-2:]
+            name += " " + " @ ".join("x".join(map(str, size)) for size in sizes)
+    return Work(name, flop, moved, kind)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    unique = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors if tensor.numel()}
+    # What is expanded is read once.
+    return float(
+        sum(
+            min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()) for tensor in unique.values()
+        )
+    )
+
+
+def _attention(products: int) -> Callable[..., float]:
+    def flop(q: Tensor, k: Tensor, *rest: Any) -> float:
+        return 2 * products * math.prod(q.shape) * k.shape[1] * _HALF_SEEN
+
+    return flop
+
+
+def _of_head(products: int) -> Callable[..., float]:
+    def flop(rows: Tensor, weight: Tensor, *rest: Any) -> float:
+        return 2.0 * products * rows.shape[0] * math.prod(weight.shape)
+
+    return flop
+
+
+def _of_head_rows(hidden: Tensor, weight: Tensor, targets: Tensor, row_index: Tensor | None, *rest: Any) -> float:
+    rows = hidden.shape[0] if row_index is None else row_index.shape[0]
+    return 2.0 * 3 * rows * math.prod(weight.shape)
+
+
+# Matrix products inside the project's own operators, by their number.
+_OWN: dict[str, Callable[..., float]] = {
+    "cggr_kernels.routed_attention": _attention(2),
+    "cggr_kernels.routed_attention_query_gradient": _attention(3),
+    "cggr_kernels.routed_attention_key_gradient": _attention(4),
+    "cggr_kernels.linear_difficulty": _of_head(1),
+    "cggr_kernels.linear_cross_entropy": _of_head(1),
+    "cggr_kernels.linear_cross_entropy_gradient": _of_head(3),
+    "cggr_kernels.linear_cross_entropy_sum": _of_head_rows,
+}
