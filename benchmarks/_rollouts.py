@@ -187,6 +187,7 @@ class Rollouts:
                 self._forward(self._tokens, self._positions, self._allowed)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may pin memory meanwhile, which is no part of the graph.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._forward(self._tokens, self._positions, self._allowed)
         self._graph = graph
