@@ -127,17 +127,20 @@ def compared(arms: Sequence[Arm], ratio: float, without: Sequence[str] = ()) -> 
     return [arm for arm in (*found[:place], stretches, *found[place:]) if arm.name not in without]
 
 
-def run(folder: Path, asked: StudySettings, console: Console, stop_after: float | None) -> tuple[Outcome, int] | None:
-    """Run or resume a study, and report on the seeds that were done by all arms when the time is up.
+def stop_by_itself(seconds: float) -> None:
+    """Ask this process to stop, as the study does cleanly, after so many seconds."""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # while a report is written there is nothing to stop
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+
+
+def run(folder: Path, asked: StudySettings, console: Console) -> tuple[Outcome, int] | None:
+    """Run or resume a study, and report on the seeds that were done by all arms when it was stopped.
 
     Returns:
         The outcome and how many seeds it holds; None where not one was done.
     """
-    if stop_after is not None:
-        signal.signal(signal.SIGTERM, lambda number, frame: None)  # while a report is written there is nothing to stop
-        timer = threading.Timer(stop_after, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
     asked.save(folder)  # an earlier run may have reported on fewer seeds
     result = resume_study(folder, console)
     if result.outcome is not None:
@@ -255,6 +258,8 @@ def main() -> None:
     parser.add_argument("--calibration-seconds", type=float, default=4.0)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
+    if arguments.stop_after is not None:
+        stop_by_itself(arguments.stop_after)
     console = Console(width=150)
     name = arguments.name or f"frontier_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
     folder = arguments.work / name
@@ -262,7 +267,7 @@ def main() -> None:
     if not (folder / STUDY).exists():
         prepare_study(asked, folder, console)
         save_arms(folder, compared(load_arms(folder), arguments.ratio, arguments.without))
-    found = run(folder, asked, console, arguments.stop_after)
+    found = run(folder, asked, console)
     if found is None:
         raise SystemExit("not one seed was done by all arms; the same command goes on")
     path = write_result(found[0], dataclasses.replace(asked, seeds=found[1]), arguments, name)
