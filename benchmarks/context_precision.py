@@ -102,7 +102,7 @@ def measure_errors(arguments: argparse.Namespace, until: float) -> Iterator[tupl
         model: Any = load_model(str(arguments.model)).to(arguments.device).train()
         _, heldout = examples(arguments)
         rows = next(iter(in_order(heldout, length=length, batch_size=batch, limit=batch)))
-        yield from errors(arguments.model.name, model, rows.to(arguments.device)[:, :length].abs(), until)
+        yield from errors(arguments.model.name, model, split_supervised(rows.to(arguments.device))[0], until)
 
 
 def examples(arguments: argparse.Namespace) -> tuple[Any, Any]:
