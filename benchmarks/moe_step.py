@@ -1,0 +1,130 @@
+"""Time and memory of a training step of a Mixtral: transformers' experts, compiled, and this project's, routed and not.
+
+``python -m benchmarks.moe_step gpu`` (one CUDA device, about three minutes), ``... cpu`` (tiny, to try it). A step is
+forward, loss with the auxiliary loss of the routers, and backward. All arms have the same weights and random tokens;
+``grouped_mm`` is what transformers runs by default. Routed steps keep a quarter of the tokens: the others pass the
+experts too, and nothing of them is kept for the backward pass.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from benchmarks import _record
+from benchmarks.step_time import SEED, STEPS_IN_A_ROW, peak_on_device
+from cggr_core import CGGRModel
+from cggr_moe import register_experts
+
+CONTROL = "standard, grouped_mm"
+COMPILED = "standard, grouped_mm, compiled"
+ROUTED: dict[str, dict[str, Any]] = {
+    "interleaved, random": {"selection": "random"},
+    "two passes, full-depth scores": {},
+}
+RATIO = 0.25
+# layers, hidden, intermediate, heads, key-value heads, vocabulary, experts, batch, length, dtype, device
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "vocab": 256, "experts": 4,
+        "batch": 2, "length": 64, "dtype": torch.float32, "device": "cpu",
+    },
+    "gpu": {
+        "layers": 12, "hidden": 1024, "intermediate": 3584, "heads": 16, "kv_heads": 4, "vocab": 32000, "experts": 8,
+        "batch": 8, "length": 2048, "dtype": torch.bfloat16, "device": "cuda",
+    },
+}  # fmt: skip
+
+
+def make_model(shape: dict[str, Any], implementation: str) -> MixtralForCausalLM:
+    """A Mixtral of these sizes with random weights, the same for every implementation of its experts."""
+    torch.manual_seed(SEED)
+    config = MixtralConfig(
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        num_local_experts=shape["experts"],
+        num_experts_per_tok=2,
+        max_position_embeddings=shape["length"],
+        output_router_logits=True,
+    )
+    with torch.device(shape["device"]):
+        model = MixtralForCausalLM(config).to(shape["dtype"]).train()
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def make_step(call: Callable[[], Any], model: torch.nn.Module) -> Callable[[], None]:
+    """Forward, backward, gradients released."""
+
+    def step() -> None:
+        call().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def make_steps(shape: dict[str, Any], tokens: Tensor) -> dict[str, Callable[[], None]]:
+    """The step of every arm."""
+    steps: dict[str, Callable[[], None]] = {}
+    for implementation in ("grouped_mm", register_experts()):
+        model = make_model(shape, implementation)
+
+        def standard(model: Any = model) -> Tensor:
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+        steps[f"standard, {implementation}"] = make_step(standard, model)
+        if implementation == "grouped_mm" and shape["device"] == "cuda":
+            compiled = torch.compile(copy.deepcopy(model))
+            steps[COMPILED] = make_step(lambda compiled=compiled: standard(compiled), compiled)
+        for name, settings in ROUTED.items():
+            routed = CGGRModel(model, gradient="kv", min_tokens_ratio=RATIO, seed=SEED, **settings).train()
+            steps[f"{name}, {implementation}"] = make_step(lambda routed=routed: routed(tokens, labels=tokens), model)
+    return steps
+
+
+def main() -> None:
+    """Run one shape and write its JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
+    _record.add_seconds(parser)
+    options = parser.parse_args()
+    until = _record.deadline(options.seconds)
+    shape, cuda = SHAPES[options.shape], SHAPES[options.shape]["device"] == "cuda"
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(0, shape["vocab"], (shape["batch"], shape["length"]), generator=generator)
+    tokens = tokens.to(shape["device"])
+    steps = make_steps(shape, tokens)
+    peaks = {}
+    for name, step in steps.items():
+        step()  # compiles
+        if cuda:
+            peaks[name] = peak_on_device(step)
+        print(f"{name}: ready", flush=True)
+    calls = STEPS_IN_A_ROW if cuda else 1
+    timing = {"rounds": options.rounds, "deadline": until, "calls": calls}
+    rows = _record.measure_until(steps, control=CONTROL, device=shape["device"], **timing)
+    for name, peak in peaks.items():
+        rows[name]["peak_extra_bytes"] = peak
+    settings = {**shape, "dtype": str(shape["dtype"]), "ratio": RATIO, "seed": SEED, "steps_in_a_row": calls}
+    where = {"control": CONTROL, "device": shape["device"], "folder": options.output}
+    name = f"moe_step_{options.shape}"
+    path = _record.write(name, rows, settings=settings, **where)
+    _record.plot(_record.load(name, folder=options.output), path.with_suffix(".png"), label="seconds per step")
+    for row, numbers in rows.items():
+        peak = numbers.get("peak_extra_bytes", 0) / 1e9
+        print(f"{row:45} {numbers['median'] * 1e3:9.1f} ms {numbers['ratio']['median']:6.2f}x {peak:8.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
