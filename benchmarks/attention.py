@@ -130,8 +130,9 @@ def measure(
     rounds: int,
     works: dict[str, tuple[str, Context]],
     not_measured: dict[str, str],
+    deadline: float,
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """The rows of one sequence length, after every round of either pass."""
+    """The rows of one sequence length, after every round of either pass, as far as the time goes."""
     clock = Clock(model.device.type)
     rows: dict[str, dict[str, Any]] = {}
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
@@ -167,7 +168,9 @@ def measure(
                 if clock.cuda:
                     torch.cuda.empty_cache()
         seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number and _record.is_over(deadline):
+                break
             for name, (backend, call) in calls.items():
                 model.set_attn_implementation(backend)
                 seconds[name].append(clock(call))
@@ -229,12 +232,17 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", help="names of attention_backends() (by default all that work)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(TINY if arguments.tiny else SIZES, device)
     shapes = {length: SHAPES.get(length, (1, 4)) for length in arguments.lengths}
     works = candidates(model, device, arguments.backends)
     for length, (batch, rounds) in shapes.items():
+        if _record.is_over(deadline):
+            print(f"S {length}: the time is over", flush=True)
+            continue
         rounds = arguments.rounds or rounds
         not_measured: dict[str, str] = {}
         settings = {
@@ -250,7 +258,7 @@ def main() -> None:
         }
         control = f"{PASSES[0]}, {CONTROL}"
         name = f"attention_{length}"
-        for rows in measure(model, length, batch, rounds, works, not_measured):
+        for rows in measure(model, length, batch, rounds, works, not_measured, deadline):
             _record.write(name, rows, settings=settings, control=control, device=device, folder=arguments.folder)
     found = [length for length in SHAPES if (arguments.folder / f"attention_{length}.json").exists()]
     if found:

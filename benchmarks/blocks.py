@@ -54,12 +54,18 @@ def main() -> None:
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("data", type=Path, help="JSON Lines with question and answer")
     parser.add_argument("--seeds", type=int, default=3, help="batches, each with its own selections")
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     lines = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()[:400]]
     ids = tokenizer("\n\n".join(f"{line['question']}\n{line['answer']}" for line in lines))["input_ids"]
     found: dict[str, list[float]] = {f"{mode}, blocks of {size}": [] for mode in MODES for size in SIZES}
+    seeds = 0
     for seed in range(arguments.seeds):
+        if seed and _record.is_over(deadline):
+            break
+        seeds += 1
         input_ids = torch.tensor(ids[seed * ROWS * LENGTH : (seed + 1) * ROWS * LENGTH]).view(ROWS, LENGTH)
         full = gradient(CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train(), input_ids)
         for mode in MODES:
@@ -75,7 +81,7 @@ def main() -> None:
         "keep_ratio": 1 / PARTS,
         "dtype": "float32",
         "seed": 0,
-        "seeds": arguments.seeds,
+        "seeds": seeds,
     }
     print(_record.write("blocks", rows, settings=settings, control="kv, blocks of 1"))
 

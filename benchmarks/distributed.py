@@ -80,13 +80,17 @@ def slowest(seconds: float) -> float:
     return float(both)
 
 
-def measure(shape: Shape, engine: str, *, rounds: int, warmup: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of a step of every method under one engine."""
+def measure(
+    shape: Shape, engine: str, *, rounds: int, warmup: int, steps: int, deadline: float
+) -> dict[str, list[float]]:
+    """Seconds of a step of every method under one engine, in as many rounds as the time is enough for on every rank."""
     generator = torch.Generator().manual_seed(SEED + dist.get_rank())
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length), generator=generator).to(shape.device)
     made = {f"{method}, {engine}": make_step(shape, engine, method, tokens) for method in ("standard", *ROUTED)}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(warmup + rounds):
+        if turn > warmup and slowest(float(_record.is_over(deadline))):
+            break
         for name, step in made.items():
             wait(shape)
             dist.barrier()
@@ -135,7 +139,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a round")
     parser.add_argument("--batch", type=int, help="sequences of a rank, instead of the shape's own")
     parser.add_argument("--length", type=int, help="tokens of a sequence, instead of the shape's own")
+    _record.add_seconds(parser)
     options = parser.parse_args()
+    # Half of the time for each engine.
+    halves = [_record.deadline(options.seconds and options.seconds * share) for share in (0.5, 1.0)]
     shape = on_this_rank(SHAPES[options.shape])
     sizes = {name: value for name in ("batch", "length") if (value := getattr(options, name))}
     shape = Shape(**{**vars(shape), **sizes})
@@ -146,8 +153,8 @@ def main() -> None:
         dist.init_process_group("gloo")
     timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
     seconds: dict[str, list[float]] = {}
-    for engine in ("DDP", "FSDP2"):
-        seconds |= measure(shape, engine, **timing)
+    for engine, deadline in zip(("DDP", "FSDP2"), halves, strict=True):
+        seconds |= measure(shape, engine, **timing, deadline=deadline)
         if dist.get_rank() == 0:
             write(f"distributed_{options.shape}_{dist.get_world_size()}", shape, seconds, timing)
     dist.destroy_process_group()

@@ -168,7 +168,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--eval-sequences", type=int, default=256)
     parser.add_argument("--device", default="auto")
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     arguments.length = arguments.length or (512 if arguments.setting == "answers" else 2048)
     device = pick_device(arguments.device)
     bfloat16 = device.type == "cuda"
@@ -209,6 +211,9 @@ def main() -> None:
     full = mean_gradient(base, batches, loss(None, torch.Generator().manual_seed(SEED), base))
     found: dict[str, dict[str, Any]] = {}
     for key, variant in wanted.items():
+        if found and _record.is_over(deadline):
+            print(f"{key}: the time is over", flush=True)
+            continue
         gradient = mean_gradient(base, batches, loss(variant, torch.Generator().manual_seed(SEED), base))
         shares = [
             choose(variant or Variant(), split_supervised(rows).labels, torch.Generator().manual_seed(SEED))[0]

@@ -247,12 +247,17 @@ def main() -> None:
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave out torch.compile")
     parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches, write nothing")
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     if not torch.cuda.is_available():
         parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
     torch.manual_seed(SEED)
     table = Table(1 if arguments.compile_only else arguments.repeats)
     for op in arguments.ops:
+        if table.rows and _record.is_over(deadline):
+            print(f"{op}: the time is over", flush=True)
+            continue
         BENCHES[op](table, arguments)
         gc.collect()
         torch.cuda.empty_cache()

@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--once", action="store_true", help="only run the kernels, as the profiled process does")
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
@@ -84,7 +85,10 @@ def main() -> None:
     command = ["ncu", "--csv", "--clock-control", "none", "--kernel-name", "regex:routed_attention"]
     command += ["--metrics", ",".join([TIME, *COUNTERS.values()])]
     command += [sys.executable, "-m", "benchmarks.kernels_counters", "--once"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.seconds)
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"ncu had not ended after {arguments.seconds:g} s, and tells nothing before that") from error
     if done.returncode:
         raise RuntimeError(f"ncu ended with {done.returncode}: {done.stdout[-2000:]} {done.stderr[-2000:]}")
     rows = rows_of(read_kernels(done.stdout))

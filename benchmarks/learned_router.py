@@ -53,13 +53,17 @@ def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
     }
 
 
-def cost(name: str, rounds: int) -> None:
+def cost(name: str, rounds: int, deadline: float) -> None:
     """Time the steps of one shape of ``step_time``, interleaved engine, mode ``kv``."""
     shape = SHAPES[name]
     model, tokens = shape.model(), shape.tokens()
     steps = steps_of(model, tokens)
     calls = STEPS_IN_A_ROW if shape.device == "cuda" else 1
-    rows = _record.measure(steps, control="standard", repeats=rounds, warmup=3, calls=calls, device=shape.device)
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    limits = {"rounds": rounds, "deadline": deadline, "calls": calls}
+    rows = _record.measure_until(steps, control="standard", device=shape.device, **limits)
     for row, step in steps.items():
         if shape.device == "cuda":
             rows[row]["peak_extra_bytes"] = peak_on_device(step)
@@ -76,8 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=10)
+    _record.add_seconds(parser)
     options = parser.parse_args()
-    cost(options.shape, options.rounds)
+    cost(options.shape, options.rounds, _record.deadline(options.seconds))
 
 
 if __name__ == "__main__":

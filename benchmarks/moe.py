@@ -163,9 +163,11 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> None:
     control = f"{shape}, {arguments.distributions[0]}, {PASSES[0]}: {CONTROL}"
     where = {"control": control, "device": "cuda", "folder": arguments.folder}
     for distribution in arguments.distributions:
+        if table.rows and _record.is_over(arguments.deadline):
+            break
         compare(table, problem, distribution, layers)
         _record.write(result_name(shape), table.rows, settings=settings, **where)
-    if OURS in layers:
+    if OURS in layers and not _record.is_over(arguments.deadline):
         compare_masked(table, problem)
         describe(table, problem, layers)
     _record.write(result_name(shape), table.rows, settings=settings, **where)
@@ -214,7 +216,9 @@ def main() -> None:
         help="with --compile-only: every COUNT-th of Liger's configurations, from PLACE (0 to COUNT - 1) on",
     )
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    arguments.deadline = _record.deadline(arguments.seconds)
     if not torch.cuda.is_available():
         parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
     if arguments.share and not arguments.compile_only:
@@ -222,6 +226,9 @@ def main() -> None:
     if arguments.share:
         keep_share(*arguments.share)
     for place in arguments.shapes:
+        if _record.is_over(arguments.deadline):
+            print(f"{SHAPES[place]}: the time is over", flush=True)
+            continue
         torch.manual_seed(SEED)
         (compile_only if arguments.compile_only else measure)(SHAPES[place], arguments)
         torch.compiler.reset()

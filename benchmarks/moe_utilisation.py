@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", type=int, choices=(0, 1), default=(1,))
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     if arguments.child:
         profiled_passes(*arguments.child)
         return
@@ -129,6 +131,8 @@ def main() -> None:
     table = Table(repeats=1)
     for shape in arguments.shapes:
         for place in arguments.passes:
+            if table.rows and _record.is_over(deadline):
+                break
             measure(table, shape, place)
             control = next(name for name in table.rows if name.endswith(f": {CONTROL}"))
             where = {"device": "cuda", "folder": arguments.folder}

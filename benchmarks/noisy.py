@@ -172,7 +172,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--eval-sequences", type=int, default=512)
     parser.add_argument("--device", default="auto")
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     device = pick_device(arguments.device)
     tokenizer = load_tokenizer(str(arguments.model))
     base = load_model(str(arguments.model)).to(device)
@@ -182,6 +184,9 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for kind in arguments.kinds:
         for seed in range(arguments.seeds):
+            if found and _record.is_over(deadline):
+                print(f"{kind}, seed {seed}: the time is over", flush=True)
+                continue
             rows = make_rows(kind, arguments, tokenizer, seed)
             heldout = list(rows.heldout.split(arguments.batch_size))
 

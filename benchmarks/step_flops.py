@@ -88,13 +88,18 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the JSON and the plot")
+    _record.add_seconds(parser)
     options = parser.parse_args()
+    deadline = _record.deadline(options.seconds)
     here = torch.device(options.device).type
     if any(row.device_type == here and row.backend != "torch" for row in backends.report()):
         parser.error("a kernel's operations are not seen; run with CGGR_BACKEND=torch")
     shapes = {name: replace(SHAPES[name], device=options.device) for name in options.shapes}
     rows: dict[str, dict[str, Any]] = {}
-    for name, shape in shapes.items():
+    for name, shape in list(shapes.items()):
+        if rows and _record.is_over(deadline):
+            del shapes[name]
+            continue
         standard = count(shape, "standard", options.ratio)
         rows[f"{name}: standard"] = standard | _single(1.0)
         for variant in VARIANTS:

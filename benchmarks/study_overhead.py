@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--config", default="nano")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--repeats", type=int, default=3)
+    _record.add_seconds(parser)
     arguments = parser.parse_args()
+    deadline = _record.deadline(arguments.seconds)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         context = prepared(Path(folder), arguments)
@@ -74,6 +76,8 @@ def main() -> None:
             }
             seconds: dict[str, list[float]] = {kind: [] for kind in calls}
             for turn in range(arguments.repeats + 1):
+                if turn > 1 and _record.is_over(deadline):
+                    break
                 for kind, call in calls.items():
                     started = time.process_time()
                     call()

@@ -106,7 +106,7 @@ def loop(step_model: nn.Module, parameters: list[nn.Parameter], shape: Shape, cl
 
 
 def measure(
-    shape: Shape, *, rounds: int, warmup: int, steps: int, names: list[str]
+    shape: Shape, *, rounds: int, warmup: int, steps: int, names: list[str], deadline: float
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
     """Seconds of a step, once for each round and row: the rounds so far, each time both orders came equally often."""
     model = shape.model()
@@ -114,6 +114,8 @@ def measure(
     routed = CGGRModel(model, seed=SEED)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
+        if turn and turn % 2 == 0 and _record.is_over(deadline):
+            return
         for name in names if turn % 2 == 0 else reversed(names):
             clock = StepClock(shape.device, warmup=warmup, steps=steps)
             if name in (CONTROL, OTHERS[1]):
@@ -154,7 +156,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="instead of the shape's own")
     parser.add_argument("--routed-only", action="store_true", help="leave out the Trainer on all tokens")
     parser.add_argument("--name", help="of the result file")
+    _record.add_seconds(parser)
     options = parser.parse_args()
+    deadline = _record.deadline(options.seconds)
     shape = SHAPES[options.shape]
     if options.batch:
         shape = Shape(**{**vars(shape), "batch": options.batch})
@@ -166,7 +170,7 @@ def main() -> None:
     }  # fmt: skip
     name = options.name or f"trainer_overhead_{options.shape}"
     timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
-    for rounds, seconds in measure(shape, **timing, names=names):
+    for rounds, seconds in measure(shape, **timing, names=names, deadline=deadline):
         rows = rows_from(seconds)
         path = _record.write(name, rows, settings=settings | {"rounds": rounds}, control=CONTROL, device=shape.device)
         _record.plot(_record.load(name), path.with_suffix(".png"), label="seconds a step")
