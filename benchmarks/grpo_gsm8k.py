@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SHOTS = 2
 _NUMBER = re.compile(rf"{MARK}\s*\$?(-?[\d,]*\.?\d+)")
-_RESERVE = 12.0  # seconds for the last evaluation and writing
+_RESERVE = 25.0  # seconds for the last evaluation and writing
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,24 @@ def task(path: Path, shown: list[dict[str, str]], tokenizer: Any, longest: int) 
         before += [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": answer}]
     prompts, answers = [], []
     for problem in read_problems(path):
-        if problem in shown:
+        number = number_of(problem["answer"])
+        if problem in shown or number is None:
             continue
         turns = [*before, {"role": "user", "content": problem["question"]}]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        number = number_of(problem["answer"])
-        if number is not None and len(encode(tokenizer, prompt)) <= longest:
-            prompts.append(prompt)
-            answers.append(str(number))
-    return Task(prompts, answers)
+        prompts.append(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        answers.append(str(number))
+    sizes = map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"])
+    kept = [number for number, size in enumerate(sizes) if size <= longest]
+    return Task([prompts[number] for number in kept], [answers[number] for number in kept])
+
+
+def with_end_of_turn(tokenizer: Any) -> Any:
+    """The tokenizer, its end-of-sequence token that which ends an answer; a GGUF file may name another."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(encode(tokenizer, text.rpartition("answer")[2])[0])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -107,7 +116,7 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def train(arm: str, seed: int, options: argparse.Namespace, path: Path) -> None:
-    """One run, within its time; ``path`` is written at every evaluation."""
+    """One run, until ``options.until`` (seconds since the epoch); ``path`` is written at every evaluation."""
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback, set_seed
     from trl import GRPOConfig, GRPOTrainer
@@ -142,15 +151,14 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path) -> None:
             super().log(logs, *args, **kwargs)
 
     began = time.monotonic()
-    end = began + options.seconds - _RESERVE
+    end = options.until - _RESERVE
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     disable_progress_bars()
     set_seed(seed)
     cuda = torch.cuda.is_available()
     settings = dict(ARMS[arm])
     cggr = settings.pop("cggr", None)
-    tokenizer = load_tokenizer(str(options.model))
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = with_end_of_turn(load_tokenizer(str(options.model)))
     model = load_model(str(options.model)).to("cuda" if cuda else "cpu")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     shown = examples(options.gsm8k)
@@ -160,6 +168,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path) -> None:
     asked = [encode(tokenizer, prompt) for prompt in heldout.prompts[: options.questions]]
     rollouts = Rollouts(model, tokenizer, rows=options.rollouts, prompt=options.prompt, new=options.completion)
     spent = {"rollouts": 0.0, "evaluations": 0.0}
+    print(f"{arm}, seed {seed}: model and data after {time.monotonic() - began:.0f} s", flush=True)
     found: dict[str, Any] = {"arm": arm, "seed": seed, "steps": [], "evaluations": [], "done": False}
 
     def sample(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -189,7 +198,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path) -> None:
             self.evaluate(0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = state.global_step >= options.steps or time.monotonic() > end
+            control.should_training_stop = state.global_step >= options.steps or time.time() > end
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % options.evaluate_every == 0 and found["evaluations"][-1]["step"] < state.global_step:
@@ -259,8 +268,8 @@ def run_all(options: argparse.Namespace, argv: list[str]) -> None:
                     print(f"{arm}, seed {seed}: failed ({process.returncode})", flush=True)
             if slot not in running and waiting and time.monotonic() < end:
                 arm, seed = waiting.pop(0)
-                seconds = str(min(share, end - time.monotonic()))
-                command = [sys.executable, "-m", "benchmarks.grpo_gsm8k", *argv, "--run", arm, str(seed), seconds]
+                until = str(time.time() + min(share, end - time.monotonic()))
+                command = [sys.executable, "-m", "benchmarks.grpo_gsm8k", *argv, "--run", arm, str(seed), until]
                 shown = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
                 running[slot] = subprocess.Popen(command, env=dict(shown)), arm, seed
         if time.monotonic() > end + 60:
@@ -391,11 +400,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-6, help="learning rate")
     parser.add_argument("--questions", type=int, default=512, help="held-out problems of an evaluation")
     parser.add_argument("--evaluate-every", type=int, default=20, help="optimizer steps between evaluations")
-    parser.add_argument("--run", nargs=3, metavar=("ARM", "SEED", "SECONDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=3, metavar=("ARM", "SEED", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        arm, seed, seconds = options.run
-        options.seconds = float(seconds)
+        arm, seed, until = options.run
+        options.until = float(until)
         train(arm, int(seed), options, run_path(options, arm, int(seed)))
         return
     run_all(options, sys.argv[1:])

@@ -9,7 +9,8 @@ gradient checkpointing, which TRL switches on. The other plain row has it off. P
 tokens, since the time does not depend on them; entropies are those of the model. ``keep`` in a row is the share of all
 tokens that has a backward.
 
-- ``sft``: rows of 8,192 tokens of which 10% are supervised, in four stretches, as an agent's turns are.
+- ``sft``: rows of 8,192 tokens of which 10% are supervised, in four stretches, as an agent's turns are. Three of TRL's
+  micro-batches make a routed one.
 - ``grpo``: 16 prompts with 8 completions of 1,024 tokens each, the top 20% by entropy; prompts of 512 and of 4,096. As
   TRL has it, the rows are shuffled over micro-batches; *groups together* has them in order, so that more of a
   micro-batch shares its prompts. *entropies known* is the second iteration over a batch, or any with vLLM: the pass
@@ -62,15 +63,15 @@ class Sizes:
 SIZES = {
     "cpu": Sizes(
         Shape(4, 128, 256, 4, 2, 1024, 0, 512, torch.float32, "cpu"),
-        (2, 256), 4, 4, 64, (32, 128), (4, 64, 32), 512, 2048,
+        (6, 256), 4, 4, 64, (32, 128), (4, 64, 32), 512, 2048,
     ),
     "1b": Sizes(
         Shape(16, 2048, 8192, 32, 8, 128256, 0, 8192, torch.bfloat16, "cuda"),
-        (2, 8192), 16, 8, 1024, (512, 4096), (8, 1024, 512), 16384, 49152,
+        (6, 8192), 16, 8, 1024, (512, 4096), (8, 1024, 512), 16384, 49152,
     ),
     "0.5b": Sizes(
         Shape(24, 896, 4864, 14, 2, 151936, 0, 8192, torch.bfloat16, "cuda"),
-        (2, 8192), 16, 8, 1024, (512, 4096), (8, 1024, 512), 16384, 49152,
+        (6, 8192), 16, 8, 1024, (512, 4096), (8, 1024, 512), 16384, 49152,
     ),
 }  # fmt: skip
 # The bars of an update: over the checkpointed one and over the plain one.
@@ -183,11 +184,12 @@ def sft(sizes: Sizes, model: Any, length: int) -> Iterator[dict[str, Variant]]:
     }  # fmt: skip
     cggr = CGGRConfig(selection="supervised")
     with trainers(sizes, model, SFTTrainer, RoutedSFT, SFTConfig, cggr=cggr, max_length=None) as (plain, routed):
-        batches = split(batch, max(1, sizes.plain // length))
+        few, many = (split(batch, max(1, tokens // length)) for tokens in (sizes.plain, sizes.routed))
         yield {
-            CONTROL: Variant(plain, batches, checkpointing=True),
-            PLAIN: Variant(plain, batches),
-            "CGGR, kv": Variant(routed, batches),
+            CONTROL: Variant(plain, few, checkpointing=True),
+            PLAIN: Variant(plain, few),
+            "CGGR, kv": Variant(routed, many),
+            "CGGR, kv, TRL's micro-batches": Variant(routed, few),
         }
 
 
@@ -218,6 +220,7 @@ def grpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
             CONTROL: Variant(plain, split(shuffled, few), checkpointing=True),
             PLAIN: Variant(plain, split(shuffled, few)),
             "CGGR, kv": Variant(routed, split(shuffled, many)),
+            "CGGR, kv, twice the micro-batch": Variant(routed, split(shuffled, 2 * many)),
             "CGGR, kv, groups together": Variant(routed, split(batch | items, many)),
             "CGGR, kv, entropies known": Variant(routed, split(known, many)),
         }
