@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core import CGGRModel, create_truncated_router, linear_token_statistics, score, select
+from cggr_core import CGGRModel, Selection, create_truncated_router, linear_token_statistics, score, select
 from cggr_core.routing import fused_forwards, replaced_forwards, whole_rows
 
 SEED = 0
@@ -103,6 +103,8 @@ CHECKPOINTED_FUSED = "standard, checkpointed, fused layers"
 # Labels on the last tenth of every row alone, as in fine-tuning on answers: what the task leaves out is not trained on.
 SUPERVISED_SHARE = 0.1
 SUPERVISED = ", 10% supervised"
+# The number of slots is known, and no step asks the device for it.
+GIVEN = ", slots given"
 COMPILED = ", compiled parts"
 GRAPH = ", one CUDA graph"
 # What CGGRModel(cuda_graph="auto") does for its user; the steps before it records are taken when the step is made.
@@ -137,13 +139,17 @@ def end_labels(tokens: Tensor) -> Tensor:
     return labels
 
 
-def supervised_step(model: nn.Module, tokens: Tensor, precision: str | None) -> Callable[[], None]:
-    """``kv`` on the tokens that have a label."""
-    wrapped = CGGRModel(model, gradient="kv", selection="supervised", context_precision=precision).train()
+def supervised_step(model: nn.Module, tokens: Tensor, *, given: bool, **more: Any) -> Callable[[], None]:
+    """``kv`` on the tokens that have a label; ``given`` says how many there are, else every step asks the device."""
     labels = end_labels(tokens)
+    wrapped = CGGRModel(model, gradient="kv", selection="supervised", **more).train()
+    inputs: dict[str, Any] = {"labels": labels}
+    if given:
+        predicts = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        inputs["selection"] = Selection.from_mask(predicts, capacity=int(predicts.sum(1).max()))
 
     def step() -> None:
-        wrapped(tokens, labels=labels).backward()
+        wrapped(tokens, **inputs).backward()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -160,16 +166,12 @@ def fused_step(model: nn.Module, standard: Callable[[], None]) -> Callable[[], N
     return step
 
 
-def cggr_step(
-    model: nn.Module, tokens: Tensor, variant: str, ratio: float, precision: str | None
-) -> Callable[[], None]:
+def cggr_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float, **more: Any) -> Callable[[], None]:
     """The step of one variant over the same model."""
-    settings, routed = VARIANTS[variant.removesuffix(RECORDED)]
+    settings, routed = VARIANTS[variant]
     depth = max(1, model.config.num_hidden_layers // 8)
     router = create_truncated_router(model, depth) if routed else None
-    recorded = "auto" if variant.endswith(RECORDED) else False
-    settings = {**settings, "min_tokens_ratio": ratio, "seed": SEED, "context_precision": precision}
-    wrapped = CGGRModel(model, router, cuda_graph=recorded, **settings).train()
+    wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings, **more).train()
 
     def step() -> None:
         wrapped(tokens, labels=tokens).backward()
@@ -237,11 +239,13 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         copied = checkpointed(model)
         step = standard_step(copied, tokens, labels)
         return fused_step(copied, step) if plain == CHECKPOINTED_FUSED else step
-    precision = "fp8" if variant.endswith(LOW) else None
+    more: dict[str, Any] = {"cuda_graph": "auto" if variant.endswith(RECORDED) else False}
+    variant = variant.removesuffix(RECORDED)
+    more["context_precision"] = "fp8" if variant.endswith(LOW) else None
     variant = variant.removesuffix(LOW)
-    if variant == "kv" + SUPERVISED:
-        return supervised_step(model, tokens, precision)
-    return cggr_step(model, tokens, variant, ratio, precision)
+    if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
+        return supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
+    return cggr_step(model, tokens, variant, ratio, **more)
 
 
 def peak_on_device(step: Callable[[], None]) -> int:
@@ -311,13 +315,16 @@ def variants_of(shape: Shape) -> list[str]:
     cuda = shape.device == "cuda"
     # On small models FP8 gains nothing: their products are not what takes the time.
     low = [name + LOW for name in (*main_variants, "kv" + SUPERVISED, *list(VARIANTS)[4:7])]
+    slots = "kv" + SUPERVISED + GIVEN
+    by_themselves = [name + RECORDED for name in (*main_variants, *low[:3])]
+    by_themselves += [slots, slots + LOW, slots + GRAPH, slots + LOW + GRAPH]
     return [
         FUSED,
         CHECKPOINTED,
         CHECKPOINTED_FUSED,
         *main_variants,
         *supervised,
-        *(low if cuda and not shape.launch_bound else []),
+        *([*low, *by_themselves] if cuda and not shape.launch_bound else []),
         *(compiled if cuda else []),
         *([*graphs, *recorded] if shape.launch_bound else []),
         *list(VARIANTS)[3:],

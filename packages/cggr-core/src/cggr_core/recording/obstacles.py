@@ -20,8 +20,6 @@ def obstacle_of(settings: RoutingSettings, router: Any) -> str | None:
     """
     if settings.selection == SUPERVISED:
         return "selection='supervised' asks the device in every step how many tokens it keeps"
-    if settings.context_precision is not None:
-        return f"context_precision={settings.context_precision!r} keeps copies of the weights, whose age the host knows"
     if not getattr(router, "recordable", False):
         name = type(getattr(router, "router", router)).__name__
         return f"the router is a {name}, which may do anything in a step"
