@@ -11,7 +11,6 @@ from cggr_core import CGGRModel, Selection, create_truncated_router
 from cggr_core.experimental import LearnedRouter
 from cggr_core.recording import recorder, replay
 from cggr_core.recording.obstacles import obstacle_of
-from cggr_core.settings import RoutingSettings
 from tests.support.model_steps import backward, checkpoint_activations, tokens
 from tests.support.recorded_steps import hold_to_eager, recording_model, replayed, worth_it
 from tests.support.tiny_models import ROUTABLE
@@ -261,10 +260,14 @@ def test_settings_that_stand_against_it(make, reason):
     assert reason in reason_of(make(ROUTABLE["llama"]()))
 
 
+def test_an_fp8_context_keeps_no_copy_that_could_grow_old():
+    made = recording_model(ROUTABLE["llama"](), context_precision="fp8")
+    assert obstacle_of(made.settings, made._router) is None
+
+
 @pytest.mark.parametrize("own", [LearnedRouter(depth=1), lambda **inputs: torch.randn(3, 12, 97)])
 def test_routers_that_stand_against_it(own):
     made = CGGRModel(ROUTABLE["llama"](), own)
-    assert obstacle_of(RoutingSettings(context_precision="fp8"), made._router) is None
     assert "may do anything in a step" in obstacle_of(made.settings, made._router)
 
 
