@@ -1,7 +1,8 @@
 """What ``context_precision="fp8"`` does to kept tokens, and to what a model learns.
 
-``error``     outputs and gradients of kept tokens, with other tokens in bfloat16 and in FP8, each against float32
-              throughout: at 1B sizes with random weights, and with ``--model`` on a pretrained one and its own text
+``error``     outputs and gradients of kept tokens of a bfloat16 model, with other tokens in bfloat16 and in FP8, each
+              against float32 throughout: at 1B sizes with random weights, and with ``--model`` on a pretrained one and
+              the text that it is fine-tuned on
 ``finetune``  the same model fine-tuned on GSM8K behind other questions, loss and gradients on the answers
 ``scratch``   a small model trained from scratch on the standard library's source, a quarter of the tokens kept
 
@@ -32,10 +33,11 @@ from cggr_train.tokenizer import load_tokenizer
 SEED = 0
 RATIO = 0.25
 MODES = ("kv", "detached")
-PRECISIONS: dict[str, str | None] = {"bfloat16": None, "fp8": "fp8"}
+OWN, LOW = "as the model", "in fp8"
+PRECISIONS: dict[str, str | None] = {OWN: None, LOW: "fp8"}
 SIZES = {
     "cuda": Size(8, 512, 8, 8192, 8_000_000, 16, 512, 600, 150, 1e-3, "cuda"),
-    "cpu": Size(2, 64, 2, 512, 200_000, 4, 64, 6, 3, 1e-3, "cpu"),
+    "cpu": Size(4, 192, 4, 1024, 3_000_000, 8, 128, 300, 150, 2e-3, "cpu"),
 }
 
 
@@ -48,9 +50,9 @@ def of_kept(model: nn.Module, input_ids: Tensor, mode: str, precision: str | Non
     hidden = routed_hidden(model, input_ids, keep=selection, **options).hidden.detach().float()
     found = routed_logprobs(model, input_ids, keep=selection, **options)
     (-found.logprob.sum() / selection.valid.sum()).backward()
-    gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return hidden[selection.valid].cpu(), gradients
+    return hidden[selection.valid], gradients
 
 
 def distances(found: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def errors(name: str, model: nn.Module, input_ids: Tensor, until: float) -> Iter
             return
         truth = of_kept(model, input_ids, mode, None)
         for precision, setting in PRECISIONS.items():
-            yield f"{name}, {mode}, context in {precision}", distances(of_kept(half, input_ids, mode, setting), truth)
+            yield f"{name}, {mode}, context {precision}", distances(of_kept(half, input_ids, mode, setting), truth)
 
 
 def measure_errors(arguments: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,18 +185,18 @@ def measure_training(
     run: Callable[[str, str | None, int], float], seeds: int, until: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Held-out losses of every mode and precision, seed by seed, as far as the time goes."""
-    losses: dict[str, list[float]] = {f"{mode}, context in {name}": [] for mode in MODES for name in PRECISIONS}
+    losses: dict[str, list[float]] = {f"{mode}, context {name}": [] for mode in MODES for name in PRECISIONS}
     for seed in range(seeds):
         for mode in MODES:
             for name, precision in PRECISIONS.items():
                 if seed and _record.is_over(until):
                     return
-                row = f"{mode}, context in {name}"
+                row = f"{mode}, context {name}"
                 losses[row].append(run(mode, precision, seed))
-                control = losses[f"{mode}, context in bfloat16"]
+                control = losses[f"{mode}, context {OWN}"]
                 apart = [value - own for value, own in zip(losses[row], control, strict=False)]
                 numbers = _record.summary(losses[row]) | {"unit": "nat", "losses": list(losses[row])}
-                yield row, numbers | {"more_than_bfloat16": apart}
+                yield row, numbers | {"more_than_own": apart}
 
 
 def main() -> None:
@@ -230,7 +232,7 @@ def main() -> None:
         "seed": SEED, "ratio": RATIO, "model": arguments.model and arguments.model.name, "steps": arguments.steps,
         "batch": arguments.batch_size, "length": arguments.length, "seeds": arguments.seeds,
     }  # fmt: skip
-    name = f"context_precision_{arguments.what}"
+    name = "_".join(["context_precision", arguments.what, *([] if arguments.device == "cuda" else ["cpu"])])
     where = {"device": arguments.device, "folder": arguments.output}
     for row, numbers in found:
         rows[row] = numbers

@@ -21,11 +21,11 @@ STEPS = 3
 DEFAULT = (
     "standard",
     step_time.FUSED,
-    "two passes, full-depth scores, kv",
     "interleaved, random, kv",
     "interleaved, random, kv" + step_time.LOW,
     "kv" + step_time.SUPERVISED,
-    "kv" + step_time.SUPERVISED + step_time.LOW,
+    "kv" + step_time.SUPERVISED + step_time.GIVEN + step_time.LOW,
+    "two passes, full-depth scores, kv",
 )
 # Rows below this share of a step are added up.
 LEAST = 0.004
