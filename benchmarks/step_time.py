@@ -107,16 +107,18 @@ SUPERVISED = ", 10% supervised"
 GIVEN = ", slots given"
 COMPILED = ", compiled parts"
 GRAPH = ", one CUDA graph"
+# An attention mask is given, as tokenizers give one; nothing is padded, so that the work is the same.
+MASKED = ", attention mask"
 # What CGGRModel(cuda_graph="auto") does for its user; the steps before it records are taken when the step is made.
 RECORDED = ", recorded by itself"
 
 
-def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Callable[[], None]:
+def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Callable[[], None]:
     """The step that people run today."""
     labels = tokens if labels is None else labels
 
     def step() -> None:
-        model(input_ids=tokens, labels=labels, use_cache=False).loss.backward()
+        model(input_ids=tokens, labels=labels, use_cache=False, **inputs).loss.backward()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -166,7 +168,9 @@ def fused_step(model: nn.Module, standard: Callable[[], None]) -> Callable[[], N
     return step
 
 
-def cggr_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float, **more: Any) -> Callable[[], None]:
+def cggr_step(
+    model: nn.Module, tokens: Tensor, variant: str, ratio: float, inputs: dict[str, Tensor], **more: Any
+) -> Callable[[], None]:
     """The step of one variant over the same model."""
     settings, routed = VARIANTS[variant]
     depth = max(1, model.config.num_hidden_layers // 8)
@@ -174,7 +178,7 @@ def cggr_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float, **mo
     wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings, **more).train()
 
     def step() -> None:
-        wrapped(tokens, labels=tokens).backward()
+        wrapped(tokens, labels=tokens, **inputs).backward()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -230,9 +234,11 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return scoring_step(model, tokens, ratio)
     if variant == "standard, compiled":
         return standard_step(torch.compile(model), tokens)
+    inputs = {"attention_mask": torch.ones_like(tokens)} if variant.endswith(MASKED) else {}
+    variant = variant.removesuffix(MASKED)
     plain, labels = variant.removesuffix(SUPERVISED), end_labels(tokens) if variant.endswith(SUPERVISED) else None
     if plain == "standard":
-        return standard_step(model, tokens, labels)
+        return standard_step(model, tokens, labels, **inputs)
     if plain == FUSED:
         return fused_step(model, standard_step(model, tokens, labels))
     if plain in (CHECKPOINTED, CHECKPOINTED_FUSED):
@@ -245,7 +251,7 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     variant = variant.removesuffix(LOW)
     if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
         return supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
-    return cggr_step(model, tokens, variant, ratio, **more)
+    return cggr_step(model, tokens, variant, ratio, inputs, **more)
 
 
 def peak_on_device(step: Callable[[], None]) -> int:
@@ -328,6 +334,7 @@ def variants_of(shape: Shape) -> list[str]:
         CHECKPOINTED_FUSED,
         *(low[4:] if cuda and not shape.launch_bound else []),
         *([*graphs, *recorded] if shape.launch_bound else []),
+        *(name + MASKED for name in ("standard", main_variants[0], main_variants[2])),
         *list(VARIANTS)[3:],
     ]
 
