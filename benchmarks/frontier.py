@@ -51,9 +51,11 @@ STRETCH = 32
 def data_files(setting: str, arguments: argparse.Namespace) -> tuple[Path, Path]:
     """What is trained on and what is held out, written once into the work folder."""
     train, test = (read_problems(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test"))
-    folder, length = arguments.work / "data" / "answers", arguments.length or SHAPES[setting]["length"]
+    if arguments.problems is not None:
+        train = train[: arguments.problems]
+    folder, length = arguments.work / "data" / f"answers_{len(train)}", arguments.length or SHAPES[setting]["length"]
     if setting == "context":
-        folder = folder.with_name(f"context_{arguments.model.name}_{length}")
+        folder = folder.with_name(f"context_{arguments.model.name}_{length}_{len(train)}")
     if setting == "context" and not (folder / "test.jsonl").exists():
         tokenizer = load_tokenizer(str(arguments.model))
         # What stands before a test problem is of the training problems: no test problem helps with another.
@@ -79,7 +81,7 @@ def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
         train=train,
         gradients=("kv",) if setting == "batches" else ("kv", "exact"),
         ratios=(arguments.ratio,),
-        selections=("supervised", "sampled"),
+        selections=("supervised", "stratified", "sampled"),
         batch_sizes=(1,) if setting == "batches" else (),
         seeds=arguments.seeds,
         equal=("time",),
@@ -92,7 +94,9 @@ def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
         rates=tuple(arguments.rates) if len(arguments.rates) > 1 else (),
         rate_share=arguments.rate_share,
         accuracy=True,
-        accuracy_readings=("time", "tokens"),
+        accuracy_readings=("tokens",) if arguments.answers_of else ("time", "tokens"),
+        accuracy_of=tuple(arguments.answers_of),
+        timing_turns=arguments.timing_turns,
         answer_after=MARK,
         questions=arguments.questions,
     )
@@ -101,8 +105,8 @@ def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
 def compared(arms: Sequence[Arm], ratio: float, without: Sequence[str] = ()) -> list[Arm]:
     """The arms to run: of all that were planned, those that tell something, and stretches beside scattered tokens."""
     planned = {arm.name: arm for arm in arms}
-    routed = [f"kv-{ratio:g}-random", "kv-supervised", f"kv-{ratio:g}-sampled-gradnorm",
-              f"exact-{ratio:g}-sampled-gradnorm"]  # fmt: skip
+    routed = [f"kv-{ratio:g}-random", "kv-supervised", f"kv-{ratio:g}-stratified-gradnorm",
+              f"kv-{ratio:g}-sampled-gradnorm", f"exact-{ratio:g}-sampled-gradnorm"]  # fmt: skip
     equal = planned["kv-supervised"].equal_cost
     wanted = {"standard", "standard-checkpointed", "standard-equal-memory", equal, *routed}
     found = [
@@ -252,10 +256,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, help="runs at a time on one GPU")
     parser.add_argument("--questions", type=int, help="test problems to answer; without it all")
+    parser.add_argument("--answers-of", nargs="+", metavar="ARM", default=[], help="at equal tokens alone; else of all")
+    parser.add_argument("--problems", type=int, help="training problems; without it all")
     parser.add_argument("--eval-sequences", type=int, default=256, help="of an evaluation of the loss")
     parser.add_argument("--length", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--calibration-seconds", type=float, default=4.0)
+    parser.add_argument("--timing-turns", type=int, default=2)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     if arguments.stop_after is not None:

@@ -22,8 +22,12 @@ from pathlib import Path
 import torch
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "qwen05b": "Qwen2.5-Coder-0.5B-Instruct"}
+PROBLEMS = 3000
+"""Of the training problems: more than any arm comes to in its time."""
 SMALL_RUNS = 3
 """At a time on one GPU."""
+TIMED = "trying learning rates"
+"""What a study says when its steps have been timed, and others may use its GPU."""
 REPORT_SECONDS = 60.0
 """Kept back of the time, for reports and the archive."""
 SMALL = (".json", ".jsonl", ".html", ".log", ".png")
@@ -54,25 +58,29 @@ def cosine(name: str, *arguments: str, setting: str = "context") -> Job:
 
 def jobs(stage: str) -> list[Job]:
     """The runs of a stage, the most telling ones first."""
-    train = ("--train", "60", "--batches", "8")
+    fewer = ("--problems", str(PROBLEMS))
+    trained = (*fewer, "--train", "60", "--batches", "4")
+    quick = (*fewer, "--timing-turns", "1", "--calibration-seconds", "2", "--rate-share", "0.35", "--evaluations", "6",
+             "--without", "standard-equal-memory", "kv-0.25-sampled-gradnorm")  # fmt: skip
     if stage == "first":
         return [
-            frontier("context", "smollm2", 0.75, "--steps", "100", "--memory-limit", "8GB", "--parallel", "3",
-                     "--rate-share", "0.35", "--questions", "660", "--eval-sequences", "96"),
-            cosine("gradient_cosine_context"),
-            cosine("gradient_training_margins", *train, "--only", "supervised", "margin 32", "margin 128"),
-            cosine("gradient_training_stretches", *train, "--only", "scattered 0.25", "stretch 32, 0.25"),
-            cosine("gradient_training_layers", *train, "--only", "lower 0.5 kv", "upper 0.5 kv"),
-            cosine("gradient_cosine_answers", setting="answers"),
-            Job("noisy", "noisy", [], 0.0),
+            frontier("context", "smollm2", 0.75, "--steps", "45", "--memory-limit", "8GB", "--rates", "1e-4", "2e-4",
+                     "--parallel", "5", "--questions", "330", "--eval-sequences", "96", *quick,
+                     "--answers-of", "standard-checkpointed", "standard-b6", "kv-supervised"),
+            cosine("gradient_cosine_context", *fewer, "--batches", "16"),
+            cosine("gradient_training_margins", *trained, "--only", "supervised", "margin 32", "margin 128"),
+            Job("noisy", "noisy", ["--steps", "50"], 0.0),
+            cosine("gradient_training_layers", *trained, "--only", "lower 0.5 kv", "upper 0.5 kv"),
+            cosine("gradient_training_stretches", *trained, "--only", "scattered 0.25", "stretch 32, 0.25"),
+            cosine("gradient_cosine_answers", *fewer, "--batches", "16", setting="answers"),
         ]  # fmt: skip
     return [
-        frontier("answers", "smollm2", 0.5, "--epochs", "1", "--memory-limit", "8GB", "--parallel", "3",
-                 "--rate-share", "0.25", "--questions", "660", "--eval-sequences", "256"),
-        frontier("context", "qwen05b", 0.5, "--steps", "60", "--batch-size", "8", "--memory-limit", "16GB",
-                 "--parallel", "2", "--rate-share", "0.35", "--rates", "1e-5", "3e-5", "1e-4", "--questions", "256",
-                 "--eval-sequences", "64", "--evaluations", "6", "--without", "kv-0.25-random-stretch32",
-                 "kv-0.25-sampled-gradnorm", "exact-0.25-sampled-gradnorm"),
+        frontier("answers", "smollm2", 0.5, "--steps", "90", "--memory-limit", "8GB", "--parallel", "4",
+                 "--questions", "660", "--eval-sequences", "256", *quick),
+        frontier("context", "qwen05b", 0.5, "--steps", "45", "--batch-size", "8", "--memory-limit", "16GB",
+                 "--parallel", "3", "--rates", "1e-5", "3e-5", "1e-4", "--questions", "256", "--eval-sequences", "64",
+                 *quick, "kv-0.25-random-stretch32", "exact-0.25-sampled-gradnorm",
+                 "--answers-of", "standard-checkpointed", "standard-b3", "kv-supervised"),
     ]  # fmt: skip
 
 
@@ -95,15 +103,23 @@ def prepare(models: Path, gsm8k: Path, work: Path, name: str) -> None:
         raise SystemExit(f"--models {models} has no folder {name} or {MODELS[name]}")
     temporary = folder.with_name(f"{folder.name}.part")
     load_model(str(found)).save_pretrained(temporary)
-    load_tokenizer(str(found)).save_pretrained(temporary)
+    ready = models / f"{name}-tokenizer"  # reading one from a GGUF file takes long
+    load_tokenizer(str(ready if ready.is_dir() else found)).save_pretrained(temporary)
     (temporary / "README.md").unlink(missing_ok=True)
     named = work / "names" / folder.name  # the texts' folder is called by the model's name
     named.parent.mkdir(parents=True, exist_ok=True)
     named.unlink(missing_ok=True)
     named.symlink_to(temporary.resolve())
     for setting in ("answers", "context"):
-        data_files(setting, argparse.Namespace(gsm8k=gsm8k, work=work / "runs", model=named, length=None))
+        data_files(
+            setting, argparse.Namespace(gsm8k=gsm8k, work=work / "runs", model=named, length=None, problems=PROBLEMS)
+        )
     temporary.rename(folder)
+
+
+def log_of(job: Job, arguments: argparse.Namespace) -> Path:
+    """What a run says."""
+    return arguments.output / f"{job.name}.log"
 
 
 def start(job: Job, arguments: argparse.Namespace, ends: float) -> subprocess.Popen[bytes]:
@@ -119,7 +135,7 @@ def start(job: Job, arguments: argparse.Namespace, ends: float) -> subprocess.Po
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, job.gpus))
-    with (arguments.output / f"{job.name}.log").open("ab") as log:
+    with log_of(job, arguments).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
@@ -153,7 +169,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     preparing = {
         name: spawn.Process(target=prepare, args=(arguments.models, arguments.gsm8k, arguments.work, name))
-        for name in MODELS
+        for name in {job.model for job in waiting}
     }
     for process in preparing.values():
         process.start()
@@ -171,6 +187,10 @@ def main() -> None:
             elif (job.share or shared is None) and len(free) >= (wanted := max(1, round(job.share * whole))):
                 job.gpus, free = free[:wanted], free[wanted:]
                 shared = shared if job.share else job.gpus[0]
+            elif not (job.share or small or free) and (
+                hosts := [host for host, _ in running.values() if TIMED in log_of(host, arguments).read_text()]
+            ):
+                job.gpus = hosts[0].gpus[:1]  # beside a study, one at a time
             else:
                 continue
             waiting.remove(job)
@@ -182,7 +202,7 @@ def main() -> None:
                 del running[name]
                 if job.share:
                     free += job.gpus
-                elif all(other.share for other, _ in running.values()):
+                elif job.gpus == [shared] and all(other.gpus != [shared] for other, _ in running.values()):
                     free, shared = [*free, *job.gpus], None
         if not running and all(process.exitcode for process in preparing.values()):
             break

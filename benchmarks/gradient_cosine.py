@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_record.RESULTS)
     parser.add_argument("--only", nargs="*", help="some of the variants")
     parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--problems", type=int, help="training problems; without it all")
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int)

@@ -11,10 +11,13 @@ from rich.console import Console
 from cggr_train.errors import InputError
 from cggr_train.log import read_log
 from cggr_train.option_checks import parse_bytes
+from cggr_train.presets import build_config, build_model
+from cggr_train.study import context as context_module
 from cggr_train.study import fitting, resume_study, start_study
 from cggr_train.study import run as run_module
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
+from cggr_train.study.frontier import measured_by_accuracy
 from cggr_train.study.run import RESULTS, prepare_study
 from tests.support.studies import CPU, OwnPool, settings
 
@@ -147,6 +150,37 @@ def test_each_arm_gets_the_rate_that_suits_it(data, tmp_path):
     assert len(tuning) == 4 and not [row for row in tuning if tuple(row) in trained], "chosen on text of their own"
 
 
+def test_a_model_that_is_kept_is_read_once_and_copied(data, tmp_path, monkeypatch):
+    build_model(build_config("nano", vocab_size=300, length=48), seed=0).save_pretrained(tmp_path / "model")
+    prepare_study(asked(data, controls=(), selections=("supervised",)), tmp_path / "study", Console(file=io.StringIO()))
+    context, read = StudyContext(tmp_path / "study", CPU), []
+    load = context_module.load_model
+    monkeypatch.setattr(context_module, "load_model", lambda source: read.append(source) or load(source))
+    first, second = (context._copy(str(tmp_path / "model")) for _ in range(2))
+    assert len(read) == 1
+    with torch.no_grad():
+        first.model.norm.weight.zero_()
+    assert (second.model.norm.weight == 1).all()
+    monkeypatch.setattr(context_module, "KEPT_PARAMETERS", 10)
+    context._kept = None
+    for _ in range(2):
+        context._copy(str(tmp_path / "model"))
+    assert len(read) == 3
+
+
+def test_some_arms_alone_answer(data, tmp_path):
+    wanted = asked(
+        data, controls=(), selections=("supervised",), accuracy=True, accuracy_readings=("tokens",), questions=2,
+        accuracy_of=("kv-supervised",), timing_turns=1,
+    )  # fmt: skip
+    outcome, text = run(wanted, tmp_path / "study")
+    assert (outcome.accuracy, outcome.accuracy_after_tokens) == ({}, {"kv-supervised": [0.0]})
+    assert "Use" in text or "Undecided" in text
+    assert not measured_by_accuracy(outcome)
+    timings = [record for record in read_log(tmp_path / "study" / RESULTS) if record["event"] == "timing"]
+    assert [record["turn"] for record in timings] == [0, 0]
+
+
 def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
     readings = ("time", "tokens")
     wanted = asked(
@@ -168,6 +202,7 @@ def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
         ({"rates": (0.0,)}, "--rates must be positive"),
         ({"accuracy": True, "equal": ("tokens",)}, "let --equal hold time"),
         ({"accuracy_readings": ("kept",)}, "accuracy_readings is 'kept'"),
+        ({"accuracy": True, "accuracy_of": ("standard",)}, "accuracy_of lets some arms answer alone"),
         ({"answer_after": "#"}, "--answer-after belongs to --eval exact-match"),
         ({"accuracy": True, "questions": 0}, "--questions must be at least 1"),
     ],

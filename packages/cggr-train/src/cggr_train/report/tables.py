@@ -46,7 +46,7 @@ class Cells(NamedTuple):
 def study_cells(outcome: Outcome) -> list[Cells]:
     """The tables of a study."""
     found = [_losses(outcome), _differences(outcome)]
-    if outcome.accuracy:
+    if outcome.accuracy or outcome.accuracy_after_tokens:
         found.insert(1, _accuracies(outcome))
     return [*found, _gradients(outcome)] if outcome.gradients else found
 
@@ -120,13 +120,16 @@ def _accuracies(outcome: Outcome) -> Cells:
     """Shares of right answers, and of those after as many tokens where they were asked for."""
     readings = {"equal time": outcome.accuracy, "equal tokens": outcome.accuracy_after_tokens}
     found = {
-        heading: {name: interval(shares) for name, shares in every.items()}
+        heading: {name: interval(shares) for name, shares in every.items() if shares}
         for heading, every in readings.items() if every
     }  # fmt: skip
     rows = [
         (
             arm.name,
-            [format_bytes(outcome.memory[arm.name]["peak_bytes"]), *(_share(by, arm.name) for by in found.values())],
+            [
+                format_bytes(outcome.memory[arm.name]["peak_bytes"]),
+                *(_share(outcome, by, arm.name) for by in found.values()),
+            ],
         )
         for arm in outcome.arms
     ]
@@ -140,10 +143,10 @@ def _accuracies(outcome: Outcome) -> Cells:
     )
 
 
-def _share(found: Mapping[str, Interval], name: str) -> str:
+def _share(outcome: Outcome, found: Mapping[str, Interval], name: str) -> str:
     value = found.get(name)
     if value is None:
-        return DIVERGED
+        return DIVERGED if name in outcome.diverged else ""
     return f"{value.mean:.1%}" + ("" if value.high is None else f" ±{value.high - value.mean:.1%}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from cggr_train.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+KEPT_PARAMETERS = 10**9
+"""The most of a model that is not read anew for every run."""
 WARMUP = 0.05
 """Share of the standard arm's steps over which every arm's learning rate comes up."""
 
@@ -48,6 +51,7 @@ class StudyContext:
         self.tokens = whole._replace(train=whole.train[: len(whole.train) - aside])
         self.tuning_tokens = whole.train[len(whole.train) - aside :]
         self.arms = {arm.name: arm for arm in load_arms(folder)}
+        self._kept: PreTrainedModel | None = None
         self.bfloat16 = uses_bfloat16(self.settings.train.precision, device)
 
     @cached_property
@@ -60,7 +64,7 @@ class StudyContext:
         train = self.settings.train
         source = str(folder) if folder is not None else train.model
         if source is not None:
-            model = load_model(source)
+            model = load_model(source) if folder is not None or self.device.type == "cpu" else self._copy(source)
         else:
             assert train.config is not None
             model = build_model(
@@ -68,6 +72,15 @@ class StudyContext:
             )
         torch.nn.Module.to(model, self.device)
         return model
+
+    def _copy(self, source: str) -> PreTrainedModel:
+        """A copy of the study's model, which is read once, if it is small, and kept in the host's memory."""
+        if self._kept is None:
+            model = load_model(source)
+            if model.num_parameters() > KEPT_PARAMETERS:
+                return model
+            self._kept = model
+        return copy.deepcopy(self._kept)
 
     def session(
         self,

@@ -122,6 +122,9 @@ class Pool:
             waiting.put(request)
         one_each = list({worker.device: worker for worker in reversed(self._workers)}.values())[::-1]
         workers = (one_each if alone else self._workers)[: max(1, len(requests))]
+        for worker in self._workers:
+            if worker.device.type != "cpu":  # there, starting would take time from what is measured
+                worker.start()
         threads = [threading.Thread(target=_feed, args=(worker, waiting, events), daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
@@ -188,7 +191,7 @@ class Worker:
 
     def ask(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Send a request; yield what is told until it is done. A process that fails tells an error."""
-        process = self._process or self._start()
+        process = self.start()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(body) + "\n")
@@ -210,7 +213,10 @@ class Worker:
         last = " ".join(words.strip().splitlines()[-1:])
         return f"a worker ended with status {code}: {last} (see {self.errors})"
 
-    def _start(self) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.Popen[str]:
+        """Let the process load its code, where it does not run yet."""
+        if self._process is not None:
+            return self._process
         with self.errors.open("w", encoding="utf-8") as errors:
             # a session of its own: Ctrl-C reaches the study alone, which asks its workers to save and stop
             self._process = subprocess.Popen(

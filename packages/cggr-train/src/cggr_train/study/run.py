@@ -44,8 +44,6 @@ from cggr_train.study.settings import STUDY, StudySettings
 RESULTS, REPORT = "results.jsonl", "report.html"
 TUNING_SEED = 1000
 """Added to the first seed where learning rates are tried: none of the runs that are compared has it."""
-TURNS = 2
-"""How often each arm is timed; arms take turns, so that a machine that slows down slows all of them."""
 
 
 class StudyResult(NamedTuple):
@@ -263,12 +261,13 @@ class _Study:
 
     def _time(self, arms: Sequence[Arm]) -> None:
         self.table.stage("timing every arm's step, alone on its device")
-        seconds = self.settings.calibration_seconds / TURNS
+        turns = self.settings.timing_turns
+        seconds = self.settings.calibration_seconds / turns
         self._do(
             (
                 Request("timing", {"arm": arm.name, "turn": turn},
                         {"do": "time", "arms": [arm.name], "changes": changes(arm), "seconds": seconds})
-                for turn in range(TURNS)
+                for turn in range(turns)
                 for arm in arms
             ),
             alone=True,
@@ -323,7 +322,7 @@ class _Study:
                     "accuracy_at": {
                         reading: plan.readings[arm.name][reading]
                         for reading in self.settings.accuracy_readings
-                        if self.settings.accuracy
+                        if self.settings.accuracy and arm.name in (self.settings.accuracy_of or {arm.name})
                     },
                 },
             )

@@ -37,7 +37,7 @@ class StudySettings:
         draws: Gradient estimates of each arm on each held-out batch; 0 leaves the gradients out.
         gradient_batches: Held-out batches on which gradients are compared.
         parallel: Runs at a time on one device; None is one on an accelerator and one per core on a CPU.
-        calibration_seconds: How long each arm's step is timed, in two turns.
+        calibration_seconds: How long each arm's step is timed, in all turns together.
         controls: Standard arms beside the first, each of :data:`cggr_train.study.arms.CONTROLS`.
         memory_limit: Bytes that each arm's step must stay within: as many sequences at a time as fit, and checkpointing
             where none does without.
@@ -46,7 +46,9 @@ class StudySettings:
         rate_share: How long each rate is tried, as a share of the arm's run.
         accuracy: Answer the held-out questions.
         accuracy_readings: Where they are answered: at the end of each arm's ``time``, and where all arms have seen as
-            many ``tokens``.
+            many ``tokens``. Arms are compared by their answers where those at the end of their time are asked for.
+        accuracy_of: Names of the arms that answer; empty for all.
+        timing_turns: How often each arm is timed; arms take turns, so that a machine that slows down slows all of them.
         answer_after: Mark in front of what is compared of an answer; None compares whole answers.
         questions: How many are asked; None asks all.
 
@@ -74,6 +76,8 @@ class StudySettings:
     rate_share: float = 0.5
     accuracy: bool = False
     accuracy_readings: tuple[str, ...] = ("time",)
+    accuracy_of: tuple[str, ...] = ()
+    timing_turns: int = 2
     answer_after: str | None = None
     questions: int | None = None
 
@@ -88,7 +92,7 @@ class StudySettings:
         unknown = [name for name in self.equal if name not in EQUAL]
         if unknown:
             raise InputError(f"--equal is {unknown[0]!r}: give {', '.join(EQUAL)} or both")
-        minimum: dict[str, float] = {"seeds": 1, "evaluations": 1, "draws": 0, "gradient_batches": 1}
+        minimum: dict[str, float] = {"seeds": 1, "timing_turns": 1, "evaluations": 1, "draws": 0, "gradient_batches": 1}
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
@@ -108,6 +112,10 @@ class StudySettings:
             raise InputError(f"--rate-share must be in (0, 1], got {self.rate_share}")
         if self.accuracy and self.train.answer is None:
             raise InputError("--eval exact-match asks questions: give the key of the answers with --answer")
+        if self.accuracy and self.accuracy_of and "time" in self.accuracy_readings:
+            raise InputError(
+                "accuracy_of lets some arms answer alone: arms are not compared by that after the same time"
+            )
         if self.accuracy and "time" not in self.equal:
             raise InputError("--eval exact-match answers at the end of each arm's time: let --equal hold time")
         strange = [name for name in self.accuracy_readings if name not in EQUAL]
