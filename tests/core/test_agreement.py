@@ -1,0 +1,316 @@
+"""When values of two computations count as the same, and what they are compared on, case by case."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cggr_core import Selection
+from cggr_core.routing import agreement, loss_agreement
+from cggr_core.routing import structure as structures
+from tests.support.model_steps import tokens
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+
+def rows(batch, length, padding=None, **more):
+    return SimpleNamespace(
+        shape=(batch, length), padding=padding, position_ids=torch.zeros(batch, length, dtype=torch.int64), **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "alternate", "early"),
+    [(1, [0], [0]), (2, [1], [0]), (3, [0, 2], [0, 1]), (6, [1, 3, 5], [0, 1, 2]), (7, [0, 2, 4, 6], [0, 1, 2, 3])],
+)
+def test_tokens_that_are_compared(length, alternate, early):
+    for made, wanted in (
+        (agreement.alternate_tokens(rows(3, length)), alternate),
+        (agreement.early_tokens(rows(3, length)), early),
+    ):
+        assert made.index.tolist() == [wanted] * 3
+        assert made.valid.all()
+
+
+@pytest.mark.parametrize(("value", "steps"), [("", None), ("1", 1), ("2", 2), ("10", 10)])
+def test_steps_between_comparisons(value, steps, monkeypatch):
+    monkeypatch.setenv("CGGR_VERIFY", value)
+    assert agreement.verification_interval() == steps
+
+
+def compared(monkeypatch, change, *, dtype=torch.float64, padding=None, tokens=400, scale=1.0):
+    """What ``difference`` says where the gradient pass gives ``change`` of the plain forward's values."""
+    expected = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype) * scale
+    selection = Selection.from_mask(torch.ones(1, tokens, dtype=torch.bool), capacity=tokens)
+
+    def gradient_pass(model, architecture, inputs, selection, context, *, keep_graph, read_head):
+        assert context is agreement.NO_CONTEXT and not keep_graph
+        read_head(change(expected.clone()))
+
+    monkeypatch.setattr(agreement, "gradient_pass", gradient_pass)
+    return agreement.difference(
+        nn.Identity(), None, rows(1, tokens, padding), selection, expected, depth=0, layer_output=None
+    )
+
+
+def off(share, error):
+    """The first ``share`` of the rows, wrong by a relative ``error`` each."""
+
+    def change(values):
+        count = round(share * values.shape[1])
+        values[:, :count] = values[:, :count] * (1 + error)
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "error", "same"),
+    [
+        (torch.float64, 1.0, 0.9e-7, True),
+        (torch.float64, 1 / 400, 1.2e-7, False),  # every row counts
+        (torch.float32, 1.0, 1e-4, True),
+        (torch.float32, 1.0, 4e-4, False),
+        (torch.float32, 0.005, 1.0, True),  # a few rows may fall on the other side of a router's choice
+        (torch.float32, 0.02, 1.0, False),
+        (torch.bfloat16, 1.0, 0.02, True),
+        (torch.bfloat16, 1.0, 0.1, False),
+        (torch.bfloat16, 0.2, 1.0, True),
+        (torch.bfloat16, 0.3, 1.0, False),
+    ],
+)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_tolerance_follows_the_dtype(dtype, share, error, same, scale, monkeypatch):
+    said = compared(monkeypatch, off(share, error), dtype=dtype, scale=scale)
+    assert (said is None) is same
+    if said is not None:
+        assert said.startswith("relative error ") and said.endswith(" is rounding")
+
+
+def test_under_autocast_the_tolerance_is_that_of_half_precision(monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compared(monkeypatch, off(1.0, 0.02), dtype=torch.float32) is None
+    assert compared(monkeypatch, off(1.0, 0.02), dtype=torch.float32) is not None
+
+
+def test_the_error_that_is_said_is_the_one_there_is(monkeypatch):
+    assert compared(monkeypatch, off(0.5, 0.25)) == "relative error 0.25 where 1e-07 is rounding"
+
+    def zero(values):
+        values[0, 0] = 0
+        return values
+
+    assert compared(monkeypatch, zero) == "relative error 1 where 1e-07 is rounding"
+
+
+def test_rows_without_a_number_agree_where_both_have_none(monkeypatch):
+    expected = torch.ones(1, 4, 3, dtype=torch.float64)
+    expected[0, 1, 2] = torch.nan
+    selection = Selection.from_mask(torch.ones(1, 4, dtype=torch.bool), capacity=4)
+    value = expected.clone()
+    monkeypatch.setattr(agreement, "gradient_pass", lambda *_, read_head, **__: read_head(value))
+
+    def said():
+        return agreement.difference(nn.Identity(), None, rows(1, 4), selection, expected, depth=0, layer_output=None)
+
+    assert said() is None
+    value[0, 2, 0] = torch.nan
+    assert said() is not None
+    value = expected.nan_to_num(0.0)
+    assert said() is not None
+
+
+def test_padding_and_empty_slots_are_not_compared(monkeypatch):
+    padding = torch.ones(1, 40, dtype=torch.int64)
+    padding[0, :10] = 0
+    assert compared(monkeypatch, off(0.25, 1.0), tokens=40) is not None
+    assert compared(monkeypatch, off(0.25, 1.0), tokens=40, padding=padding) is None
+    assert compared(monkeypatch, off(0.3, 1.0), tokens=40, padding=padding) is not None
+    assert compared(monkeypatch, off(1.0, 1.0), tokens=40, padding=padding * 0) is None
+    said = compared(monkeypatch, lambda values: values[:, :-1], tokens=40)
+    assert said == "head input [1, 39, 8] instead of [1, 40, 8]"
+
+
+def test_values_are_compared_in_a_mode_that_gives_them_again():
+    for dropout, training in ((0.0, True), (0.5, True), (0.5, False)):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(dropout)).train(training)
+        given, calls = torch.randn(3, 4), []
+
+        def run(model, architecture, inputs, given=given, calls=calls):
+            calls.append(model.training)
+            return model(given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(agreement, "_head_input", run)
+            state = torch.get_rng_state()
+            with agreement.comparable(model, None, rows(1, 3)) as expected:
+                assert torch.equal(expected, model(given)) and not expected.requires_grad
+                assert model.training is (training and dropout == 0.0)
+            assert model.training is training
+            assert torch.equal(state, torch.get_rng_state())
+            # A second look where the mode may matter alone.
+            assert (
+                calls
+                == {(0.0, True): [True, True], (0.5, True): [True, True, False], (0.5, False): [False]}[
+                    dropout, training
+                ]
+            )
+
+
+@pytest.mark.parametrize(
+    ("own", "ours", "dtype", "autocast", "same"),
+    [
+        (0.5, 0.5 + 0.9e-5, torch.float32, False, True),
+        (0.5, 0.5 + 1.2e-5, torch.float32, False, False),
+        (0.5, 0.5 - 1.2e-5, torch.float64, False, False),
+        (100.0, 100.0 + 9e-4, torch.float64, False, True),
+        (100.0, 100.0 + 2e-3, torch.float64, False, False),
+        (-100.0, -100.0 + 9e-4, torch.float64, False, True),
+        (2.0, 2.015, torch.bfloat16, False, True),
+        (2.0, 2.03, torch.bfloat16, False, False),
+        (2.0, 2.015, torch.float32, True, True),
+    ],
+)
+def test_two_losses_are_the_same(own, ours, dtype, autocast, same):
+    logits = torch.zeros(1, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert loss_agreement._same(torch.tensor(own, dtype=torch.float64), ours, logits) is same
+
+
+def test_a_loss_in_half_precision_has_its_tolerance_whatever_the_logits_are():
+    assert loss_agreement._same(torch.tensor(2.0, dtype=torch.bfloat16), 2.015, torch.zeros(1))
+
+
+def labelled(input_ids, padding=None, *, pad_token_id=None, embeds=None, **settings):
+    config = SimpleNamespace(pad_token_id=pad_token_id, **settings)
+    config.get_text_config = lambda: config
+    base = SimpleNamespace(config=config, get_output_embeddings=lambda: nn.Linear(4, VOCAB))
+    per_token = {"input_ids": input_ids} if embeds is None else {"inputs_embeds": embeds}
+    return loss_agreement._few_labelled_tokens(base, SimpleNamespace(per_token=per_token, padding=padding))
+
+
+def test_the_tokens_that_a_loss_is_tried_on():
+    input_ids = torch.arange(3, 33).view(3, 10)
+    given, labels = labelled(input_ids)
+    assert torch.equal(given["input_ids"], input_ids[:2, :8]) and set(given) == {"input_ids"}
+    wanted = input_ids[:2, :8].clone()
+    wanted[:, 3] = -100
+    assert torch.equal(labels, wanted)
+    # A padding token is a target like any other, in one of the rows.
+    wanted[0, 2] = 0
+    assert torch.equal(labelled(input_ids, pad_token_id=0)[1], wanted)
+    for outside in (-1, VOCAB, None, [0]):
+        assert labelled(input_ids, pad_token_id=outside)[1][0, 2] == input_ids[0, 2]
+    assert labelled(input_ids, pad_token_id=VOCAB - 1)[1][0, 2] == VOCAB - 1
+    assert labelled(input_ids[:, :2], pad_token_id=0)[1].tolist() == input_ids[:2, :2].tolist()
+    assert labelled(input_ids[:, :3], pad_token_id=0)[1].tolist() == [[3, 4, 0], [13, 14, 15]]
+    assert labelled(input_ids[:, :4])[1].tolist() == [[3, 4, 5, -100], [13, 14, 15, -100]]
+    assert torch.equal(input_ids, torch.arange(3, 33).view(3, 10))
+
+
+def test_the_tokens_that_a_loss_is_tried_on_are_all_attended_to():
+    padding = torch.zeros(3, 10, dtype=torch.int64)
+    given, _ = labelled(torch.arange(3, 33).view(3, 10), padding)
+    assert torch.equal(given["attention_mask"], torch.ones(2, 8, dtype=torch.int64))
+
+
+def test_embeddings_have_labels_too():
+    given, labels = labelled(None, embeds=torch.randn(3, 9, 4))
+    assert given["inputs_embeds"].shape == (2, 8, 4)
+    wanted = torch.arange(16).view(2, 8) % VOCAB
+    wanted[:, 3] = -100
+    assert torch.equal(labels, wanted)
+
+
+def test_placeholders_of_images_become_other_tokens():
+    inner = SimpleNamespace(audio_token_id=1, eoi_token_index=2, hidden_size=5, image_size=7, image_token_id="6")
+    config = SimpleNamespace(image_token_id=0, bos_token_id=4, get_text_config=lambda: inner)
+    input_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
+    assert loss_agreement.text_alone(input_ids, config).tolist() == [[3, 3, 3, 3, 4, 5, 6, 7]]
+    plain = SimpleNamespace(bos_token_id=0, hidden_size=4)
+    plain.get_text_config = lambda: plain
+    assert loss_agreement.text_alone(input_ids, plain) is input_ids
+
+
+def test_which_arguments_only_a_loss_reads():
+    def loss_function(logits, labels, vocab_size, focal_gamma=1.0, **kwargs):
+        raise AssertionError("not called")
+
+    model = SimpleNamespace(loss_function=loss_function)
+    given = {"input_ids": 1, "attention_mask": 2, "labels": 3, "vocab_size": 4, "use_cache": 5}
+    assert loss_agreement.loss_arguments(model, given) == {}
+    of_loss = {"num_items_in_batch": 6, "ignore_index": 7, "focal_gamma": 8, "my_labels": 9, "reduction": "sum"}
+    assert loss_agreement.loss_arguments(model, given | of_loss) == of_loss
+    assert loss_agreement.loss_arguments(SimpleNamespace(), {"focal_gamma": 8, "reduction": "sum"}) == {
+        "reduction": "sum"
+    }
+
+
+@pytest.mark.parametrize("name", ["router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient"])
+@pytest.mark.parametrize("place", ["model", "config"])
+def test_an_auxiliary_loss_is_weighted_by_whichever_name_its_weight_has(name, place):
+    config = SimpleNamespace()
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config)
+    output = SimpleNamespace(aux_loss=torch.tensor(4.0))
+    with pytest.raises(ValueError, match="returns an auxiliary loss, and neither it nor its config"):
+        loss_agreement.auxiliary_loss(model, output)
+    setattr(model if place == "model" else config, name, 0.25)
+    assert loss_agreement.auxiliary_loss(model, output) == 1.0
+    for none in (SimpleNamespace(aux_loss=None), SimpleNamespace(aux_loss=4.0), SimpleNamespace()):
+        assert loss_agreement.auxiliary_loss(model, none) is None
+
+
+def test_a_structure_is_its_modules_and_settings():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    assert before == structures.structure(model)
+    modules = [part for part in before if isinstance(part, nn.Module)]
+    assert {id(part) for part in modules} == {id(part) for part in model.modules()}
+    # Each module once as part of the tree; head and embeddings once more, as such.
+    assert len(modules) == len(list(model.modules())) + 2
+
+    def changed(change, undo):
+        change()
+        found = structures.structure(model) != before
+        undo()
+        assert structures.structure(model) == before
+        return found
+
+    attention, own = model.model.layers[1].self_attn, model.model.layers[1].self_attn.q_proj
+    assert changed(lambda: setattr(attention, "q_proj", nn.Linear(1, 1)), lambda: setattr(attention, "q_proj", own))
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_router_logits"):
+        assert changed(
+            lambda name=name: setattr(model.config, name, 3.0), lambda name=name: delattr(model.config, name)
+        )
+    for name in ("loss_type", "logit_scale", "_loss_function"):
+        was = model.__dict__.get(name)
+        assert changed(
+            lambda name=name: model.__dict__.update({name: "other"}),
+            lambda name=name, was=was: model.__dict__.pop(name) if was is None else model.__dict__.update({name: was}),
+        )
+    removed = []
+    assert changed(lambda: removed.append(model.register_forward_hook(lambda *_: None)), lambda: removed.pop().remove())
+    hooks = nn.modules.module
+    assert changed(
+        lambda: removed.append(hooks.register_module_forward_hook(lambda *_: None)), lambda: removed.pop().remove()
+    )
+    assert changed(
+        lambda: removed.append(hooks.register_module_forward_pre_hook(lambda *_: None)), lambda: removed.pop().remove()
+    )
+
+
+def test_hooks_of_torch_itself_are_no_change_of_structure():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+
+    def observe(*_):
+        return None
+
+    observe.__module__ = "torch.utils.module_tracker"
+    handle = nn.modules.module.register_module_forward_pre_hook(observe)
+    try:
+        assert structures.structure(model) == before
+    finally:
+        handle.remove()
+    assert model(tokens()).logits.shape[-1] == VOCAB
