@@ -28,7 +28,7 @@ SMALL_RUNS = 3
 """At a time on one GPU."""
 TIMED = "trying learning rates"
 """What a study says when its steps have been timed, and others may use its GPU."""
-REPORT_SECONDS = 60.0
+REPORT_SECONDS = 75.0
 """Kept back of the time, for reports and the archive."""
 SMALL = (".json", ".jsonl", ".html", ".log", ".png")
 
@@ -134,7 +134,9 @@ def start(job: Job, arguments: argparse.Namespace, ends: float) -> subprocess.Po
     command += arguments.extra
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, job.gpus))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in job.gpus)
     with log_of(job, arguments).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
