@@ -92,9 +92,14 @@ class CudaGraphs:
         torch.cuda.set_rng_state(state, self._device)
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed; torch before 2.13 leaves its allocator and its generator waiting for that end."""
         with suppress(RuntimeError):
             graph.capture_end()
-        # torch before 2.13 leaves its allocator waiting for the end of a capture that failed.
-        end = cast(Any, torch._C)._cuda_endAllocateToPool
         with suppress(RuntimeError):
-            end(self._device.index or 0, self._pool)
+            cast(Any, torch._C)._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        with suppress(RuntimeError):  # the generator is told by any capture that succeeds
+            number = torch.zeros((), device=self._device)
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            number.add_(1)
+            other.capture_end()
