@@ -258,8 +258,6 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     """The step of a row of the table."""
     if variant.endswith(GRAPH):
         return GraphStep(make_step(model, tokens, variant.removesuffix(GRAPH), ratio), model)
-    if variant.endswith(RECORDED):
-        return RecordedByItself(cggr_step(model, tokens, variant, ratio, None))
     if variant.endswith(COMPILED):
         return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
     if variant == "scoring and selection alone":
@@ -277,13 +275,14 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         copied = checkpointed(model)
         step = standard_step(copied, tokens, labels)
         return fused_step(copied, step) if plain == CHECKPOINTED_FUSED else step
-    more: dict[str, Any] = {"cuda_graph": "auto" if variant.endswith(RECORDED) else False}
-    variant = variant.removesuffix(RECORDED)
+    recorded, variant = variant.endswith(RECORDED), variant.removesuffix(RECORDED)
+    more: dict[str, Any] = {"cuda_graph": "auto" if recorded else False}
     more["context_precision"] = "fp8" if variant.endswith(LOW) else None
     variant = variant.removesuffix(LOW)
     if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
         return supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
-    return cggr_step(model, tokens, variant, ratio, inputs, **more)
+    step = cggr_step(model, tokens, variant, ratio, inputs, **more)
+    return RecordedByItself(step) if recorded else step
 
 
 def peak_on_device(step: Callable[[], None]) -> int:

@@ -309,6 +309,14 @@ def test_a_step_that_waits_for_the_device_is_left_as_it_is_and_said_once(caplog,
     ]
 
 
+def test_what_recordings_hold_is_said(caplog):
+    with caplog.at_level(logging.INFO, "cggr_core.recording.recorder"):
+        recorded()
+    assert [record.message for record in caplog.records] == [
+        "cuda_graph='auto': recording 1 of at most 8; they hold 0.00 GB together"
+    ]
+
+
 def test_a_recording_that_gives_other_numbers_is_not_used(monkeypatch):
     from tests.support.reenacted import Reenacted
 

@@ -228,3 +228,24 @@ def test_threads_that_pin_memory_go_on():
         if number == ENOUGH + 4:
             break
     assert replayed(cggr)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+@pytest.mark.parametrize("settings", [{"selection": "random"}, {"gradient": "exact", "selection": "random"}])
+def test_a_trainer_with_accumulation_and_clipping(settings, precision, tmp_path, monkeypatch):
+    """Ten optimizer steps of two micro-batches: what training did to the weights, with and without recordings."""
+    from transformers import TrainingArguments
+
+    from cggr_train import CGGRConfig
+    from tests.support.trainer_kit import examples, relative_error
+    from tests.support.trainer_ranks import run
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 1)
+    values = {"max_steps": 10, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1, **precision}
+    values["data"] = examples(80, length=24)
+    changes = []
+    for number, graph in enumerate(("auto", False)):
+        made, found = run(CGGRConfig(cuda_graph=graph, **settings), tmp_path / str(number), **values)
+        assert replayed(made.routed_model()) is (graph == "auto")
+        changes.append(found["change"])
+    assert relative_error(*changes) <= (2e-2 if precision else 1e-3)
