@@ -253,12 +253,13 @@ def run_path(options: argparse.Namespace, arm: str, seed: int) -> Path:
 def run_all(options: argparse.Namespace, argv: list[str]) -> None:
     """Every run that is not over, in processes of their own; each gets its share of the time."""
     end = time.monotonic() + options.seconds
+    model = str(as_safetensors(options.model, options.output / "models"))
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
     waiting = [(arm, seed) for arm, seed in wanted if not is_done(run_path(options, arm, seed))]
     devices = visible_devices()
     slots = [device for _ in range(options.per_device) for device in devices]
     rounds = -(-len(waiting) // len(slots))
-    share = options.seconds / max(rounds, 1)
+    share = (end - time.monotonic()) / max(rounds, 1)
     running: dict[int, tuple[subprocess.Popen[bytes], str, int]] = {}
     while waiting or running:
         for slot, device in enumerate(slots):
@@ -269,7 +270,8 @@ def run_all(options: argparse.Namespace, argv: list[str]) -> None:
             if slot not in running and waiting and time.monotonic() < end:
                 arm, seed = waiting.pop(0)
                 until = str(time.time() + min(share, end - time.monotonic()))
-                command = [sys.executable, "-m", "benchmarks.grpo_gsm8k", *argv, "--run", arm, str(seed), until]
+                command = [sys.executable, "-m", "benchmarks.grpo_gsm8k", *argv, "--model", model]
+                command += ["--run", arm, str(seed), until]
                 shown = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
                 running[slot] = subprocess.Popen(command, env=dict(shown)), arm, seed
         if time.monotonic() > end + 60:
@@ -278,6 +280,22 @@ def run_all(options: argparse.Namespace, argv: list[str]) -> None:
         if not running and time.monotonic() >= end:
             break
         time.sleep(0.5)
+
+
+def as_safetensors(model: Path, folder: Path) -> Path:
+    """Where the model stands in a form that loads in seconds: a GGUF file is read once, not by every run."""
+    from cggr_train.presets import load_model
+    from cggr_train.tokenizer import load_tokenizer
+
+    if (model / "config.json").exists():
+        return model
+    written = folder / model.name
+    if not written.exists():
+        temporary = folder / f"{model.name}.part"
+        load_model(str(model)).save_pretrained(temporary)
+        load_tokenizer(str(model)).save_pretrained(temporary)
+        temporary.rename(written)
+    return written
 
 
 def visible_devices() -> list[str | None]:

@@ -133,3 +133,19 @@ def test_dpo(tmp_path, model):
     arguments = ["--model", str(model), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
     example("dpo")([*arguments, "--per_device_train_batch_size", "4", *CPU])
     assert was_trained(tmp_path / "out", model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers)[.]")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
+def test_distillation(tmp_path, model, tokenizer):
+    torch.manual_seed(1)
+    teacher = tiny_model(vocab_size=len(tokenizer))
+    for parameter in teacher.parameters():  # not the student, which has the same seed
+        parameter.data.mul_(1.5)
+    teacher.save_pretrained(tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} + {n} ="}) + "\n" for n in range(8)))
+    arguments = ["--model", str(model), "--teacher", str(tmp_path / "teacher"), "--data", str(data), "--bf16", "false"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_completion_length", "6"]
+    example("distillation")([*arguments, "--per_device_train_batch_size", "4", *CPU])
+    assert was_trained(tmp_path / "out", model)

@@ -31,7 +31,15 @@ from cggr_core.routing import (
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
 from cggr_train.trainer.trl.hooks import uncached_autocast
-from cggr_train.trainer.trl.rows import check_no_images, is_in, rows_of, shared_prompts, spread, take_rows
+from cggr_train.trainer.trl.rows import (
+    check_no_images,
+    is_in,
+    rows_of,
+    shared_prompts,
+    spread,
+    take_rows,
+    without_needless_mask,
+)
 
 IGNORED = -100
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -173,7 +181,7 @@ class RoutedForward:
         check_no_images(inputs, self._gradient)
         countable, part = targets != IGNORED, targets if rows is None else targets[rows]
         arguments = {name: value for name, value in routed_batch(inputs).items() if name not in _INERT}
-        arguments = take_rows(arguments, rows, len(targets))
+        arguments = without_needless_mask(take_rows(arguments, rows, len(targets)))
         keep_graph, engine = self._gradient == "kv", self._engine
         with self._router_losses(wanted=bool(inputs.get("output_router_logits"))):
             shares = plan.shares_prompts and not self._sharded

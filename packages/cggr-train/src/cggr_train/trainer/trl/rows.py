@@ -95,11 +95,29 @@ def shared_prompts(arguments: Mapping[str, Any], countable: Tensor) -> SharedCon
     if not length:
         return None
     ids, mask = arguments["input_ids"][:, :length], arguments.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask[:, :length].to(ids.dtype)
-    different, owners = torch.cat([ids * mask, mask], dim=1).unique(dim=0, return_inverse=True)
+    if mask is None:
+        different, owners = ids.unique(dim=0, return_inverse=True)
+    else:
+        mask = mask[:, :length].to(ids.dtype)
+        different, owners = torch.cat([ids * mask, mask], dim=1).unique(dim=0, return_inverse=True)
     if 2 * len(different) > len(ids):
         return None
-    return SharedContext(different[:, :length], different[:, length:], owners)
+    return SharedContext(different[:, :length], None if mask is None else different[:, length:], owners)
+
+
+def without_needless_mask(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward without an attention mask that masks nothing, which costs one value from the device.
+
+    Rows of one document without padding have faster attention. Beside position ids a mask stays: without one, they
+    would be looked through for packed documents.
+
+    Args:
+        arguments: Of a forward.
+    """
+    mask = arguments.get("attention_mask")
+    if mask is None or arguments.get("position_ids") is not None or not bool(mask.all()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name != "attention_mask"}
 
 
 def is_in(rows: Tensor | None, size: int, device: torch.device) -> Tensor:
