@@ -9,7 +9,7 @@ import torch
 
 from cggr_flash import attention_backends
 from cggr_flash.__main__ import main
-from cggr_flash.capabilities import HUB_KERNELS, ORDER, check_backend, judge, judge_backend
+from cggr_flash.capabilities import HUB_KERNELS, ORDER, backend_row, backend_rows, check_backend
 from cggr_flash.machine import inspect_machine
 from tests.support.machines import A100, ALL_PACKAGES, CPU, H200, RADEON, V100
 
@@ -21,16 +21,16 @@ def without(package: str, machine=H200):
 
 
 def working(machine) -> set[str]:
-    return {row.name for row in judge(machine) if row.available}
+    return {row.name for row in backend_rows(machine) if row.available}
 
 
 def test_everything_works_where_everything_is_there():
     assert working(H200) >= {*ORDER, "sdpa/cudnn", "sdpa/flash", "sdpa/memory-efficient", "sdpa/math"}
-    assert all(row.reason and not row.fix for row in judge(H200))
+    assert all(row.reason and not row.fix for row in backend_rows(H200))
 
 
 def test_rows_are_in_the_order_of_auto_with_the_kernels_of_sdpa_behind_it():
-    names = [row.name for row in judge(CPU)]
+    names = [row.name for row in backend_rows(CPU)]
     assert [name for name in names if not name.startswith("sdpa/")] == list(ORDER)
     assert names[names.index("sdpa") + 1 :][:4] == ["sdpa/cudnn", "sdpa/flash", "sdpa/memory-efficient", "sdpa/math"]
 
@@ -115,14 +115,14 @@ def test_rows_are_in_the_order_of_auto_with_the_kernels_of_sdpa_behind_it():
     ],
 )
 def test_the_reason_is_exact_and_the_fix_is_named(machine, backend, reason, fix):
-    row = judge_backend(backend, machine)
+    row = backend_row(backend, machine)
     assert not row.available
     assert reason in row.reason
     assert fix in row.fix
 
 
 def test_flash_attention_2_may_be_a_build_for_amd():
-    assert judge_backend("flash_attention_2", RADEON).available
+    assert backend_row("flash_attention_2", RADEON).available
 
 
 def test_hub_kernels_stand_for_the_three_libraries():

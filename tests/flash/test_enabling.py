@@ -10,7 +10,7 @@ from transformers import modeling_flash_attention_utils as transformers_flash
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cggr_flash import enable_flash_attention
-from cggr_flash.trial import disagreement, trial
+from cggr_flash.trial import describe_difference, trial
 from tests.support.families import BUILT_IN, EAGER_ONLY, FAMILIES, llava, t5
 from tests.support.machines import A100, CPU, H200
 from tests.support.tiny_models import ROUTABLE, UNROUTABLE
@@ -239,9 +239,11 @@ def test_a_wrong_backward_is_seen():
     model = ROUTABLE["llama"]()
     expected = trial(model)
     assert len(expected) == 2
-    assert disagreement(expected, expected, torch.float32) == ""
+    assert describe_difference(expected, expected, torch.float32) == ""
     wrong = [expected[0], expected[1] * 1.5]
-    assert "differ from eager attention by a relative error of 0.5" in disagreement(wrong, expected, torch.bfloat16)
+    assert "differ from eager attention by a relative error of 0.5" in describe_difference(
+        wrong, expected, torch.bfloat16
+    )
 
 
 def test_half_of_the_tokens_may_be_off_and_no_more():
@@ -249,7 +251,7 @@ def test_half_of_the_tokens_may_be_off_and_no_more():
     for off, refused in ((7, False), (9, True)):
         found = expected.clone()
         found.view(16, 4)[:off] *= 1.5
-        assert bool(disagreement([found], [expected], torch.bfloat16)) == refused
+        assert bool(describe_difference([found], [expected], torch.bfloat16)) == refused
 
 
 def test_an_image_tower_is_tried_and_keeps_its_backend_where_it_must(caplog):

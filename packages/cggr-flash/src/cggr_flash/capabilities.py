@@ -90,7 +90,7 @@ def attention_backends(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating torch dtype such as torch.bfloat16, got {dtype!r}")
-    return judge(inspect_machine(default_device() if device is None else find_device(device), dtype))
+    return backend_rows(inspect_machine(default_device() if device is None else find_device(device), dtype))
 
 
 def default_device() -> torch.device:
@@ -99,9 +99,9 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def judge(machine: Machine) -> list[AttentionBackend]:
+def backend_rows(machine: Machine) -> list[AttentionBackend]:
     """The rows of :func:`attention_backends` for a given machine."""
-    rows = [judge_backend(name, machine) for name in ORDER]
+    rows = [backend_row(name, machine) for name in ORDER]
     place = ORDER.index("sdpa") + 1
     rows[place:place] = [
         AttentionBackend(f"sdpa/{name}", not why, why or "runs") for name, why in machine.sdpa_kernels.items()
@@ -109,7 +109,7 @@ def judge(machine: Machine) -> list[AttentionBackend]:
     return rows
 
 
-def judge_backend(name: str, machine: Machine) -> AttentionBackend:
+def backend_row(name: str, machine: Machine) -> AttentionBackend:
     """The row of one backend, or of any hub kernel."""
     if name in _LIBRARIES:
         return _library(name, _LIBRARIES[name], machine)
@@ -155,7 +155,7 @@ def is_flash(name: str) -> bool:
 def _gpu_obstacle(name: str, library: _Library | None, machine: Machine) -> AttentionBackend | None:
     """Obstacles that no installation removes: the device, its generation, the dtype."""
     if machine.device.type != "cuda" or (machine.capability is None and name != "flash_attention_2"):
-        reason = f"needs an NVIDIA GPU, but the device is {machine.where}"
+        reason = f"needs an NVIDIA GPU, but the device is {machine.device_label}"
         fix = "put the model on a GPU (device_map='cuda' or model.to('cuda')), or use backend='sdpa'"
         return AttentionBackend(name, False, reason, fix)
     if library is not None and machine.capability is not None and machine.capability < library.capability:
@@ -210,14 +210,14 @@ def _sdpa(machine: Machine) -> AttentionBackend:
     running = [name for name in SDPA_KERNELS if not machine.sdpa_kernels[name]]
     if running:
         return AttentionBackend("sdpa", True, f"in torch {torch.__version__}; its kernels here: {', '.join(running)}")
-    reason = f"none of its kernels run on {machine.where} in {machine.dtype_name}"
+    reason = f"none of its kernels run on {machine.device_label} in {machine.dtype_name}"
     return AttentionBackend("sdpa", False, reason, "use backend='eager'")
 
 
 def _flex_attention(machine: Machine) -> AttentionBackend:
     name = "flex_attention"
     if machine.device.type != "cuda":
-        reason = f"its backward pass needs a GPU, but the device is {machine.where}"
+        reason = f"its backward pass needs a GPU, but the device is {machine.device_label}"
         return AttentionBackend(name, False, reason, "put the model on a GPU, or use backend='sdpa'")
     if "triton" not in machine.packages or "triton" in machine.import_errors:
         reason = machine.import_errors.get("triton", "it is compiled by triton, which is not installed")

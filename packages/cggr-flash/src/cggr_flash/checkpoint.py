@@ -76,26 +76,26 @@ def looks_like_path(name: str) -> bool:
 
 
 def _weights(folder: Path, variant: str | None, use_safetensors: bool | None) -> list[Path]:
-    def varied(name: str) -> str:
+    def with_variant(name: str) -> str:
         stem, dot, rest = name.partition(".")
         return name if variant is None else f"{stem}.{variant}{dot}{rest}"
 
-    whole, index = folder / varied(SAFE_WEIGHTS_NAME), folder / varied(SAFE_WEIGHTS_INDEX_NAME)
+    whole, index = folder / with_variant(SAFE_WEIGHTS_NAME), folder / with_variant(SAFE_WEIGHTS_INDEX_NAME)
     if use_safetensors is not False:
         if whole.is_file():
             return [whole]
         if index.is_file():
             return _shards(index)
-    pickled = [name for name in _PICKLED if (folder / varied(name)).is_file()]
+    pickled = [name for name in _PICKLED if (folder / with_variant(name)).is_file()]
     if pickled and use_safetensors:
         raise FileNotFoundError(
-            f"{folder} has its weights only as {varied(pickled[0])}, a pickle, which can run code when loaded; "
+            f"{folder} has its weights only as {with_variant(pickled[0])}, a pickle, which can run code when loaded; "
             "convert it to safetensors (with save_pretrained), or pass use_safetensors=False if you trust it"
         )
     if not pickled:
         raise FileNotFoundError(
-            f"{folder} has a {CONFIG_NAME} but no weights: neither {varied(SAFE_WEIGHTS_NAME)} nor "
-            f"{varied(SAFE_WEIGHTS_INDEX_NAME)}{_nested(folder)}; it holds {_listing(folder)}"
+            f"{folder} has a {CONFIG_NAME} but no weights: neither {with_variant(SAFE_WEIGHTS_NAME)} nor "
+            f"{with_variant(SAFE_WEIGHTS_INDEX_NAME)}{_nested(folder)}; it holds {_listing(folder)}"
         )
     return []
 

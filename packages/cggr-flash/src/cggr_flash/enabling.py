@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
+from cggr_flash.capabilities import HALF, ORDER, backend_row, check_backend, default_device, is_flash
 from cggr_flash.machine import Machine, first_line, inspect_machine
 from cggr_flash.model_support import Implementations, current, is_switchable, model_obstacle, set_backend, unwrapped
-from cggr_flash.trial import TrialError, disagreement, trial
+from cggr_flash.trial import TrialError, describe_difference, trial
 
 _logger = logging.getLogger("cggr_flash")
 
@@ -58,7 +58,7 @@ def enable_flash_attention(model: Model, backend: str = "auto") -> Model:
     return model
 
 
-class PassedOver(NamedTuple):
+class SkippedBackend(NamedTuple):
     """A skipped backend: why, what to do, and whether it was tried on the model."""
 
     name: str
@@ -67,15 +67,15 @@ class PassedOver(NamedTuple):
     tried: bool = False
 
 
-def listed(passed_over: Sequence[PassedOver]) -> str:
+def format_reasons(skipped: Sequence[SkippedBackend]) -> str:
     """All reasons on one line, each once."""
     names: dict[str, list[str]] = {}
-    for each in passed_over:
+    for each in skipped:
         names.setdefault(each.reason, []).append(each.name)
     return "; ".join(f"not {', '.join(group)}: {reason}" for reason, group in names.items())
 
 
-def explained(backend: str, model_name: str, reason: str, fix: str) -> str:
+def error_message(backend: str, model_name: str, reason: str, fix: str) -> str:
     """The error message for an explicit backend that does not work."""
     return f"backend={backend!r} cannot be used for {model_name}: {reason}. To fix this: {fix}"
 
@@ -85,22 +85,22 @@ def choose(model: PreTrainedModel, backend: str) -> None:
     device, dtype = placement(model)
     if backend != "auto":
         check_dtype(backend, dtype)
-    passed_over: list[PassedOver] = []
-    if first_that_works(model, ORDER if backend == "auto" else (backend,), passed_over):
+    skipped: list[SkippedBackend] = []
+    if try_backends(model, ORDER if backend == "auto" else (backend,), skipped):
         return
     name = type(model).__name__
     if backend == "auto":
-        raise RuntimeError(f"no attention backend works on {name} on {device}: {listed(passed_over)}")
-    failed = passed_over[-1]
-    text = explained(backend, name, failed.reason, failed.fix)
+        raise RuntimeError(f"no attention backend works on {name} on {device}: {format_reasons(skipped)}")
+    failed = skipped[-1]
+    text = error_message(backend, name, failed.reason, failed.fix)
     raise RuntimeError(f"{text}. The model still uses {current(model)!r}")
 
 
-def first_that_works(model: PreTrainedModel, names: Sequence[str], passed_over: list[PassedOver]) -> bool:
+def try_backends(model: PreTrainedModel, names: Sequence[str], skipped: list[SkippedBackend]) -> bool:
     """Switch a model to the first of ``names`` that works, and log it; if none works, leave the model unchanged.
 
     A model that cannot be switched is tried with the backend it was built with. Backends that do not work are appended
-    to ``passed_over``, whose earlier entries are for the log.
+    to ``skipped``, whose earlier entries are for the log.
     """
     device, dtype = placement(model)
     machine = inspect_machine(device, dtype)
@@ -110,16 +110,16 @@ def first_that_works(model: PreTrainedModel, names: Sequence[str], passed_over: 
         for name in names:
             reason, fix = _known_obstacle(model, name, machine)
             if reason:
-                passed_over.append(PassedOver(name, reason, fix))
+                skipped.append(SkippedBackend(name, reason, fix))
                 continue
             if expected is None and is_switchable(model):
                 expected = _results_on_eager(model, before)
-            reason, kept = _tried(model, name, expected, dtype)
+            reason, kept = _try_backend(model, name, expected, dtype)
             if not reason:
-                _log_choice(model, name, machine, passed_over, kept)
+                _log_choice(model, name, machine, skipped, kept)
                 return True
             before.restore()
-            passed_over.append(PassedOver(name, reason, AUTO_GOES_ON, tried=True))
+            skipped.append(SkippedBackend(name, reason, AUTO_GOES_ON, tried=True))
     except BaseException:
         before.restore()
         raise
@@ -153,7 +153,7 @@ def check_dtype(backend: str, dtype: torch.dtype) -> None:
 
 
 def _known_obstacle(model: PreTrainedModel, name: str, machine: Machine) -> tuple[str, str]:
-    row = judge_backend(name, machine)
+    row = backend_row(name, machine)
     if not row.available:
         return row.reason, row.fix
     return model_obstacle(model, name) or ("", "")
@@ -172,7 +172,7 @@ def _results_on_eager(model: PreTrainedModel, before: Implementations) -> list[T
         before.restore()
 
 
-def _tried(
+def _try_backend(
     model: PreTrainedModel, name: str, expected: list[Tensor] | None, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
     """Why a backend does not work on the model, ``""`` if it does and stays set; and which towers keep theirs."""
@@ -187,17 +187,17 @@ def _tried(
         return str(error), kept
     except Exception as error:  # compilers and kernels raise errors of any type
         return f"{type(error).__name__}: {first_line(error)}", kept
-    return (disagreement(found, expected, dtype) if expected is not None else ""), kept
+    return (describe_difference(found, expected, dtype) if expected is not None else ""), kept
 
 
 def _log_choice(
-    model: PreTrainedModel, name: str, machine: Machine, passed_over: Sequence[PassedOver], kept: list[str]
+    model: PreTrainedModel, name: str, machine: Machine, skipped: Sequence[SkippedBackend], kept: list[str]
 ) -> None:
-    notes = [repr(name), *([listed(passed_over)] if passed_over else []), *kept]
+    notes = [repr(name), *([format_reasons(skipped)] if skipped else []), *kept]
     accelerator = default_device()
     if machine.device.type == "cpu" and accelerator.type != "cpu":
         notes.append(f"{accelerator} may have a faster one: move the model there and call enable_flash_attention")
     # Warn of what should have worked, not of what is not installed.
-    level = logging.WARNING if any(each.tried for each in passed_over) else logging.INFO
-    text = f"{type(model).__name__} on {machine.where} in {machine.dtype_name} runs on {'; '.join(notes)}"
+    level = logging.WARNING if any(each.tried for each in skipped) else logging.INFO
+    text = f"{type(model).__name__} on {machine.device_label} in {machine.dtype_name} runs on {'; '.join(notes)}"
     _logger.log(level, text)

@@ -11,9 +11,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from cggr_flash.capabilities import HALF, ORDER, check_backend, default_device, is_flash, judge_backend
+from cggr_flash.capabilities import HALF, ORDER, backend_row, check_backend, default_device, is_flash
 from cggr_flash.checkpoint import check_configuration, check_weights, looks_like_path, missing_path
-from cggr_flash.enabling import AUTO_GOES_ON, PassedOver, check_dtype, choose, explained, first_that_works, listed
+from cggr_flash.enabling import (
+    AUTO_GOES_ON,
+    SkippedBackend,
+    check_dtype,
+    choose,
+    error_message,
+    format_reasons,
+    try_backends,
+)
 from cggr_flash.machine import Machine, first_line, inspect_machine
 from cggr_flash.model_support import class_obstacle
 
@@ -79,7 +87,7 @@ def load_model_with_flash_attention(
     _check_files(name, config, options)
     model_class = _model_class(config, options["trust_remote_code"])
     machine = inspect_machine(_planned_device(device_map), _planned_dtype(backend, dtype, config))
-    candidates, passed_over = _candidates(backend, model_class, config, machine)
+    candidates, skipped = _candidates(backend, model_class, config, machine)
     arguments = {**options, "config": config, "dtype": dtype, "device_map": device_map}
     if not _builds_attention_in(model_class):
         model = _load(model_class, name, arguments)
@@ -90,33 +98,35 @@ def load_model_with_flash_attention(
         try:
             model = _load(model_class, name, {**arguments, "attn_implementation": candidate})
         except ImportError as error:
-            passed_over.append(PassedOver(candidate, f"ImportError: {first_line(error)}", AUTO_GOES_ON, tried=True))
+            skipped.append(SkippedBackend(candidate, f"ImportError: {first_line(error)}", AUTO_GOES_ON, tried=True))
         else:
-            if first_that_works(model, (candidate,), passed_over):
+            if try_backends(model, (candidate,), skipped):
                 return model
         arguments["force_download"] = False
     if backend == "auto":
-        raise RuntimeError(f"no attention backend works on {model_class.__name__}: {listed(passed_over)}")
-    raise RuntimeError(explained(backend, model_class.__name__, passed_over[-1].reason, passed_over[-1].fix))
+        raise RuntimeError(f"no attention backend works on {model_class.__name__}: {format_reasons(skipped)}")
+    raise RuntimeError(error_message(backend, model_class.__name__, skipped[-1].reason, skipped[-1].fix))
 
 
-def _candidates(backend: str, model_class: Any, config: Any, machine: Machine) -> tuple[list[str], list[PassedOver]]:
+def _candidates(
+    backend: str, model_class: Any, config: Any, machine: Machine
+) -> tuple[list[str], list[SkippedBackend]]:
     """The backends to try, and those ruled out by the machine or the model class.
 
     Raises:
         RuntimeError: If ``backend`` is ruled out.
     """
-    candidates, passed_over = [], []
+    candidates, skipped = [], []
     for name in ORDER if backend == "auto" else (backend,):
-        row = judge_backend(name, machine)
+        row = backend_row(name, machine)
         obstacle = (row.reason, row.fix) if not row.available else class_obstacle(model_class, config, name)
         if obstacle is None:
             candidates.append(name)
         elif backend != "auto":
-            raise RuntimeError(explained(backend, model_class.__name__, *obstacle))
+            raise RuntimeError(error_message(backend, model_class.__name__, *obstacle))
         else:
-            passed_over.append(PassedOver(name, obstacle[0]))
-    return candidates, passed_over
+            skipped.append(SkippedBackend(name, obstacle[0]))
+    return candidates, skipped
 
 
 def _checked_name(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> str:

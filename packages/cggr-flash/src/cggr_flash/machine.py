@@ -55,7 +55,7 @@ class Machine:
     kernels_versions: tuple[str, str] = (KERNELS_MIN_VERSION, KERNELS_MAX_VERSION)
 
     @property
-    def where(self) -> str:
+    def device_label(self) -> str:
         """Human-readable device, with its name if it is a GPU."""
         return f"{self.device} ({self.device_name})" if self.device.type == "cuda" else str(self.device)
 

@@ -47,7 +47,7 @@ def trial(model: PreTrainedModel) -> list[Tensor]:
     return results
 
 
-def disagreement(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str:
+def describe_difference(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str:
     """How results differ from eager attention, or ``""`` if only by rounding.
 
     Args:
@@ -115,7 +115,7 @@ def _takes_tokens(module: PreTrainedModel) -> bool:
 def _run_on_tokens(model: PreTrainedModel) -> Iterator[Tensor]:
     leaves: list[Tensor] = []
 
-    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def make_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
@@ -126,7 +126,7 @@ def _run_on_tokens(model: PreTrainedModel) -> Iterator[Tensor]:
         arguments["decoder_input_ids"] = tokens
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    hooks = [module.register_forward_hook(cut) for module in embeddings]
+    hooks = [module.register_forward_hook(make_leaf) for module in embeddings]
     try:
         output = model(**arguments)[0]
     finally:
@@ -152,7 +152,7 @@ def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
 def _run_on_pixels(model: PreTrainedModel) -> Iterator[Tensor]:
     config: Any = model.config
     shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-    pixels = _wave(shape, next(model.parameters()).device).to(model.dtype).requires_grad_()
+    pixels = _pseudo_random(shape, next(model.parameters()).device).to(model.dtype).requires_grad_()
     output = model(pixel_values=pixels)[0]
     yield output
     yield from torch.autograd.grad(_loss(output), [pixels])
@@ -174,11 +174,11 @@ def _tokens(config: Any) -> Tensor:
 
 def _loss(output: Tensor) -> Tensor:
     # Not a plain sum, which has no gradient behind a layer norm.
-    weights = _wave(output.shape, output.device) / output.shape[-1] ** 0.5
+    weights = _pseudo_random(output.shape, output.device) / output.shape[-1] ** 0.5
     return (output.float() * weights).sum()
 
 
-def _wave(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
+def _pseudo_random(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
     """Fixed pseudo-random numbers in [-1, 1] that draw on no random generator."""
     count = torch.Size(shape).numel()
     return torch.cos(torch.arange(count, device=device, dtype=torch.float64) ** 2 * 0.37).float().reshape(shape)
