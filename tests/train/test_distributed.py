@@ -99,7 +99,7 @@ class TestRanks:
             assert device.type == "cpu"
         assert ranks.main and ranks.rows(3) == slice(0, 3)
         assert ranks.agree(True, 2.5) == (True, 2.5)
-        assert ranks.on_first(lambda: 7) == 7
+        assert ranks.on_rank_zero(lambda: 7) == 7
 
     def test_rows_that_cannot_be_shared_are_refused(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -115,6 +115,6 @@ class TestRanks:
 
         monkeypatch.setattr(Ranks, "agree", lambda self, any_rank, largest: (True, largest))
         with pytest.raises(OSError, match="full"):
-            Ranks(0, 2).on_first(fail)
+            Ranks(0, 2).on_rank_zero(fail)
         with pytest.raises(RunError, match="rank 1 stops because rank 0 could not go on"):
-            Ranks(1, 2).on_first(fail)
+            Ranks(1, 2).on_rank_zero(fail)

@@ -56,12 +56,12 @@ def test_where_it_stands_is_said_in_runs_and_time_left(monkeypatch):
     table = LiveTable(Console(file=io.StringIO()), ARMS, seeds=3)
     table.stage("timing every arm's step")
     now[0] = 103.0
-    assert table.standing() == "timing every arm's step · 3 s"
+    assert table.status_line() == "timing every arm's step · 3 s"
     table.stage("training")
     now[0] = 133.0
     table.take({"event": "run", "arm": "standard", "seed": 0, "points": [{"heldout_loss": 4.0}]})
     table.progress(Request("run", {"arm": "standard", "seed": 1}, {}), {"step": 5, "steps": 10, "loss": 3.0})
-    assert table.standing() == "training · run 2 of 15 · 50% · about 4:30 min left"  # 1.5 of 15 in 30 s
+    assert table.status_line() == "training · run 2 of 15 · 50% · about 4:30 min left"  # 1.5 of 15 in 30 s
 
 
 def test_nobody_waits_in_silence(monkeypatch):

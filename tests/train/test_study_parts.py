@@ -48,7 +48,7 @@ def test_routers_are_arms_of_their_own():
     assert list(found)[-3:] == [f"{base}-full_depth", f"{base}-learned", f"{base}-remembered"]
     learned, remembered = found[f"{base}-learned"], found[f"{base}-remembered"]
     assert learned.label == "stratified 0.25 by gradnorm (learned), kv"
-    assert [arm.scores_by_its_run for arm in found.values()] == [False] * (len(found) - 2) + [True] * 2
+    assert [arm.scores_from_own_run for arm in found.values()] == [False] * (len(found) - 2) + [True] * 2
     assert remembered.remembers
     assert not learned.remembers
     assert remembered.equal_cost == found["kv-0.25-random"].equal_cost, "nothing scores"
@@ -121,13 +121,13 @@ def test_the_average_reaches_back_a_fixed_share_of_the_run():
     for step in range(1, 1001):
         model.weight.data.fill_(float(step))
         average.update(step)
-    with average.in_place():
+    with average.average_parameters():
         lag = 1000 - model.weight.item()
     assert lag == pytest.approx(1000 / (DECAY + 2), rel=0.02)
     assert model.weight.item() == 1000
     other = RunningAverage(model)
     other.load_state_dict(average.state_dict())
-    with other.in_place():
+    with other.average_parameters():
         assert model.weight.item() == pytest.approx(1000 - lag)
 
 

@@ -50,7 +50,7 @@ os.kill(os.getpid(), 9)
 CHILD = """
 import sys
 from cggr_train.study import worker
-worker.leave_with(int(sys.argv[1]))
+worker.exit_with_parent(int(sys.argv[1]))
 """
 
 

@@ -90,7 +90,9 @@ def save_checkpoint(
         _flush(folder)
     except (OSError, SafetensorError, SaveError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"the checkpoint {final} could not be saved: {error}; {what_is_left(folder)}") from error
+        raise SaveError(
+            f"the checkpoint {final} could not be saved: {error}; {last_checkpoint_message(folder)}"
+        ) from error
     for old in list_checkpoints(folder)[: -max(keep, 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -126,7 +128,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def what_is_left(folder: Path) -> str:
+def last_checkpoint_message(folder: Path) -> str:
     """Which checkpoint there is after one could not be written, in words."""
     last = latest_checkpoint(folder)
     return f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"

@@ -42,7 +42,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def silence(console: Console) -> None:
+def mute(console: Console) -> None:
     """Show nothing any more: the terminal is gone, and writing to it would end the run before it is saved."""
     console.quiet = True
 

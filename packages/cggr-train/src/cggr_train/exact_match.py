@@ -69,7 +69,7 @@ def exact_match(
         InputError: If an answer of ``rows`` lacks the mark.
     """
     end: Any = tokenizer.eos_token_id
-    questions, answers = zip(*map(_take_apart, rows), strict=True)
+    questions, answers = zip(*map(_split_question, rows), strict=True)
     wanted = [final_answer(text, after) for text in tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
     if None in wanted:
         raise InputError(f"--answer-after is {after!r}, which is not in every answer of the held-out data")
@@ -137,7 +137,7 @@ def final_answer(text: str, after: str | None) -> str | None:
     return re.sub(r"(?<=\d),(?=\d{3})", "", " ".join(text.split())).removesuffix(".")
 
 
-def _take_apart(row: Tensor) -> tuple[list[int], list[int]]:
+def _split_question(row: Tensor) -> tuple[list[int], list[int]]:
     """Tokens of the question and of the answer."""
     input_ids, labels = split_supervised(row[None])
     supervised = (labels[0] >= 0).nonzero().flatten()

@@ -57,7 +57,7 @@ class FolderLock:
                 f"another process is writing to {self.folder}; wait until it has ended, or give another --out"
             ) from error
         except OSError as error:
-            self._take_away()
+            self._remove_folders()
             raise InputError(f"the folder {self.folder} cannot be written: {error.strerror or error}") from error
         self._lock = lock
 
@@ -70,9 +70,9 @@ class FolderLock:
         if self._made and [path.name for path in self.folder.iterdir()] == [FILE_NAME]:
             (self.folder / FILE_NAME).unlink()
         self._lock.release()
-        self._take_away()
+        self._remove_folders()
 
-    def _take_away(self) -> None:
+    def _remove_folders(self) -> None:
         with contextlib.suppress(OSError):  # not empty: it is in use
             for path in self._made:
                 path.rmdir()

@@ -157,10 +157,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple
     ids, offsets = encoded["input_ids"][:length], encoded["offset_mapping"][:length]
     if len(ids) < 2:
         raise InputError(f"the passage has {len(ids)} token(s); at least 2 are needed to predict one from the other")
-    return torch.tensor([ids]), _pieces(text, offsets), len(encoded["input_ids"]) - len(ids)
+    return torch.tensor([ids]), _token_texts(text, offsets), len(encoded["input_ids"]) - len(ids)
 
 
-def _pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
+def _token_texts(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
     """Characters of each token; one that several tokens share goes to the first of them."""
     pieces, done = [], 0
     for start, end in offsets:

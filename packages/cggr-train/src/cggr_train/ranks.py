@@ -83,7 +83,7 @@ class Ranks:
         dist.all_reduce(both, dist.ReduceOp.MAX)
         return bool(both[0]), float(both[1])
 
-    def on_first(self, work: Callable[[], T]) -> T | None:
+    def on_rank_zero(self, work: Callable[[], T]) -> T | None:
         """Do something on rank 0 while the others wait.
 
         Returns:

@@ -103,14 +103,14 @@ class RecordedStep:
             self._items.fill_(num_items)
         self._taken += 1
         if self._taken <= EAGER_STEPS:
-            return self._take_eagerly(self._batches)
+            return self._run_eagerly(self._batches)
         if self._graph is None:
             self._graph = self._recorded(self._batches)
         self._graph.replay()
         assert self._loss is not None  # of the recording
         return self._loss.clone()
 
-    def _take_eagerly(self, batches: Sequence[Tensor]) -> Tensor:
+    def _run_eagerly(self, batches: Sequence[Tensor]) -> Tensor:
         # Not on the default stream, which a recording must not meet.
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +23,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cggr_train.checkpoint import checkpoint_path, latest_checkpoint, what_is_left
+from cggr_train.checkpoint import checkpoint_path, last_checkpoint_message, latest_checkpoint
 from cggr_train.data import TokenStore
 from cggr_train.device import uses_bfloat16
-from cggr_train.display import Display, numbers, silence
+from cggr_train.display import Display, mute, numbers
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
@@ -33,7 +35,7 @@ from cggr_train.loop import Budget, LearningRate, LoopSettings, Progress
 from cggr_train.memory import memory_in_use, peak_memory
 from cggr_train.prepare import prepare, prepared
 from cggr_train.presets import load_model
-from cggr_train.ranks import joined_ranks
+from cggr_train.ranks import Ranks, joined_ranks
 from cggr_train.recorded import check_recordable
 from cggr_train.session import RunSession, SessionSettings
 from cggr_train.settings import STUDY, TrainSettings
@@ -70,18 +72,13 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}, or give another --out")
     if (folder / STUDY).exists():
         raise InputError(f"{folder} holds a study, whose files a run would replace; give another --out")
-    shared = joined_ranks(settings.device, batch_size=settings.batch_size)
-    with shared as (ranks, device), FolderLock(folder) as lock:
-        console.quiet = console.quiet or not ranks.main
-        if settings.cuda_graph:
-            check_recordable(device, settings.method, settings.routing, processes=ranks.size)
-        ranks.on_first(lock.take)
-        made = ranks.on_first(lambda: prepare(settings, folder, console)) or prepared(settings, folder)
+    with _locked(settings, folder, console) as (ranks, device):
+        made = ranks.on_rank_zero(lambda: prepare(settings, folder, console)) or prepared(settings, folder)
         model, tokenizer, tokens = made
         if settings.steps is None and settings.seconds is None:
             sequences = len(tokens.train) // settings.length
             settings = dataclasses.replace(settings, steps=-(-sequences // (settings.batch_size * settings.accumulate)))
-        ranks.on_first(lambda: settings.save(folder / "settings.json"))
+        ranks.on_rank_zero(lambda: settings.save(folder / "settings.json"))
         session = RunSession(session_settings(settings, device), model, tokens, device, ranks=ranks)
         return _Run(session, settings, folder, console, tokenizer).train()
 
@@ -109,18 +106,25 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{folder} holds no checkpoint to resume from; start it anew with --out")
-    shared = joined_ranks(settings.device, batch_size=settings.batch_size)
-    with shared as (ranks, device), FolderLock(folder) as lock:
-        console.quiet = console.quiet or not ranks.main
-        if settings.cuda_graph:
-            check_recordable(device, settings.method, settings.routing, processes=ranks.size)
-        ranks.on_first(lock.take)
+    with _locked(settings, folder, console) as (ranks, device):
         tokens = TokenStore.open(folder / "tokens")
         model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
         session = RunSession(session_settings(settings, device), model, tokens, device, ranks=ranks, resumed=checkpoint)
         session.resume(checkpoint)
         console.print(f"resuming {folder} from step {session.progress.step:,}", highlight=False)
         return _Run(session, settings, folder, console, tokenizer).train()
+
+
+@contextmanager
+def _locked(settings: TrainSettings, folder: Path, console: Console) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks of a run and its device, with the folder taken by this run alone and one rank that shows progress."""
+    shared = joined_ranks(settings.device, batch_size=settings.batch_size)
+    with shared as (ranks, device), FolderLock(folder) as lock:
+        console.quiet = console.quiet or not ranks.main
+        if settings.cuda_graph:
+            check_recordable(device, settings.method, settings.routing, processes=ranks.size)
+        ranks.on_rank_zero(lock.take)
+        yield ranks, device
 
 
 def session_settings(settings: TrainSettings, device: torch.device) -> SessionSettings:
@@ -169,7 +173,7 @@ class _Run:
         alone, main = self.ranks.size == 1, self.ranks.main
         self.log = JsonlLog(self.folder / "log.jsonl", keep_until_step=self.progress.step) if main else None
         shown = Display(self.console, settings.method, self.session.settings.loop.budget)
-        stopping = StopRequest(launched=not alone, quiet=not main, on_hangup=lambda: silence(self.console))
+        stopping = StopRequest(launched=not alone, quiet=not main, on_hangup=lambda: mute(self.console))
         with stopping as stop, shown as display:
             self.display = display
             try:
@@ -180,7 +184,7 @@ class _Run:
                     self._evaluate()
                 checkpoint = self._save()
             except (DivergedError, LogError) as error:
-                raise type(error)(f"{error}; {what_is_left(self.folder / 'checkpoints')}") from error
+                raise type(error)(f"{error}; {last_checkpoint_message(self.folder / 'checkpoints')}") from error
             if self.ranks.main:
                 self._draw()
         return RunResult(checkpoint, self.progress, self.heldout_loss, int(code))

@@ -193,7 +193,7 @@ class RunSession:
             if self.memory is not None:
                 self.memory.flush()  # on every rank, so that all go on from the same scores
             also = None if self.memory is None else self._save_memory
-            self.ranks.on_first(lambda: save_checkpoint(folder, self.model, tokenizer, state, keep=keep, also=also))
+            self.ranks.on_rank_zero(lambda: save_checkpoint(folder, self.model, tokenizer, state, keep=keep, also=also))
         return checkpoint_path(folder, self.progress.step)
 
     def _save_memory(self, checkpoint: Path) -> None:

@@ -50,12 +50,12 @@ def verdict(package: str, version: str) -> str:
     if tested is None:
         return ""
     span = tested.oldest if tested.oldest == tested.newest else f"{tested.oldest} to {tested.newest}"
-    if _minor(version) < _minor(tested.oldest):
+    if _major_minor(version) < _major_minor(tested.oldest):
         return f"older than what is tested ({span})"
-    if _minor(version) > _minor(tested.newest):
+    if _major_minor(version) > _major_minor(tested.newest):
         return f"newer than what is tested ({span})"
     return "tested"
 
 
-def _minor(version: str) -> tuple[int, ...]:
+def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

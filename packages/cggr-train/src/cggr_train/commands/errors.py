@@ -30,7 +30,7 @@ def plain_errors(*, interrupted: str) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def only_with_resume(context: typer.Context, allowed: tuple[str, ...], *, what: str) -> None:
+def check_resume_options(context: typer.Context, allowed: tuple[str, ...], *, what: str) -> None:
     """Refuse options that cannot go with ``--resume``.
 
     Args:

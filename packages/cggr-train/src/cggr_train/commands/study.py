@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.errors import only_with_resume, plain_errors
+from cggr_train.commands.errors import check_resume_options, plain_errors
 from cggr_train.errors import InputError
 
 
@@ -83,7 +83,7 @@ def study(
     """
     with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {resume or out}"):
         if resume is not None:
-            only_with_resume(context, (), what="study")
+            check_resume_options(context, (), what="study")
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.errors import only_with_resume, plain_errors
+from cggr_train.commands.errors import check_resume_options, plain_errors
 
 
 def train(
@@ -73,7 +73,7 @@ def train(
     """
     with plain_errors(interrupted="stopped; nothing was saved"):
         if resume is not None:
-            only_with_resume(context, ("steps", "seconds"), what="run")
+            check_resume_options(context, ("steps", "seconds"), what="run")
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 

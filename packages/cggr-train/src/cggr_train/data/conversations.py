@@ -28,15 +28,17 @@ class Conversations(Documents):
         messages = record.get(key) if isinstance(record, dict) else None
         wanted = f"{where}: {key!r} should be a list of messages, each with the texts 'role' and 'content'"
         if not isinstance(messages, list) or not messages:
-            self._bad(wanted)
+            self._skip_or_raise(wanted)
             return None
         for message in messages:
             texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
             if not all(isinstance(text, str) for text in texts):
-                self._bad(wanted)
+                self._skip_or_raise(wanted)
                 return None
         if not any(message["role"] == ASSISTANT for message in messages):
-            self._bad(f"{where}: no message of {key!r} has the role {ASSISTANT!r}, so nothing is learned from it")
+            self._skip_or_raise(
+                f"{where}: no message of {key!r} has the role {ASSISTANT!r}, so nothing is learned from it"
+            )
             return None
         return (json.dumps([{name: message[name] for name in ("role", "content")} for message in messages]),)
 
@@ -93,9 +95,9 @@ def tokens_of(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
     for number, message in enumerate(messages):
         if message["role"] == ASSISTANT:
             prompt = _encode(messages[:number], tokenizer, True) if number else []
-            found, supervised = _extended(found, supervised, prompt, False)
+            found, supervised = _extend_rows(found, supervised, prompt, False)
         whole = _encode(messages[: number + 1], tokenizer, False)
-        found, supervised = _extended(found, supervised, whole, message["role"] == ASSISTANT)
+        found, supervised = _extend_rows(found, supervised, whole, message["role"] == ASSISTANT)
     return np.asarray(found, dtype=np.int32), np.asarray(supervised, dtype=bool)
 
 
@@ -106,7 +108,7 @@ def _encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
     return list(encoded["input_ids"])
 
 
-def _extended(
+def _extend_rows(
     found: list[int], supervised: list[bool], longer: list[int], learned: bool
 ) -> tuple[list[int], list[bool]]:
     if longer[: len(found)] != found:

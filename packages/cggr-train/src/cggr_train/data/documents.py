@@ -84,7 +84,9 @@ class Documents:
         try:
             yield (path.read_text(encoding="utf-8-sig"),)  # without a byte order mark
         except UnicodeDecodeError as error:
-            self._bad(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})", error, what="such files")
+            self._skip_or_raise(
+                f"{path}: not UTF-8 text (byte {error.start}: {error.reason})", error, what="such files"
+            )
 
     def _json_lines(self, path: Path) -> Iterator[tuple[str, ...]]:
         with path.open("rb") as file:
@@ -94,7 +96,7 @@ class Documents:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or numbers and nests beyond reason
-                    self._bad(f"{path}, line {number}: not JSON ({error})", error)
+                    self._skip_or_raise(f"{path}, line {number}: not JSON ({error})", error)
                     continue
                 parts = self._parts(record, f"{path}, line {number}")
                 if parts is not None:
@@ -126,7 +128,7 @@ class Documents:
 
     def _parts(self, record: object, where: str) -> tuple[str, ...] | None:
         if not isinstance(record, dict):
-            self._bad(f"{where}: expected an object with {' and '.join(self.fields)}, got {_kind(record)}")
+            self._skip_or_raise(f"{where}: expected an object with {' and '.join(self.fields)}, got {_kind(record)}")
             return None
         parts = []
         for name in self.fields:
@@ -134,18 +136,18 @@ class Documents:
             if not isinstance(value, str):
                 found = ", ".join(map(str, record)) or "nothing"
                 given = _kind(value) if name in record else f"no such key (it has {found}; see --field)"
-                self._bad(f"{where}: {name!r} should be text, got {given}")
+                self._skip_or_raise(f"{where}: {name!r} should be text, got {given}")
                 return None
             parts.append(value)
         text = "\n".join(parts)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            self._bad(f"{where}: half a surrogate pair ({text[error.start]!r}), which is no character", error)
+            self._skip_or_raise(f"{where}: half a surrogate pair ({text[error.start]!r}), which is no character", error)
             return None
         return tuple(parts)
 
-    def _bad(self, message: str, cause: Exception | None = None, *, what: str = "such lines") -> None:
+    def _skip_or_raise(self, message: str, cause: Exception | None = None, *, what: str = "such lines") -> None:
         if not self.skip_bad:
             raise InputError(f"{message}; --skip-bad leaves {what} out and counts them") from cause
         self.skipped += 1

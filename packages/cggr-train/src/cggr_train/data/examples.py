@@ -54,7 +54,7 @@ def build_example_store(
     counts, longer = {"train": 0, "heldout": 0}, 0
     with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
         files = {"train": train, "heldout": heldout}
-        for side, parts in _sides(documents, heldout_documents, heldout_fraction):
+        for side, parts in _split_chunks(documents, heldout_documents, heldout_fraction):
             for row in (rows or _rows)(parts, tokenizer, length):
                 if row is None:
                     longer += 1
@@ -72,7 +72,7 @@ def build_example_store(
     return write_meta(folder, np.dtype(np.int32), tokens, documents=sum(counts.values()), skipped=skipped)
 
 
-def _sides(
+def _split_chunks(
     documents: Documents, heldout: Documents | None, fraction: float
 ) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Chunks of examples, with the side that they are on."""

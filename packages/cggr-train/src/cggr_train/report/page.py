@@ -26,7 +26,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         loader=PackageLoader("cggr_train", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["picture"] = _picture
+    environment.filters["picture"] = _data_url
     page = environment.get_template(template).render(**values)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -47,5 +47,5 @@ def visible(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(part of a character)"
 
 
-def _picture(png: bytes) -> str:
+def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()

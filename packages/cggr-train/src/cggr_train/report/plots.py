@@ -89,7 +89,7 @@ def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
         "frequency": ("by frequency of the token", "rarest tenth … most frequent"),
         "score": ("by score", "lowest tenth … highest"),
     }
-    titles = {name: words for name, words in titles.items() if _tells(outcome, name)}
+    titles = {name: words for name, words in titles.items() if _shares_differ(outcome, name)}
     if not titles:
         return None
     across = len(titles) if width > NARROW else 1
@@ -185,7 +185,7 @@ def _name_curves(axes: Axes, outcome: Outcome, ends: dict[str, tuple[float, floa
         )  # fmt: skip
 
 
-def _tells(outcome: Outcome, what: str) -> bool:
+def _shares_differ(outcome: Outcome, what: str) -> bool:
     """Whether some arm keeps the tenths of the tokens by this measure in clearly different shares."""
     return any(max(by[what]) - min(by[what]) > 0.05 for by in outcome.kept.values())
 

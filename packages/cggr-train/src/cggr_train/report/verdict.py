@@ -33,7 +33,7 @@ def verdict(outcome: Outcome) -> list[str]:
     compared = [arm for arm in asked if arm.name in losses]
     if compared:
         best = min(compared, key=lambda arm: losses[arm.name])
-        lines = [_recommendation(outcome), lowest, *_standing(outcome, best, compared)]
+        lines = [_recommendation(outcome), lowest, *_compare_with_controls(outcome, best, compared)]
     else:
         nothing = "Nothing that was asked for kept a finite loss at this learning rate."
         lines = [_recommendation(outcome), nothing, lowest]
@@ -50,18 +50,18 @@ def verdict(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _standing(outcome: Outcome, best: Arm, compared: list[Arm]) -> list[str]:
+def _compare_with_controls(outcome: Outcome, best: Arm, compared: list[Arm]) -> list[str]:
     """How the best arm stands to its controls."""
-    standing = outcome.comparisons["time"][best.name]
+    comparison = outcome.comparisons["time"][best.name]
     lines = [
-        f"In the same time {_named(best, compared)} ({standing.loss.mean:.3f}) is "
-        + "; ".join(against(value, outcome.arm(name).title) for name, value in standing.against.items())
+        f"In the same time {_named(best, compared)} ({comparison.loss.mean:.3f}) is "
+        + "; ".join(against(value, outcome.arm(name).title) for name, value in comparison.against.items())
         + ".",
         f"After the same number of tokens seen it is "
         f"{against(outcome.comparisons['tokens'][best.name].against['standard'], outcome.arms[0].title)}.",
         _cost(outcome, best),
     ]
-    if best.random in standing.against and best.method != "random":
+    if best.random in comparison.against and best.method != "random":
         lines.append(_scoring(outcome, best))
     if outcome.gradients:
         lines.append(_gradient(outcome, best))

@@ -81,7 +81,7 @@ class Arm:
         return self.method == "cggr" and self.routing.scorer == "remembered"
 
     @property
-    def scores_by_its_run(self) -> bool:
+    def scores_from_own_run(self) -> bool:
         """Whether its scores are made of what the run itself observed, so that other weights do not tell them."""
         return self.method == "cggr" and self.routing.scorer in ("learned", "remembered")
 

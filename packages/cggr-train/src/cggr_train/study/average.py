@@ -47,7 +47,7 @@ class RunningAverage:
         torch._foreach_lerp_(self._values, self._parameters, (DECAY + 1) / (step + DECAY))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """Let the model have the averaged weights inside the block, and its own again after it."""
         self._swap()
         try:

@@ -85,7 +85,7 @@ def recommended(every: Sequence[Point]) -> Point:
     Args:
         every: Simpler arms first.
     """
-    unbeaten = [point for point in every if not any(_beats(other, point) for other in every)]
+    unbeaten = [point for point in every if not any(_is_cheaper(other, point) for other in every)]
     least = min(point.peak_bytes for point in unbeaten)
     return next(point for point in unbeaten if LESS_MEMORY * point.peak_bytes <= least)
 
@@ -95,6 +95,6 @@ def with_less_memory(every: Sequence[Point], chosen: Point) -> list[Point]:
     return [point for point in reversed(non_dominated(every)) if point.peak_bytes <= LESS_MEMORY * chosen.peak_bytes]
 
 
-def _beats(one: Point, other: Point) -> bool:
+def _is_cheaper(one: Point, other: Point) -> bool:
     """Whether the difference, seed by seed, is shown to be in favour of ``one``."""
     return interval([own - its for own, its in zip(one.cost, other.cost, strict=True)]).sign < 0

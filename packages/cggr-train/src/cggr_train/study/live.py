@@ -47,7 +47,7 @@ class LiveTable:
         self._live = (
             Live(console=console, get_renderable=self._table, refresh_per_second=4) if console.is_terminal else None
         )
-        self._heartbeat = threading.Thread(target=self._break_silence, daemon=True)
+        self._heartbeat = threading.Thread(target=self._print_when_quiet, daemon=True)
 
     def __enter__(self) -> LiveTable:
         """Show the table."""
@@ -110,17 +110,17 @@ class LiveTable:
             self._last_line = time.monotonic()
             self.console.print(line, highlight=False)
 
-    def _break_silence(self) -> None:
+    def _print_when_quiet(self) -> None:
         while not self._ended.wait(0.2):
             if time.monotonic() - self._last_line >= SILENCE_SECONDS:
-                self._say(self.standing())
+                self._say(self.status_line())
 
     def _runs_done(self) -> float:
         """Runs that are done, and the shares of those under way."""
         under_way = [share for (_, seed), (share, _) in list(self._running.items()) if seed >= 0]
         return sum(map(len, self._losses.values())) + sum(self._diverged.values()) + sum(under_way)
 
-    def standing(self) -> str:
+    def status_line(self) -> str:
         """Where the study stands: its stage, which runs are under way, and how long the runs will take."""
         now = time.monotonic() - self._stage_began
         total = len(self.arms) * self.seeds
@@ -138,7 +138,7 @@ class LiveTable:
 
     def _table(self) -> Table:
         table = Table(
-            title=self.standing(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+            title=self.status_line(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
         )
         table.add_column("arm", no_wrap=True)
         for heading in ("step", "peak memory", "runs", "now", "training loss", "held-out loss"):

@@ -125,7 +125,9 @@ class Pool:
         for worker in self._workers:
             if worker.device.type != "cpu":  # there, starting would take time from what is measured
                 worker.start()
-        threads = [threading.Thread(target=_feed, args=(worker, waiting, events), daemon=True) for worker in workers]
+        threads = [
+            threading.Thread(target=_serve_requests, args=(worker, waiting, events), daemon=True) for worker in workers
+        ]
         for thread in threads:
             thread.start()
         running, stopping = len(threads), False
@@ -160,7 +162,7 @@ def _empty(waiting: queue.SimpleQueue[Request]) -> None:
             waiting.get_nowait()
 
 
-def _feed(
+def _serve_requests(
     worker: Worker,
     waiting: queue.SimpleQueue[Request],
     events: queue.SimpleQueue[tuple[Request | None, dict[str, Any]]],
@@ -205,9 +207,9 @@ class Worker:
                 return
         code = process.wait()
         words = self.errors.read_text(encoding="utf-8", errors="replace") if self.errors.exists() else ""
-        yield {"event": "error", "kind": "run", "message": self._last_words(code, words)}
+        yield {"event": "error", "kind": "run", "message": self._exit_message(code, words)}
 
-    def _last_words(self, code: int, words: str) -> str:
+    def _exit_message(self, code: int, words: str) -> str:
         if code == KILLED:
             return "a worker was killed from outside, perhaps for want of memory; what was done is on record (--resume)"
         last = " ".join(words.strip().splitlines()[-1:])

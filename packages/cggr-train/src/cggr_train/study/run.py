@@ -26,7 +26,7 @@ from rich.console import Console
 from cggr_core.settings import SUPERVISED
 from cggr_train.checkpoint import latest_checkpoint
 from cggr_train.data import TokenStore
-from cggr_train.display import silence
+from cggr_train.display import mute
 from cggr_train.errors import DivergedError, InputError
 from cggr_train.folder_lock import FolderLock
 from cggr_train.interrupt import StopRequest
@@ -143,7 +143,7 @@ class _Study:
             ]  # fmt: skip
 
     def run(self, where: list[tuple[torch.device, int]]) -> StudyResult:
-        with StopRequest(on_hangup=lambda: silence(self.console)) as stop, Pool(self.folder, where) as pool:
+        with StopRequest(on_hangup=lambda: mute(self.console)) as stop, Pool(self.folder, where) as pool:
             with LiveTable(self.console, self.arms, self.settings.seeds) as table:
                 self.table, self.pool, self.stop = table, pool, stop
                 for record in self.records:
@@ -158,7 +158,7 @@ class _Study:
                 if plan is not None and not stop.requested:
                     self._train(plan)
                 if not stop.requested:
-                    self._look_closer()
+                    self._compare_gradients()
             if plan is None or stop.requested:
                 return StudyResult(None, stop.exit_code)
         return StudyResult(self._report(plan), 0)
@@ -225,7 +225,7 @@ class _Study:
                     fitted.append(arm)
                 continue
             if found["micro_batch"] is None:
-                self._leave_out(arm)
+                self._exclude_arm(arm)
                 continue
             size = None if found["micro_batch"] == arm.batch_size else found["micro_batch"]
             arm = dataclasses.replace(arm, micro_batch=size, checkpointing=found["checkpointing"])
@@ -236,7 +236,7 @@ class _Study:
                 self.left_out[arm.name] = f"{arm.label}: the same as {alike.title}"
         self._set_arms(fitted)
 
-    def _leave_out(self, arm: Arm) -> None:
+    def _exclude_arm(self, arm: Arm) -> None:
         if arm is self.arms[0]:
             raise InputError(
                 f"--memory-limit: not one sequence of {arm.label} fits, even with checkpointing, and every arm is "
@@ -330,7 +330,7 @@ class _Study:
             for arm in self.arms
         )
 
-    def _look_closer(self) -> None:
+    def _compare_gradients(self) -> None:
         """Gradients at the start and at the end of the standard run, and what each arm keeps there."""
         self.table.stage("comparing gradients and kept tokens")
         seed, weights = self.seeds[0], str(self.weights)
@@ -338,14 +338,14 @@ class _Study:
         if self.settings.draws and self._has_whole_batches():
             drawn = [
                 arm.name for arm in self.arms
-                if arm.role in ("equal_cost", "random", "asked") and not arm.scores_by_its_run
+                if arm.role in ("equal_cost", "random", "asked") and not arm.scores_from_own_run
             ]  # fmt: skip
             for (at, place), name in itertools.product(zip(PLACES, (None, weights), strict=True), drawn):
                 body = {"do": "gradients", "arms": [name], "weights": place, "seed": seed}
                 requests.append(Request("gradients", {"at": at, "arm": name}, body))
         routed = [
             arm.name for arm in self.arms
-            if arm.method != "standard" and arm.routing.gradient != "sequence" and not arm.scores_by_its_run
+            if arm.method != "standard" and arm.routing.gradient != "sequence" and not arm.scores_from_own_run
             and arm.routing.selection != SUPERVISED
         ]  # fmt: skip
         if routed:

@@ -150,7 +150,7 @@ class _Run:
             self.save()
 
     def evaluate(self) -> None:
-        loss = self.session.evaluate(weights=self.average.in_place())
+        loss = self.session.evaluate(weights=self.average.average_parameters())
         if not math.isfinite(loss):
             if self.progress.step == 0:
                 raise InputError(f"the held-out loss is {loss} before the first step: the model's weights are damaged")
@@ -167,7 +167,7 @@ class _Run:
         """Ask every held-out question of the averaged weights."""
         context, train = self.context, self.context.settings.train
         rows = torch.from_numpy(context.tokens.heldout.reshape(-1, train.length).astype("int64"))
-        with self.session.clock.paused(), self.average.in_place():
+        with self.session.clock.paused(), self.average.average_parameters():
             found = exact_match(
                 self.session.model, rows[: context.settings.questions], context.tokenizer,
                 after=context.settings.answer_after, device=context.device, bfloat16=context.bfloat16,
@@ -178,7 +178,7 @@ class _Run:
         from safetensors import SafetensorError
 
         try:
-            with self.average.in_place():
+            with self.average.average_parameters():
                 self.session.model.save_pretrained(folder)
                 self.context.tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:

@@ -77,7 +77,7 @@ def answer(
             raise ValueError(f"the request {unknown!r} is not one of time, train, fit, gradients and kept")
 
 
-def leave_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """End this process when it is another's child."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
@@ -88,7 +88,7 @@ def main(folder: str, device: str, threads: str, parent: str) -> None:
     """Serve the study in ``folder`` until the standard input ends."""
     from transformers.utils.logging import disable_progress_bar
 
-    threading.Thread(target=leave_with, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(int(parent),), daemon=True).start()
     disable_progress_bar()
     # whatever a library prints goes to the errors: the standard output is the answers' alone
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -34,7 +34,7 @@ class MetricsWindow:
         """Take note of the metrics of one forward; see :attr:`cggr_core.CGGRModel.metrics`."""
         self._waiting.append({name: metrics[name] for name in (*_COUNTS, *_MEANS) if name in metrics})
         if len(self._waiting) == _FOLD_AFTER:
-            self._fold()
+            self._add_to_sums()
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Everything since the last reading, as numbers; one wait for the device.
@@ -47,7 +47,7 @@ class MetricsWindow:
             the means over tokens of ``score_kept``, ``score_dropped``, ``gradnorm_kept`` and ``full_loss`` where they
             are known; nothing if there was no forward.
         """
-        self._fold()
+        self._add_to_sums()
         sums, self._sums = self._sums, {}
         if not sums:
             return {}
@@ -61,7 +61,7 @@ class MetricsWindow:
                 found[name] = numbers[name] / tokens(numbers)
         return found
 
-    def _fold(self) -> None:
+    def _add_to_sums(self) -> None:
         if not self._waiting:
             return
         columns = {name: torch.stack([row[name] for row in self._waiting]).double() for name in self._waiting[0]}
