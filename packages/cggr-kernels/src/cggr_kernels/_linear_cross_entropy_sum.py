@@ -31,7 +31,7 @@ _SPREAD_COLUMNS = 32
 _ALIGNMENT = 128
 
 
-class _Spare:
+class _Workspace:
     """Hands out the unwritten memory of a result, from the front."""
 
     def __init__(self, result: Tensor) -> None:
@@ -47,24 +47,26 @@ class _Spare:
         return taken
 
 
-def _plan(M: int, V: int, columns: int, d_weight: Tensor, spare: _Spare) -> tuple[list[tuple[int, int, Tensor]], int]:
+def _plan(
+    M: int, V: int, columns: int, d_weight: Tensor, workspace: _Workspace
+) -> tuple[list[tuple[int, int, Tensor]], int]:
     """Chunks of classes with the buffer for each chunk's gradient, and where in ``d_weight`` the first buffer begins.
 
     If there is room for half a chunk more, the last classes' part of ``d_weight`` is the buffer of all other chunks.
     """
-    if d_weight.numel() and columns // 2 <= spare.free.numel() // M < columns:
+    if d_weight.numel() and columns // 2 <= workspace.free.numel() // M < columns:
         H = d_weight.shape[1]
         tail = V - -(-M * columns // H)
         if tail > 0:
             wide = d_weight[tail:].view(-1)[: M * columns]
-            narrow = spare.take((M * (columns // 2),), d_weight.dtype)
+            narrow = workspace.take((M * (columns // 2),), d_weight.dtype)
             plan = [(start, end, wide) for start, end in chunks(0, tail, columns)]
             return plan + [(start, end, narrow) for start, end in chunks(tail, V, columns // 2)], tail * H
-    buffer = spare.take((M * columns,), spare.free.dtype)
+    buffer = workspace.take((M * columns,), workspace.free.dtype)
     return [(start, end, buffer) for start, end in chunks(0, V, columns)], d_weight.numel()
 
 
-def _spread(d_rows: Tensor, d_hidden: Tensor, row_index: Tensor | None) -> None:
+def _scatter_rows(d_rows: Tensor, d_hidden: Tensor, row_index: Tensor | None) -> None:
     """Write the gradient of the rows [M, H] float32, which may lie in ``d_hidden`` [N, H] past its first M, into it.
 
     A few columns at a time, so that the rows' gradient never exists twice.
@@ -90,12 +92,12 @@ def _add_chunks(
     softcap: float | None,
     scale: float | None,
     columns: int,
-    spare: _Spare,
+    workspace: _Workspace,
 ) -> Tensor:
     """Losses [M] of the rows; adds their gradients to ``gradients``."""
     rows, weight, d_weight = gradients.rows, gradients.weight, gradients.d_weight
     M, (V, H) = rows.shape[0], weight.shape
-    plan, limit = _plan(M, V, columns, d_weight, spare)
+    plan, limit = _plan(M, V, columns, d_weight, workspace)
     state_3M = start_state(M, rows.device)
     kept, occupied = {}, 0
     for start, end, buffer in plan:
@@ -129,20 +131,20 @@ def launch_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, (V, H) = targets.shape[0], weight.shape
     d_hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
-    spare = _Spare(d_hidden)
-    rows = spare.take((M, H), hidden.dtype)
+    workspace = _Workspace(d_hidden)
+    rows = workspace.take((M, H), hidden.dtype)
     if row_index is None:
         rows.copy_(hidden)
     else:
         torch.index_select(hidden, 0, row_index, out=rows)
     # A row of weight 0 must not reach the weight's gradient, whatever it holds.
     rows.masked_fill_((coefficient == 0)[:, None], 0)
-    d_rows = spare.take((M, H) if needs[0] else (0,), torch.float32)
+    d_rows = workspace.take((M, H) if needs[0] else (0,), torch.float32)
     gradients = Gradients(rows, weight, needs, d_rows)
     columns = V if max_logits >= M * V else chunk_columns(M, V)
-    nll_M = _add_chunks(gradients, targets, bias, coefficient, softcap, scale, columns, spare)
+    nll_M = _add_chunks(gradients, targets, bias, coefficient, softcap, scale, columns, workspace)
     if needs[0]:
-        _spread(d_rows, d_hidden, row_index)
+        _scatter_rows(d_rows, d_hidden, row_index)
     return nll_M, d_hidden, gradients.d_weight, gradients.d_bias.to(hidden.dtype)
 
 

@@ -58,7 +58,7 @@ def _blocks(table: dict[int, Blocks], q: Tensor) -> Blocks:
     return table[next(limit for limit in table if q.shape[-1] <= limit)]
 
 
-def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Descriptor of ``x``, or of a copy if ``x`` is not aligned to the 16 bytes that the GPU's copy engine needs."""
     step = 16 // x.element_size()
     if x.data_ptr() % 16 or any(stride == 0 or stride % step for stride in x.stride()[:-1]):
@@ -66,12 +66,12 @@ def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def _described_keys(x: Tensor, blocks: Blocks) -> TensorDescriptor:
+def _key_descriptor(x: Tensor, blocks: Blocks) -> TensorDescriptor:
     """Blocks of keys or values of one head, from ``[B, S, Hkv, D]``."""
-    return _described(x.transpose(1, 2), [1, 1, blocks.n, _padded_dim(x)])
+    return _descriptor(x.transpose(1, 2), [1, 1, blocks.n, _padded_dim(x)])
 
 
-def _described_rows(x: Tensor, HKV: int, blocks: Blocks) -> tuple[TensorDescriptor, int]:
+def _row_descriptor(x: Tensor, HKV: int, blocks: Blocks) -> tuple[TensorDescriptor, int]:
     """Blocks of query rows of one key head, from ``[B, K, H, D]``, and how many rows of a slot the blocks hold.
 
     A block is a box of slots and heads if the heads of a group are a power of two; else the rows are made contiguous.
@@ -81,7 +81,7 @@ def _described_rows(x: Tensor, HKV: int, blocks: Blocks) -> tuple[TensorDescript
     x = x.unflatten(2, (HKV, tile)).transpose(1, 2)
     if tile & (tile - 1) or tile > blocks.m:
         x, tile = x.reshape(B, HKV, K * tile, 1, D), 1
-    return _described(x, [1, 1, blocks.m // tile, tile, _padded_dim(x)]), tile
+    return _descriptor(x, [1, 1, blocks.m // tile, tile, _padded_dim(x)]), tile
 
 
 def _statistics(table: dict[int, Blocks], q: Tensor, HKV: int) -> Tensor:
@@ -148,8 +148,8 @@ def launch_forward(
         blocks = _blocks(FORWARD_BLOCKS, q)
         routed_attention_forward_kernel[(triton.cdiv(K * H // HKV, blocks.m), B * HKV)](
             q,
-            _described_keys(k, blocks),
-            _described_keys(v, blocks),
+            _key_descriptor(k, blocks),
+            _key_descriptor(v, blocks),
             q_position,
             q_position if segment is None else segment,
             out_BKHD,
@@ -196,8 +196,8 @@ def launch_query_gradient(
         blocks = _blocks(QUERY_GRADIENT_BLOCKS, q)
         routed_attention_query_gradient_kernel[(triton.cdiv(K * H // HKV, blocks.m), B * HKV)](
             q,
-            _described_keys(k, blocks),
-            _described_keys(v, blocks),
+            _key_descriptor(k, blocks),
+            _key_descriptor(v, blocks),
             q_position,
             q_position if segment is None else segment,
             out,
@@ -253,8 +253,8 @@ def launch_key_gradient(
     dv_BSHD = create(B, S, HKV, D, dtype=v.dtype, device=v.device)
     if q.numel():
         blocks = _blocks(KEY_GRADIENT_BLOCKS, q)
-        q_rows, tile = _described_rows(q, HKV, blocks)
-        d_out_rows, _ = _described_rows(d_out, HKV, blocks)
+        q_rows, tile = _row_descriptor(q, HKV, blocks)
+        d_out_rows, _ = _row_descriptor(d_out, HKV, blocks)
         routed_attention_key_gradient_kernel[(triton.cdiv(K if kept_only else S, blocks.n), B * HKV)](
             q_rows,
             k,

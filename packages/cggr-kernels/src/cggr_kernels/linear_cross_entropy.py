@@ -79,7 +79,7 @@ class _SumLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _gradients_beside(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
+def _gradients_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> bool:
     """Whether the forward pass computes gradients: not in float16, where a loss scale would come too late."""
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     return reduction == "sum" and differentiable and hidden.dtype != torch.float16
@@ -204,7 +204,7 @@ def linear_cross_entropy(
     with torch.autocast(device_type, enabled=False):
         weight = weight.contiguous()
         M = targets.shape[0] if row_index is None else row_index.shape[0]
-        if M and _gradients_beside(hidden, weight, bias, reduction):
+        if M and _gradients_in_forward(hidden, weight, bias, reduction):
             row_index, targets, coefficient = used_rows(hidden, targets, row_index, row_weight, ignore_index)
             rows = (targets.contiguous(), row_index, coefficient.contiguous())
             return _SumLoss.apply(hidden, weight, bias, *rows, softcap, scale, max_logits or 0)

@@ -88,7 +88,7 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
     """Descriptor of ``tensor``, or of a copy if its address is not aligned for the copy engine."""
     if tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.clone()
@@ -114,10 +114,10 @@ def up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, T
     z_2PI = x_PH.new_empty(2 * P if save else 0, I)
     out = (blocks.m, blocks.n)
     up_kernel[(_multiprocessors(x_PH.device),)](
-        _described(x_PH, blocks.m, blocks.k),
-        _described(gate_up.view(2 * E, I, H), 2, blocks.n, blocks.k),
-        _described(z_2PI if save else h_PI, *out),
-        _described(h_PI, *out),
+        _descriptor(x_PH, blocks.m, blocks.k),
+        _descriptor(gate_up.view(2 * E, I, H), 2, blocks.n, blocks.k),
+        _descriptor(z_2PI if save else h_PI, *out),
+        _descriptor(h_PI, *out),
         plan.tile_expert,
         plan.tiles,
         P,
@@ -148,9 +148,9 @@ def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool)
     blocks = _table(a).rows
     out = a.new_empty(P, N)
     row_product_kernel[(_multiprocessors(a.device),)](
-        _described(a, blocks.m, blocks.k),
-        _described(w, 1, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))),
-        _described(out, blocks.m, blocks.n // 2),
+        _descriptor(a, blocks.m, blocks.k),
+        _descriptor(w, 1, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))),
+        _descriptor(out, blocks.m, blocks.n // 2),
         plan.tile_expert,
         plan.tiles,
         P,
@@ -201,9 +201,9 @@ def group_product(a: Tensor, b: Tensor, plan: Plan, planes: int) -> Tensor:
     blocks = _table(a).group
     out = a.new_empty(E * planes, M, N)
     group_product_kernel[(_multiprocessors(a.device),)](
-        _described(a, blocks.k, blocks.m),
-        _described(b, blocks.k, blocks.n),
-        _described(out, 1, blocks.m, blocks.n // 2),
+        _descriptor(a, blocks.k, blocks.m),
+        _descriptor(b, blocks.k, blocks.n),
+        _descriptor(out, 1, blocks.m, blocks.n // 2),
         plan.segment,
         b.shape[0],
         E,

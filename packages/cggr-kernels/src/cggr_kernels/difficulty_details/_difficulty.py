@@ -9,7 +9,7 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _squash(x, inner, HAS_SOFTCAP: tl.constexpr):
+def _softcapped(x, inner, HAS_SOFTCAP: tl.constexpr):
     """tanh(x * inner) with a softcap, else ``x``: the logits without their outer factor, which is in ``unit``."""
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
@@ -19,14 +19,14 @@ def _squash(x, inner, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _load(ptr, column, end, inner, HAS_SOFTCAP: tl.constexpr):
-    x = _squash(tl.load(ptr + column, mask=column < end, other=-float("inf")), inner, HAS_SOFTCAP)
+    x = _softcapped(tl.load(ptr + column, mask=column < end, other=-float("inf")), inner, HAS_SOFTCAP)
     if HAS_SOFTCAP:
         x = tl.where(column < end, x, -float("inf"))
     return x
 
 
 @triton.jit
-def _without(x, column, target):
+def _excluding(x, column, target):
     return tl.where(column == target, -float("inf"), x)
 
 
@@ -40,7 +40,7 @@ def _exponent(x, unit, reference, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _absorb(x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best, CLAMP: tl.constexpr):
+def _accumulate(x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best, CLAMP: tl.constexpr):
     """A chunk of four tiles [LANES, WIDTH] into the running values of each lane.
 
     z = sum 2^d, s = sum 2^d * d, c = sum 4^d with d = x * unit - reference; ``first`` and ``second`` are the two
@@ -99,8 +99,8 @@ def _read_row(
     if PEEL:
         head = _load(row_ptr, within, tl.minimum(start, V), inner, HAS_SOFTCAP)
         if HAS_TARGETS:
-            head = _without(head, within, target)
-        reference, z, s, c, first, second, best = _absorb(
+            head = _excluding(head, within, target)
+        reference, z, s, c, first, second, best = _accumulate(
             head, none, none, none, -1, unit, reference, z, s, c, first, second, best, True
         )
     # From here on columns count from ``start``.
@@ -109,10 +109,10 @@ def _read_row(
     full = size // (4 * TILE)
     for chunk in range(0, full):
         offset = chunk * (4 * TILE)
-        x0 = _squash(tl.load(body_ptr + offset + within), inner, HAS_SOFTCAP)
-        x1 = _squash(tl.load(body_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
-        x2 = _squash(tl.load(body_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
-        x3 = _squash(tl.load(body_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
+        x0 = _softcapped(tl.load(body_ptr + offset + within), inner, HAS_SOFTCAP)
+        x1 = _softcapped(tl.load(body_ptr + offset + TILE + within), inner, HAS_SOFTCAP)
+        x2 = _softcapped(tl.load(body_ptr + offset + 2 * TILE + within), inner, HAS_SOFTCAP)
+        x3 = _softcapped(tl.load(body_ptr + offset + 3 * TILE + within), inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             here = place - offset
             if (here >= 0) & (here < 4 * TILE):
@@ -121,7 +121,7 @@ def _read_row(
                 x1 = tl.where(within == here - TILE, LOWEST, x1)
                 x2 = tl.where(within == here - 2 * TILE, LOWEST, x2)
                 x3 = tl.where(within == here - 3 * TILE, LOWEST, x3)
-        reference, z, s, c, first, second, best = _absorb(
+        reference, z, s, c, first, second, best = _accumulate(
             x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best, CLAMP
         )
     offset = full * (4 * TILE)
@@ -132,11 +132,11 @@ def _read_row(
         x3 = _load(body_ptr, offset + 3 * TILE + within, size, inner, HAS_SOFTCAP)
         if HAS_TARGETS:
             here = place - offset
-            x0 = _without(x0, within, here)
-            x1 = _without(x1, within, here - TILE)
-            x2 = _without(x2, within, here - 2 * TILE)
-            x3 = _without(x3, within, here - 3 * TILE)
-        reference, z, s, c, first, second, best = _absorb(
+            x0 = _excluding(x0, within, here)
+            x1 = _excluding(x1, within, here - TILE)
+            x2 = _excluding(x2, within, here - 2 * TILE)
+            x3 = _excluding(x3, within, here - 3 * TILE)
+        reference, z, s, c, first, second, best = _accumulate(
             x0, x1, x2, x3, full, unit, reference, z, s, c, first, second, best, True
         )
     return reference, z, s, c, first, second, best
@@ -228,7 +228,7 @@ def difficulty_kernel(
     if HAS_TARGETS:
         in_range = (target >= 0) & (target < V)
         x_y = tl.load(row_ptr + target, mask=in_range, other=float("nan"))
-        x_y = _squash(x_y, inner, HAS_SOFTCAP)
+        x_y = _softcapped(x_y, inner, HAS_SOFTCAP)
         runner_up = tl.maximum(runner_up, tl.minimum(top, x_y))
         top = tl.maximum(top, x_y)
     joint = tl.maximum(tl.max(reference, 0), x_y * unit)

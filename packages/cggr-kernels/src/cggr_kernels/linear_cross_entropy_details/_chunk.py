@@ -8,7 +8,7 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _squash(raw, inner, HAS_SOFTCAP: tl.constexpr):
+def _softcapped(raw, inner, HAS_SOFTCAP: tl.constexpr):
     """tanh(raw * inner) with a softcap, else ``raw``: the logits without their outer factor."""
     if HAS_SOFTCAP:
         raw = 2.0 * tl.sigmoid(2.0 * inner * raw) - 1.0
@@ -39,7 +39,7 @@ def chunk_lse_kernel(
     for start in range(0, C, BLOCK):
         place = start + tl.arange(0, BLOCK)
         raw = tl.load(raw_ptr + place, mask=place < C, other=-float("inf")).to(tl.float32)
-        x = _squash(raw, inner, HAS_SOFTCAP) * unit
+        x = _softcapped(raw, inner, HAS_SOFTCAP) * unit
         if HAS_SOFTCAP:
             x = tl.where(place < C, x, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(x, 0))
@@ -50,7 +50,7 @@ def chunk_lse_kernel(
     place = tl.load(targets_ptr + row) - column
     if (place >= 0) & (place < C):
         raw_y = tl.load(raw_ptr + place).to(tl.float32)
-        tl.store(state_ptr + 2 * M + row, _squash(raw_y, inner, HAS_SOFTCAP) * unit)
+        tl.store(state_ptr + 2 * M + row, _softcapped(raw_y, inner, HAS_SOFTCAP) * unit)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def chunk_gradient_kernel(
     for start in range(0, C, BLOCK):
         place = start + tl.arange(0, BLOCK)
         raw = tl.load(raw_ptr + place, mask=place < C, other=0.0).to(tl.float32)
-        squashed = _squash(raw, inner, HAS_SOFTCAP)
+        squashed = _softcapped(raw, inner, HAS_SOFTCAP)
         grad = tl.exp2(squashed * unit - lse) - tl.where(place == target, 1.0, 0.0)
         if HAS_SOFTCAP:
             grad = grad * (1.0 - squashed * squashed)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x_ptr,
     out_ptr,
     head_stride,
@@ -73,7 +73,7 @@ def rotary_kernel(
     if BACKWARD:
         # d x1 = d y1 c1 + d y2 s2,  d x2 = d y2 c2 - d y1 s1
         first_sin, second_sin = -second_sin, -first_sin
-    _turn(
+    _rotate(
         q_ptr + row * q_row_stride + place * q_token_stride,
         q_out_ptr + token * (Q_HEADS * 2 * HALF),
         q_head_stride,
@@ -87,7 +87,7 @@ def rotary_kernel(
         BLOCK_H,
         BLOCK_D,
     )
-    _turn(
+    _rotate(
         k_ptr + row * k_row_stride + place * k_token_stride,
         k_out_ptr + token * (K_HEADS * 2 * HALF),
         k_head_stride,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cggr_kernels.routed_attention_details._visible import capped, held, key_range, visible
+from cggr_kernels.routed_attention_details._visible import capped, in_registers, key_range, visible
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def routed_attention_forward_kernel(
     q_row = b * stride_qb + slot.to(tl.int64) * stride_qk + head * stride_qh
     q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
     if HOLD_QUERIES:
-        q = held(q, BLOCK_D)
+        q = in_registers(q, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Finite, so that rows that see no key give exponents of -inf and no NaN.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cggr_kernels.routed_attention_details._visible import capped, held, key_range, visible
+from cggr_kernels.routed_attention_details._visible import capped, in_registers, key_range, visible
 
 
 @triton.jit
@@ -131,8 +131,8 @@ def routed_attention_query_gradient_kernel(
     tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * delta_rows + row, delta)
     lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * lse_rows + row)
     if HOLD_QUERIES:
-        q = held(q, BLOCK_D)
-        d_out = held(d_out, BLOCK_D)
+        q = in_registers(q, BLOCK_D)
+        d_out = in_registers(d_out, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if not HAS_SEGMENT and not HAS_WINDOW:
         dq = _query_gradient(

@@ -65,7 +65,7 @@ def capped(raw, inner):
 
 
 @triton.jit
-def held(x, BLOCK_D: tl.constexpr):
+def in_registers(x, BLOCK_D: tl.constexpr):
     """``x`` times the identity: the left side of a product stays in registers only if it comes out of a product.
 
     From shared memory it would be read again for every block of keys, which a Hopper GPU has too little bandwidth for.

@@ -8,7 +8,7 @@ from cggr_kernels.select_details._uniform import systematic_start
 
 
 @triton.jit
-def _defended(score, mean, MIX: tl.constexpr):
+def _mixed_size(score, mean, MIX: tl.constexpr):
     """Sizes of scores in float32, 0 for the -1 of tokens that are not countable."""
     size = tl.where(mean > 0.0, (1.0 - MIX) * score.to(tl.float64) + (MIX + TINY) * mean, 1.0)
     return tl.where(score < 0.0, 0.0, size)
@@ -20,7 +20,7 @@ def size_kernel(score_ptr, mean_ptr, size_ptr, S, MIX: tl.constexpr, BLOCK: tl.c
     b = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(score_ptr + b * S + place, mask=place < S, other=-1.0)
-    tl.store(size_ptr + b * S + place, _defended(score, tl.load(mean_ptr + b), MIX), mask=place < S)
+    tl.store(size_ptr + b * S + place, _mixed_size(score, tl.load(mean_ptr + b), MIX), mask=place < S)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def factor_kernel(size_ptr, tail_ptr, capped_ptr, kept_ptr, factor_ptr, S):
 @triton.jit
 def _probability(score_ptr, mean_ptr, factor_ptr, b, place, S, MIX: tl.constexpr):
     score = tl.load(score_ptr + b * S + place, mask=place < S, other=-1.0)
-    size = _defended(score, tl.load(mean_ptr + b), MIX)
+    size = _mixed_size(score, tl.load(mean_ptr + b), MIX)
     scaled = tl.minimum(tl.load(factor_ptr + 2 * b) * size, 1.0)
     return tl.where(score < 0.0, 0.0, tl.where(size >= tl.load(factor_ptr + 2 * b + 1), 1.0, scaled))
 
