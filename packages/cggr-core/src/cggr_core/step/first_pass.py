@@ -39,9 +39,9 @@ class FirstPass:
 def first_pass(
     settings: RoutingSettings,
     mode: str,
-    way: str,
+    engine: str,
     batch: StepBatch,
-    engine: Engine,
+    passes: Engine,
     router: Router | None,
     *,
     scored: bool,
@@ -51,9 +51,9 @@ def first_pass(
     Args:
         settings: Of the step.
         mode: Gradient mode of this step.
-        way: How ``kv`` and ``detached`` are computed.
+        engine: How ``kv`` and ``detached`` are computed.
         batch: The batch.
-        engine: The passes over the model.
+        passes: Over the model.
         router: What scores or looks on; ``None`` where nothing does.
         scored: Whether the selection is made from scores.
     """
@@ -63,28 +63,28 @@ def first_pass(
         # What is kept is whole rows, which run anew: this pass is for the scores alone.
         with torch.no_grad():
             if tap is not None:
-                return FirstPass(tap, hidden=engine.hidden(batch.arguments, depth=tap))
-            if own_head == engine.depth:
-                return FirstPass(engine.depth, engine.plain(batch.arguments)[0])
+                return FirstPass(tap, hidden=passes.hidden(batch.arguments, depth=tap))
+            if own_head == passes.depth:
+                return FirstPass(passes.depth, passes.plain(batch.arguments)[0])
         return FirstPass()
-    with nullcontext([]) if tap is None else engine.hidden_states(tap) as hidden:
+    with nullcontext([]) if tap is None else passes.hidden_states(tap) as hidden:
         if mode == "exact":
-            values, auxiliary_loss = engine.plain(batch.arguments)
-            left = FirstPass(engine.depth, values, auxiliary_loss=auxiliary_loss)
+            values, auxiliary_loss = passes.plain(batch.arguments)
+            left = FirstPass(passes.depth, values, auxiliary_loss=auxiliary_loss)
         else:
-            depth = engine.depth if way == "two_pass" else (tap or own_head or 0)
-            left = _context(mode, depth, batch, engine, own_head, settings.context_precision)
+            depth = passes.depth if engine == "two_pass" else (tap or own_head or 0)
+            left = _context(mode, depth, batch, passes, own_head, settings.context_precision)
     return left if not hidden else FirstPass(left.depth, left.values, hidden[0], left.context, left.auxiliary_loss)
 
 
 def _context(
-    mode: str, depth: int, batch: StepBatch, engine: Engine, own_head: int | None, precision: str | None
+    mode: str, depth: int, batch: StepBatch, passes: Engine, own_head: int | None, precision: str | None
 ) -> FirstPass:
     from cggr_core.routing import NO_CONTEXT
 
     if depth == 0:
         return FirstPass(context=NO_CONTEXT)
-    context, values = engine.context(
+    context, values = passes.context(
         batch.tokens, depth=depth, keep_graph=mode == "kv", head=own_head == depth, precision=precision
     )
     return FirstPass(depth, values, context=context)

@@ -55,33 +55,33 @@ class Kept:
 
 
 def run_step(
-    settings: RoutingSettings, batch: StepBatch, engine: Engine, router: Router, schedule: Schedule, draws: Draws
+    settings: RoutingSettings, batch: StepBatch, passes: Engine, router: Router, schedule: Schedule, draws: Draws
 ) -> StepResult:
     """Turn a batch into a loss whose backward pass is spent on the kept tokens; see :class:`cggr_core.CGGRModel`."""
-    chosen = batch.selection is not None
-    listens = settings.reads_scores and not chosen
+    preselected = batch.selection is not None
+    reads_scores = settings.reads_scores and not preselected
     # Where every token is kept nobody asks for a score, but for the confidence that moves the ratio.
-    scored = listens and (schedule.ratio < 1.0 or schedule.reads_confidence)
+    scored = reads_scores and (schedule.ratio < 1.0 or schedule.reads_confidence)
     # With every token kept, those without a label too, the step is ordinary training in every mode.
-    keeps_all = schedule.ratio == 1.0 and not chosen and settings.selection != SUPERVISED
-    mode, way = "exact" if keeps_all else settings.gradient, "plain"
+    keeps_all = schedule.ratio == 1.0 and not preselected and settings.selection != SUPERVISED
+    mode, engine = "exact" if keeps_all else settings.gradient, "plain"
     if mode in KEY_VALUE_MODES:
-        at_full_depth = scored and router.depth == engine.depth
-        way = settings.engine or ("two_pass" if at_full_depth else "interleaved")
+        at_full_depth = scored and router.depth == passes.depth
+        engine = settings.engine or ("two_pass" if at_full_depth else "interleaved")
 
-    first = first_pass(settings, mode, way, batch, engine, router if listens else None, scored=scored)
+    first = first_pass(settings, mode, engine, batch, passes, router if reads_scores else None, scored=scored)
 
-    readout, scores = HeadReadout(engine.architecture.head, ignore_index=settings.ignore_index), Scores()
+    readout, scores = HeadReadout(passes.architecture.head, ignore_index=settings.ignore_index), Scores()
     if scored:
         fields = fields_for(settings.scoring) | ({"confidence"} if schedule.reads_confidence else frozenset())
-        made_from = (first.depth, first.values, first.hidden)
+        request = ScoreRequest(settings, batch, passes, readout, fields, first.depth, first.values, first.hidden)
         with torch.no_grad():
-            scores = router.score(ScoreRequest(settings, batch, engine, readout, fields, *made_from))
+            scores = router.score(request)
 
     if mode == "sequence":
-        kept = _keep_rows(settings, batch, engine, scores, schedule, draws)
+        kept = _keep_rows(settings, batch, passes, scores, schedule, draws)
     else:
-        kept = _keep_tokens(settings, mode, batch, engine, first, scores, schedule, draws)
+        kept = _keep_tokens(settings, mode, batch, passes, first, scores, schedule, draws)
 
     loss, auxiliary_loss = readout.weighted_loss(kept.values, kept.targets, kept.coefficients), kept.auxiliary_loss
     if auxiliary_loss is not None:
@@ -90,22 +90,22 @@ def run_step(
             auxiliary_loss = auxiliary_loss * (batch.countable.sum() / batch.divisor)
         loss = loss + auxiliary_loss
 
-    made: dict[str, Any] = {"gradient": settings.gradient, "engine": way}
-    made |= step_metrics(
+    metrics: dict[str, Any] = {"gradient": settings.gradient, "engine": engine}
+    metrics |= step_metrics(
         loss, countable=batch.countable, kept=kept.mask & batch.countable, scores=scores, auxiliary_loss=auxiliary_loss
     )
     observation = None
-    if listens and torch.is_grad_enabled():
+    if reads_scores and torch.is_grad_enabled():
         slots = (kept.values, kept.targets, kept.inclusion_weight, kept.row, kept.position)
-        observation = Observation(settings, batch, engine, readout, *slots, first.hidden)
-    return StepResult(loss, made, batch.targets, scores, observation)
+        observation = Observation(settings, batch, passes, readout, *slots, first.hidden)
+    return StepResult(loss, metrics, batch.targets, scores, observation)
 
 
 def _keep_tokens(
     settings: RoutingSettings,
     mode: str,
     batch: StepBatch,
-    engine: Engine,
+    passes: Engine,
     first: FirstPass,
     scores: Scores,
     schedule: Schedule,
@@ -119,7 +119,7 @@ def _keep_tokens(
         values = first.values.gather(1, index[:, :, None].expand(-1, -1, first.values.shape[2]))
     else:
         assert first.context is not None  # of the modes that route keys and values
-        values, auxiliary_loss = engine.gradient(
+        values, auxiliary_loss = passes.gradient(
             batch.tokens, selection, first.context, keep_graph=mode == "kv", precision=settings.context_precision
         )
     targets = batch.targets.tokens.gather(1, index)
@@ -131,12 +131,12 @@ def _keep_tokens(
 
 
 def _keep_rows(
-    settings: RoutingSettings, batch: StepBatch, engine: Engine, scores: Scores, schedule: Schedule, draws: Draws
+    settings: RoutingSettings, batch: StepBatch, passes: Engine, scores: Scores, schedule: Schedule, draws: Draws
 ) -> Kept:
     """Kept rows as a batch of their own, in an ordinary forward and backward."""
     selection, inclusion_weight = select_rows(settings, batch, scores.score, schedule, draws)
     row, valid = selection.index[0], selection.valid[0][:, None]
-    values, auxiliary_loss = engine.plain(batch.rows(row))
+    values, auxiliary_loss = passes.plain(batch.rows(row))
     targets = batch.targets.tokens.index_select(0, row)
     counted = targets != settings.ignore_index
     coefficients = selection.weight[0][:, None] * counted / batch.divisor
