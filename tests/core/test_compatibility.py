@@ -82,7 +82,7 @@ def test_a_head_quantised_for_inference_is_refused():
 
 
 def test_sequence_mode_says_that_a_single_row_is_kept_whole(caplog):
-    selecting._say_that_one_row_is_kept.cache_clear()
+    selecting._warn_of_single_row.cache_clear()
     routed = CGGRModel(model(), gradient="sequence", min_tokens_ratio=0.5).train()
     positions = torch.cat([torch.arange(8), torch.arange(8)])[None]
     with caplog.at_level(logging.WARNING):

@@ -125,7 +125,7 @@ def _stratum_sizes(score: Tensor, countable: Tensor, num_strata: int) -> tuple[T
     return stratum, rms.gather(1, stratum)
 
 
-def _defend(size: Tensor, countable: Tensor, mix: float) -> Tensor:
+def _mix_with_mean(size: Tensor, countable: Tensor, mix: float) -> Tensor:
     """``(1 - mix) * size + mix * mean``: bounds every weight by about n / (mix * k) (Hesterberg 1995)."""
     size = size.clamp(min=0.0).masked_fill(~countable, 0.0)
     mean = size.sum(1, keepdim=True) / countable.sum(1, keepdim=True).clamp(min=1)
@@ -181,11 +181,11 @@ def select_reference(
         size = score.to(torch.float64)
         start = uniform((B,), offset=_ROW_STARTS + first_row, **draws)
         if strategy == "sampled":
-            probability = _inclusion_probabilities(_defend(size, countable, defensive_mix), countable, k)
+            probability = _inclusion_probabilities(_mix_with_mean(size, countable, defensive_mix), countable, k)
             keep = _systematic(probability, k, start)
         else:
             stratum, size = _stratum_sizes(size, countable, num_strata)
-            probability = _inclusion_probabilities(_defend(size, countable, defensive_mix), countable, k)
+            probability = _inclusion_probabilities(_mix_with_mean(size, countable, defensive_mix), countable, k)
             # Walking the strata in turn, each in random order, leaves at most one token per stratum to chance.
             order = (stratum + noise()).argsort(dim=1)
             chosen = _systematic(probability.gather(1, order), k, start)

@@ -166,7 +166,7 @@ class TokenLoss(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Steps, draws and confidence of the schedule as a float64 tensor, so that any checkpoint format holds it."""
-        self._absorb(wait=True)
+        self._read_reports(wait=True)
         state = self.schedule.state_dict()
         confidence = math.nan if state["confidence"] is None else state["confidence"]
         return torch.tensor([state["steps"], state["draws"], confidence], dtype=torch.float64)
@@ -182,7 +182,7 @@ class TokenLoss(nn.Module):
             }
         )
 
-    def _absorb(self, *, wait: bool) -> None:
+    def _read_reports(self, *, wait: bool) -> None:
         """Take what the device has reported: counts of bad values, and the confidence of the batch before."""
         found = self._monitor.read(wait=wait)
         if found is not None:
@@ -195,7 +195,7 @@ class TokenLoss(nn.Module):
         if torch.compiler.is_compiling():
             return
         # Waiting makes the ratio, and with it the selection, a function of the data and not of timing.
-        self._absorb(wait=self.schedule.reads_confidence)
+        self._read_reports(wait=self.schedule.reads_confidence)
         targets, logits = self._bad_targets, self._bad_logits
         self._bad_targets = self._bad_logits = 0
         if targets:

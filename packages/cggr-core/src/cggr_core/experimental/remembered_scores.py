@@ -120,7 +120,7 @@ class RememberedScores:
 
     def flush(self) -> None:
         """Wait for all that was observed, and write it; after that, every forward sees it."""
-        self._settle(0)
+        self._write_pending(0)
 
     def attach(self, *, layers: int, hidden_size: int, embedding_size: int) -> None:
         """Nothing of the model matters."""
@@ -146,7 +146,7 @@ class RememberedScores:
     def observe(self, seen: Observation) -> dict[str, Tensor]:
         """Remember the scores of a step's kept tokens."""
         assert seen.batch.example_ids is not None  # checked
-        row, *slots = self._as_on_all_ranks(seen.row, seen.position, seen.scores(), seen.weight > 0)
+        row, *slots = self._padded_to_largest_batch(seen.row, seen.position, seen.scores(), seen.weight > 0)
         self.remember(seen.batch.example_ids, row, *slots)
         return {}
 
@@ -157,7 +157,7 @@ class RememberedScores:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
 
-    def _as_on_all_ranks(self, row: Tensor, *slots: Tensor) -> list[Tensor]:
+    def _padded_to_largest_batch(self, row: Tensor, *slots: Tensor) -> list[Tensor]:
         """Rows ``[R]`` and slots ``[R, K]``, with zeros up to the shape of the largest batch of any rank."""
         largest = None if self._largest_batch is None else self._largest_batch.read(wait=True)
         if largest is None:
@@ -250,9 +250,9 @@ class RememberedScores:
             packed = on_host
         self._pending.append(_Observed(packed, self._forwards, arrived))
         self._forwards += 1
-        self._settle(1)
+        self._write_pending(1)
 
-    def _settle(self, newest: int) -> None:
+    def _write_pending(self, newest: int) -> None:
         """Write what was observed, except in the ``newest`` forwards."""
         while len(self._pending) > newest:
             packed, forward, arrived = self._pending.pop(0)

@@ -106,7 +106,7 @@ def routed_logprobs(
 
     def run() -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         found = engine_of(inner)
-        _raise_what_was_found(found)
+        _raise_deferred_errors(found)
         passes = RoutedPasses(
             found.engine,
             arguments,
@@ -199,7 +199,7 @@ def routed_hidden(
 
     def run() -> tuple[Tensor, Tensor | None]:
         found = engine_of(inner)
-        _raise_what_was_found(found)
+        _raise_deferred_errors(found)
         passes = RoutedPasses(
             found.engine,
             arguments,
@@ -236,10 +236,10 @@ def _post(
     outside = bad.new_zeros(()) if outside is None else outside
     found.monitor.post(torch.stack([values.detach().isnan().sum(), outside.to(bad.dtype), *bad]).float())
     if values_are_free(values):
-        _raise_what_was_found(found)
+        _raise_deferred_errors(found)
 
 
-def _raise_what_was_found(found: EngineOfModel) -> None:
+def _raise_deferred_errors(found: EngineOfModel) -> None:
     posted = found.monitor.read()
     if posted is None:
         return

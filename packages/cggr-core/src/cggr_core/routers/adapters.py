@@ -45,7 +45,7 @@ def as_router(router: Any, engine: Engine) -> Router:
     )
 
 
-class _KnowingRouter:
+class _StatelessRouter:
     """A router that neither learns nor remembers.
 
     Attributes:
@@ -77,7 +77,7 @@ class _KnowingRouter:
         """Nothing to restore."""
 
 
-class FullDepthRouter(_KnowingRouter):
+class FullDepthRouter(_StatelessRouter):
     """The whole model with its own head.
 
     Args:
@@ -98,7 +98,7 @@ class FullDepthRouter(_KnowingRouter):
         return request.scores(statistics, full_depth=True)
 
 
-class CallableRouter(_KnowingRouter):
+class CallableRouter(_StatelessRouter):
     """A forward of its own: another model, or any callable that returns logits.
 
     Args:

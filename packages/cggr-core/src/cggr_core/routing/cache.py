@@ -94,7 +94,7 @@ class RecordingCache(PassCache):
         return self._whole(layer_idx, constant, constant=True)
 
 
-class EnoughError(Exception):
+class LastLayerReachedError(Exception):
     """Ends a layer's call on the other tokens where only its keys and values were wanted."""
 
 
@@ -106,7 +106,8 @@ class OtherTokensCache(PassCache):
         kept_index: Kept positions, ``[B, K]``.
         length: Positions ``S = M + K``.
         keep_graph: Keep the graph of keys and values (gradient mode ``kv``).
-        last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises :class:`EnoughError` there.
+        last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises
+            :class:`LastLayerReachedError` there.
         shared: What stands before every row.
     """
 
@@ -136,7 +137,7 @@ class OtherTokensCache(PassCache):
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
         if layer_idx == self._last_layer:
-            raise EnoughError
+            raise LastLayerReachedError
         if self.kept is None:
             raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
         keys, values = (

@@ -358,7 +358,7 @@ class Engine:
             note=note,
             precision=None if precision is None else self._in_low_precision().at,
         )
-        self._gathered.gradient_pass_is_done()
+        self._gathered.after_gradient_pass()
         self._verify(inputs, selection, context)
         return seen[0] if fused else output.logits, auxiliary_loss(self.model, output)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, head_rows, unwrapped
-from cggr_core.routing.head_check import loud_head
+from cggr_core.routing.head_check import large_random_logits
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 
@@ -139,12 +139,12 @@ def _loss_and_logits(
     model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor
 ) -> tuple[Any, Tensor]:
     """A model's output for labelled tokens, and the logits ``[B, S, V]`` that its loss is made of."""
-    with loud_head(architecture.head.module):
+    with large_random_logits(architecture.head.module):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits
     # Some make a loss without logits in training, or with those of labelled tokens alone.
-    with evaluation_mode(model), loud_head(architecture.head.module):
+    with evaluation_mode(model), large_random_logits(architecture.head.module):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits

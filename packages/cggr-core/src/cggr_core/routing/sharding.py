@@ -52,7 +52,7 @@ class GatheredWeights:
             return
         self._steps += 1
         if self._steps == DECIDED_AFTER:
-            self._allowed = self._there_is_room()
+            self._allowed = self._memory_suffices_on_all_ranks()
         self._in_step = True
         try:
             yield
@@ -73,18 +73,20 @@ class GatheredWeights:
         with left_gathered(_groups(self._layers)) if holds else nullcontext():
             yield
 
-    def gradient_pass_is_done(self) -> None:
+    def after_gradient_pass(self) -> None:
         """Every layer has been run again, and has been sharded again as its settings say."""
         self._left = False
 
-    def _there_is_room(self) -> bool:
+    def _memory_suffices_on_all_ranks(self) -> bool:
         first = next(parameter for layer in self._layers for parameter in layer.parameters())
-        lacks_room = torch.tensor(not _has_room(self._layers, first.device), dtype=torch.int32, device=first.device)
+        lacks_room = torch.tensor(
+            not _memory_suffices(self._layers, first.device), dtype=torch.int32, device=first.device
+        )
         # One rank that gathers while another does not would wait for ever.
         return not bool(largest_over_ranks(lacks_room))
 
 
-def _has_room(layers: Iterable[nn.Module], device: torch.device) -> bool:
+def _memory_suffices(layers: Iterable[nn.Module], device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     if device.type != "cuda":

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _say_that_one_row_is_kept() -> None:
+def _warn_of_single_row() -> None:
     _logger.warning(
         "gradient='sequence' chooses among the rows of a batch, and this one has a single row: all of it is kept, and "
         "the step is the standard one. Packed documents in one row are not sequences of their own: give them rows, or "
@@ -58,7 +58,7 @@ def select_rows(
 ) -> tuple[Selection, Tensor]:
     """The kept rows of the batch, as one row of ``B`` tokens, and 1 / their inclusion probability ``[1, K]``."""
     if batch.shape[0] == 1 and schedule.ratio < 1.0:
-        _say_that_one_row_is_kept()
+        _warn_of_single_row()
     counts = batch.countable.sum(1)
     row_score = counts.float() if score is None else (score * batch.countable).sum(1) / counts.clamp(min=1)
     return _select(settings, batch, row_score[None], (counts > 0)[None], schedule, draws, None, 1)

@@ -1,0 +1,93 @@
+"""The other tokens of an interleaved pass: run layer by layer, inside the kept tokens' own call of each layer."""
+
+import contextvars
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_core.routing.adapters import InvokedAdapters
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.cache import LastLayerReachedError, OtherTokensCache
+from cggr_core.routing.context_pass import Context
+from cggr_core.routing.inputs import TokenInputs, other_positions
+from cggr_core.routing.layer_rows import LayerCall, LayerRows
+from cggr_core.routing.patches import without_checkpoint_wrappers
+from cggr_core.routing.shared import KeyValue
+
+
+class OtherTokens:
+    """The other tokens, one layer at a time, whenever the gradient pass asks for a layer's keys and values."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        inputs: TokenInputs,
+        index: Tensor,
+        context: Context,
+        keep_graph: bool,
+        adapters: InvokedAdapters,
+        precision: Callable[[int], AbstractContextManager[None]] | None,
+    ) -> None:
+        length = inputs.shape[1]
+        self.exist = index.shape[1] < length
+        self.index = other_positions(index, length)
+        self._keep_graph = keep_graph
+        self._adapters = adapters
+        self._precision = precision
+        self._architecture = architecture
+        self._forwards = [architecture.checkpoint_wrappers.get(layer, layer.forward) for layer in architecture.layers]
+        self._cache = OtherTokensCache(
+            index=self.index,
+            kept_index=index,
+            length=length,
+            keep_graph=keep_graph,
+            last_layer=len(architecture.layers) - 1,
+            shared=inputs.shared,
+        )
+        self._rows = LayerRows(self.index, length)
+        self._calls: dict[int, tuple[int, Any, LayerCall]] = {}
+        self._hidden = context.hidden if context.hidden is None else self._rows.hidden(context.hidden)
+
+    def note(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> None:
+        """What a layer is about to be given for whole rows; its hidden states are the other tokens' at first only."""
+        if not self.exist:
+            return
+        if self._hidden is None:
+            self._hidden = self._rows.hidden(hidden.detach())
+        self._calls[layer] = id(hidden), cache, (args, kwargs)
+
+    def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, KeyValue | None]:
+        """Keys and values of the other tokens at ``layer``, computed at the first call, and all tokens' if made."""
+        if layer not in self._cache.recorded:
+            self._cache.kept = kept
+            hidden, cache, (args, kwargs) = self._calls.pop(layer)  # frees the masks of layers that are done
+            assert self._hidden is not None  # noted before the first layer
+            args, kwargs = self._rows.call(
+                args, kwargs, replace={hidden: self._hidden.detach(), id(cache): self._cache}
+            )
+            # The layer's forward, not the layer: this runs inside its call, hooks and gathered parameters included.
+            # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
+            # And in a context of its own, so that transformers does not collect its outputs (an expert router's, say)
+            # as those of the outer call.
+            with (
+                torch.set_grad_enabled(self._keep_graph),
+                _unhooked_saved_tensors(),
+                self._adapters.at(self.index),
+                without_checkpoint_wrappers(self._architecture),
+                nullcontext() if self._precision is None else self._precision(layer),
+                suppress(LastLayerReachedError),
+            ):
+                output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
+                self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            self._cache.kept = None
+            merged, self._cache.merged = self._cache.merged, None
+            return self._cache.recorded[layer], merged
+        # A checkpointed layer is being recomputed.
+        return self._cache.recorded[layer], None
+
+
+def _unhooked_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
