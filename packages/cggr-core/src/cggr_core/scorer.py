@@ -20,8 +20,8 @@ from cggr_core.checks import (
 from cggr_core.monitor import Monitor
 from cggr_core.routers import TruncatedRouter, router_statistics
 from cggr_core.schedule import Schedule
-from cggr_core.scoring import fields_for, score
-from cggr_core.selection import select
+from cggr_core.scoring import TokenStatistics, fields_for, score
+from cggr_core.selection import Selection, select
 from cggr_core.settings import SCOPES, SelectionSettings
 from cggr_core.step import Router
 from cggr_core.targets import at_predictors
@@ -175,11 +175,26 @@ class CGGRScorer(nn.Module):
             countable = (targets >= 0) & (targets < statistics.vocab_size) & (targets != self.settings.ignore_index)
         scores = score(statistics, scoring=self.settings.scoring, reference_nll=reference_nll)
         scores = scores.masked_fill(~countable, 0.0)
-        rows, length = shape if self.scope == "row" else (1, shape[0] * shape[1])
+        selection = self._select(scores, countable)
+        if self.training:
+            self.schedule.note_forward()
+        self._post(statistics, targets, countable)
+        info = {
+            "selection": selection,
+            "statistics": statistics,
+            "countable": countable,
+            "keep_ratio": selection.ratio,
+        }
+        return scores, selection.mask, info
+
+    def _select(self, scores: Tensor, countable: Tensor) -> Selection:
+        batch, length = scores.shape
+        if self.scope == "batch":
+            length *= batch
         capacity = None
-        if rows * length and self.settings.selection != "sequence_aware":
+        if scores.numel() and self.settings.selection != "sequence_aware":
             capacity = self.schedule.capacity(length)
-        chosen = select(
+        return select(
             scores,
             countable,
             ratio=self.schedule.ratio,
@@ -193,9 +208,10 @@ class CGGRScorer(nn.Module):
             seed=self.settings.seed,
             draw=self.schedule.next_draw(),
         )
-        if self.training:
-            self.schedule.note_forward()
-        assert statistics.confidence is not None
+
+    def _post(self, statistics: TokenStatistics, targets: Tensor | None, countable: Tensor) -> None:
+        """Send what is wrong, and the confidence that moves the ratio, to a later call."""
+        assert statistics.confidence is not None  # asked for
         confidence = statistics.confidence.masked_fill(~countable, 0.0).sum() / countable.sum()
         bad = countable.new_zeros((), dtype=torch.int64)
         if targets is not None:
@@ -204,8 +220,6 @@ class CGGRScorer(nn.Module):
         if self.schedule.reads_confidence or not values_are_free(countable):
             self._monitor.post(torch.stack([bad.float(), nan.float(), confidence.float()]))
         self._vocab_size = statistics.vocab_size
-        info = {"selection": chosen, "statistics": statistics, "countable": countable, "keep_ratio": chosen.ratio}
-        return scores, chosen.mask, info
 
     def _begin(self) -> None:
         found = self._monitor.read(wait=self.schedule.reads_confidence)

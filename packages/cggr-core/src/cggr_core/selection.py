@@ -272,20 +272,11 @@ def select(
     ratio = check_ratio("ratio", ratio)
     check_choice("selection", selection, SELECTIONS)
     check_choice("scope", scope, SCOPES)
-    check_at_least("num_strata", num_strata, 1)
-    check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
-    check_at_least("block_size", block_size, 1)
-    check_at_least("first_row", first_row, 0)
-    check_integer("seed", seed)
-    check_draw(draw)
-    if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
-        raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
+    _check_numbers(num_strata, min_tokens_per_sequence, block_size, first_row, capacity, seed, draw, defensive_mix)
     check_float("score", score)
     if score.dim() != 2:
         raise ValueError(f"score must be [B, S], got shape {tuple(score.shape)}")
     check_mask("countable", countable, score, "score")
-    if capacity is not None:
-        check_at_least("capacity", capacity, 1)
 
     B0, S0 = score.shape
     token_score, token_countable = _finite(score, countable), countable
@@ -325,6 +316,28 @@ def select(
     if not (unbiased and selection in WITH_PROBABILITIES):
         weight = plain_weight(countable.reshape(rows, B0 * S0 // max(1, rows)), valid)
     return Selection(index, valid, weight, (kept / n.clamp(min=1)).to(torch.float32), (B0, S0))
+
+
+def _check_numbers(
+    num_strata: int,
+    min_tokens_per_sequence: int,
+    block_size: int,
+    first_row: int,
+    capacity: int | None,
+    seed: int,
+    draw: int | Tensor,
+    defensive_mix: float,
+) -> None:
+    check_at_least("num_strata", num_strata, 1)
+    check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
+    check_at_least("block_size", block_size, 1)
+    check_at_least("first_row", first_row, 0)
+    if capacity is not None:
+        check_at_least("capacity", capacity, 1)
+    check_integer("seed", seed)
+    check_draw(draw)
+    if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
+        raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
 
 
 def plain_weight(countable: Tensor, valid: Tensor) -> Tensor:
