@@ -35,8 +35,9 @@ from cggr_train.settings import TrainSettings
 from cggr_train.study import StudySettings, resume_study
 from cggr_train.study.analysis import Outcome
 from cggr_train.study.arms import CONTROLS, Arm, load_arms, save_arms
-from cggr_train.study.run import RESULTS, prepare_study
+from cggr_train.study.run import prepare_study
 from cggr_train.study.settings import STUDY
+from cggr_train.study.stages import RESULTS
 from cggr_train.tokenizer import load_tokenizer
 
 SHAPES: dict[str, dict[str, int]] = {

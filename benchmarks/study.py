@@ -31,8 +31,9 @@ from cggr_train.study.analysis import Outcome
 from cggr_train.study.arms import plan_arms, save_arms
 from cggr_train.study.context import WARMUP, StudyContext
 from cggr_train.study.intervals import Interval
-from cggr_train.study.run import RESULTS, prepare_study
+from cggr_train.study.run import prepare_study
 from cggr_train.study.settings import STUDY
+from cggr_train.study.stages import RESULTS
 from cggr_train.study.training import train_run
 
 SELECTIONS = ("topk", "stratified", "sequence_aware", "random", "sampled")

@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cggr_train.errors import DivergedError, InputError, SaveError
-from cggr_train.study import resume_study, start_study
-from cggr_train.study import run as run_module
+from cggr_train.study import resume_study, stages, start_study
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 from cggr_train.study.estimators import compare_gradients
@@ -25,7 +24,7 @@ from tests.support.studies import CPU, OwnPool, settings
 
 @pytest.fixture(autouse=True)
 def _own_pool(monkeypatch):
-    monkeypatch.setattr(run_module, "Pool", OwnPool)
+    monkeypatch.setattr(stages, "Pool", OwnPool)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def finished(tmp_path_factory, texts):
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     console = Console(file=io.StringIO(), width=160)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "Pool", OwnPool)
+        patch.setattr(stages, "Pool", OwnPool)
         result = start_study(settings([data]), folder / "study", console)
     return folder / "study", result, console.file.getvalue()
 
@@ -114,7 +113,7 @@ def test_a_study_that_was_cut_short_measures_only_what_is_missing(study, console
     assert asked == [("run", "standard", 1), ("kept",)]
     assert result.exit_code == 0
     assert "7 of 8 runs are done" in console.file.getvalue()
-    again = next(r for r in run_module.read_log(folder / "results.jsonl")[::-1] if r["event"] == "run")
+    again = next(r for r in stages.read_log(folder / "results.jsonl")[::-1] if r["event"] == "run")
     assert again["points"] == before["standard", 1], "the same run gives the same losses"
 
 

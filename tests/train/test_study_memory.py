@@ -13,18 +13,18 @@ from cggr_train.log import read_log
 from cggr_train.option_checks import parse_bytes
 from cggr_train.presets import build_config, build_model
 from cggr_train.study import context as context_module
-from cggr_train.study import fitting, resume_study, start_study
-from cggr_train.study import run as run_module
+from cggr_train.study import fitting, resume_study, stages, start_study
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 from cggr_train.study.frontier import measured_by_accuracy
-from cggr_train.study.run import RESULTS, prepare_study
+from cggr_train.study.run import prepare_study
+from cggr_train.study.stages import RESULTS
 from tests.support.studies import CPU, OwnPool, settings
 
 
 @pytest.fixture(autouse=True)
 def _own_pool(monkeypatch):
-    monkeypatch.setattr(run_module, "Pool", OwnPool)
+    monkeypatch.setattr(stages, "Pool", OwnPool)
     # What the page draws is test_report's matter.
     monkeypatch.setattr("cggr_train.report.study_page.write_study_page", lambda path, **values: None)
 

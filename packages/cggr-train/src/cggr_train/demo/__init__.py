@@ -14,7 +14,7 @@ from cggr_train.inspection import inspect_text
 from cggr_train.presets import build_config
 from cggr_train.study import StudySettings, start_study
 from cggr_train.study.arms import Arm, plan_arms, relative_cost
-from cggr_train.study.run import StudyResult
+from cggr_train.study.stages import StudyResult
 
 __all__ = ["HELDOUT_EVERY", "announcement", "choose_passage", "run_demo", "write_corpus"]
 
