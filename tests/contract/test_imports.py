@@ -121,6 +121,7 @@ FOREIGN = {
     "_asdict",  # a public method of named tuples
     "_sleep",  # keeps a device busy while calls are queued
     "_experts_implementation",  # of a single block: set_experts_implementation is for whole models
+    "_attn_implementation",  # of a config, which has no other way to be asked
     "_get_per_token_logps_and_entropies",  # what a trainer of TRL calls before its step
 }
 
