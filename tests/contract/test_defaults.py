@@ -22,8 +22,8 @@ OTHER_NAMES = {
     "selections": "selection",
     "scorings": "scoring",
 }
-# torch's own convention, and a seed that is not that of a selection alone.
-CONVENTIONS = {"ignore_index", "seed"}
+# torch's own convention; a seed that is not that of a selection alone; and cggr train's recording of whole updates.
+OTHER_MEANINGS = {"ignore_index", "seed", "cuda_graph"}
 SETTINGS = {field.name: field.default for field in dataclasses.fields(RoutingSettings)}
 
 
@@ -61,7 +61,12 @@ def test_no_default_is_written_twice(package):
         read += 1
         for line, name, value in written(ast.parse(path.read_text(encoding="utf-8"))):
             setting = OTHER_NAMES.get(name, name)
-            if setting in SETTINGS and setting not in CONVENTIONS and value is not None and value == SETTINGS[setting]:
+            if (
+                setting in SETTINGS
+                and setting not in OTHER_MEANINGS
+                and value is not None
+                and value == SETTINGS[setting]
+            ):
                 twice.append(f"{path.relative_to(PACKAGES)}:{line} {name} = {value!r}")
     assert read and not twice
 
@@ -70,7 +75,7 @@ def test_no_default_is_written_twice(package):
 def test_the_options_of_commands_default_to_the_settings(command):
     parameters = inspect.signature(getattr(import_module(f"cggr_train.commands.{command}"), command)).parameters
     named = {OTHER_NAMES.get(name, name): parameter.default for name, parameter in parameters.items()}
-    shared = {name: default for name, default in named.items() if name in SETTINGS and name not in CONVENTIONS}
+    shared = {name: default for name, default in named.items() if name in SETTINGS and name not in OTHER_MEANINGS}
     # A study's ratios are a list, written as text.
     assert {name: str(default) for name, default in shared.items()} == {name: str(SETTINGS[name]) for name in shared}
     assert "min_tokens_ratio" in shared
