@@ -77,7 +77,7 @@ class Rollouts:
         device = model.device
         dtype = torch.bfloat16 if device.type == "cuda" else model.dtype
         self.model: Any = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        self.model.config._attn_implementation = _ATTENTION
+        self.model.set_attn_implementation(_ATTENTION)
         self.rows, self.prompt, self.new, self.length = rows, prompt, new, prompt + new
         self.end: Any = tokenizer.eos_token_id
         config = self.model.config.get_text_config()

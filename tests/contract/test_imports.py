@@ -5,7 +5,6 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -100,6 +99,18 @@ READERS = {name: sources(name) for name in ("cggr", "cggr_moe", "cggr_train")} |
 }
 
 
+def exported(*inside: str) -> set[str]:
+    """What ``__all__`` of a module of core lists, read from its source; nothing where there is no such list."""
+    folder = (PACKAGES / "cggr-core/src/cggr_core").joinpath(*inside)
+    path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([], [])
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_the_public_part_of_core_is_all_that_others_import(reader):
     """A module that is not listed is core's own, and so is a name that a listed one does not export."""
@@ -109,8 +120,7 @@ def test_the_public_part_of_core_is_all_that_others_import(reader):
             package, *inside = name.split(".")
             if package == "cggr_core" and inside:
                 found += 1
-                module = import_module(".".join([package, *inside[:-1]]))
-                public = getattr(module, "__all__", ()) if inside[:-1] else [*module.__all__, *OF_CORE]
+                public = exported(*inside[:-1]) | (set() if inside[:-1] else OF_CORE)
                 if len(inside) > 2 or (inside[:-1] and inside[0] not in OF_CORE) or inside[-1] not in public:
                     wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert found and not wrong

@@ -103,7 +103,7 @@ class FixedInputs:
 
     def fill(self, call: StepCall, draw: int | Tensor) -> None:
         """Put the values of a step in the places."""
-        given = dict(call.items()) | {_DRAW: draw}
+        given: dict[str, Any] = dict(call.items()) | {_DRAW: draw}
         for name, place in self._places.items():
             value = given[name]
             if _on_device(value) or place.dim():

@@ -152,7 +152,7 @@ def replaced_parameters(model: nn.Module, replacements: Mapping[nn.Parameter, nn
         (module._parameters, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter in replacements
+        if parameter is not None and parameter in replacements
     ]
     try:
         for parameters, name, parameter in before:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class LowPrecision:
         )
 
 
-def takes_fp8(module: nn.Module) -> bool:
+def takes_fp8(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer whose product can be one of FP8."""
     if type(module) is not nn.Linear or not is_untouched(module):
         return False

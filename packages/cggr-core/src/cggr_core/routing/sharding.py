@@ -61,7 +61,7 @@ class GatheredWeights:
             if self._left:
                 self._left = False
                 for layer in self._layers:
-                    reshard = getattr(layer, "reshard", None)
+                    reshard: Any = getattr(layer, "reshard", None)
                     if reshard is not None:
                         reshard()
 
@@ -115,7 +115,8 @@ def _groups(layers: Iterable[nn.Module]) -> list[Any]:
     found: list[Any] = []
     for layer in layers:
         for module in layer.modules():
-            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            find: Any = getattr(module, "_get_fsdp_state", None)
+            state = None if find is None else find()
             groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.12 on
             if groups is None:
                 group = getattr(state, "_fsdp_param_group", None)
