@@ -391,10 +391,12 @@ def prepared(
                 peaks[name] = peak_on_device(step)
             else:
                 step()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # out of memory, or what cannot be compiled or recorded here: the others go on
             model.zero_grad(set_to_none=True)
-            left_out[name] = "out of memory"
-            torch.cuda.empty_cache()
+            left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"left out: {name}: {left_out[name]}", flush=True)
+            if tokens.is_cuda:
+                torch.cuda.empty_cache()
             continue
         steps[name] = step
         print(f"ready: {name}", flush=True)

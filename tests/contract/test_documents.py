@@ -19,6 +19,7 @@ EXAMPLES = [
     "docs/guides/moe.md",
     "docs/guides/attention.md",
     "docs/guides/backends.md",
+    "docs/guides/context-precision.md",
     "docs/guides/learned-router.md",
     "docs/guides/remembered-scores.md",
     "docs/recipes/pretraining.md",
