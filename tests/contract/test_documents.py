@@ -1,5 +1,6 @@
 """The documents keep their word: examples run, links lead somewhere, commands exist."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -29,10 +30,27 @@ EXAMPLES = [
     "packages/cggr-flash/README.md",
     "packages/cggr-moe/README.md",
 ]
+TRAINERS = {
+    "docs/trainers/sft.md": ("trl.SFTConfig", [{"prompt": "1 + 1 =", "completion": " 2"}]),
+    "docs/trainers/dpo.md": ("trl.DPOConfig", [{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}]),
+    "docs/trainers/kto.md": (
+        "trl.KTOConfig",
+        [{"prompt": "1 + 1 =", "completion": f" {n}", "label": n == 2} for n in (2, 3)],
+    ),
+    "docs/trainers/grpo.md": ("trl.GRPOConfig", [{"prompt": "1 + 1 ="}]),
+    "docs/trainers/rloo.md": ("trl.RLOOConfig", [{"prompt": "1 + 1 ="}]),
+    "docs/trainers/distillation.md": ("trl.DistillationConfig", [{"prompt": "1 + 1 ="}]),
+    "docs/trainers/gkd.md": (
+        "trl.experimental.gkd.GKDConfig",
+        [{"messages": [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]}],
+    ),
+}
+"""The page of each of TRL's trainers, with the settings and the rows that it takes."""
 ELSEWHERE = {
     "docs/guides/trainer.md": "its scripts are run by tests/train/test_examples.py",
     "docs/guides/trl.md": "its scripts are run by tests/train/test_examples.py",
     "docs/guides/distributed.md": "its script is run by tests/train/test_examples.py",
+    "docs/trainers/accelerate.md": "its script is run by tests/train/test_examples.py",
     "docs/recipes/small-models.md": "records a CUDA graph, which tests/gpu/test_model_native.py does",
 }
 """Pages with Python that is not run here, and why."""
@@ -106,9 +124,69 @@ def test_examples_run_in_order(document, monkeypatch, tmp_path):
         exec(compile(block, document, "exec"), names)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:(trl|transformers|peft)[.]")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
+@pytest.mark.parametrize("document", TRAINERS)
+def test_the_page_of_a_trainer_trains(document, monkeypatch, tmp_path):
+    """Its Python takes one step on a tiny model, with the trainer's own settings."""
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM
+
+    from cggr_train.tokenizer import train_tokenizer
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.chdir(tmp_path)
+    name, rows = TRAINERS[document]
+    module, _, config = name.rpartition(".")
+    settings = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    settings |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "dataloader_pin_memory": False}
+    kind = getattr(importlib.import_module(module), config)
+    if hasattr(kind, "num_generations"):
+        settings["num_generations"] = 2
+    if hasattr(kind, "max_completion_length"):
+        settings["max_completion_length"] = 4
+    tokenizer = train_tokenizer(["0 + 1 = 2"], vocab_size=257)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    )
+    small_model().save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")  # where TRL finds a reference model again
+    names = {
+        "model": model,
+        "teacher": small_model(),
+        "tokenizer": tokenizer,
+        "dataset": Dataset.from_list(rows * (4 // len(rows))),
+        "args": kind(str(tmp_path), **settings),
+    }
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    exec(compile(block, document, "exec"), names)
+    assert names["trainer"].state.global_step == 1
+    assert names["trainer"].model is model
+
+
+@pytest.mark.filterwarnings("ignore:.*(num_workers|log_every_n_steps|sequential sampler|`val_dataloader`|litlogger).*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning[.]")
+@pytest.mark.filterwarnings("ignore::FutureWarning:(lightning|torch)[.]")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
+@pytest.mark.filterwarnings("ignore:.*tensorboardX")
+def test_the_page_of_lightning_trains(monkeypatch, tmp_path):
+    pytest.importorskip("lightning", reason="the Lightning module is an extra, cggr-train[lightning]")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/trainers/lightning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    model, input_ids = small_model(), torch.randint(0, 64, (2, 16))
+    before = model.lm_head.weight.detach().clone()
+    names = {"model": model, "dataloader": [{"input_ids": input_ids, "labels": input_ids}]}
+    exec(compile(block, "docs/trainers/lightning.md", "exec"), names)
+    assert not model.lm_head.weight.equal(before)
+    assert (tmp_path / "trained/model.safetensors").is_file()
+
+
 def test_every_page_with_python_is_run_or_says_where():
     pages = {identity(path) for path in DOCUMENTS if "```python" in path.read_text(encoding="utf-8")}
-    assert pages == {*EXAMPLES, *ELSEWHERE}
+    assert pages == {*EXAMPLES, *ELSEWHERE, *TRAINERS, "docs/trainers/lightning.md"}
 
 
 @pytest.mark.parametrize("document", [name for name in ELSEWHERE if name.startswith("docs/guides")])

@@ -149,11 +149,11 @@ def test_tested_versions_span_what_is_asked_for_and_what_is_pinned():
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        ("5.16.9", "older than what is tested (5.17 to 5.24)"),
+        ("5.16.9", "older than the tested versions (5.17 to 5.24)"),
         ("5.17.0.dev0", "tested"),
         ("5.24.3", "tested"),
-        ("5.25.0", "newer than what is tested (5.17 to 5.24)"),
-        ("6.0", "newer than what is tested (5.17 to 5.24)"),
+        ("5.25.0", "newer than the tested versions (5.17 to 5.24)"),
+        ("6.0", "newer than the tested versions (5.17 to 5.24)"),
     ],
 )
 def test_versions_outside_the_tested_ones_are_named(version, said):

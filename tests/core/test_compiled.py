@@ -43,5 +43,5 @@ def test_what_was_compiled_before_is_refused(compiled: Callable[[Any], Any], par
         model = compiled(model)
     else:
         model.model.layers[0] = compiled(model.model.layers[0])
-    with pytest.raises(ValueError, match=r"was compiled .*wrap the model before torch\.compile"):
+    with pytest.raises(ValueError, match=r"was compiled .*wrap the model without torch\.compile"):
         CGGRModel(model)

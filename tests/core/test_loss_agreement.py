@@ -91,7 +91,7 @@ def test_a_term_in_training_alone_is_seen():
             return output
 
     model, input_ids = Penalised(ROUTABLE["llama"]().config), tokens()
-    with pytest.raises(ValueError, match="it has a further term"):
+    with pytest.raises(ValueError, match="it has an additional term"):
         CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
 
 
@@ -158,7 +158,7 @@ def test_num_items_in_batch_is_num_items(gradient):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"ignore_index": 0}, r"make it with CGGRModel\(model, ignore_index=0\)"),
+        ({"ignore_index": 0}, r"create it with CGGRModel\(model, ignore_index=0\)"),
         ({"label_smoothing": 0.1}, "label_smoothing is an argument of the model's own loss"),
     ],
 )
@@ -169,7 +169,7 @@ def test_arguments_of_the_loss_are_refused_by_name(arguments, said):
 
 @pytest.mark.parametrize("name", ["num_items_in_batch", "shift_labels", "ignore_index", "label_smoothing"])
 def test_arguments_of_the_loss_are_refused_without_labels(name):
-    with pytest.raises(ValueError, match=f"{name}: read in training with labels only, and labels is None"):
+    with pytest.raises(ValueError, match=f"{name}: used only in training with labels, and labels is None"):
         CGGRModel(ROUTABLE["llama"]()).train()(tokens(), **{name: 1})
 
 
@@ -243,7 +243,7 @@ def test_a_model_without_a_loss_for_its_labels_is_refused():
             return super().forward(input_ids=input_ids, **options)
 
     model, input_ids = Silent(ROUTABLE["llama"]().config), tokens()
-    with pytest.raises(ValueError, match="Silent gives no loss for labels alone"):
+    with pytest.raises(ValueError, match="Silent returns no loss for labels alone"):
         CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
 
 

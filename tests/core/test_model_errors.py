@@ -22,14 +22,14 @@ class TestBadInput:
             ({"engine": "interleaved"}, "needs the selection before the layers"),
             ({"gradient": "sequence", "selection": "supervised"}, "keeps whole sequences"),
             ({"dynamic_threshold": True, "selection": "random"}, "scores none"),
-            ({"threshold_sensitivity": 1.0}, "threshold_sensitivity=1.0 is read with dynamic_threshold=True only"),
+            ({"threshold_sensitivity": 1.0}, "threshold_sensitivity=1.0 has an effect with dynamic_threshold=True"),
             ({"gradient": "sequence", "block_size": 4}, "block_size=4 selects blocks of tokens"),
-            ({"gradient": "sequence", "selection": "sequence_aware"}, "leaves sequences out; use selection='topk'"),
-            ({"gradient": "exact", "engine": "two_pass"}, "engine='two_pass' says how gradient='kv'"),
-            ({"gradient": "sequence", "engine": "interleaved"}, "engine='interleaved' says how gradient='kv'"),
+            ({"gradient": "sequence", "selection": "sequence_aware"}, "drops whole sequences; use selection='topk'"),
+            ({"gradient": "exact", "engine": "two_pass"}, "engine='two_pass' applies to gradient='kv'"),
+            ({"gradient": "sequence", "engine": "interleaved"}, "engine='interleaved' applies to gradient='kv'"),
             ({"selection": "supervised", "block_size": 2}, "block_size=2 would change which tokens are kept"),
             ({"selection": "supervised", "warmup_steps": 5}, "warmup_steps=5 would change which tokens are kept"),
-            ({"selection": "supervised", "router": nn.Identity()}, "reads no score; leave router=None"),
+            ({"selection": "supervised", "router": nn.Identity()}, "uses no score; leave router=None"),
             ({"seed": -1}, "seed must be at least 0"),
             ({"min_tokens_ratio": float("nan")}, r"min_tokens_ratio must be in \(0, 1\], got nan"),
         ],
@@ -71,14 +71,14 @@ class TestBadInput:
     )
     def test_what_only_training_reads(self, given, value):
         wrapped, input_ids = CGGRModel(ROUTABLE["llama"]()), tokens()
-        with pytest.raises(ValueError, match=f"{given}: read in training with labels only, and labels is None"):
+        with pytest.raises(ValueError, match=f"{given}: used only in training with labels, and labels is None"):
             wrapped(input_ids, **{given: value})
-        with pytest.raises(ValueError, match=f"{given}: read in training with labels only, and this is eval"):
+        with pytest.raises(ValueError, match=f"{given}: used only in training with labels, and this is eval"):
             wrapped.eval()(input_ids, labels=input_ids, **{given: value})
 
     def test_a_reference_that_random_selections_would_not_read(self):
         wrapped, input_ids = CGGRModel(ROUTABLE["llama"](), selection="random"), tokens()
-        with pytest.raises(ValueError, match="reference_nll is read by scoring='excess' only"):
+        with pytest.raises(ValueError, match="reference_nll is used by scoring='excess' only"):
             wrapped(input_ids, labels=input_ids, reference_nll=torch.ones(3, 12))
 
     def test_not_a_hugging_face_model(self):

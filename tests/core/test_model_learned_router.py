@@ -186,9 +186,9 @@ def test_a_resumed_run_makes_the_same_selections(gradient):
 
 def test_state_of_another_kind_of_model():
     model = ROUTABLE["llama"]()
-    with pytest.raises(ValueError, match="holds nothing that a router learned, and this model's LearnedRouter learns"):
+    with pytest.raises(ValueError, match="has nothing for a learned router, but this model has a LearnedRouter"):
         learned(model).load_routing_state_dict(CGGRModel(model).routing_state_dict())
-    with pytest.raises(ValueError, match="what a router learned, and this model has no router"):
+    with pytest.raises(ValueError, match="is of a learned router, but this model has none"):
         CGGRModel(model).load_routing_state_dict(learned(model).routing_state_dict())
 
 
@@ -235,8 +235,8 @@ def test_a_passed_selection_is_not_the_routers_business():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selection": "random"}, "reads no score; leave router=None"),
-        ({"dynamic_threshold": True}, "LearnedRouter gives scores alone"),
+        ({"selection": "random"}, "uses no score; leave router=None"),
+        ({"dynamic_threshold": True}, "LearnedRouter gives only scores"),
         ({"router": LearnedRouter(3)}, "the model has 3; give a depth below"),
     ],
 )
@@ -246,5 +246,5 @@ def test_settings(settings, message):
 
 
 def test_not_in_a_scorer():
-    with pytest.raises(TypeError, match="a LearnedRouter works in CGGRModel"):
+    with pytest.raises(TypeError, match="a LearnedRouter works only in CGGRModel"):
         CGGRScorer(LearnedRouter(1))

@@ -204,8 +204,8 @@ def test_everything_kept_is_remembered_too():
         ({}, {}, "RememberedScores needs example_ids"),
         ({}, {"example_ids": torch.tensor([0, 1, 9])}, "the first is 9"),
         ({"router": None}, {"example_ids": torch.tensor([0, 1, 2])}, "example_ids is read by a router of Remembered"),
-        ({"selection": "random"}, {}, "reads no score; leave router=None"),
-        ({"dynamic_threshold": True}, {}, "RememberedScores gives scores alone"),
+        ({"selection": "random"}, {}, "uses no score; leave router=None"),
+        ({"dynamic_threshold": True}, {}, "RememberedScores gives only scores"),
     ],
 )
 def test_misuse(settings, inputs, message):
@@ -216,5 +216,5 @@ def test_misuse(settings, inputs, message):
 
 
 def test_not_in_a_scorer():
-    with pytest.raises(TypeError, match="a RememberedScores works in CGGRModel"):
+    with pytest.raises(TypeError, match="a RememberedScores works only in CGGRModel"):
         CGGRScorer(RememberedScores.empty(examples=1, length=1))

@@ -112,7 +112,7 @@ def test_bad_input():
         scorer(input_ids, labels.to("meta"))
     with pytest.raises(ValueError, match=r"targets holds 1 value\(s\) outside the vocabulary \(the first is 30\)"):
         scorer(input_ids, labels.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(V)))
-    with pytest.raises(ValueError, match="scoring='gradnorm' needs targets and there are none"):
+    with pytest.raises(ValueError, match="scoring='gradnorm' needs targets, but none were given"):
         CGGRScorer(Router(), scoring="gradnorm")(input_ids)
     with pytest.raises(TypeError, match="router must be callable, got int"):
         CGGRScorer(3)

@@ -187,7 +187,7 @@ def test_fields_for():
     assert fields_for("combined", has_targets=False) == {"entropy", "margin"}
     assert fields_for("gradnorm") == {"gradnorm"}
     for scoring in ("loss", "gradnorm", "excess"):
-        with pytest.raises(ValueError, match=f"scoring='{scoring}' needs targets and there are none"):
+        with pytest.raises(ValueError, match=f"scoring='{scoring}' needs targets, but none were given"):
             fields_for(scoring, has_targets=False)
 
 
@@ -357,7 +357,7 @@ def test_bad_logits_and_targets():
         token_statistics(logits)
     with pytest.raises(ValueError, match="did you mean 'entropy'"):
         token_statistics(torch.zeros(2, 3), fields={"entrpy"})
-    with pytest.raises(ValueError, match="field 'nll' needs targets and there are none"):
+    with pytest.raises(ValueError, match="field 'nll' needs targets, but none were given"):
         token_statistics(torch.zeros(2, 3), fields={"nll"})
 
 

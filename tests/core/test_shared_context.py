@@ -175,7 +175,7 @@ def test_no_copy_of_the_context_waits_for_the_backward_pass(gradient, engine, mo
 @pytest.mark.parametrize(
     ("context", "error", "message"),
     [
-        (SharedContext(tokens(4, 5)), ValueError, "6 rows cannot go on from 4 contexts in equal shares"),
+        (SharedContext(tokens(4, 5)), ValueError, "6 rows cannot be divided evenly among 4 contexts"),
         (SharedContext(tokens(2, 5)[0]), ValueError, r"context.input_ids must be \[N, L\]"),
         (SharedContext(tokens(2, 5).float()), TypeError, "context.input_ids must hold integers"),
         (SharedContext(tokens(2, 5), torch.ones(2, 4)), ValueError, r"context.attention_mask must have shape \(2, 5\)"),
@@ -191,14 +191,14 @@ def test_bad_contexts(context, error, message):
 
 def test_what_cannot_go_with_a_context():
     context, shared, _ = batch()
-    with pytest.raises(ValueError, match="as input_ids and attention_mask alone, got position_ids, token_type_ids"):
+    with pytest.raises(ValueError, match="take input_ids and attention_mask only, got position_ids, token_type_ids"):
         zeros = torch.zeros_like(shared["input_ids"])
         more = {"position_ids": zeros, "token_type_ids": zeros}
         routed_logprobs(ROUTABLE["llama"](), **shared, **more, keep=kept(), context=context)
-    with pytest.raises(ValueError, match="a context is shared through keys and values"):
+    with pytest.raises(ValueError, match="a shared context requires routed keys and values"):
         routed_logprobs(UNROUTABLE["mamba"](), **shared, keep=kept(), context=context, gradient_mode="exact")
     model = ROUTABLE["mixtral"](output_router_logits=True)
-    with pytest.raises(ValueError, match="no balancing loss of expert routers"):
+    with pytest.raises(ValueError, match="cannot compute the expert routers' balancing loss"):
         routed_logprobs(model, **shared, keep=kept(), context=context, gradient_mode="exact")
 
 

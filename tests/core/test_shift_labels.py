@@ -85,7 +85,7 @@ def test_aligned_as_the_model_aligns_them_they_change_nothing(gradient, selectio
 @pytest.mark.parametrize("name", ["bert-masked", "roberta-masked"])
 def test_a_loss_that_does_not_read_them_is_said_by_name(name):
     model, input_ids = ROUTABLE[name](), tokens()
-    with pytest.raises(ValueError, match=r"shift_labels: the own loss of .* does not read them"):
+    with pytest.raises(ValueError, match=r"shift_labels: the loss of .* does not use them"):
         routed(model, "exact").train()(input_ids, labels=input_ids, shift_labels=input_ids)
 
 

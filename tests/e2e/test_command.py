@@ -149,7 +149,7 @@ def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
                 break
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert f"go on with: cggr study --resume {out}" in output
+    assert f"continue with: cggr study --resume {out}" in output
     assert "Traceback" not in errors
     stopped = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
     assert 1 <= len(stopped) < 10

@@ -1,5 +1,6 @@
 """Pages as a browser shows them: headless Chromium, without a network."""
 
+import html
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+NARROWEST = 500
+"""Pixels that a headless window is wide at least."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -33,11 +36,38 @@ def look(browser: str, page: Path, profile: Path, *options: str, size: tuple[int
 
 
 def widths(browser: str, page: Path, folder: Path, *, width: int) -> tuple[int, int]:
-    """Width of what a page shows at a window of so many pixels, and that window's own."""
-    told = "<script>document.body.dataset.widths = [document.documentElement.scrollWidth, innerWidth]</script></body>"
-    measured = folder / f"measured-{width}.html"
-    measured.write_text(page.read_text(encoding="utf-8").replace("</body>", told), encoding="utf-8")
-    dom = look(browser, measured, folder / f"profile-{width}", "--dump-dom", size=(width, 900))
+    """Width of what a page shows in a view of so many pixels, and that view's own."""
+    told = """<script>addEventListener("load", () => {
+      const view = document.querySelector("iframe").contentWindow;
+      document.body.dataset.widths = [view.document.documentElement.scrollWidth, view.innerWidth];
+    });</script>"""
+    framed = in_frame(page, folder, width=width, height=900, after=told)
+    dom = look(browser, framed, folder / f"profile-{width}", "--dump-dom", size=(max(width, NARROWEST), 900))
     found = re.search(r'data-widths="(\d+),(\d+)"', dom)
     assert found is not None
     return int(found[1]), int(found[2])
+
+
+def picture_of(browser: str, page: Path, folder: Path, *, size: tuple[int, int]) -> Path:
+    """Path of a picture of a page in a view of that size, a phone's too."""
+    path, (width, height) = folder / f"picture-{size[0]}.png", size
+    window = (max(width, NARROWEST), height)
+    framed = in_frame(page, folder, width=width, height=height)
+    look(browser, framed, folder / f"picture-profile-{width}", f"--screenshot={path}", size=window)
+    from PIL import Image
+
+    Image.open(path).crop((0, 0, width, height)).save(path)
+    return path
+
+
+def in_frame(page: Path, folder: Path, *, width: int, height: int, after: str = "") -> Path:
+    """A page that shows ``page`` in a frame of that size: a headless window is never narrower than 500 pixels."""
+    path = folder / f"framed-{width}.html"
+    source = html.escape(page.read_text(encoding="utf-8"))
+    style = f"border: 0; width: {width}px; height: {height}px"
+    path.write_text(
+        f'<!doctype html><meta charset="utf-8"><body style="margin: 0"><iframe style="{style}" '
+        f'srcdoc="{source}"></iframe>{after}</body>',
+        encoding="utf-8",
+    )
+    return path

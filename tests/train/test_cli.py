@@ -28,9 +28,10 @@ def test_help_names_every_choice(monkeypatch):
         shown = cggr(command, "--help").output
         for name in (*SELECTIONS, *(set(SCORINGS) - {"excess"})):
             assert name in shown, (command, name)
-    assert "--router is trained, and with them standard training; with gradient checkpointing; with the batch" in cggr(
-        "study", "--help"
-    ).output.replace("\n", ""), "broken where the terminal ends, not where the source does"
+    shown = cggr("study", "--help").output.replace("\n", "")
+    assert "the controls: standard training, with gradient checkpointing, with a batch of" in shown, (
+        "broken where the terminal ends, not where the source does"
+    )
 
 
 def test_train_then_resume(tmp_path, data_files):
@@ -77,10 +78,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments,
 def test_settings_cannot_go_with_resume(tmp_path, option, name):
     result = cggr("train", *option, "--resume", tmp_path)
     assert result.exit_code == 2
-    assert f"{name} cannot go with --resume" in result.output
+    assert f"{name} cannot be combined with --resume" in result.output
     result = cggr("study", *option, "--resume", tmp_path)
     assert result.exit_code == 2
-    assert f"{name} cannot go with --resume: a study continues with the settings" in result.output
+    assert f"{name} cannot be combined with --resume: a study continues with the settings" in result.output
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,9 @@ def test_other_ends(tmp_path, data_files, monkeypatch, error, code):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.txt"], "give the length of the standard run: either --steps or --seconds"),
-        (["none.txt", "--steps", "1", "--ratio", "0.25,a"], "--ratio is '0.25,a': give numbers separated by commas"),
-        (["none.txt", "--steps", "1", "--equal", "epochs"], "--equal is 'epochs'"),
+        (["none.txt"], "give the length of the standard run with either --steps or --seconds"),
+        (["none.txt", "--steps", "1", "--ratio", "a,1"], "--ratio must be numbers separated by commas, got 'a,1'"),
+        (["none.txt", "--steps", "1", "--equal", "epochs"], "--equal must be tokens, time or both, got 'epochs'"),
         (["none.txt", "--steps", "1"], "the data file none.txt does not exist"),
         (["bad.jsonl", "--steps", "1"], "bad.jsonl, line 2: not JSON"),
         (["empty.jsonl", "--steps", "1"], "hold no text"),
@@ -148,7 +149,7 @@ def test_inspect_writes_its_page(tmp_path, tokenizer):
 
 
 def test_inspect_refuses_a_place_that_cannot_be_written_before_the_model_is_read(tmp_path):
-    for out, message in ((tmp_path, "is a directory"), (tmp_path / "no" / "a.html", "there is no directory")):
+    for out, message in ((tmp_path, "is a directory"), (tmp_path / "no" / "a.html", "does not exist")):
         result = cggr("inspect", "--model", "nowhere", "--text", "two words", "--out", out)
         assert result.exit_code == 2
         assert message in result.output

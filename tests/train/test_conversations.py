@@ -61,7 +61,7 @@ def test_rows_of_a_store_mark_the_rest(chatting, tmp_path):
     [
         ({"messages": "text"}, "should be a list of messages"), ({}, "should be a list of messages"),
         ({"messages": [{"role": "user"}]}, "should be a list of messages"),
-        ({"messages": TALK[:1]}, "has the role 'assistant', so nothing is learned"),
+        ({"messages": TALK[:1]}, "has the role 'assistant', so there is nothing to learn"),
     ],
 )  # fmt: skip
 def test_a_bad_conversation_is_named_or_counted(tmp_path, line, message):
@@ -75,7 +75,7 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path, line, message):
 
 def test_templates_that_are_missing_or_change_earlier_turns(chatting):
     chatting.chat_template = "{{ messages[-1].content }}"
-    with pytest.raises(InputError, match="writes a turn differently when another one follows"):
+    with pytest.raises(InputError, match="renders a turn differently when another one follows"):
         tokens_of(TALK, chatting)
     chatting.chat_template = None
     with pytest.raises(InputError, match="--messages needs a chat template"):

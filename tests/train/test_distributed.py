@@ -104,7 +104,7 @@ class TestRanks:
     def test_rows_that_cannot_be_shared_are_refused(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         with (
-            pytest.raises(InputError, match="--batch-size is 3, which 2 processes cannot share"),
+            pytest.raises(InputError, match="--batch-size must be a multiple of the 2 processes, got 3"),
             joined_ranks("cpu", batch_size=3),
         ):
             pass

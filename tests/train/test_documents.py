@@ -35,7 +35,7 @@ def test_empty_texts_are_left_out(tmp_path):
         ('{"text": "cut', r"bad\.jsonl, line 3: not JSON"),
         ("[1, 2]", r"bad\.jsonl, line 3: expected an object with text, got a list"),
         ('{"body": "x"}', r"bad\.jsonl, line 3: 'text' should be text, got no such key \(it has body; see --field\)"),
-        ('{"text": "half \\ud83d"}', r"bad\.jsonl, line 3: half a surrogate pair \('.ud83d'\), which is no character"),
+        ('{"text": "half \\ud83d"}', r"bad\.jsonl, line 3: half a surrogate pair \('.ud83d'\), which is not a char"),
         ('{"text": ' + "9" * 5000 + "}", r"bad\.jsonl, line 3: not JSON"),
         ("[" * 100_000, r"bad\.jsonl, line 3: not JSON"),
         ('{"text": 5}', r"bad\.jsonl, line 3: 'text' should be text, got a number"),
@@ -70,7 +70,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a.jsonl.gz", "is packed; unpack it"), ("a.JSON", "is JSON: give one object per line")]
+    ("name", "message"), [("a.jsonl.gz", "is compressed; unpack it"), ("a.JSON", "is JSON: convert it")]
 )
 def test_kinds_that_would_be_read_as_something_else(tmp_path, name, message):
     (tmp_path / name).write_text('[{"text": "one"}]')
@@ -96,7 +96,7 @@ def test_missing_file_folder_and_nothing_at_all(tmp_path):
     with pytest.raises(InputError, match="no data files were given"):
         Documents([])
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match="--field is ' ,'"):
+    with pytest.raises(InputError, match=r"--field must be the key or column .*, got ' ,'"):
         Documents([tmp_path / "a.txt"], field=" ,")
 
 

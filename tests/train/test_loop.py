@@ -113,7 +113,7 @@ def test_the_clock_stands_still_while_paused(monkeypatch):
 
 
 def test_unknown_method():
-    with pytest.raises(InputError, match="--method is 'best': give one of cggr, random, standard"):
+    with pytest.raises(InputError, match="--method must be one of cggr, random, standard, got 'best'"):
         build_learner(fresh_model(), "best", Routing(), seed=0)
 
 

@@ -18,11 +18,11 @@ GPU = torch.device("cuda")
 @pytest.mark.parametrize(
     ("device", "routing", "processes", "message"),
     [
-        ("cpu", {}, 1, r"--cuda-graph needs a CUDA device, and this runs on cpu; leave it out"),
-        ("cuda", {}, 2, r"the step of one process, and this run has 2"),
+        ("cpu", {}, 1, r"--cuda-graph needs a CUDA device, but this runs on cpu; leave it out"),
+        ("cuda", {}, 2, r"the step of a single process, but this run has 2"),
         ("cuda", {"ratio_warmup_steps": 5}, 1, r"--ratio-warmup-steps 5 changes it"),
-        ("cuda", {"router": "remembered"}, 1, r"cannot record --router remembered"),
-        ("cuda", {"selection": "supervised"}, 1, r"cannot record --selection supervised"),
+        ("cuda", {"router": "remembered"}, 1, r"cannot capture --router remembered"),
+        ("cuda", {"selection": "supervised"}, 1, r"cannot capture --selection supervised"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_with_the_reason(device, routing, processes, message):

@@ -20,7 +20,7 @@ from cggr_train.study import StudySettings, frontier
 from cggr_train.study.analysis import analyse
 from cggr_train.study.arms import plan_arms
 from cggr_train.study.plan import make_plan
-from tests.support.browser import look, widths
+from tests.support.browser import picture_of, widths
 
 VOID = {"meta", "img", "br", "link", "input", "source"}
 SETTINGS = StudySettings(
@@ -130,7 +130,7 @@ def test_the_verdict_and_every_table_say_the_same(means, peaks, spread, seeds, a
     (best,) = bold
     if asked:
         ((best, _),) = tables["equal time"].best
-    assert ("is not told apart" in lines[0]) == (chosen.name != best)
+    assert ("is statistically indistinguishable" in lines[0]) == (chosen.name != best)
     for name, cells in differences.rows:
         arm = found.arm(name)
         for control, cell in zip((STANDARD, arm.equal_cost, arm.random), cells, strict=True):
@@ -151,15 +151,17 @@ def test_the_verdict_and_every_table_say_the_same(means, peaks, spread, seeds, a
 
 def test_one_seed_decides_nothing():
     lines = said(seeds=1, **{STANDARD: 5.0, EQUAL: 5.0, RANDOM: 4.5, ASKED: 4.0})
-    assert lines[0] == "Undecided: with one seed a difference cannot be told from chance."
+    assert lines[0] == "Undecided: with one seed, a difference cannot be told from chance."
     assert any("repeat with --seeds 3 or more" in line for line in lines)
     assert "one seed: no interval" in lines[2]
 
 
 def test_the_best_of_many_is_flattered():
     many = ("stratified", "sampled", "topk", "sequence_aware")
-    assert any("The best of 4 settings was picked on these same figures" in line for line in said(selections=many))
-    assert not any("picked on these same figures" in line for line in said())
+    assert any(
+        "Picking the best of 4 settings on the same figures flatters it" in line for line in said(selections=many)
+    )
+    assert not any("on the same figures flatters it" in line for line in said())
 
 
 def test_an_arm_that_diverged_is_named_and_compared_with_nothing(tmp_path):
@@ -167,9 +169,10 @@ def test_an_arm_that_diverged_is_named_and_compared_with_nothing(tmp_path):
     lines = verdict(found)
     assert lines[0].startswith("Use random 0.25, kv: ")
     assert lines[1:3] == [
-        "Diverged, and compared with nothing: stratified 0.25 by gradnorm, kv (1 of 3 seeds, at step 7). A lower "
-        "--learning-rate, the same for every arm, makes another study.",
-        "Nothing that was asked for kept a finite loss at this learning rate.",
+        "Diverged, and left out of all comparisons: stratified 0.25 by gradnorm, kv (1 of 3 seeds, at step 7). Try "
+        "another "
+        "study with a lower --learning-rate for every arm.",
+        "None of the requested arms kept a finite loss at this learning rate.",
     ]
     assert "random 0.25, kv (" in lines[3]
     losses, differences, gradients = study_cells(found)
@@ -285,23 +288,22 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("width", [1400, 400])
 def test_the_page_in_a_browser_has_its_plot_first_and_nothing_sideways(browser, tmp_path, width):
     from PIL import Image
 
     study = {"devices": ["a device"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
     found = outcome(**{STANDARD: 5.0, EQUAL: 4.6, RANDOM: 4.5, ASKED: 4.0})
-    page, picture = tmp_path / "report.html", tmp_path / "page.png"
+    page = tmp_path / "report.html"
     write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
     shown, window = widths(browser, page, tmp_path, width=width)
-    assert shown <= window, "no sideways scrolling"
-    look(browser, page, tmp_path / "profile", f"--screenshot={picture}", size=(width, 1000))
-    pixels = Image.open(picture).convert("RGB")
+    assert window == width and shown <= window, "no sideways scrolling"
+    pixels = Image.open(picture_of(browser, page, tmp_path, size=(width, 1000))).convert("RGB")
     assert pixels.size == (width, 1000)
     colours = {colour: count for count, colour in pixels.getcolors(2**20)}
     for arm in found.arms:
         shade = tuple(int(plots.colour(arm, found)[n : n + 2], 16) for n in (1, 3, 5))
-        assert colours.get(shade, 0) > 60, f"the curve of {arm.title} in the first view"
+        assert colours.get(shade, 0) > 15, f"the curve of {arm.title} in the first view"
 
 
 def test_no_two_arms_have_one_colour():

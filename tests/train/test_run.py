@@ -108,7 +108,7 @@ def test_training_goes_on_from_a_model_directory(tmp_path, data_files, console):
     second = settings(data_files, config=None, model=str(first.checkpoint), steps=2)
     result = start_run(second, tmp_path / "second", console)
     assert result.progress.step == 2
-    with pytest.raises(InputError, match=r"--length is 4,096, the model in .* has 2,048 positions"):
+    with pytest.raises(InputError, match=r"--length must be at most 2,048, .* of the model in .*, got 4,096"):
         start_run(dataclasses.replace(second, length=4096), tmp_path / "third", console)
 
 
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, dat
         return original(self, input_ids, **place) * (float("nan") if len(calls) > 4 else 1.0)
 
     monkeypatch.setattr(StandardLearner, "loss", loss)
-    with pytest.raises(DivergedError, match=r"step 6 cannot be computed: the loss is NaN.*; lower --learning-rate"):
+    with pytest.raises(DivergedError, match=r"step 6 failed: the loss is NaN.*; lower --learning-rate"):
         start_run(settings(data_files), tmp_path / "run", console)
     last = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert last.name == "step-00000004"
@@ -216,7 +216,7 @@ def test_one_process_at_a_time_writes_a_folder(tmp_path, data_files, console):
     start_run(settings(data_files, steps=1), tmp_path / "run", console)
     with FolderLock(tmp_path / "run") as lock:
         lock.take()
-        with pytest.raises(InputError, match=r"another process is writing to .*run; wait until it has ended"):
+        with pytest.raises(InputError, match=r"another process is writing to .*run; wait until it ends"):
             resume_run(tmp_path / "run", console)
         with FolderLock(tmp_path / "new") as other:
             other.take()
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_made_or_holds_something_else(tmp_path, data_fil
         start_run(settings(data_files), tmp_path / "file" / "run", console)
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "study.json").write_text("{}")
-    with pytest.raises(InputError, match="holds a study, whose files a run would replace; give another --out"):
+    with pytest.raises(InputError, match="holds a study, whose files a run would overwrite; give another --out"):
         start_run(settings(data_files), tmp_path / "study", console)
 
 
@@ -250,16 +250,16 @@ def test_a_folder_that_cannot_be_made_or_holds_something_else(tmp_path, data_fil
         ({"seed": -1}, "--seed must be from 0 to"),
         ({"routing": Routing(router_depth=0)}, "--router-depth must be at least 1, got 0"),
         ({"routing": Routing(selection="startified")}, "--selection must be one of .* did you mean 'stratified'"),
-        ({"routing": Routing(selection="supervised")}, "every token of a text has one; give another selection"),
+        ({"routing": Routing(selection="supervised")}, "every token has one; give another selection"),
         ({"routing": Routing(router="lerned")}, "--router must be one of .* did you mean 'learned'"),
-        ({"routing": Routing(scoring="excess")}, "--scoring excess compares with a reference model"),
+        ({"routing": Routing(scoring="excess")}, "--scoring excess needs a reference model"),
         ({"routing": Routing(ratio_warmup_steps=-1)}, "--ratio-warmup-steps must be at least 0, got -1"),
         ({"heldout_fraction": 0.9}, "--heldout-fraction must be in"),
-        ({"precision": "half"}, "--precision is 'half'"),
+        ({"precision": "half"}, "--precision must be auto, float32 or bfloat16, got 'half'"),
         ({"lr_warmup": 1.0}, "--lr-warmup must be in"),
         ({"steps": 0}, "--steps must be positive, got 0"),
         ({"device": "abacus"}, "--device abacus cannot be used here"),
-        ({"method": "magic"}, "--method is 'magic'"),
+        ({"method": "magic"}, "--method must be one of .*, got 'magic'"),
         ({"method": "cggr", "routing": Routing(ratio=1.5)}, "1.5"),
         ({"method": "cggr", "routing": Routing(scoring="gradnrm")}, "gradnorm"),
     ],

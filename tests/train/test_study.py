@@ -61,7 +61,7 @@ def test_gradients_are_not_compared_on_less_than_a_batch(tmp_path, texts):
     assert result.exit_code == 0 and result.outcome.gradients == {}
     text = console.file.getvalue()
     assert re.search(
-        "gradients are not compared: the held-out text has [123] sequences of 32 tokens, and a batch", text
+        "gradients are not compared: the held-out text has [123] sequences of 32 tokens, fewer than a batch", text
     )
     assert "cosine" not in text.lower()
 
@@ -171,7 +171,7 @@ def test_an_arm_that_diverges_is_reported_and_the_study_goes_on(study, console, 
     assert asked not in result.outcome.comparisons["time"]
     said = console.file.getvalue()
     assert f"stratified 0.25 by gradnorm, kv, seed 1: diverged at step {step}" in said
-    assert "Diverged, and compared with nothing: stratified 0.25 by gradnorm, kv (2 of 2 seeds, first at" in said
+    assert "Diverged, and left out of all comparisons: stratified 0.25 by gradnorm, kv (2 of 2 seeds, first at" in said
     assert not (study / "runs" / f"{asked}-seed0").exists(), "no leftovers"
     assert resume_study(study, console).outcome.diverged == result.outcome.diverged, "and it is not run again"
 
@@ -220,8 +220,8 @@ def test_bad_settings_leave_nothing_to_resume(tmp_path, data_files, console):
     [
         ("arms.json", "{", r"holds no study that can be resumed \(arms\.json"),
         ("results.jsonl", None, r"holds no study that can be resumed \(.*No such file"),
-        ("results.jsonl", "", r"results\.jsonl is not as the study wrote it"),
-        ("results.jsonl", '{"event": "study"}\n[1, 2]\n', r"results\.jsonl is not as the study wrote it"),
+        ("results.jsonl", "", r"results\.jsonl was changed after the study wrote it"),
+        ("results.jsonl", '{"event": "study"}\n[1, 2]\n', r"results\.jsonl was changed after the study wrote it"),
     ],
 )
 def test_a_folder_that_was_changed_by_hand(study, console, name, content, message):
@@ -243,7 +243,7 @@ def test_fewer_seeds_than_are_on_record(study, console):
 def test_steps_are_recorded_on_a_gpu_alone(tmp_path, data_files, console):
     given = settings(data_files)
     given = dataclasses.replace(given, train=dataclasses.replace(given.train, cuda_graph=True))
-    with pytest.raises(InputError, match="--cuda-graph needs a CUDA device, and this runs on cpu"):
+    with pytest.raises(InputError, match="--cuda-graph needs a CUDA device, but this runs on cpu"):
         start_study(given, tmp_path / "a", console)
     assert not (tmp_path / "a").exists(), "said before the text is read"
 

@@ -93,7 +93,7 @@ def test_what_needs_checkpointing_takes_it_and_is_compared_once(monkeypatch, dat
 
 def test_a_limit_that_nothing_fits_into(monkeypatch, data, tmp_path):
     peaks(monkeypatch)
-    with pytest.raises(InputError, match="not one sequence of standard, batch 4 fits, even with checkpointing"):
+    with pytest.raises(InputError, match="not even one sequence of standard, batch 4 fits with checkpointing"):
         run(asked(data, memory_limit=230, controls=()), tmp_path / "study")
 
 
@@ -197,13 +197,13 @@ def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"controls": ("none",)}, "--controls is 'none'"),
+        ({"controls": ("none",)}, "--controls must be some of .*, got 'none'"),
         ({"memory_limit": -1}, "--memory-limit must be positive"),
         ({"rates": (0.0,)}, "--rates must be positive"),
-        ({"accuracy": True, "equal": ("tokens",)}, "let --equal hold time"),
-        ({"accuracy_readings": ("kept",)}, "accuracy_readings is 'kept'"),
+        ({"accuracy": True, "equal": ("tokens",)}, "include time in --equal"),
+        ({"accuracy_readings": ("kept",)}, "accuracy_readings must be tokens, time or both, got 'kept'"),
+        ({"answer_after": "#"}, "--answer-after requires --eval exact-match"),
         ({"accuracy": True, "accuracy_of": ("standard",)}, "accuracy_of lets some arms answer alone"),
-        ({"answer_after": "#"}, "--answer-after belongs to --eval exact-match"),
         ({"accuracy": True, "questions": 0}, "--questions must be at least 1"),
     ],
 )
@@ -213,7 +213,7 @@ def test_settings_that_do_not_go(data, values, message):
 
 
 def test_questions_need_answers(data):
-    with pytest.raises(InputError, match="give the key of the answers with --answer"):
+    with pytest.raises(InputError, match="needs answers: give their key with --answer"):
         settings([data], accuracy=True, equal=("time",))
 
 

@@ -137,8 +137,8 @@ def test_the_average_reaches_back_a_fixed_share_of_the_run():
         ({"seconds": 3.0}, "either --steps or --seconds"),
         ({"steps": None}, "either --steps or --seconds"),
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"draws": 1}, "a variance takes at least 2"),
-        ({"equal": ("epochs",)}, "--equal is 'epochs'"),
+        ({"draws": 1}, r"at least 2 \(for a variance\), got 1"),
+        ({"equal": ("epochs",)}, "--equal must be tokens, time or both, got 'epochs'"),
         ({"selections": ()}, "--selection is empty"),
         ({"parallel": 0}, "--parallel must be at least 1"),
         ({"calibration_seconds": 0.0}, "--calibration-seconds must be positive"),
@@ -161,5 +161,5 @@ def test_settings_come_back(tmp_path):
 
 def test_lists_on_the_command_line():
     assert split("--selection", "topk, random,topk") == ("topk", "random")
-    with pytest.raises(InputError, match=r"--ratio is '0\.25,x': give numbers separated by commas"):
+    with pytest.raises(InputError, match=r"--ratio must be numbers separated by commas, got '0\.25,x'"):
         split("--ratio", "0.25,x", float)

@@ -125,7 +125,7 @@ def test_a_worker_that_fails_is_quoted(pool, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a signal of POSIX")
 def test_a_worker_that_is_killed_had_no_last_words(pool, tmp_path):
-    with pytest.raises(RunError, match="a worker was killed from outside, perhaps for want of memory"):
+    with pytest.raises(RunError, match="a worker was killed, possibly because memory ran out"):
         list(pool.run([request("killed")]))
     pool.__exit__(None, None, None)
     assert list(tmp_path.iterdir()) == [], "no empty file of errors"

@@ -28,7 +28,7 @@ def test_reading_stops_at_the_limit():
 
 
 def test_bad_input(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="--vocab-size is 100: at least 257"):
+    with pytest.raises(InputError, match="--vocab-size must be at least 257"):
         train_tokenizer(["x"], vocab_size=100)
     with pytest.raises(InputError, match="hold no text"):
         train_tokenizer([], vocab_size=300)
@@ -68,7 +68,7 @@ def test_a_config_file(tmp_path):
 def test_unknown_preset_and_missing_model(tmp_path):
     with pytest.raises(InputError, match="did you mean 'tiny'"):
         build_config("tinny", vocab_size=300, length=32)
-    with pytest.raises(InputError, match="does not exist; to train from scratch give --config"):
+    with pytest.raises(InputError, match="does not exist; to train from scratch, give --config"):
         load_model(str(tmp_path / "no"))
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(str(tmp_path))
@@ -91,7 +91,7 @@ def test_a_model_is_not_filled_up_with_random_weights(model_folder):
     tensors = load_file(model_folder / "model.safetensors")
     lost = [name for name in tensors if "layers.1.mlp" in name]
     save_file({name: tensors[name] for name in tensors if name not in lost}, model_folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"lacks 3 of the weights .* the first is model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(InputError, match=r"lacks 3 of the weights .* the first being model\.layers\.1\.mlp\.down_proj"):
         load_model(str(model_folder))
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a head on chosen rows, without a logits tensor of all of them.
+"""Cross-entropy of a head on chosen rows, without a tensor of all their logits.
 
 The reference of the op ``linear_cross_entropy`` is :func:`chunked_linear_cross_entropy`. With ``reduction="sum"`` the
 gradients are made in the forward pass while a chunk's logits are at hand: three matrix products per row instead of
@@ -217,18 +217,18 @@ def linear_cross_entropy(
 
     Args:
         hidden: Final hidden states, shape [N, H].
-        weight: The head's matrix, shape [V, H].
-        targets: Class indices, shape [N]; ``ignore_index`` for rows that count for nothing.
+        weight: The head's weight, shape [V, H].
+        targets: Class indices, shape [N]; ``ignore_index`` for rows to leave out.
         row_index: Rows to use, shape [M] int64; None for all.
-        row_weight: Factor on each used row's loss, shape [M], or [N] (then taken at ``row_index``). A constant: no
-            gradient reaches it. Rows of weight 0 give no loss and no gradient whatever they hold.
+        row_weight: Constant factor on each row's loss, shape [M], or [N] (then indexed by ``row_index``). Rows of
+            weight 0 give no loss and no gradient, whatever they hold.
         bias: The head's bias, shape [V].
-        softcap: Bound of the logits; None for none.
+        softcap: Bound on the logits; None for none.
         scale: Factor on the logits before the softcap; None for 1.
-        ignore_index: Target value of rows that count for nothing.
-        reduction: "sum" for a scalar, "none" for the weighted loss of each used row. "none" makes the logits once more
-            in the backward pass; "sum" does not.
-        max_logits: Logits that may be held at once where that is faster; None for a chunk of them.
+        ignore_index: Target value of rows to leave out.
+        reduction: "sum" for a scalar, "none" for the weighted loss of each row. "none" computes the logits again in the
+            backward pass; "sum" does not.
+        max_logits: Number of logits that may be held at once if that is faster; None always works in chunks.
 
     Returns:
         A float32 tensor (float64 for float64 operands), 0-dim or [M].

@@ -19,28 +19,28 @@ __all__ = ["CGGRLinearLoss", "CGGRLoss", "loss_coefficients"]
 class CGGRLoss(TokenLoss):
     """Cross-entropy on the kept tokens of a batch of logits.
 
-    In training mode it estimates the mean cross-entropy over all countable tokens from the kept ones; the
-    gradient is zero at all others. In eval mode the mean itself. With a ratio of 1 it equals
-    ``torch.nn.functional.cross_entropy``; with nothing countable it is a zero that is connected to the graph.
+    In training mode it estimates the mean cross-entropy over all countable tokens from the kept ones, with a zero
+    gradient everywhere else; in eval mode it returns the mean itself. With a ratio of 1 it equals
+    ``torch.nn.functional.cross_entropy``. If nothing is countable, it is a zero that is connected to the graph.
 
     Under ``torch.compile`` one graph serves every step once the warmup is over; during it each new ratio recompiles.
 
-    The host reads nothing in a step. On CPU, targets outside the vocabulary and NaN logits raise at once; on other
-    devices they are counted there (such targets are ignored) and raised by the next forward that sees the count.
+    The host reads nothing in a step. On CPU, targets outside the vocabulary and NaN logits raise at once. On other
+    devices they are counted there (and such targets ignored), and the next forward that sees the count raises.
 
     Args:
         scoring: What makes a token worth learning from, see :func:`~cggr_core.score`.
         selection: How tokens are chosen, see :func:`~cggr_core.select`. The ratio holds over the whole batch.
         num_strata: Score buckets of ``"stratified"``.
-        min_tokens_per_sequence: Least kept tokens of a row for ``"sequence_aware"``.
-        dynamic_threshold: Let the confidence of the batch before move the ratio, see :class:`~cggr_core.Schedule`;
-            costs one value read from the device per step. Inside of ``torch.compile`` the confidence is not read.
-        threshold_sensitivity: How much it does.
+        min_tokens_per_sequence: Minimum number of kept tokens per row for ``"sequence_aware"``.
+        dynamic_threshold: Adapt the ratio to the confidence of the previous batch, see :class:`~cggr_core.Schedule`;
+            reads one value per step from the device. Has no effect under ``torch.compile``.
+        threshold_sensitivity: How strongly the confidence changes the ratio.
         min_tokens_ratio: Keep ratio in (0, 1], after the warmup.
         warmup_steps: Steps over which the ratio falls from 1 to ``min_tokens_ratio``; call :meth:`step`.
         block_size: Choose blocks of this many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability.
-        seed: Of the random choices, at least 0.
+        seed: Seed of the random choices, at least 0.
         ignore_index: Target that is never scored, kept or counted.
 
     Raises:
@@ -127,11 +127,11 @@ class CGGRLoss(TokenLoss):
 class CGGRLinearLoss(TokenLoss):
     """Cross-entropy on the kept tokens, from hidden states and the head's weight, without a logits tensor.
 
-    Scores are made from logits of a chunk of rows at a time, and the head's forward and backward run on the kept rows
-    alone: three matrix products on those after one on all rows (none with ``selection="random"``). Otherwise it is
+    Scores come from the logits of a chunk of rows at a time, and the head's forward and backward run on the kept rows
+    only: three matrix products on those, after one on all rows (none with ``selection="random"``). Otherwise it equals
     :class:`CGGRLoss` of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
-    Arguments and errors of the constructor are those of :class:`CGGRLoss`.
+    The constructor has the arguments and errors of :class:`CGGRLoss`.
 
     Example:
         >>> criterion = CGGRLinearLoss(min_tokens_ratio=0.25)
@@ -159,10 +159,10 @@ class CGGRLinearLoss(TokenLoss):
 
         Args:
             hidden: Final hidden states, [B, S, H] or [N, H].
-            weight: The head's matrix, [V, H].
+            weight: The head's weight, [V, H].
             targets: Class indices, [B, S] or [N], aligned: the target at t is what the hidden state at t predicts.
             bias: The head's bias, [V].
-            softcap: Bound of the logits; None for none.
+            softcap: Bound on the logits; None for none.
             scale: Factor on the logits before the softcap; None for 1.
             token_weight: Factor on each token's loss, shape of ``targets``; a constant.
             reference_nll: A reference model's nll of each token in nats, shape of ``targets``, for "excess".

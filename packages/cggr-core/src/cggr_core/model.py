@@ -47,10 +47,9 @@ class CGGRModel(nn.Module):
 
     Args:
         model: A Hugging Face causal or masked language model, or a PEFT wrapper of one.
-        router: What scores the tokens before the layers: :func:`create_truncated_router`, any module that maps the
-            model's inputs to logits, or a router of :mod:`cggr_core.experimental`. ``None`` scores at full
-            depth.
-        gradient: What the backward pass reaches, see the table.
+        router: Scores the tokens before the layers run: :func:`create_truncated_router`, any module that maps the
+            model's inputs to logits, or a router of :mod:`cggr_core.experimental`. ``None`` scores at full depth.
+        gradient: Gradient mode: what the backward pass reaches, see the table.
         min_tokens_ratio: Keep ratio r in (0, 1], after the warm-up.
         selection: ``"stratified"``, ``"sampled"``, ``"random"``, ``"topk"``, ``"sequence_aware"``, or ``"supervised"``,
             which keeps exactly the countable tokens (its capacity costs one value from the device per step).
@@ -58,17 +57,17 @@ class CGGRModel(nn.Module):
         num_strata: Score buckets of ``"stratified"``.
         min_tokens_per_sequence: For ``"sequence_aware"``: the fewest tokens that a row keeps. Where the keep ratio
             already gives that many, the selection is that of ``"topk"``.
-        block_size: Select blocks of that many neighbouring tokens.
+        block_size: Select blocks of this many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability, so that the loss estimates the full loss.
         warmup_steps: Steps over which the ratio falls linearly from 1 to ``min_tokens_ratio``; call :meth:`step`.
-        dynamic_threshold: Let the batch's confidence move the ratio, see :class:`Schedule`.
-        threshold_sensitivity: How strongly the confidence moves the ratio.
-        engine: ``"interleaved"`` or ``"two_pass"``; ``None`` takes the cheaper one that the scores allow.
+        dynamic_threshold: Adapt the ratio to the batch's confidence, see :class:`Schedule`.
+        threshold_sensitivity: How strongly the confidence changes the ratio.
+        engine: ``"interleaved"`` or ``"two_pass"``; ``None`` chooses the cheaper one that the scores allow.
         context_precision: ``"fp8"`` computes the linear layers in FP8 (e4m3, a scale for every row) where they run on
             tokens that need no gradient; keys and values of mode ``"kv"`` and the head stay in the model's precision.
             Kept tokens attend to what it makes, with an error of a few per cent. It is faster on NVIDIA GPUs from
             compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the model's own precision.
-        seed: Of the random selections; the same seed and batch give the same selection on every device.
+        seed: Seed of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.
         cuda_graph: ``"auto"`` records steps of equal shapes as CUDA graphs, see the recipe for small models; ``False``
             runs every step as it is.
@@ -80,7 +79,7 @@ class CGGRModel(nn.Module):
 
     Raises:
         TypeError: If ``model`` is not a Hugging Face model.
-        ValueError: If a name, a ratio or a combination is not valid.
+        ValueError: If a name, a ratio or a combination is invalid.
 
     Example:
         >>> import torch
@@ -178,25 +177,25 @@ class CGGRModel(nn.Module):
                 scored, selected or counted.
             token_weight: ``[B, S]``, multiplies the loss of the token predicted at each position.
             reference_nll: ``[B, S]``, a reference model's nll at each position, for ``scoring="excess"``.
-            num_items: Countable tokens of the whole optimiser step, under gradient accumulation or on several ranks;
-                by default this batch's.
+            num_items: Countable tokens of the whole optimiser step, under gradient accumulation or on several ranks; by
+                default those of this batch.
             selection: Kept tokens chosen by the caller, one row for each row of the batch.
             draw: Number of the random draw; ``None`` counts up.
-            first_row: Number of the batch's first row among the rows of that draw: micro-batches and ranks that share
-                a draw and number their rows on keep what one batch of all the rows would.
+            first_row: Number of the batch's first row among the rows of that draw. Micro-batches and ranks that share a
+                draw and number their rows consecutively keep what one batch of all the rows would.
             example_ids: int64 ``[B]`` on the CPU, which example each row is; for ``RememberedScores``.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
-                arguments of the wrapped model. Without an attention mask, positions that start anew are packed
-                documents, and nothing is attended to across them. ``shift_labels``, int64 ``[B, S]``, take the place
-                of ``labels`` and stand at their predictors already, as in transformers.
+                arguments of the wrapped model. Without an attention mask, position ids that restart mark packed
+                documents, which do not attend to each other. ``shift_labels``, int64 ``[B, S]``, take the place of
+                ``labels`` and stand at their predictors already, as in transformers.
 
         Returns:
-            A float32 scalar, connected to the graph even where nothing is countable; or the model's output.
+            A float32 scalar, connected to the graph even if nothing is countable; or the model's output.
 
         Raises:
-            ValueError: If shapes or devices do not fit, an argument would not be read, the mode is not possible for
-                this model, or (on other devices than the CPU: one step later) labels are outside the vocabulary,
-                logits are NaN or the loss is.
+            ValueError: If shapes or devices do not match, an argument would be ignored, the model does not support the
+                mode, or (one step later, on devices other than the CPU) labels are outside the vocabulary, or logits or
+                the loss are NaN.
             TypeError: If a dtype or the type of an argument is wrong.
         """
         arguments = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
@@ -219,8 +218,8 @@ class CGGRModel(nn.Module):
             hasattr(part, "_hf_hook") for part in self.model.modules()
         ):
             raise ValueError(
-                "the model is on the meta device and has no values to train: load its weights, or move it with "
-                "to_empty(device=...) and initialise it, first"
+                "the model is on the meta device and has no values to train; first load its weights, or move it with "
+                "to_empty(device=...) and initialise it"
             )
         # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
         self._raise_deferred_errors(wait=self.schedule.reads_confidence)
@@ -257,7 +256,7 @@ class CGGRModel(nn.Module):
 
     @contextmanager
     def routed_forward(self) -> Iterator[None]:
-        """Let a call of the wrapped model itself be this model's :meth:`forward`, for the length of the block.
+        """Within the block, calling the wrapped model runs this model's :meth:`forward`.
 
         For training loops in which something around the wrapped model must see its call: ``DistributedDataParallel``,
         ``fully_shard``, a trainer that prepared it. The hooks on the wrapped model run once, around all passes.
@@ -299,9 +298,9 @@ class CGGRModel(nn.Module):
                 model's forward, so that the step would be an ordinary one.
         """
         raise TypeError(
-            "a Trainer was given a CGGRModel, whose forward it would not train through; give it the plain model and "
-            "put CGGRMixin first: class RoutedTrainer(CGGRMixin, SFTTrainer): ..., then RoutedTrainer(model, ..., "
-            "cggr=CGGRConfig(...)) (from cggr_train; CGGRTrainer stands for Trainer)"
+            "a Trainer would not train through a CGGRModel's forward; give it the plain model and put CGGRMixin first: "
+            "class RoutedTrainer(CGGRMixin, SFTTrainer): ..., then RoutedTrainer(model, ..., cggr=CGGRConfig(...)) "
+            "(from cggr_train; for the plain Trainer, use CGGRTrainer)"
         )
 
     def step(self) -> None:
@@ -310,7 +309,7 @@ class CGGRModel(nn.Module):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What the last training forward did; tensors stay on their device until they are read.
+        """Metrics of the last training forward; tensors stay on their device until they are read.
 
         ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``, ``gradient``, ``engine``; where tokens were
         scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
@@ -323,7 +322,7 @@ class CGGRModel(nn.Module):
         return dict(self._metrics)
 
     def routing_state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, besides the model, to make the same selections; waits for the device.
+        """State besides the model that a resumed run needs to make the same selections; waits for the device.
 
         The memory of ``RememberedScores`` is not in it, and is saved by whoever made it.
         """
@@ -346,10 +345,10 @@ class CGGRModel(nn.Module):
         learns = bool(self._router.state_dict())
         if ("router" in state) != learns:
             raise ValueError(
-                "the state holds what a router learned, and this model has no router that learns; give it the same one"
+                "the state is of a learned router, but this model has none; create it with the same router"
                 if "router" in state
-                else f"the state holds nothing that a router learned, and this model's {type(self.router).__name__} "
-                "learns; it is another run's"
+                else f"the state has nothing for a learned router, but this model has a {type(self.router).__name__}; "
+                "load the state of a run with the same router"
             )
         self.schedule.load_state_dict(schedule)
         self._draws.restart()

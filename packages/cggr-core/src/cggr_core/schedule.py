@@ -20,24 +20,24 @@ _FORWARDS_BEFORE_WARNING = 100
 
 
 class Schedule:
-    """Keep ratio of each step.
+    """The keep ratio of each step.
 
     **Curriculum.** After t of ``warmup_steps`` steps c = 1 - (1 - ``min_tokens_ratio``) · min(1, t / ``warmup_steps``):
     from all tokens down to ``min_tokens_ratio``, linearly; without a warmup c is ``min_tokens_ratio`` from the start.
 
-    **Dynamic ratio.** With ``dynamic_threshold`` and the mean top-1 probability p of the batch before,
-    ratio = c · exp(``threshold_sensitivity`` · (0.5 - p)), kept within [c / 2, min(1, 2c)]: an unsure model gets more
-    tokens, a confident one fewer; a sensitivity of 0 switches it off.
+    **Dynamic ratio.** With ``dynamic_threshold`` and the mean top-1 probability p of the previous batch, ratio = c ·
+    exp(``threshold_sensitivity`` · (0.5 - p)), kept within [c / 2, min(1, 2c)]: an unsure model gets more tokens, a
+    confident one fewer; a sensitivity of 0 switches it off.
 
     Args:
-        min_tokens_ratio: Keep ratio at rest, in (0, 1].
+        min_tokens_ratio: Keep ratio after the warmup, in (0, 1].
         warmup_steps: Steps from 1.0 to ``min_tokens_ratio``; 0 for none.
-        dynamic_threshold: Whether the confidence moves the ratio.
-        threshold_sensitivity: How strongly the confidence moves the ratio, at least 0.
+        dynamic_threshold: Whether the confidence changes the ratio.
+        threshold_sensitivity: How strongly the confidence changes the ratio, at least 0.
 
     Raises:
         TypeError: If an argument is not a number.
-        ValueError: If one is outside its range, or ``threshold_sensitivity`` is given without ``dynamic_threshold``.
+        ValueError: If a number is out of range, or ``threshold_sensitivity`` is given without ``dynamic_threshold``.
 
     Example:
         >>> schedule = Schedule(min_tokens_ratio=0.5, warmup_steps=2)
@@ -113,7 +113,7 @@ class Schedule:
 
     @property
     def curriculum_ratio(self) -> float:
-        """The ratio before the confidence moves it."""
+        """The ratio before the confidence changes it."""
         return self._curriculum_ratio
 
     @property
@@ -126,10 +126,10 @@ class Schedule:
         return min(max(moved, base / 2), min(1.0, 2 * base))
 
     def capacity(self, length: int) -> int:
-        """Slots for ``length`` tokens at the present ratio.
+        """Slots for ``length`` tokens at the current ratio.
 
-        While the ratio moves, the slots are a multiple of 1/32 of the length (rounded up), so that shapes repeat and
-        compiled code is not recompiled at every step.
+        While the ratio changes, the number of slots is a multiple of 1/32 of the length (rounded up), so that shapes
+        repeat and compiled code is not recompiled at every step.
 
         Example:
             >>> Schedule(min_tokens_ratio=0.3).capacity(10)
@@ -141,7 +141,7 @@ class Schedule:
         return slots_for(ratio, length)
 
     def observe(self, confidence: float | None) -> None:
-        """Take the mean top-1 probability of a batch; None (not measured) and NaN (no token) leave the ratio."""
+        """Note the mean top-1 probability of a batch; None (not measured) and NaN (no token) change nothing."""
         if confidence is not None and not math.isnan(confidence):
             self._confidence = min(1.0, max(0.0, float(confidence)))
 
@@ -173,13 +173,13 @@ class Schedule:
             )
 
     def step(self) -> None:
-        """Move on by one optimizer step."""
+        """Advance by one optimizer step."""
         self._steps += 1
         self._awaiting_step = False
         self._place()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to keep the same tokens: plain numbers."""
+        """The state that a resumed run needs to keep the same tokens, as plain numbers."""
         return {"steps": self._steps, "draws": int(self._draws), "confidence": self._confidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -38,21 +38,21 @@ class CGGRScorer(nn.Module):
     Args:
         router: :func:`~cggr_core.create_truncated_router`, or a callable ``router(input_ids, ...)`` that returns
             logits [B, S, V] or an object with ``.logits``.
-        scoring: See :func:`~cggr_core.score`; without labels "combined", "entropy" or "margin" must be asked for.
+        scoring: See :func:`~cggr_core.score`; without labels it must be "combined", "entropy" or "margin".
         selection: See :func:`~cggr_core.select`.
         scope: "row" keeps the ratio in each row, "batch" over the batch.
         min_tokens_ratio: Keep ratio in (0, 1], after the warmup.
         warmup_steps: Steps over which the ratio falls from 1 to ``min_tokens_ratio``; call :meth:`step`.
-        dynamic_threshold: Let the confidence of the batch before move the ratio, see :class:`~cggr_core.Schedule`.
-        threshold_sensitivity: How much it does.
+        dynamic_threshold: Adapt the ratio to the confidence of the previous batch, see :class:`~cggr_core.Schedule`.
+        threshold_sensitivity: How strongly the confidence changes the ratio.
         num_strata: Score buckets of "stratified".
-        min_tokens_per_sequence: Least kept tokens of a row for "sequence_aware".
+        min_tokens_per_sequence: Minimum number of kept tokens per row for "sequence_aware".
         block_size: Choose blocks of this many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability.
-        seed: Of the random choices.
+        seed: Seed of the random choices.
         ignore_index: Label that is never scored, kept or counted.
-        shifted: Whether the label of position t is at t + 1. None asks a truncated router's architecture, and takes
-            other routers for causal ones.
+        shifted: Whether the label of position t is at t + 1. None derives it from a truncated router's architecture,
+            and assumes that other routers are causal.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -88,7 +88,8 @@ class CGGRScorer(nn.Module):
         super().__init__()
         if isinstance(router, Router):
             raise TypeError(
-                f"a {type(router).__name__} works in CGGRModel, which shows it what it reads; here nothing does"
+                f"a {type(router).__name__} works only in CGGRModel, which passes it hidden states; use "
+                "create_truncated_router"
             )
         if not callable(router):
             raise TypeError(f"router must be callable, got {type(router).__name__}")
@@ -114,7 +115,7 @@ class CGGRScorer(nn.Module):
         self._monitor = Monitor()
 
     def step(self) -> None:
-        """Move the schedule on; call it after each optimizer step."""
+        """Advance the schedule; call it after each optimizer step."""
         self.schedule.step()
 
     @torch.no_grad()
@@ -127,14 +128,14 @@ class CGGRScorer(nn.Module):
         *,
         reference_nll: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Score of every token, and the tokens to keep.
+        """Score every token and choose the tokens to keep.
 
         Args:
             input_ids: int64 [B, S].
-            labels: int64 [B, S] as Hugging Face has them (not shifted), or None: then every token of the attention
-                mask is countable.
-            attention_mask: [B, S], 0 for padding; given to the router.
-            position_ids: [B, S]; given to the router.
+            labels: int64 [B, S] in Hugging Face's convention (not shifted). None makes every token of the attention
+                mask countable.
+            attention_mask: [B, S], 0 for padding; passed to the router.
+            position_ids: [B, S]; passed to the router.
             reference_nll: [B, S], a reference model's nll at each position in nats, for "excess".
 
         Returns:
@@ -145,8 +146,8 @@ class CGGRScorer(nn.Module):
 
         Raises:
             TypeError: If the router returns no logits.
-            ValueError: If a shape or device does not fit, or a label is outside the vocabulary (on other devices than
-                the CPU: raised by a later call).
+            ValueError: If a shape or device does not match, or a label is outside the vocabulary (on devices other than
+                the CPU, a later call raises).
         """
         if check_integers("input_ids", input_ids).dim() != 2:
             raise ValueError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}")

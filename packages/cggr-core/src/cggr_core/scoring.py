@@ -87,7 +87,7 @@ def fields_for(scoring: str, has_targets: bool = True) -> frozenset[str]:
         return fields - NEED_TARGETS
     if fields & NEED_TARGETS:
         raise ValueError(
-            f"scoring={scoring!r} needs targets and there are none; pass targets, or use 'entropy', 'margin' or "
+            f"scoring={scoring!r} needs targets, but none were given; pass targets, or use 'entropy', 'margin' or "
             f"'combined', which do without"
         )
     return fields
@@ -115,7 +115,7 @@ def _check_fields(fields: Collection[str] | None, has_targets: bool) -> None:
         check_choice("fields", field, FIELDS)
         if field in NEED_TARGETS and not has_targets:
             raise ValueError(
-                f"field {field!r} needs targets and there are none; pass targets, or leave it out of fields"
+                f"field {field!r} needs targets, but none were given; pass targets, or leave it out of fields"
             )
 
 
@@ -254,7 +254,7 @@ def linear_token_statistics(
 
 
 def score(statistics: TokenStatistics, *, scoring: str, reference_nll: Tensor | None = None) -> Tensor:
-    """One number per token, higher = harder = more worth learning from.
+    """Compute one number per token; higher means more worth learning from.
 
     ========== ===========================================================================
     scoring    score
@@ -273,7 +273,7 @@ def score(statistics: TokenStatistics, *, scoring: str, reference_nll: Tensor | 
         reference_nll: For ``excess``: a reference model's nll of each token, in nats, shape of the statistics.
 
     Returns:
-        float32, shape of the statistics. At ignored positions the value says nothing.
+        float32, shape of the statistics; meaningless at ignored positions.
 
     Raises:
         ValueError: If the scoring is unknown or a statistic or ``reference_nll`` that it needs is missing.

@@ -56,9 +56,9 @@ class Selection:
     """The kept tokens of a batch, in a shape that does not depend on the data.
 
     Attributes:
-        index: [B, K] int64. K distinct positions in each row, ascending. Slots that are not kept hold positions that
-            are not kept, so that a scatter over all slots never writes twice.
-        valid: [B, K] bool: which slots are kept tokens.
+        index: [B, K] int64. K distinct positions in each row, ascending. Unused slots hold positions that are not kept,
+            so that a scatter over all slots never writes twice.
+        valid: [B, K] bool: which slots hold kept tokens.
         weight: [B, K] float32, 0 where not valid: ``sum(weight * nll) / countable`` estimates the mean nll.
         ratio: 0-dim float32: kept over countable tokens.
         shape: Shape [B0, S0] of the score. With scope "batch" B is 1 and ``index`` points into the flattened batch.
@@ -114,8 +114,8 @@ class Selection:
                 mean over the kept tokens.
             countable: [B, S] bool, the tokens that have a target; None for all of them.
             capacity: Slots K of each row. None reads the largest row count from the device (a synchronisation) and
-                rounds it up so that shapes repeat, by an eighth or 8, at most by 64 and to S. Too small a capacity
-                drops the last tokens of a row.
+                rounds it up so that shapes repeat, by an eighth or 8, at most by 64 and to S. If the capacity is too
+                small, the last tokens of a row are dropped.
 
         Raises:
             TypeError: If ``mask`` or ``countable`` is not bool.
@@ -212,8 +212,8 @@ def select(
 ) -> Selection:
     """Choose the tokens to keep.
 
-    A row (scope "row"), or the whole batch (scope "batch"), keeps ``round(ratio * n)`` of its n countable tokens, at
-    least one if there is one, in K slots that depend on Python numbers alone: the host reads nothing, and shapes
+    A row (scope "row"), or the whole batch (scope "batch"), keeps ``round(ratio * n)`` of its n countable tokens, and
+    at least one if there is any, in K slots that depend on Python numbers only: the host reads nothing, and shapes
     repeat.
 
     ============== ================================================================================================
@@ -228,22 +228,21 @@ def select(
     sequence_aware topk over the scope with at least ``min_tokens_per_sequence`` of every row; as biased as topk
     ============== ================================================================================================
 
-    The first three know the probability of every token and weight it by the inverse (Horvitz & Thompson 1952), so that
-    ``sum(weight * nll) / n`` is an unbiased estimate of the mean nll over all n countable tokens, and so is its
+    The first three weight every kept token by the inverse of its inclusion probability (Horvitz & Thompson 1952), so
+    that ``sum(weight * nll) / n`` is an unbiased estimate of the mean nll over all n countable tokens, and so is its
     gradient.
 
     Args:
-        score: [B, S] floating, higher = more worth learning from. Negative scores count as 0 where probabilities are
-            made of them.
+        score: [B, S] floating, higher = more worth learning from. For probabilities, negative scores count as 0.
         countable: [B, S] bool: the tokens that have a target. No other token is ever kept.
         ratio: Keep ratio in (0, 1].
         selection: One of :data:`~cggr_core.settings.SELECTIONS`.
         scope: "row" keeps the ratio in each row; "batch" over the flattened batch.
-        capacity: Slots K of each row, or of the batch. None for ``ratio`` of the length, rounded up. A capacity below
-            what the ratio asks for limits it.
+        capacity: Slots K of each row, or of the batch. None for ``ratio`` of the length, rounded up. A smaller capacity
+            limits what is kept.
         num_strata: Buckets of ``stratified``.
-        min_tokens_per_sequence: For ``sequence_aware``; raises the count (and K, if not given) where the ratio asks
-            for less.
+        min_tokens_per_sequence: For ``sequence_aware``: minimum number of kept tokens per row (K grows with it, unless
+            given).
         block_size: Choose blocks of this many neighbouring positions instead of tokens, by their mean score; counts
             and the ratio are then in blocks, and K is rounded up to whole blocks.
         unbiased: Weight by the inverse probability. False gives the plain mean over the kept tokens of a row, as
@@ -254,8 +253,8 @@ def select(
         defensive_mix: Share of uniform sampling mixed into ``sampled`` and ``stratified``, in [0, 1]. It bounds the
             weights by about 1 / (defensive_mix * ratio) (Hesterberg 1995).
         first_row: Number of the first row among the rows of that draw. What a row keeps depends on the seed, the draw,
-            its number, its scores and nothing else, so that micro-batches and ranks which share a draw and number
-            their rows on choose what one batch of all the rows would.
+            its number, its scores and nothing else, so that micro-batches and ranks that share a draw and number their
+            rows consecutively choose what one batch of all the rows would.
 
     Returns:
         :class:`Selection`.

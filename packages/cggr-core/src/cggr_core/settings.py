@@ -74,7 +74,7 @@ SCORELESS = frozenset({"random", SUPERVISED})
 SCOPES = ("row", "batch")
 """Where a selection keeps its ratio."""
 SCORINGS: tuple[str, ...] = get_args(Scoring)
-"""What makes a token worth learning from; see :func:`~cggr_core.score`."""
+"""The scores of tokens; see :func:`~cggr_core.score`."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 """Names of what scores, for configurations and command lines."""
 CUDA_GRAPHS: tuple[bool | str, ...] = get_args(CudaGraph)
@@ -110,8 +110,8 @@ def check_context_precision(precision: str | None, mode_name: str, mode: str) ->
     check_choice("context_precision", precision, CONTEXT_PRECISIONS)
     if mode not in KEY_VALUE_MODES:
         raise ValueError(
-            f"context_precision={precision!r} is about tokens that need no gradient, which {mode_name}='kv' and "
-            f"'detached' have, and {mode_name} is {mode!r}; leave context_precision=None"
+            f"context_precision={precision!r} applies to the context of {mode_name}='kv' and 'detached', "
+            f"but {mode_name} is {mode!r}; leave context_precision=None"
         )
 
 
@@ -172,7 +172,8 @@ class SelectionSettings:
         check_integer("ignore_index", self.ignore_index)
         if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, type(self).threshold_sensitivity):
             raise ValueError(
-                f"threshold_sensitivity={self.threshold_sensitivity} is read with dynamic_threshold=True only; switch "
+                f"threshold_sensitivity={self.threshold_sensitivity} has an effect with dynamic_threshold=True only; "
+                "switch "
                 "that on, or leave the sensitivity out"
             )
 
@@ -222,7 +223,7 @@ class RoutingSettings(SelectionSettings):
             check_choice("engine", self.engine, ENGINES)
             if not self.routes_keys_and_values:
                 raise ValueError(
-                    f"engine={self.engine!r} says how gradient='kv' and 'detached' are computed, and gradient is "
+                    f"engine={self.engine!r} applies to gradient='kv' and 'detached', but gradient is "
                     f"{self.gradient!r}; leave engine=None"
                 )
         check_context_precision(self.context_precision, "gradient", self.gradient)
@@ -230,7 +231,7 @@ class RoutingSettings(SelectionSettings):
             self._check_supervised()
         if self.dynamic_threshold and not self.reads_scores:
             raise ValueError(
-                f"dynamic_threshold needs the confidence of scored tokens, and selection={self.selection!r} scores none"
+                f"dynamic_threshold needs the confidence of scored tokens, but selection={self.selection!r} scores none"
             )
         if self.gradient == "sequence":
             self._check_sequence()
@@ -252,12 +253,13 @@ class RoutingSettings(SelectionSettings):
         """
         if router is not None and not self.reads_scores:
             raise ValueError(
-                f"a router scores tokens, and selection={self.selection!r} reads no score; leave router=None"
+                f"a router scores tokens, but selection={self.selection!r} uses no score; leave router=None"
             )
         if self.dynamic_threshold and not gives_confidence:
             raise ValueError(
-                f"dynamic_threshold needs the model's confidence at every token, and {type(router).__name__} gives "
-                "scores alone; use a truncated router or none"
+                f"dynamic_threshold needs the model's confidence at every token, but {type(router).__name__} gives "
+                "only "
+                "scores; use a truncated router or none"
             )
         if self.engine == "interleaved" and router is None and self.reads_scores:
             raise ValueError(
@@ -267,23 +269,27 @@ class RoutingSettings(SelectionSettings):
 
     def _check_supervised(self) -> None:
         if self.gradient == "sequence":
-            raise ValueError("selection='supervised' keeps tokens, and gradient='sequence' keeps whole sequences")
+            raise ValueError(
+                "selection='supervised' keeps tokens, but gradient='sequence' keeps whole sequences; use another "
+                "gradient mode"
+            )
         for name in ("block_size", "warmup_steps"):
             value, nothing = getattr(self, name), getattr(type(self), name)
             if value != nothing:
                 raise ValueError(
-                    f"{name}={value} would change which tokens are kept, and selection='supervised' keeps exactly the "
+                    f"{name}={value} would change which tokens are kept, but selection='supervised' keeps exactly the "
                     f"countable ones; leave {name}={nothing}"
                 )
 
     def _check_sequence(self) -> None:
         if self.selection == "sequence_aware":
             raise ValueError(
-                "selection='sequence_aware' keeps tokens of every sequence, and gradient='sequence' leaves sequences "
-                "out; use selection='topk'"
+                "selection='sequence_aware' keeps tokens of every sequence, but gradient='sequence' drops whole "
+                "sequences; "
+                "use selection='topk'"
             )
         if self.block_size != type(self).block_size:
             raise ValueError(
-                f"block_size={self.block_size} selects blocks of tokens, and gradient='sequence' keeps whole "
+                f"block_size={self.block_size} selects blocks of tokens, but gradient='sequence' keeps whole "
                 "sequences; leave block_size=1"
             )

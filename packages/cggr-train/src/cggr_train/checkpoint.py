@@ -28,7 +28,7 @@ _TEMPORARY = "unfinished-"
 
 
 class TrainingState(NamedTuple):
-    """What a checkpoint holds besides the model."""
+    """The contents of a checkpoint besides the model."""
 
     progress: Progress
     optimizer: dict[str, Any]
@@ -68,7 +68,7 @@ def save_checkpoint(
 
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise DivergedError(f"{name} is not finite after step {state.progress.step:,}; lower --learning-rate")
+            raise DivergedError(f"{name} is no longer finite after step {state.progress.step:,}; lower --learning-rate")
     final = checkpoint_path(folder, state.progress.step)
     temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     try:

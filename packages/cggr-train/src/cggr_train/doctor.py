@@ -1,4 +1,4 @@
-"""``cggr doctor``: what is installed, what the machine has, which kernel serves which operation, what to install."""
+"""``cggr doctor``: installed versions, the machine, the kernel behind each operation, and what else to install."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Advice(NamedTuple):
 
     Attributes:
         package: What to install.
-        gain: What it brings.
+        gain: What it adds.
     """
 
     package: str
@@ -34,7 +34,7 @@ class Advice(NamedTuple):
 
 
 def versions(packages: tuple[str, ...] = (*PROJECT, *AROUND)) -> dict[str, str]:
-    """Installed versions, of Python too; packages that are not installed are left out.
+    """Installed versions, including Python's; packages that are not installed are left out.
 
     Example:
         >>> "torch" in versions()
@@ -63,7 +63,7 @@ def device_name(device: torch.device) -> str:
 
 
 def devices() -> list[tuple[str, str, str]]:
-    """Every device torch can use: its name in torch, its name for people, and what is to be known about it."""
+    """Every device torch can use: its name in torch, its model name, and details."""
     rows = [("cpu", device_name(torch.device("cpu")), f"{torch.get_num_threads()} threads in torch")]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     for number in range(torch.accelerator.device_count() if accelerator is not None else 0):
@@ -79,7 +79,7 @@ def devices() -> list[tuple[str, str, str]]:
 
 
 def attention_backends() -> list[tuple[str, bool, str, str]] | None:
-    """Name, whether it works, why, and what to do about it, as cggr-flash finds them; None where that is missing."""
+    """Name, whether it works, why, and the fix, as found by cggr-flash; None if that is not installed."""
     try:
         flash: Any = importlib.import_module("cggr_flash")
     except ModuleNotFoundError as error:
@@ -98,7 +98,7 @@ def operations() -> list[tuple[str, str, str, str]]:
 
 
 def advice(installed: dict[str, str], accelerator: str | None) -> list[Advice]:
-    """What to install for more on this machine.
+    """Packages worth installing on this machine.
 
     Args:
         installed: What :func:`versions` found.
@@ -115,7 +115,7 @@ def advice(installed: dict[str, str], accelerator: str | None) -> list[Advice]:
         )
     if "cggr-flash" not in installed:
         found.append(
-            Advice("./packages/cggr-flash", "models loaded with the best attention backend, and the list of them here")
+            Advice("./packages/cggr-flash", "models on the fastest attention backend, and the list of backends here")
         )
     return found
 
@@ -128,8 +128,8 @@ def show_report(console: Console) -> None:
     untested = [f"{name} {found} is {said}" for name, found, said in judged if said not in ("", "tested")]
     if untested:
         console.print(
-            f"Not tested: {'; '.join(untested)}. Where a model cannot be routed exactly, its first step says so; for "
-            "the tested versions, install with -c constraints.txt of the checkout.",
+            f"Not tested: {'; '.join(untested)}. If a model cannot be routed exactly, its first step raises an error. "
+            "For the tested versions, install with -c constraints.txt in the checkout.",
             highlight=False,
         )
     _print(console, "Devices", ("device", "name", ""), devices())
@@ -143,12 +143,12 @@ def show_report(console: Console) -> None:
     if items:
         _print(
             console,
-            "For more, in a checkout: python -m pip install …",
+            "Worth installing, in a checkout: python -m pip install …",
             ("package", "brings"),
             [tuple(item) for item in items],
         )
     else:
-        console.print("Nothing more to install for this machine.", highlight=False)
+        console.print("Nothing else to install on this machine.", highlight=False)
 
 
 def _print(console: Console, title: str, headings: tuple[str, ...], rows: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What training a given model asks for: where the model is, and settings of fine-tuning instead of pretraining."""
+"""Fine-tuning a given model: finding it, and defaults for fine-tuning instead of pretraining."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cggr_train.errors import InputError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 HUB_SECONDS = 4.0
-"""How long the hub may take to answer at all."""
+"""How long to wait for the hub's first answer, in seconds."""
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What is downloaded: weights as safetensors, the configuration and the tokenizer; no code."""
 FROM_SCRATCH_RATE, FROM_SCRATCH_DECAY, FINE_TUNING_DECAY = 1e-3, 0.1, 0.01
@@ -19,7 +19,7 @@ RATES = ((1e9, 5e-5), (8e9, 2e-5))
 
 
 class Defaults(NamedTuple):
-    """Settings that were not given.
+    """Defaults of settings that were not given.
 
     Attributes:
         learning_rate: Peak learning rate.
@@ -37,9 +37,9 @@ class Defaults(NamedTuple):
 def defaults(
     model: str | None, *, learning_rate: float | None, weight_decay: float | None, field: str, answer: str | None
 ) -> Defaults:
-    """Fill in what was not given: for a model that is to be fine-tuned, or for training from scratch.
+    """Fill in what was not given, for fine-tuning a model or for training from scratch.
 
-    Of several fields the last is the answer to the others where a model is fine-tuned: prompts are masked.
+    In fine-tuning, the last of several fields is the answer to the others, and prompts are masked.
 
     Args:
         model: Directory of the model to fine-tune; None to train from scratch.
@@ -69,14 +69,14 @@ def defaults(
 
 
 def announce(chosen: Defaults, warmup: float, messages: str | None = None) -> str:
-    """What fine-tuning will do, in a line."""
+    """One line about what fine-tuning will do."""
     what = f"on {chosen.answer}, with {chosen.field} masked" if chosen.answer else "on every token of the text"
     what = "on the assistant's turns" if messages else what
     return f"fine-tuning {what}: learning rate {chosen.learning_rate:g}, warm-up over {warmup:.0%} of the budget"
 
 
 def fine_tuning_rate(parameters: int) -> float:
-    """A learning rate to begin fine-tuning with; larger models take smaller ones.
+    """Default learning rate for fine-tuning; smaller for larger models.
 
     Example:
         >>> fine_tuning_rate(135_000_000), fine_tuning_rate(3_000_000_000), fine_tuning_rate(70_000_000_000)
@@ -86,7 +86,7 @@ def fine_tuning_rate(parameters: int) -> float:
 
 
 def count_parameters(model: str) -> int:
-    """Parameters of the model in a directory, from its configuration: no weights are read.
+    """Number of parameters of the model in a directory, from its configuration; no weights are read.
 
     Raises:
         InputError: If the configuration cannot be read.
@@ -108,7 +108,7 @@ def count_parameters(model: str) -> int:
 
 
 def local_model(name: str) -> str:
-    """The directory of a model: a path as it is, a name on the Hugging Face hub after its download.
+    """The directory of a model: a path as it is, a name on the Hugging Face hub after downloading it.
 
     Args:
         name: Path of a directory, or ``OWNER/NAME`` on the hub.
@@ -117,9 +117,9 @@ def local_model(name: str) -> str:
         InputError: If there is no such directory and no such name, or the hub cannot be reached.
     """
     if Path(name).exists() or HUB_NAME.fullmatch(name) is None or "/" not in name:
-        return name  # whoever loads it says what is wrong with a directory
+        return name  # loading it reports what is wrong with a directory
     if Path(name).parent.is_dir():
-        raise InputError(f"the model directory {name} does not exist; {Path(name).parent} does")
+        raise InputError(f"the model directory {name} does not exist (but {Path(name).parent} does)")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import get_session
@@ -128,18 +128,17 @@ def local_model(name: str) -> str:
         return snapshot_download(name, local_files_only=True, allow_patterns=FILES)
     except LocalEntryNotFoundError:
         pass
-    advice = f"give the directory of a downloaded model (hf download {name} --local-dir DIRECTORY)"
+    advice = f"download it elsewhere (hf download {name} --local-dir DIRECTORY) and give that directory"
     try:
         url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
         answer = get_session().head(url, timeout=HUB_SECONDS, follow_redirects=True)
     except Exception as error:  # proxies, sockets and offline mode each raise their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name} is no directory here, and the Hugging Face hub cannot be reached ({reason}); {advice}"
-        ) from error
+        raise InputError(f"{name} is not a directory, and the hub cannot be reached ({reason}); {advice}") from error
     if answer.status_code >= 400:
         raise InputError(
-            f"{name} is no directory here, and the Hugging Face hub answers {answer.status_code} for it: no such "
-            f"model, or one that needs a login; {advice}"
+            f"{name} is not a directory, and the Hugging Face hub answers {answer.status_code} for that name: the "
+            "model "
+            f"does not exist or requires a login; {advice}"
         )
     return snapshot_download(name, allow_patterns=FILES)

@@ -54,7 +54,7 @@ class FolderLock:
             lock.acquire()
         except Timeout as error:
             raise InputError(
-                f"another process is writing to {self.folder}; wait until it has ended, or give another --out"
+                f"another process is writing to {self.folder}; wait until it ends, or give another --out"
             ) from error
         except OSError as error:
             self._remove_folders()

@@ -80,7 +80,7 @@ def read_passage(text: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the text file {path} cannot be read: {error}") from error
     elif PATH_LIKE.fullmatch(text):
-        raise InputError(f"--text {text} looks like a path, but there is no such file; a passage has several words")
+        raise InputError(f"--text {text} looks like a path, but no such file exists; a passage has several words")
     if not text.strip():
         raise InputError(
             f"--text {path if is_file else repr(text)} is empty; give a passage or the path of a text file"
@@ -156,7 +156,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"][:length], encoded["offset_mapping"][:length]
     if len(ids) < 2:
-        raise InputError(f"the passage has {len(ids)} token(s); at least 2 are needed to predict one from the other")
+        raise InputError(f"the passage must have at least 2 tokens, got {len(ids)}")
     return torch.tensor([ids]), _token_texts(text, offsets), len(encoded["input_ids"]) - len(ids)
 
 

@@ -271,7 +271,7 @@ def build_learner(
     if method == "standard":
         return StandardLearner(model, labelled=labelled)
     if method not in METHODS:
-        raise InputError(f"--method is {method!r}: give one of {', '.join(METHODS)}")
+        raise InputError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "random":
         routing = dataclasses.replace(routing, selection="random", router=None, router_depth=None)
     remembers = method == "cggr" and routing.router == "remembered"

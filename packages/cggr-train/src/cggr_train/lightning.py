@@ -25,25 +25,25 @@ __all__ = ["CGGRModule"]
 
 
 class CGGRModule(lightning.LightningModule):
-    """A Hugging Face model whose training step spends its backward pass on the kept tokens.
+    """LightningModule around a Hugging Face model that runs the backward pass for the kept tokens only.
 
     ``lightning.Trainer().fit(CGGRModule(model), dataloader)``; batches are dictionaries of the model's arguments,
-    labels included. Validation is of the full loss. Checkpoints hold the plain model under ``model.`` and the state of
-    the selections, so that a resumed fit makes those of an uninterrupted one.
+    including labels. Validation uses the full loss. Checkpoints hold the plain model under ``model.`` and the state of
+    the selections, so that a resumed fit makes the same selections as an uninterrupted one.
 
-    As everywhere in Lightning, the losses of accumulated batches and of ranks are averaged: batches weigh alike,
-    whatever they count.
+    As everywhere in Lightning, losses are averaged over accumulated batches and ranks, regardless of their token
+    counts.
 
     Override ``configure_optimizers`` for another optimizer.
 
     Args:
         model: A Hugging Face language model, or a PEFT wrapper of one.
-        cggr: The settings; the defaults if not given.
-        learning_rate: Of AdamW.
-        seed: Of the selections.
+        cggr: Settings of CGGR; defaults if not given.
+        learning_rate: Learning rate of AdamW.
+        seed: Seed of the selections.
 
     Raises:
-        ValueError: If a setting is not valid; in ``fit``, under another strategy than one device or DDP.
+        ValueError: If a setting is invalid, or, in ``fit``, if the strategy is neither a single device nor DDP.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,8 +80,9 @@ class CGGRModule(lightning.LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(
-                f"strategy is {type(strategy).__name__}; CGGRModule is for one device and for DDP (strategy='ddp'): "
-                "for FSDP2 use cggr_train.CGGRTrainer or Accelerate"
+                f"strategy must be a single device or DDP (strategy='ddp'), got {type(strategy).__name__}; for FSDP2 "
+                "use "
+                "cggr_train.CGGRTrainer or Accelerate"
             )
 
     def forward(self, **batch: Any) -> Any:

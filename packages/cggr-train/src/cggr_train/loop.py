@@ -1,4 +1,4 @@
-"""The training loop: steps until a budget of steps or of seconds is spent, or until it is asked to stop."""
+"""The training loop: runs until its budget of steps or seconds is spent, or until asked to stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """When training ends: after so many steps, or so many seconds, whichever comes first.
+    """When training ends: after a number of steps or of seconds, whichever comes first.
 
     Raises:
         InputError: If neither is given, or one is not positive.
@@ -47,7 +47,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
-            raise InputError("training needs an end: give --steps, --seconds or both")
+            raise InputError("training needs a budget: give --steps, --seconds or both")
         for name, value in (("--steps", self.steps), ("--seconds", self.seconds)):
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be positive, got {value}")
@@ -83,7 +83,7 @@ class LearningRate:
 
 
 class Clock:
-    """Wall-clock time of training, which evaluations and checkpoints do not count into."""
+    """Wall-clock time of training, excluding evaluations and checkpoints."""
 
     def __init__(self, device: torch.device, *, elapsed: float = 0.0) -> None:
         self.device = device
@@ -113,7 +113,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The optimisation side of a run.
+    """Optimisation settings of a run.
 
     Attributes:
         budget: When to end.
@@ -211,7 +211,7 @@ def train_steps(
             if progress.step == 0:
                 raise
             number = progress.step + 1
-            raise DivergedError(f"step {number:,} cannot be computed: {error}; lower --learning-rate") from error
+            raise DivergedError(f"step {number:,} failed: {error}; lower --learning-rate") from error
         learner.step()
         progress.step += 1
         progress.tokens += batches.batch_size * batches.length * settings.accumulate

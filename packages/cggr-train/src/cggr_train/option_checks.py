@@ -1,4 +1,4 @@
-"""Checks of what options hold, before anything is read or written; every message names the option."""
+"""Checks of option values, before anything is read or written; every message names the option."""
 
 from __future__ import annotations
 
@@ -79,13 +79,14 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
 
     if routing.scoring == "excess":
         raise InputError(
-            "--scoring excess compares with a reference model, which training from the command has none of; give "
-            "another score (cggr inspect --reference shows this one)"
+            "--scoring excess needs a reference model, which the command does not support in training; give another "
+            "score "
+            "(cggr inspect --reference shows this one)"
         )
     if routing.selection == "supervised" and not labelled:
         raise InputError(
-            "--selection supervised keeps the tokens that have a label, and here every token of a text has one; give "
-            "another selection, or the key of the answers with --answer"
+            "--selection supervised keeps the tokens with a label, and in plain text every token has one; give another "
+            "selection, or the key of the answers with --answer"
         )
     try:
         check_choice("--gradient", routing.gradient, GRADIENT_MODES)
@@ -120,4 +121,4 @@ def parse_bytes(option: str, text: str) -> int:
         number = float(found[1]) * UNITS[found[2].upper()]
         if number >= 1:
             return round(number)
-    raise InputError(f"{option} is {text!r}: give bytes with a unit, 24GB or 24GiB say")
+    raise InputError(f"{option} must be bytes with a unit, such as 24GB or 24GiB, got {text!r}")

@@ -1,4 +1,4 @@
-"""The first half of a run: tokenizer, model and token store from what the settings name."""
+"""The first half of a run: tokenizer, model and token store, as the settings say."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepare(
     """Read, check and write everything that training needs, cheap checks first.
 
     Args:
-        settings: What to do.
+        settings: Settings of the run.
         folder: The run's folder; made if missing.
         console: Where the stages are announced.
 
@@ -42,7 +42,7 @@ def prepare(
         InputError: If anything given cannot be used.
     """
     if settings.method not in METHODS:
-        raise InputError(f"--method is {settings.method!r}: give one of {', '.join(METHODS)}")
+        raise InputError(f"--method must be one of {', '.join(METHODS)}, got {settings.method!r}")
     field = settings.field if settings.answer is None else f"{settings.field},{settings.answer}"
     kind = Documents if settings.messages is None else Conversations
     field = settings.messages or field
@@ -73,7 +73,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+        raise InputError(f"the folder {folder} cannot be created: {error.strerror or error}") from error
     console.print("tokenizing …", highlight=False)
     try:
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -124,5 +124,8 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
     model = load_model(settings.model)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and settings.length > longest:
-        raise InputError(f"--length is {settings.length:,}, the model in {settings.model} has {longest:,} positions")
+        raise InputError(
+            f"--length must be at most {longest:,}, the positions of the model in {settings.model}, got "
+            f"{settings.length:,}"
+        )
     return model

@@ -66,7 +66,9 @@ def build_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
     if not Path(name).exists():
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"--config is {name!r}: give one of {', '.join(PRESETS)} or the path of a config.json{hint}")
+        raise InputError(
+            f"--config must be one of {', '.join(PRESETS)} or the path of a config.json, got {name!r}{hint}"
+        )
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -94,7 +96,7 @@ def build_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
 
 
 def check_model_folder(path: str) -> None:
-    """Refuse what is no model directory, without reading its weights.
+    """Refuse a path that is not a model directory, without reading weights.
 
     Raises:
         InputError: If the directory is missing or has no configuration that can be read.
@@ -103,8 +105,9 @@ def check_model_folder(path: str) -> None:
 
     if not Path(path).is_dir():
         raise InputError(
-            f"the model directory {path} does not exist; to train from scratch give --config instead, and for a model "
-            "of the Hugging Face hub its whole name (OWNER/NAME)"
+            f"the model directory {path} does not exist; to train from scratch, give --config instead; for a model on "
+            "the "
+            "Hugging Face hub, give its full name (OWNER/NAME)"
         )
     try:
         AutoConfig.from_pretrained(path, local_files_only=True, **gguf_argument(path))
@@ -113,7 +116,7 @@ def check_model_folder(path: str) -> None:
 
 
 def gguf_argument(path: str) -> dict[str, str]:
-    """What ``from_pretrained`` needs for a directory that holds a model as one GGUF file; nothing for any other.
+    """Extra arguments of ``from_pretrained`` for a directory with a GGUF file; empty for any other directory.
 
     Raises:
         InputError: If the directory has several such files and no configuration, or the package gguf is missing.
@@ -124,14 +127,14 @@ def gguf_argument(path: str) -> dict[str, str]:
     if not found:
         return {}
     if len(found) > 1:
-        raise InputError(f"the model directory {path} holds {len(found)} GGUF files; leave one of them in it")
+        raise InputError(f"the model directory {path} holds {len(found)} GGUF files; keep only one of them there")
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{path} holds a GGUF file, which takes the package gguf to read: python -m pip install gguf")
+        raise InputError(f"{path} holds a GGUF file; reading it requires the package gguf: python -m pip install gguf")
     return {"gguf_file": found[0]}
 
 
 def load_model(path: str) -> PreTrainedModel:
-    """A causal language model from a directory written by ``save_pretrained``, or that holds one GGUF file, in float32.
+    """Load a causal language model in float32, from a directory written by ``save_pretrained`` or with one GGUF file.
 
     Raises:
         InputError: If the directory is missing, holds no such model, or lacks some of its weights.
@@ -145,7 +148,7 @@ def load_model(path: str) -> PreTrainedModel:
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             **gguf_argument(path),
         )  # fmt: skip
-    except Exception as error:  # of a damaged directory several libraries raise unrelated types
+    except Exception as error:  # several libraries raise unrelated types for a damaged directory
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
     if gguf_argument(path):  # its weights are plain float32 now, which can be trained and saved
@@ -153,12 +156,13 @@ def load_model(path: str) -> PreTrainedModel:
         model.is_quantized = False
         if getattr(model, "hf_quantizer", None) is not None:  # it would refuse to have the model saved
             del model.hf_quantizer
-    # transformers would go on with random numbers in their place
+    # transformers would continue with random weights
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"the model directory {path} lacks {len(missing):,} of the weights that its configuration asks for, the "
-            f"first is {missing[0]}; save the whole causal language model there"
+            f"the model directory {path} lacks {len(missing):,} of the weights required by its configuration, the "
+            "first "
+            f"being {missing[0]}; save the whole causal language model there"
         )
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]

@@ -135,10 +135,10 @@ def joined_ranks(device: str, *, batch_size: int) -> Iterator[tuple[Ranks, torch
         yield ALONE, picked
         return
     if batch_size % size:
-        raise InputError(f"--batch-size is {batch_size}, which {size} processes cannot share evenly; give a multiple")
+        raise InputError(f"--batch-size must be a multiple of the {size} processes, got {batch_size}")
     if picked.type != "cpu":
         if picked.index is not None and device != "auto":
-            raise InputError(f"--device {device} is one device and there are {size} processes; give {picked.type}")
+            raise InputError(f"--device {device} is a single device for {size} processes; give {picked.type}")
         picked = torch.device(picked.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(picked.index)
     # Named for both: what the ranks agree on is on the CPU, and not every torch adds gloo to a device's own backend.

@@ -31,33 +31,33 @@ def check_recordable(device: torch.device, method: str, routing: Routing, *, pro
     Example:
         >>> check_recordable(torch.device("cpu"), "standard", Routing())
         Traceback (most recent call last):
-        cggr_train.errors.InputError: --cuda-graph needs a CUDA device, and this runs on cpu; leave it out
+        cggr_train.errors.InputError: --cuda-graph needs a CUDA device, but this runs on cpu; leave it out
     """
     if device.type != "cuda":
-        raise InputError(f"--cuda-graph needs a CUDA device, and this runs on {device.type}; leave it out")
+        raise InputError(f"--cuda-graph needs a CUDA device, but this runs on {device.type}; leave it out")
     if processes > 1:
         raise InputError(
-            f"--cuda-graph records the step of one process, and this run has {processes}, whose exchange is not "
-            "recorded; leave it out"
+            f"--cuda-graph captures the step of a single process, but this run has {processes}, whose communication "
+            "is not captured; leave it out"
         )
     if method == "standard":
         return
     if routing.ratio_warmup_steps:
         raise InputError(
-            "--cuda-graph records one number of kept tokens, and --ratio-warmup-steps "
-            f"{routing.ratio_warmup_steps} changes it; leave one of both out"
+            "--cuda-graph captures a fixed number of kept tokens, but --ratio-warmup-steps "
+            f"{routing.ratio_warmup_steps} changes it; leave one of them out"
         )
     if method == "random":
         return
     if routing.router == "remembered":
         raise InputError(
-            "--cuda-graph cannot record --router remembered, whose scores the host reads and writes in every step; "
-            "leave one of both out"
+            "--cuda-graph cannot capture --router remembered, whose scores the host reads and writes in every step; "
+            "leave one of them out"
         )
     if routing.selection == "supervised":
         raise InputError(
-            "--cuda-graph cannot record --selection supervised, whose number of kept tokens the host reads in every "
-            "step; leave one of both out"
+            "--cuda-graph cannot capture --selection supervised, whose number of kept tokens the host reads in every "
+            "step; leave one of them out"
         )
 
 
@@ -131,5 +131,5 @@ class RecordedStep:
                 self._loss = self._step(batches, rate=self._rate, draw=self._draw, num_items=self._items)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]
-            raise RunError(f"the step cannot be recorded ({reason}); leave --cuda-graph out") from error
+            raise RunError(f"the step cannot be captured ({reason}); leave --cuda-graph out") from error
         return graph

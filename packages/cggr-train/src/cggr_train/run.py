@@ -71,7 +71,7 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
     if latest_checkpoint(folder / "checkpoints") is not None:
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}, or give another --out")
     if (folder / STUDY).exists():
-        raise InputError(f"{folder} holds a study, whose files a run would replace; give another --out")
+        raise InputError(f"{folder} holds a study, whose files a run would overwrite; give another --out")
     with _locked(settings, folder, console) as (ranks, device):
         made = ranks.on_rank_zero(lambda: prepare(settings, folder, console)) or prepared(settings, folder)
         model, tokenizer, tokens = made
@@ -105,7 +105,7 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
         settings = dataclasses.replace(settings, steps=steps, seconds=seconds)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        raise InputError(f"{folder} holds no checkpoint to resume from; start it anew with --out")
+        raise InputError(f"{folder} holds no checkpoint to resume from; start again with --out")
     with _locked(settings, folder, console) as (ranks, device):
         tokens = TokenStore.open(folder / "tokens")
         model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))

@@ -52,7 +52,7 @@ class SessionSettings:
         loop: The optimisation.
         eval_sequences: Held-out sequences of an evaluation; None takes all.
         eval_batch: Sequences of one forward of an evaluation; None takes ``batch_size``.
-        checkpointing: Compute activations anew in the backward pass instead of keeping them.
+        checkpointing: Recompute activations in the backward pass instead of keeping them.
     """
 
     method: str
@@ -202,7 +202,7 @@ class RunSession:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep no activations of the layers between the passes, whatever this version of transformers calls it.
+    """Enable activation checkpointing, under its name in this version of transformers.
 
     Raises:
         InputError: If the architecture cannot.

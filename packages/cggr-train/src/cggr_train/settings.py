@@ -1,4 +1,4 @@
-"""Everything that defines a run of ``cggr train``, as it is written to ``settings.json``."""
+"""Everything that defines a run of ``cggr train``, as written to ``settings.json``."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TrainSettings:
         if not 0 <= self.lr_warmup < 1:
             raise InputError(f"--lr-warmup must be in [0, 1), got {self.lr_warmup}")
         if self.precision not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"--precision is {self.precision!r}: give auto, float32 or bfloat16")
+            raise InputError(f"--precision must be auto, float32 or bfloat16, got {self.precision!r}")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""

@@ -67,7 +67,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
                 raise TypeError(f"state has a key of type {type(key).__name__} at {path}; use strings or integers")
             pairs.append([key, _encode(item, tensors, f"{path}.{key}")])
         return {"items": pairs}
-    raise TypeError(f"state holds a {type(value).__name__} at {path}; only tensors and plain values can be saved")
+    raise TypeError(f"state has a {type(value).__name__} at {path}; only tensors and plain values can be saved")
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:

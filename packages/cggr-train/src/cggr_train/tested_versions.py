@@ -1,15 +1,15 @@
-"""The versions of other packages that the tests run on, and what to think of the ones that are installed."""
+"""The versions of other packages covered by the tests, and the verdict on those installed."""
 
 import re
 from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """Minor versions, both ends included.
+    """Range of minor versions, inclusive.
 
     Attributes:
-        oldest: The oldest that is tested, which is the oldest that is supported.
-        newest: The newest that the tests have run on.
+        oldest: The oldest tested version, which is the oldest supported one.
+        newest: The newest tested version.
     """
 
     oldest: str
@@ -28,7 +28,7 @@ TESTED = {
 
 
 def verdict(package: str, version: str) -> str:
-    """What is known of a version of a package.
+    """The verdict on a version of a package.
 
     Args:
         package: Name of the distribution.
@@ -36,13 +36,13 @@ def verdict(package: str, version: str) -> str:
 
     Returns:
         ``"tested"``; ``"older than ..."`` or ``"newer than ..."`` with the tested range; or an empty string for a
-        package whose versions make no difference here.
+        package whose version does not matter here.
 
     Example:
         >>> verdict("transformers", "5.23.1")
         'tested'
         >>> verdict("transformers", "5.16.0")
-        'older than what is tested (5.17 to 5.24)'
+        'older than the tested versions (5.17 to 5.24)'
         >>> verdict("rich", "15.0.0")
         ''
     """
@@ -51,9 +51,9 @@ def verdict(package: str, version: str) -> str:
         return ""
     span = tested.oldest if tested.oldest == tested.newest else f"{tested.oldest} to {tested.newest}"
     if _major_minor(version) < _major_minor(tested.oldest):
-        return f"older than what is tested ({span})"
+        return f"older than the tested versions ({span})"
     if _major_minor(version) > _major_minor(tested.newest):
-        return f"newer than what is tested ({span})"
+        return f"newer than the tested versions ({span})"
     return "tested"
 
 

@@ -19,11 +19,11 @@ SMALLEST_VOCABULARY = 257  # every byte and the end-of-text token
 def train_tokenizer(
     documents: Iterable[str], *, vocab_size: int, max_characters: int | None = 20_000_000
 ) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE: any text can be encoded, nothing is unknown.
+    """Train a byte-level BPE tokenizer, which can encode any text.
 
     Args:
         documents: Texts to learn the merges from.
-        vocab_size: Tokens wanted, end-of-text token included; fewer where the text has fewer merges.
+        vocab_size: Vocabulary size, end-of-text token included; smaller if the text has fewer merges.
         max_characters: Stop reading after about this many characters; None reads everything.
 
     Returns:
@@ -41,7 +41,9 @@ def train_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise InputError(f"--vocab-size is {vocab_size}: at least {SMALLEST_VOCABULARY} (256 bytes, 1 end of text)")
+        raise InputError(
+            f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and the end of text), got {vocab_size}"
+        )
     texts = _take(documents, max_characters)
     first = next(texts, None)
     if first is None:
@@ -92,7 +94,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, nam
     Args:
         tokenizer: The tokenizer.
         vocab_size: Rows of the model's embedding.
-        name: How to call the tokenizer in the error.
+        name: Name of the tokenizer in the error message.
 
     Raises:
         InputError: If the tokenizer's largest id is ``vocab_size`` or more.
@@ -100,7 +102,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, nam
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise InputError(
-            f"{name} does not match the model: its ids go up to {largest:,}, the model's vocabulary has "
+            f"{name} does not match the model: its ids go up to {largest:,}, but the model's vocabulary has "
             f"{vocab_size:,} rows; use the tokenizer that the model was trained with"
         )
 

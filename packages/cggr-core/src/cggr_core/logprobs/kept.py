@@ -84,7 +84,7 @@ def kept_tokens(keep: Tensor | Selection, batch: TokenInputs, targets: Tensor | 
     if isinstance(keep, Selection):
         if keep.index.shape[0] != batch.shape[0] or tuple(keep.shape) != batch.shape:
             raise ValueError(
-                f"keep was selected for {list(keep.shape)} tokens in {keep.index.shape[0]} row(s), and the batch has "
+                f"keep was selected for {list(keep.shape)} tokens in {keep.index.shape[0]} row(s), but the batch has "
                 f"{list(batch.shape)}; select with scope='row', or pass its mask"
             )
         check_same_device("keep.index", keep.index, "the input", batch.position_ids)
@@ -94,8 +94,9 @@ def kept_tokens(keep: Tensor | Selection, batch: TokenInputs, targets: Tensor | 
     check_mask("keep", keep)
     if tuple(keep.shape) != batch.shape:
         raise ValueError(
-            f"keep must have shape {list(batch.shape)}, one entry for each input token, got {list(keep.shape)}; a mask "
-            "over the completions alone is made whole with keep_tokens(torch.cat([zeros_for_the_prompts, mask], dim=1))"
+            f"keep must have shape {list(batch.shape)}, one entry for each input token, got {list(keep.shape)}; extend "
+            "a "
+            "mask of the completions with keep_tokens(torch.cat([zeros_for_the_prompts, mask], dim=1))"
         )
     check_same_device("keep", keep, "the input", batch.position_ids)
     counts = torch.cat([count_bad(keep, batch, targets), keep.sum(1)]).tolist()

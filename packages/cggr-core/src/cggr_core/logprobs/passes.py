@@ -41,8 +41,8 @@ def check_mode(
     """
     if gradient_mode == "sequence":
         raise ValueError(
-            "gradient_mode='sequence' keeps whole rows; in every mode here, rows without a kept token are left out of "
-            "the step already, so 'exact' is what it would do with the others"
+            "gradient_mode='sequence' is not available here: rows without a kept token are left out in every mode, so "
+            "use gradient_mode='exact'"
         )
     check_choice("gradient_mode", gradient_mode, MODES)
     check_context_precision(context_precision, "gradient_mode", gradient_mode)
@@ -50,19 +50,20 @@ def check_mode(
         check_choice("engine", engine, ENGINES)
         if gradient_mode == "exact":
             raise ValueError(
-                f"engine={engine!r} says how gradient_mode='kv' and 'detached' are computed, and gradient_mode is "
-                "'exact'; leave engine=None"
+                f"engine={engine!r} applies to gradient_mode='kv' and 'detached', but gradient_mode is 'exact'; leave "
+                "engine=None"
             )
         if everywhere and engine == "interleaved":
             raise ValueError(
-                "engine='interleaved' never runs other tokens to the head, and everywhere=True asks for their "
+                "engine='interleaved' never runs other tokens up to the head, but everywhere=True requests their "
                 "log-probabilities; use engine='two_pass', or leave engine=None"
             )
     unwanted = [name for name in inputs if name in _NOT_INPUTS or name.startswith("output_")]
     if unwanted:
         raise ValueError(
-            f"{', '.join(unwanted)}: no input of a token, and not read here; leave it out (targets= takes what each "
-            "position is to predict)"
+            f"{', '.join(unwanted)}: not an input of tokens, and not used here; leave it out (targets= takes the token "
+            "that "
+            "each position predicts)"
         )
 
 
@@ -85,8 +86,8 @@ def aligned_targets(targets: Tensor | None, batch: TokenInputs, *, shifted: bool
         return check_targets("targets", targets, batch.shape, vocab_size, -100, like, "the input")
     if not shifted:
         raise ValueError(
-            "targets must be given for a masked language model: int64 [B, S], the token that each position is to "
-            "predict, -100 for none"
+            "targets must be given for a masked language model: int64 [B, S], the token that each position predicts, "
+            "-100 for none"
         )
     input_ids = batch.per_token.get("input_ids")
     if input_ids is None:

@@ -52,8 +52,8 @@ class SharedContext:
         unwanted = sorted(name for name in arguments if name not in ("input_ids", "attention_mask"))
         if unwanted or "input_ids" not in arguments:
             raise ValueError(
-                f"with a context, rows are given as input_ids and attention_mask alone"
-                f"{', got ' + ', '.join(unwanted) if unwanted else ''}; positions go on from where the context ends"
+                f"with a context, rows take input_ids and attention_mask only"
+                f"{', got ' + ', '.join(unwanted) if unwanted else ''}; positions continue where the context ends"
             )
         input_ids = check_integers("input_ids", arguments["input_ids"])
         ids = check_integers("context.input_ids", self.input_ids)
@@ -67,8 +67,9 @@ class SharedContext:
         if self.rows is None:
             if batch % count:
                 raise ValueError(
-                    f"{batch} rows cannot go on from {count} contexts in equal shares; give context.rows, which of the "
-                    "contexts each row goes on from"
+                    f"{batch} rows cannot be divided evenly among {count} contexts; give context.rows, the context of "
+                    "each "
+                    "row"
                 )
             return
         check_shape("context.rows", check_integers("context.rows", self.rows), (batch,), "one for each row")
@@ -150,7 +151,7 @@ class SharedRun:
         try:
             self._passes.prepare(self.batch, routing=True)
         except ValueError as error:
-            raise ValueError(f"a context is shared through keys and values that are routed. {error}") from error
+            raise ValueError(f"a shared context requires routed keys and values. {error}") from error
 
     def after_context(self, *, gradient_mode: str, precision: str | None = None) -> TokenInputs:
         """Run the context, and give the rows as they go on from it.
@@ -177,7 +178,8 @@ class SharedRun:
             )
             if auxiliary_loss is not None:
                 raise ValueError(
-                    "gradient_mode='exact' with a context has no balancing loss of expert routers over all tokens; set "
+                    "gradient_mode='exact' with a context cannot compute the expert routers' balancing loss over all "
+                    "tokens; set "
                     "the config's output_router_logits=False, repeat the context, or use gradient_mode='kv'"
                 )
         else:

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class TruncatedRouter(nn.Module):
-    """The first layers of a model with its own norm and head; made by :func:`create_truncated_router`.
+    """The first layers of a model with its own norm and head; created by :func:`create_truncated_router`.
 
-    It shares every parameter with the model. In a :class:`~cggr_core.CGGRModel` around the same model, what it
-    computed is not computed again: the gradient pass goes on from its keys, values and hidden states.
+    It shares every parameter with the model. In a :class:`~cggr_core.CGGRModel` around the same model, nothing is
+    computed twice: the gradient pass continues from its keys, values and hidden states.
 
     Attributes:
         model: The whole model.
-        num_layers: Layers that are run; 0 where none were found, and the whole model is run.
+        num_layers: Number of layers to run; 0 if none were found and the whole model runs.
     """
 
     def __init__(self, model: nn.Module, num_layers: int) -> None:
@@ -79,12 +79,12 @@ class TruncatedRouter(nn.Module):
 
 
 def create_truncated_router(model: nn.Module, num_layers: int | None = None) -> TruncatedRouter:
-    """A router that is the model itself, stopped after its first layers.
+    """Create a router that runs the first layers of the model itself.
 
     Args:
-        model: A Hugging Face language model (or a PEFT wrapper of one); nothing of it is copied.
-        num_layers: Layers to run, at least 1; ``None`` for an eighth of the model's. A model with no more layers than
-            that, or whose layers are not found, is run in full, with a warning.
+        model: A Hugging Face language model (or a PEFT wrapper of one). Nothing is copied.
+        num_layers: Number of layers to run, at least 1; ``None`` for an eighth of the model's. If the model has no more
+            layers than that, or its layers are not found, the whole model runs, with a warning.
 
     Returns:
         The router.

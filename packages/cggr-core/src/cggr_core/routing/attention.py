@@ -55,7 +55,7 @@ def _attend(
     if softcap is not None:
         raise ValueError(
             f"{type(module).__name__} caps its attention scores and has dropout, sinks, a bias or a mask that routed "
-            "attention does not know; load the model with attn_implementation='eager'"
+            "attention does not support; load the model with attn_implementation='eager'"
         )
     if query.device.type == "cpu" and plain:
         # Added rather than boolean, so that SDPA does not convert it in every layer; grouped keys are not repeated.

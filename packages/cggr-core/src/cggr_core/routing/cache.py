@@ -48,8 +48,9 @@ class PassCache(Cache):
             return self._before
         if layer_idx is not None:
             raise RuntimeError(
-                f"layer {layer_idx} derives positions from the number of cached tokens, which says nothing of where "
-                "kept tokens stand"
+                f"layer {layer_idx} derives positions from the number of cached tokens, which does not tell the "
+                "positions "
+                "of kept tokens"
             )
         # Layers derive the number of keys as this plus the number of queries (ALiBi).
         return self._length - self._queries
@@ -139,7 +140,7 @@ class OtherTokensCache(PassCache):
         if layer_idx == self._last_layer:
             raise LastLayerReachedError
         if self.kept is None:
-            raise RuntimeError(f"layer {layer_idx} ran on the other tokens before it ran on the kept ones")
+            raise RuntimeError(f"layer {layer_idx} ran on the other tokens before the kept ones")
         keys, values = (
             merge_rows(other, kept, others=self._others, keeps=self._keeps)
             for other, kept in zip(constant, self.kept, strict=True)

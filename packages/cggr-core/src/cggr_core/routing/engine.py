@@ -386,7 +386,7 @@ class Engine:
             )
         if apart is not None:
             raise RuntimeError(
-                f"CGGR_VERIFY: in routed pass {self._gradient_passes} {type(unwrapped(self.model)).__name__} gives "
-                f"kept tokens other values than a plain forward does ({apart}); use gradient='exact', and report the "
-                "model"
+                f"CGGR_VERIFY: in routed pass {self._gradient_passes}, {type(unwrapped(self.model)).__name__} computes "
+                f"different values for kept tokens than a plain forward ({apart}); use gradient='exact', and report "
+                "the model"
             )

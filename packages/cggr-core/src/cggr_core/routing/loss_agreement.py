@@ -80,16 +80,16 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
             output, logits = _loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"{name} was given labels for a few tokens, to hold its own loss to cross-entropy, and raised "
+            f"{name} raised when called with labels for a few tokens, to compare its own loss with cross-entropy: "
             f"{type(error).__name__}: {error}"
         ) from error
     own = getattr(output, "loss", None)
     if own is None:
         if "labels" not in parameters:
             return None
-        raise ValueError(f"{name} gives no loss for labels alone; a routed step would be about something else")
+        raise ValueError(f"{name} returns no loss for labels alone, so a routed step would train something else")
     if own.numel() != 1:
-        raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, and a routed step has one number")
+        raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, but a routed step needs a single number")
     alignments = (architecture.shifted, not architecture.shifted)  # the likely one first, which wins a draw
     found = {shifted: _routed_loss(model, output, logits, labels, shifted=shifted) for shifted in alignments}
     nearest = min(found, key=lambda shifted: abs(found[shifted] - float(own)))
@@ -130,8 +130,9 @@ def check_reads_shift_labels(model: nn.Module, architecture: Architecture, input
         own, found = getattr(output, "loss", None), _routed_loss(model, output, logits, other, shifted=False)
     if own is None or logits is None or own.numel() != 1 or not _same(own, found, logits):
         raise ValueError(
-            f"shift_labels: the own loss of {type(base).__name__} does not read them; give labels as the model takes "
-            "them, and leave shift_labels out"
+            f"shift_labels: the loss of {type(base).__name__} does not use them; pass labels instead, in the model's "
+            "own "
+            "convention"
         )
 
 
@@ -165,8 +166,8 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
             if coefficient is not None:
                 return loss * coefficient
     raise ValueError(
-        f"{type(base).__name__} returns an auxiliary loss, and neither it nor its config has a router_aux_loss_coef to "
-        "weight it with; set config.router_aux_loss_coef, or config.output_router_logits=False"
+        f"{type(base).__name__} returns an auxiliary loss, but neither it nor its config has a router_aux_loss_coef to "
+        "weight it; set config.router_aux_loss_coef, or config.output_router_logits=False"
     )
 
 
@@ -226,17 +227,17 @@ def taken_apart(
         value = given[name]
         if name == "num_items_in_batch":
             if num_items is not None:
-                raise ValueError("num_items and num_items_in_batch are the same number; give one of them")
+                raise ValueError("num_items and num_items_in_batch are the same number; give only one of them")
             num_items = value
         elif name == "ignore_index":
             if value != ignore_index:
                 raise ValueError(
-                    f"ignore_index={value}: this model was made with ignore_index={ignore_index}; make it with "
+                    f"ignore_index={value}: this model was created with ignore_index={ignore_index}; create it with "
                     f"CGGRModel(model, ignore_index={value})"
                 )
         else:
             raise ValueError(
-                f"{name} is an argument of the model's own loss, and a routed step's loss is cross-entropy with "
+                f"{name} is an argument of the model's own loss, but the loss of a routed step is cross-entropy with "
                 "token_weight; leave it out, or build your loss from the model's logits"
             )
     return LossArguments(rest, num_items, shift_labels)
@@ -308,4 +309,4 @@ def _likely_cause(base: Any) -> str:
     }
     if settings:
         return "its config has " + ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
-    return "it has a further term, another weighting or other ignored labels"
+    return "it has an additional term, another weighting or other ignored labels"

@@ -65,14 +65,16 @@ def probe(
         layer_output, head_input, logits = _plain_forward(model, architecture, few)
         if logits.shape[:2] != few.shape:
             raise ValueError(
-                f"{type(model).__name__} returned logits {list(logits.shape)} for {list(few.shape)} tokens, and every "
-                "token needs its own; with prompt tuning, whose virtual tokens come first, use LoRA or prefix tuning"
+                f"{type(model).__name__} returned logits {list(logits.shape)} for {list(few.shape)} tokens, but every "
+                "token needs its own; instead of prompt tuning, whose virtual tokens come first, use LoRA or prefix "
+                "tuning"
             )
         nan = logits.isnan().any(-1)
         if nan.any():
             raise ValueError(
-                f"logits are NaN at {int(nan.sum())} of the first {nan.numel()} positions that the model was tried on; "
-                "look for NaN among its weights"
+                f"logits are NaN at {int(nan.sum())} of the first {nan.numel()} positions of a trial forward; look for "
+                "NaN "
+                "in the model's weights"
             )
         head = architecture.head
         if head.fused:
@@ -147,7 +149,7 @@ def _obstacle(
         ):
             apart = difference(model, architecture, rows, selection, expected, depth=before, layer_output=layer_output)
             if apart is not None:
-                return f"{name} gives kept tokens other values than a plain forward does ({apart})"
+                return f"{name} computes different values for kept tokens than a plain forward ({apart})"
     except MODEL_ERRORS as error:
         return f"{name} does not run on kept tokens with a cache ({type(error).__name__}: {error})"
     return None

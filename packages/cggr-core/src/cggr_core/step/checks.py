@@ -78,10 +78,12 @@ def check_step_arguments(
     if draw is not None:
         check_draw(draw)
     if reference_nll is not None and settings.scoring != "excess":
-        raise ValueError(f"reference_nll is read by scoring='excess' only, and scoring is {settings.scoring!r}")
+        raise ValueError(f"reference_nll is used by scoring='excess' only, but scoring is {settings.scoring!r}")
     scored = selection is None and settings.reads_scores
     if reference_nll is None and settings.scoring == "excess" and scored:
-        raise ValueError("scoring='excess' needs reference_nll")
+        raise ValueError(
+            "scoring='excess' needs reference_nll, a reference model's nll of each token; pass it with the batch"
+        )
     if selection is not None:
         _check_selection_fits(settings, shape, like, selection)
 
@@ -91,14 +93,17 @@ def _check_selection_fits(
 ) -> None:
     if not isinstance(selection, Selection):
         raise TypeError(
-            f"selection must be a Selection, got {type(selection).__name__}; Selection.from_mask(mask) makes one of a "
-            "mask"
+            f"selection must be a Selection, got {type(selection).__name__}; Selection.from_mask(mask) creates one "
+            "from "
+            "a mask"
         )
     if settings.gradient == "sequence":
-        raise ValueError("a selection of tokens was passed, and gradient='sequence' keeps whole sequences")
+        raise ValueError(
+            "gradient='sequence' keeps whole sequences, but a selection of tokens was passed; leave it out"
+        )
     if selection.index.shape[0] != shape[0] or tuple(selection.shape) != shape:
         raise ValueError(
-            f"selection was made for {list(selection.shape)} tokens in {selection.index.shape[0]} row(s), and "
+            f"selection was made for {list(selection.shape)} tokens in {selection.index.shape[0]} row(s), but "
             f"the batch has {list(shape)}; select with scope='row'"
         )
     check_same_device("selection.index", selection.index, "the input", like)
@@ -108,7 +113,7 @@ def check_unused(why: str, **arguments: Any) -> None:
     """Raise if something was passed that only a training forward reads; the wrapped model would never see it."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
-        raise ValueError(f"{', '.join(given)}: read in training with labels only, and {why}; leave it out")
+        raise ValueError(f"{', '.join(given)}: used only in training with labels, and {why}; leave it out")
 
 
 def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +147,6 @@ def check_not_compiled(model: nn.Module, layers: nn.ModuleList) -> None:
         ):
             where = f"its {name}" if name else "it"
             raise ValueError(
-                f"model {type(model).__name__} was compiled ({where}), and routed passes run the model's own modules; "
-                "wrap the model before torch.compile is called on it, or compile norms and MLPs alone"
+                f"model {type(model).__name__} was compiled ({where}), but routed passes run the model's own modules; "
+                "wrap the model without torch.compile, or compile its norms and MLPs only"
             )

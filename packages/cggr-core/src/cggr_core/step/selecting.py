@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 @functools.cache
 def _warn_of_single_row() -> None:
     _logger.warning(
-        "gradient='sequence' chooses among the rows of a batch, and this one has a single row: all of it is kept, and "
+        "gradient='sequence' chooses among the rows of a batch, but this one has a single row: all of it is kept, and "
         "the step is the standard one. Packed documents in one row are not sequences of their own: give them rows, or "
         "take gradient='kv'"
     )

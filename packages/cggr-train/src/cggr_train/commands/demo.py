@@ -14,10 +14,10 @@ from cggr_train.errors import InputError
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("cggr-demo"),
-    seconds: Annotated[float, typer.Option(help="Training time of each run, on one core.")] = 20.0,
-    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Training time per run, on one core.")] = 20.0,
+    seeds: Annotated[int, typer.Option(help="Runs (seeds) per method.")] = 3,
     gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
-    ratio: Annotated[float, typer.Option(help="Keep ratio of random and CGGR.")] = 0.25,
+    ratio: Annotated[float, typer.Option(help="Keep ratio of the random control and of CGGR.")] = 0.25,
     selection: Annotated[
         str, typer.Option(help=f"How CGGR chooses from the scores: {options.SELECTIONS}.")
     ] = "stratified",
@@ -28,15 +28,15 @@ def demo(
     length: options.Length = 128,
     batch_size: options.BatchSize = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-2,
-    seed: Annotated[int, typer.Option(help="First of the seeds.")] = 0,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     characters: Annotated[int, typer.Option(help="How much of the standard library's source to use.")] = 2_000_000,
 ) -> None:
-    """Train a small model on Python's own source in several ways, the same time each, and compare.
+    """Train a small model on Python's own source code in several ways, for the same time each, and compare.
 
     Writes report.html, passage.html and results.jsonl; about four minutes on two CPU cores.
     """
     typer.echo("cggr demo: a small study on this Python's own source code; no GPU, no download. Loading PyTorch …")
-    with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {out}"):
+    with plain_errors(interrupted=f"stopped; continue with: cggr study --resume {out}"):
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 

@@ -6,7 +6,7 @@ from cggr_train.commands.errors import plain_errors
 
 
 def doctor() -> None:
-    """Show versions, devices, attention backends, which kernel serves which operation, and what to install for more."""
+    """Show versions, devices, attention backends, the kernel behind each operation, and what else to install."""
     with plain_errors(interrupted="stopped"):
         from rich.console import Console
 

@@ -12,10 +12,10 @@ from cggr_train.errors import InputError, RunError
 
 @contextmanager
 def plain_errors(*, interrupted: str) -> Iterator[None]:
-    """Turn the errors a user can repair into one line and an exit code; anything else is a bug and keeps its trace.
+    """Turn errors that a user can fix into one line and an exit code; anything else is a bug and keeps its traceback.
 
     Args:
-        interrupted: What to say after Ctrl-C where nothing handled it.
+        interrupted: Message after a Ctrl-C that nothing else handled.
     """
     try:
         yield
@@ -31,19 +31,21 @@ def plain_errors(*, interrupted: str) -> Iterator[None]:
 
 
 def check_resume_options(context: typer.Context, allowed: tuple[str, ...], *, what: str) -> None:
-    """Refuse options that cannot go with ``--resume``.
+    """Refuse options that cannot be combined with ``--resume``.
 
     Args:
-        context: Of the command.
-        allowed: Names of the parameters that may be given.
+        context: Context of the command.
+        allowed: Names of the parameters that are allowed.
         what: ``run`` or ``study``.
 
     Raises:
-        InputError: With the first option that was given nevertheless.
+        InputError: Naming the first option that is not allowed.
     """
     for name in context.params:
         source = context.get_parameter_source(name)
         if name in ("resume", *allowed) or source is None or source.name != "COMMANDLINE":
             continue
         shown = "data files" if name == "data" else f"--{name.replace('_', '-')}"
-        raise InputError(f"{shown} cannot go with --resume: a {what} continues with the settings it was started with")
+        raise InputError(
+            f"{shown} cannot be combined with --resume: a {what} continues with the settings it was started with"
+        )

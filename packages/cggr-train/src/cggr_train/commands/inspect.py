@@ -18,17 +18,17 @@ def inspect(
     ],
     text: Annotated[str, typer.Option(help="The passage, or the path of a text file.", show_default=False)],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("inspect.html"),
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory, where it is not the model's own.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory; the model's own by default.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Directory of a reference model of the same tokenizer, for the score 'excess'.")
+        str | None, typer.Option(help="Directory of a reference model with the same tokenizer, for the score 'excess'.")
     ] = None,
     ratio: Annotated[float, typer.Option(help="Keep ratio of the strategies.")] = 0.25,
     router_depth: options.RouterDepth = None,
-    length: Annotated[int, typer.Option(help="Most tokens of the passage.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Seed of the selections that draw.")] = 0,
+    length: Annotated[int, typer.Option(help="Maximum length of the passage, in tokens.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the random selections.")] = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Show what a model makes of a passage: an HTML page coloured by each score, with what each strategy would keep."""
+    """Write an HTML page of a passage, coloured by each score, that marks the tokens each strategy would keep."""
     with plain_errors(interrupted="stopped; nothing was written"):
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
@@ -39,12 +39,12 @@ def inspect(
 
         disable_progress_bar()
         if out.is_dir() or not out.parent.is_dir():
-            what = "is a directory" if out.is_dir() else f"cannot be written: there is no directory {out.parent}"
+            what = "is a directory" if out.is_dir() else f"cannot be written: the directory {out.parent} does not exist"
             raise InputError(f"--out {out} {what}; give the path of an HTML file")
         found = inspect_text(
             local_model(model), read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
             router_depth=router_depth, length=length, seed=seed, device=device,
         )  # fmt: skip
         write_inspection_page(out, found)
-        cut = f" (the {found.left_out:,} behind them were left out)" if found.left_out else ""
+        cut = f" (the last {found.left_out:,} were left out)" if found.left_out else ""
         Console().print(f"{len(found.tokens):,} tokens{cut} · page {out}", highlight=False, soft_wrap=True)

@@ -23,36 +23,38 @@ Config = Annotated[
 Tokenizer = Annotated[
     str | None, typer.Option(help="Tokenizer directory; by default the model's own, or one trained on the data.")
 ]
-VocabSize = Annotated[int, typer.Option(help="Size of a tokenizer trained on the data.")]
+VocabSize = Annotated[int, typer.Option(help="Vocabulary size of a tokenizer trained on the data.")]
 Field = Annotated[
     str,
     typer.Option(
-        help="Key or column that holds the text. a,b: with --model b is the answer to a, which is masked; else joined."
+        help="Key or column of the text. With --model, a,b is a masked prompt and its answer; else both are joined."
     ),
 ]
 Answer = Annotated[
     str | None,
-    typer.Option(help="Key or column of the answer; --field is the question then, and the answer alone is supervised."),
+    typer.Option(help="Key or column of the answer, which alone is supervised; --field then names the question."),
 ]
 Messages = Annotated[
     str | None,
-    typer.Option(help="Key of a list of messages: in the chat template, the assistant's turns supervised."),
+    typer.Option(
+        help="Key of a list of chat messages: the chat template is applied, and the assistant's turns are supervised."
+    ),
 ]
 Heldout = Annotated[
-    list[Path] | None, typer.Option(help="Held-out file, instead of a share of the data; repeat for several.")
+    list[Path] | None, typer.Option(help="Held-out file, instead of a share of the data; can be repeated.")
 ]
 HeldoutFraction = Annotated[float, typer.Option(help="Share of the documents held out.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unusable lines, and count them.")]
-RouterDepth = Annotated[int | None, typer.Option(help="Score with the first N layers; by default with all.")]
+RouterDepth = Annotated[int | None, typer.Option(help="Score with the first N layers; all by default.")]
 ContextPrecision = Annotated[
     str | None,
     typer.Option(
-        help="fp8: the linear layers in FP8 where they run on tokens that need no gradient (kv and detached).",
+        help="fp8: run linear layers in FP8 on tokens that need no gradient (kv and detached).",
         show_default=False,
     ),
 ]
-Length = Annotated[int, typer.Option(help="Tokens of a sequence.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences per batch.")]
 LearningRate = Annotated[
     float | None,
     typer.Option(
@@ -63,10 +65,10 @@ WeightDecay = Annotated[
     float | None,
     typer.Option(help="Weight decay of matrices: 0.1 from scratch, 0.01 with --model.", show_default=False),
 ]
-Clip = Annotated[float, typer.Option(help="Largest gradient norm; 0 switches clipping off.")]
+Clip = Annotated[float, typer.Option(help="Clip gradients to this norm; 0 disables clipping.")]
 EvalSequences = Annotated[int, typer.Option(help="Held-out sequences per evaluation.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")]
 CudaGraph = Annotated[
-    bool, typer.Option("--cuda-graph", help="Record the step as one CUDA graph: for small models on a GPU.")
+    bool, typer.Option("--cuda-graph", help="Capture the step as one CUDA graph, for small models on a GPU.")
 ]

@@ -17,7 +17,7 @@ def study(
     context: typer.Context,
     data: options.Data = None,
     out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("cggr-study"),
-    resume: Annotated[Path | None, typer.Option(help="Go on with the study in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the study in this folder.")] = None,
     model: options.Model = None,
     config: options.Config = None,
     tokenizer: options.Tokenizer = None,
@@ -31,57 +31,61 @@ def study(
     gradient: Annotated[str, typer.Option(help="Gradient modes to study: kv,exact,…")] = "kv",
     ratio: Annotated[str, typer.Option(help="Keep ratios to study: 0.125,0.25,…")] = "0.25",
     selection: Annotated[
-        str, typer.Option(help=f"Selections to study, of {options.SELECTIONS}; random comes along.")
+        str, typer.Option(help=f"Selections to study: {options.SELECTIONS}; random is always added.")
     ] = "stratified",
-    scoring: Annotated[str, typer.Option(help=f"Scores to study, of {options.SCORINGS}.")] = "gradnorm",
+    scoring: Annotated[str, typer.Option(help=f"Scores to study: {options.SCORINGS}.")] = "gradnorm",
     router: Annotated[
-        str, typer.Option(help="What scores: full_depth,truncated,learned,remembered; one by default.")
+        str, typer.Option(help="Sources of the scores to study: full_depth,truncated,learned,remembered.")
     ] = "",
     router_depth: options.RouterDepth = None,
     controls: Annotated[
-        str, typer.Option(help="Standard arms beside the first: equal_cost,checkpointed,equal_memory.")
+        str, typer.Option(help="Standard controls to include: equal_cost,checkpointed,equal_memory.")
     ] = "equal_cost,checkpointed,equal_memory",
-    control_batch: Annotated[str, typer.Option(help="Further standard arms, in sequences per step: 1,2,…")] = "",
-    seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
-    equal: Annotated[str, typer.Option(help="What every run must reach: tokens,time.")] = "tokens,time",
+    control_batch: Annotated[str, typer.Option(help="Further batch sizes for the standard step: 1,2,…")] = "",
+    seeds: Annotated[int, typer.Option(help="Runs (seeds) per arm.")] = 3,
+    equal: Annotated[str, typer.Option(help="What runs are compared at: tokens,time.")] = "tokens,time",
     steps: Annotated[int | None, typer.Option(help="Steps of the standard run.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Or its seconds of training.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Alternatively, training time of the standard run in seconds.")
+    ] = None,
     length: options.Length = 512,
     batch_size: options.BatchSize = 8,
     learning_rate: options.LearningRate = None,
     weight_decay: options.WeightDecay = None,
     clip: options.Clip = 1.0,
-    seed: Annotated[int, typer.Option(help="First of the seeds, of weights, data order and selections.")] = 0,
+    seed: Annotated[int, typer.Option(help="First seed, for weights, data order and selections.")] = 0,
     memory_limit: Annotated[
         str | None,
-        typer.Option(help="Bytes a step may take, 24GB say: each arm gets the largest micro-batch that fits."),
+        typer.Option(help="Memory limit of a step, such as 24GB: each arm uses the largest micro-batch that fits."),
     ] = None,
-    rates: Annotated[str, typer.Option(help="Learning rates of which each arm gets the best for it: 1e-4,3e-4,…")] = "",
+    rates: Annotated[str, typer.Option(help="Learning rates to try; each arm uses its best one: 1e-4,3e-4,…")] = "",
     evaluate: Annotated[
-        str, typer.Option("--eval", help="loss, or exact-match: answer the held-out questions as well.")
+        str, typer.Option("--eval", help="loss, or exact-match to answer the held-out questions as well.")
     ] = "loss",
-    answer_after: Annotated[str | None, typer.Option(help='Mark before what is compared of an answer: "####".')] = None,
-    questions: Annotated[int | None, typer.Option(help="Held-out questions to ask; without it all.")] = None,
-    evaluations: Annotated[int, typer.Option(help="Points of each curve.")] = 8,
+    answer_after: Annotated[
+        str | None, typer.Option(help='Compare only what follows this mark in an answer: "####".')
+    ] = None,
+    questions: Annotated[int | None, typer.Option(help="Number of held-out questions to ask; all by default.")] = None,
+    evaluations: Annotated[int, typer.Option(help="Points per curve.")] = 8,
     eval_sequences: options.EvalSequences = 64,
-    draws: Annotated[int, typer.Option(help="Gradients drawn of each arm and held-out batch; 0: none.")] = 8,
+    draws: Annotated[int, typer.Option(help="Gradient estimates per arm and held-out batch; 0 for none.")] = 8,
     gradient_batches: Annotated[int, typer.Option(help="Held-out batches on which gradients are compared.")] = 2,
-    parallel: Annotated[int | None, typer.Option(help="Runs at a time on one device.")] = None,
-    calibration_seconds: Annotated[float, typer.Option(help="How long each arm's step is timed.")] = 4.0,
+    parallel: Annotated[int | None, typer.Option(help="Runs in parallel on one device.")] = None,
+    calibration_seconds: Annotated[float, typer.Option(help="How long to time each arm's step, in seconds.")] = 4.0,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     cuda_graph: options.CudaGraph = False,
 ) -> None:
-    """Find out on your own data whether CGGR pays: settings and controls side by side, over several seeds.
+    """Find out whether CGGR pays off on your data: settings and controls side by side, over several seeds.
 
     For example: cggr study data.jsonl --model path/to/model --steps 300 --ratio 0.25,0.5
 
-    Every combination of --gradient, --ratio, --selection, --scoring and --router is trained, and with them standard
-    training; with gradient checkpointing; with the batch of equal cost; with as many sequences at a time as the routed
-    step's memory has room for; and random tokens at the same ratio. Writes results.jsonl and report.html. Ctrl-C stops
-    after the current steps and saves (exit code 130); --resume goes on.
+    Trains every combination of --gradient, --ratio, --selection, --scoring and --router, next to the controls: standard
+    training, with gradient checkpointing, with a batch of equal cost, with as many sequences as fit in the routed
+    step's memory, and random tokens at the same ratio. Writes results.jsonl and report.html. Ctrl-C stops after the
+    current steps and saves (exit code 130); --resume continues.
     """
-    with plain_errors(interrupted=f"stopped; go on with: cggr study --resume {resume or out}"):
+    with plain_errors(interrupted=f"stopped; continue with: cggr study --resume {resume or out}"):
         if resume is not None:
             check_resume_options(context, (), what="study")
         from rich.console import Console
@@ -167,15 +171,15 @@ def split(option: str, text: str, kind: Callable[[str], Any] = str) -> tuple[Any
     try:
         return tuple(dict.fromkeys(kind(part) for part in parts))
     except ValueError as error:
-        raise InputError(f"{option} is {text!r}: give numbers separated by commas") from error
+        raise InputError(f"{option} must be numbers separated by commas, got {text!r}") from error
 
 
 def exact_match_asked(evaluate: str) -> bool:
-    """Whether ``--eval`` asks for more than the loss.
+    """Whether ``--eval`` requests exact matches.
 
     Raises:
         InputError: If it is unknown.
     """
     if evaluate not in ("loss", "exact-match"):
-        raise InputError(f"--eval is {evaluate!r}: give loss or exact-match")
+        raise InputError(f"--eval must be loss or exact-match, got {evaluate!r}")
     return evaluate == "exact-match"

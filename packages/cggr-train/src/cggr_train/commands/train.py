@@ -14,10 +14,10 @@ from cggr_train.commands.errors import check_resume_options, plain_errors
 def train(
     context: typer.Context,
     data: options.Data = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, log, curve.")] = Path("cggr-run"),
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and learning curve.")] = Path("cggr-run"),
     resume: Annotated[
         Path | None,
-        typer.Option(help="Continue the run in this folder; of other options, only --steps and --seconds."),
+        typer.Option(help="Continue the run in this folder; only --steps and --seconds can be changed."),
     ] = None,
     model: options.Model = None,
     config: options.Config = None,
@@ -39,28 +39,32 @@ def train(
     router: Annotated[
         str | None,
         typer.Option(
-            help="What scores: full_depth, truncated, learned, or remembered (over several epochs). Without it "
-            "full_depth, or truncated where --router-depth is given."
+            help="Source of the scores: full_depth, truncated, learned or remembered (over several epochs). Default: "
+            "full_depth, or truncated with --router-depth."
         ),
     ] = None,
     router_depth: options.RouterDepth = None,
-    ratio_warmup_steps: Annotated[int, typer.Option(help="Steps from keep ratio 1 down to --ratio.")] = 0,
+    ratio_warmup_steps: Annotated[
+        int, typer.Option(help="Steps over which the keep ratio falls from 1 to --ratio.")
+    ] = 0,
     context_precision: options.ContextPrecision = None,
     length: options.Length = 512,
     batch_size: options.BatchSize = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Total optimizer steps; one pass without a budget.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Total optimizer steps; without --steps or --seconds, one pass over the data.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Total seconds of training.")] = None,
     learning_rate: options.LearningRate = None,
-    lr_warmup: Annotated[float, typer.Option(help="Share of the training spent warming up the learning rate.")] = 0.05,
+    lr_warmup: Annotated[float, typer.Option(help="Warm-up of the learning rate, as a share of training.")] = 0.05,
     weight_decay: options.WeightDecay = None,
     clip: options.Clip = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and selections.")] = 0,
-    log_every: Annotated[int, typer.Option(help="Steps between two log records.")] = 10,
-    eval_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 100,
+    log_every: Annotated[int, typer.Option(help="Steps between log records.")] = 10,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,
     eval_sequences: options.EvalSequences = 64,
-    save_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 200,
-    keep: Annotated[int, typer.Option(help="How many checkpoints to keep, the newest.")] = 2,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    keep: Annotated[int, typer.Option(help="Number of most recent checkpoints to keep.")] = 2,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     cuda_graph: options.CudaGraph = False,

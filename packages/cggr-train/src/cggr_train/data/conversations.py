@@ -37,7 +37,7 @@ class Conversations(Documents):
                 return None
         if not any(message["role"] == ASSISTANT for message in messages):
             self._skip_or_raise(
-                f"{where}: no message of {key!r} has the role {ASSISTANT!r}, so nothing is learned from it"
+                f"{where}: no message in {key!r} has the role {ASSISTANT!r}, so there is nothing to learn from"
             )
             return None
         return (json.dumps([{name: message[name] for name in ("role", "content")} for message in messages]),)
@@ -50,7 +50,9 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         InputError: If it has none.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError("--messages needs a chat template, and the tokenizer has none: give a chat model, or text")
+        raise InputError(
+            "--messages needs a chat template, but the tokenizer has none; use a chat model, or --field for plain text"
+        )
 
 
 def conversation_rows(
@@ -113,7 +115,7 @@ def _extend_rows(
 ) -> tuple[list[int], list[bool]]:
     if longer[: len(found)] != found:
         raise InputError(
-            "the chat template writes a turn differently when another one follows, so that --messages cannot tell "
-            "which tokens are the assistant's; give --field and --answer instead"
+            "the chat template renders a turn differently when another one follows, so --messages cannot tell which "
+            "tokens are the assistant's; use --field and --answer instead"
         )
     return longer, supervised + [learned] * (len(longer) - len(found))

@@ -11,8 +11,10 @@ from cggr_train.errors import InputError
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
 PARQUET = frozenset({".parquet", ".pq"})
 REFUSED = {
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "is packed; unpack it and give what is in it"),
-    ".json": "is JSON: give one object per line in a file named .jsonl, or name it .txt if its text is the document",
+    **dict.fromkeys(
+        (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "is compressed; unpack it and give the files inside"
+    ),
+    ".json": "is JSON: convert it to .jsonl with one object per line, or name it .txt if its text is the document",
 }
 """Suffixes of files that would be read as something else than they are."""
 JSON_TYPES = {"NoneType": "null", "bool": "a truth value", "int": "a number", "float": "a number", "list": "a list",
@@ -55,7 +57,7 @@ class Documents:
         if not self.paths:
             raise InputError("no data files were given; give at least one text, .jsonl or .parquet file")
         if not self.fields:
-            raise InputError(f"--field is {field!r}: give the key or column that holds the text")
+            raise InputError(f"--field must be the key or column that holds the text, got {field!r}")
         for path in self.paths:
             if not path.is_file():
                 kind = "is a directory; give the files in it" if path.is_dir() else "does not exist"
@@ -143,13 +145,15 @@ class Documents:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            self._skip_or_raise(f"{where}: half a surrogate pair ({text[error.start]!r}), which is no character", error)
+            self._skip_or_raise(
+                f"{where}: half a surrogate pair ({text[error.start]!r}), which is not a character", error
+            )
             return None
         return tuple(parts)
 
     def _skip_or_raise(self, message: str, cause: Exception | None = None, *, what: str = "such lines") -> None:
         if not self.skip_bad:
-            raise InputError(f"{message}; --skip-bad leaves {what} out and counts them") from cause
+            raise InputError(f"{message}; --skip-bad skips {what} and counts them") from cause
         self.skipped += 1
 
 

@@ -49,7 +49,7 @@ def build_example_store(
         InputError: If a side is left without an example, or the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-text token (eos_token); an answer would have no end")
+        raise InputError("the tokenizer has no end-of-text token (eos_token), which ends every answer")
     folder.mkdir(parents=True, exist_ok=True)
     counts, longer = {"train": 0, "heldout": 0}, 0
     with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
@@ -65,8 +65,8 @@ def build_example_store(
     for side, count in counts.items():
         if count == 0:
             raise InputError(
-                f"no example is left in the {side} data: {longer:,} are longer than --length {length:,}; give longer "
-                "sequences or more data"
+                f"no example is left in the {side} data: {longer:,} exceed --length {length:,}; increase it or give "
+                "more data"
             )
     tokens = {side: count * length for side, count in counts.items()}
     return write_meta(folder, np.dtype(np.int32), tokens, documents=sum(counts.values()), skipped=skipped)

@@ -47,7 +47,7 @@ class TokenStore(NamedTuple):
             path, count, dtype = folder / f"{split}.bin", meta[split], np.dtype(meta["dtype"])
             size = path.stat().st_size if path.is_file() else 0
             if size != count * dtype.itemsize:
-                raise InputError(f"{path} has {size} bytes, {count * dtype.itemsize} were written; delete the run")
+                raise InputError(f"{path} has {size} bytes, but {count * dtype.itemsize} were written; delete the run")
             arrays[split] = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
         return cls(arrays["train"], arrays["heldout"], meta["documents"], meta["skipped"])
 
@@ -79,7 +79,7 @@ def build_token_store(
         InputError: If the documents are empty or too short, or the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-text token (eos_token); documents could not be told apart")
+        raise InputError("the tokenizer has no end-of-text token (eos_token), which separates documents")
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     folder.mkdir(parents=True, exist_ok=True)
     threshold = 0.0 if heldout_documents is not None else heldout_fraction
@@ -102,7 +102,7 @@ def build_token_store(
     total = sum(counts.values())
     if heldout_documents is None and total < 2 * length:
         raise InputError(
-            f"the text has {total:,} tokens, fewer than two sequences of {length:,} (--length), one to train on and "
+            f"the text has {total:,} tokens, fewer than two sequences of {length:,} (--length): one to train on and "
             f"one to hold out{left_out}"
         )
     if heldout_documents is None and min(counts.values()) < length:

@@ -20,7 +20,7 @@ __all__ = ["HELDOUT_EVERY", "announcement", "choose_passage", "run_demo", "write
 
 HELDOUT_EVERY = 16
 OVERHEAD_SECONDS = 75.0
-"""About what reading, timing every arm's step and the closing comparisons take on two cores."""
+"""Approximate time of reading, timing every arm's step and the final comparisons on two cores."""
 
 
 def run_demo(settings: StudySettings, folder: Path, console: Console) -> StudyResult:
@@ -96,12 +96,12 @@ def announcement(settings: StudySettings, *, workers: int) -> str:
 def _purpose(arm: Arm, arms: Sequence[Arm]) -> str:
     match arm.role:
         case "standard":
-            return "every token in every step, what CGGR has to beat"
+            return "every token in every step: what CGGR has to beat"
         case "equal_cost":
             rivals = [other.label for other in arms if other.equal_cost == arm.name]
             return f"every token, at the cost of a step of {' and '.join(rivals)}"
         case "random":
-            return "that share of the tokens at random: is a score worth its cost?"
+            return "that share of the tokens at random: does a score earn its cost?"
         case _:
             return "CGGR: that share of the tokens, chosen by score"
 

@@ -1,4 +1,4 @@
-"""What the arms of a study are, in words for its page."""
+"""Explanations of a study's arms, for its page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MODES = {
 }
 SELECTIONS = {
     "random": "at random",
-    "stratified": "drawn at random within buckets by {score}, more from where it varies most, and weighted",
-    "sampled": "drawn with a probability in proportion to {score}, and weighted",
-    "topk": "those of the highest {score}, unweighted",
-    "sequence_aware": "those of the highest {score}, a few in every sequence, unweighted",
+    "stratified": "drawn at random from buckets of {score}, more where it varies most, and weighted",
+    "sampled": "drawn with probability proportional to {score}, and weighted",
+    "topk": "those with the highest {score}, unweighted",
+    "sequence_aware": "those with the highest {score}, a few in every sequence, unweighted",
 }
 SCORES = {
     "gradnorm": "gradient norm",
@@ -40,7 +40,7 @@ def explain(arm: Arm, arms: Sequence[Arm]) -> str:
     Example:
         >>> from cggr_train.study.arms import Arm
         >>> explain(Arm("standard", "standard, batch 8", "standard", "standard", 8), [])
-        'Ordinary training on every token, 8 sequences a step: what everything is compared with.'
+        'Ordinary training on every token, 8 sequences a step: the baseline of every comparison.'
     """
     if arm.method != "standard":
         routing = arm.routing
@@ -49,14 +49,14 @@ def explain(arm: Arm, arms: Sequence[Arm]) -> str:
         else:
             how = SELECTIONS[routing.selection].format(score=SCORES[routing.scoring])
             which = f"{routing.ratio:.0%} of the tokens, {how}"
-        purpose = "; the control for what a score is worth" if arm.role == "random" else ""
+        purpose = "; the control that shows what a score is worth" if arm.role == "random" else ""
         return f"Trains on {which}: {MODES[routing.gradient]}{purpose}."
     rivals = [other.title for other in arms if other.equal_cost == arm.name]
     purpose = {
-        "standard": "what everything is compared with",
+        "standard": "the baseline of every comparison",
         "checkpointed": "with gradient checkpointing, which saves memory and takes more time",
         "equal_cost": "as many operations in a step as in one of " + " and ".join(rivals or ["the routed arms"]),
         "equal_memory": "as many sequences at a time as fit into the memory of a routed step",
-        "batch": "another batch size, as asked for",
+        "batch": "another batch size, as requested",
     }[arm.role]
     return f"Ordinary training on every token, {arm.batch_size} sequences a step: {purpose}."

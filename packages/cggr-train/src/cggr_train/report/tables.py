@@ -95,7 +95,7 @@ def _losses(outcome: Outcome) -> Cells:
     seeds = f"{outcome.seeds} seeds" if outcome.seeds > 1 else "one seed"
     return Cells(
         f"Held-out loss, nats per token ({seeds}, ± half of the 95% interval)",
-        f"Read at {duration(amounts['time'])} of training (steps times the step's time, measured alone), "
+        f"Compared at {duration(amounts['time'])} of training (steps times the step's time, measured alone), "
         f"{count(amounts['tokens'])} tokens seen, {count(amounts['kept'])} tokens kept.",
         [
             "arm",
@@ -168,7 +168,8 @@ def _differences(outcome: Outcome) -> Cells:
         )  # fmt: skip
     return Cells(
         "The same time: loss of each arm less that of its controls, seed by seed",
-        "Below zero is better than the control. In brackets the 95% interval; one that holds zero shows no difference.",
+        "Below zero is better than the control. The 95% interval is in brackets; one that contains zero shows no "
+        "difference.",
         ["arm", "standard", *further.values(), "batch of equal cost", "random, same ratio"],
         rows,
         frozenset(),

@@ -1,4 +1,4 @@
-"""Figures of a study as people read them."""
+"""Human-readable figures of a study."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def difference(value: Interval | None) -> str:
 
 
 def against(value: Interval, label: str) -> str:
-    """How a loss stands to a control's.
+    """A loss compared with a control's.
 
     Example:
         >>> from cggr_train.study.intervals import Interval
         >>> against(Interval(-0.1, -0.15, -0.05), "standard")
         '0.100 better than standard (95% interval 0.050 to 0.150)'
         >>> against(Interval(0.1, -0.05, 0.25), "standard")
-        'not told apart from standard (+0.100, 95% interval -0.050 to +0.250)'
+        'indistinguishable from standard (+0.100, 95% interval -0.050 to +0.250)'
     """
     if value.low is None or value.high is None:
         return f"{abs(value.mean):.3f} {'above' if value.mean > 0 else 'below'} {label} (one seed: no interval)"
     if value.sign == 0:
-        return f"not told apart from {label} ({value.mean:+.3f}, 95% interval {value.low:+.3f} to {value.high:+.3f})"
+        return f"indistinguishable from {label} ({value.mean:+.3f}, 95% interval {value.low:+.3f} to {value.high:+.3f})"
     low, high = sorted((abs(value.low), abs(value.high)))
     word = "worse" if value.sign > 0 else "better"
     return f"{abs(value.mean):.3f} {word} than {label} (95% interval {low:.3f} to {high:.3f})"

@@ -1,4 +1,4 @@
-"""What a study's figures say, in plain sentences."""
+"""A study's findings in plain sentences."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def verdict(outcome: Outcome) -> list[str]:
         best = min(compared, key=lambda arm: losses[arm.name])
         lines = [_recommendation(outcome), lowest, *_compare_with_controls(outcome, best, compared)]
     else:
-        nothing = "Nothing that was asked for kept a finite loss at this learning rate."
+        nothing = "None of the requested arms kept a finite loss at this learning rate."
         lines = [_recommendation(outcome), nothing, lowest]
     if outcome.diverged:
         lines.insert(1, _diverged(outcome))
     lines += [f"Left out: {reason}." for reason in outcome.left_out.values()]
     if outcome.seeds == 1:
-        lines.append("One seed says nothing about chance: repeat with --seeds 3 or more before you decide.")
+        lines.append("One seed cannot rule out chance: repeat with --seeds 3 or more before you decide.")
     if len(compared) > MANY:
         lines.append(
-            f"The best of {len(compared)} settings was picked on these same figures, which flatters it: confirm it "
-            "alone, with seeds of its own."
+            f"Picking the best of {len(compared)} settings on the same figures flatters it: confirm it in a study of "
+            "its "
+            "own, with other seeds."
         )
     return lines
 
@@ -75,14 +76,14 @@ def _diverged(outcome: Outcome) -> str:
         first = "first at" if len(steps) > 1 else "at"
         arms.append(f"{outcome.arm(name).title} ({of}{first} step {min(steps.values()):,})")
     return (
-        f"Diverged, and compared with nothing: {'; '.join(arms)}. A lower --learning-rate, the same for every arm, "
-        "makes another study."
+        f"Diverged, and left out of all comparisons: {'; '.join(arms)}. Try another study with a lower --learning-rate "
+        "for every arm."
     )
 
 
 def _recommendation(outcome: Outcome) -> str:
     if outcome.seeds == 1:
-        return "Undecided: with one seed a difference cannot be told from chance."
+        return "Undecided: with one seed, a difference cannot be told from chance."
     every = points(outcome)
     chosen = recommended(every)
     arm, best = outcome.arm(chosen.name), min(every, key=lambda point: point.mean_cost)
@@ -94,7 +95,8 @@ def _recommendation(outcome: Outcome) -> str:
         why = f"its {what} in the same time, {_quality(outcome, chosen)}, is the {most}"
     else:
         why = (
-            f"its {what} in the same time, {_quality(outcome, chosen)}, is not told apart from the {most}, "
+            f"its {what} in the same time, {_quality(outcome, chosen)}, is statistically indistinguishable from the "
+            f"{most}, "
             f"{_quality(outcome, best)} of {outcome.arm(best.name).title}, and it "
             + ("takes less memory" if chosen.peak_bytes < best.peak_bytes else "is simpler")
         )

@@ -211,7 +211,7 @@ class Worker:
 
     def _exit_message(self, code: int, words: str) -> str:
         if code == KILLED:
-            return "a worker was killed from outside, perhaps for want of memory; what was done is on record (--resume)"
+            return "a worker was killed, possibly because memory ran out; finished work is saved (--resume continues)"
         last = " ".join(words.strip().splitlines()[-1:])
         return f"a worker ended with status {code}: {last} (see {self.errors})"
 

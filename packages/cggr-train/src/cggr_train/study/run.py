@@ -64,7 +64,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     if (folder / STUDY).exists():
         raise InputError(f"{folder} already holds a study; continue it with --resume {folder}, or give another --out")
     if latest_checkpoint(folder / "checkpoints") is not None:
-        raise InputError(f"{folder} holds a run of cggr train, whose files a study would replace; give another --out")
+        raise InputError(f"{folder} holds a run of cggr train, whose files a study would overwrite; give another --out")
     where = places(settings.train.device, settings.parallel)
     device = where[0][0]
     if settings.train.cuda_graph:  # before the text is read

@@ -83,27 +83,27 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         if (self.train.steps is None) == (self.train.seconds is None):
-            raise InputError("give the length of the standard run: either --steps or --seconds")
+            raise InputError("give the length of the standard run with either --steps or --seconds")
         if self.train.accumulate != 1:
-            raise InputError(f"a study takes one batch per step; --accumulate is {self.train.accumulate}")
+            raise InputError(f"--accumulate must be 1 in a study, got {self.train.accumulate}")
         for name in ("gradients", "ratios", "selections", "scorings", "equal"):
             if not getattr(self, name):
                 raise InputError(f"--{name.removesuffix('s')} is empty; give at least one")
         unknown = [name for name in self.equal if name not in EQUAL]
         if unknown:
-            raise InputError(f"--equal is {unknown[0]!r}: give {', '.join(EQUAL)} or both")
+            raise InputError(f"--equal must be {', '.join(EQUAL)} or both, got {unknown[0]!r}")
         minimum: dict[str, float] = {"seeds": 1, "timing_turns": 1, "evaluations": 1, "draws": 0, "gradient_batches": 1}
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if self.draws == 1:
-            raise InputError("--draws is 1: a variance takes at least 2 (0 leaves the gradients out)")
+            raise InputError("--draws must be 0 (no gradients) or at least 2 (for a variance), got 1")
         if self.parallel is not None and self.parallel < 1:
             raise InputError(f"--parallel must be at least 1, got {self.parallel}")
         check_number("--calibration-seconds", self.calibration_seconds, above=0)
         strange = [name for name in self.controls if name not in CONTROLS]
         if strange:
-            raise InputError(f"--controls is {strange[0]!r}: give some of {', '.join(CONTROLS)}")
+            raise InputError(f"--controls must be some of {', '.join(CONTROLS)}, got {strange[0]!r}")
         if self.memory_limit is not None:
             check_number("--memory-limit", self.memory_limit, above=0)
         for rate in self.rates:
@@ -111,18 +111,18 @@ class StudySettings:
         if not 0 < self.rate_share <= 1:
             raise InputError(f"--rate-share must be in (0, 1], got {self.rate_share}")
         if self.accuracy and self.train.answer is None:
-            raise InputError("--eval exact-match asks questions: give the key of the answers with --answer")
+            raise InputError("--eval exact-match needs answers: give their key with --answer")
         if self.accuracy and self.accuracy_of and "time" in self.accuracy_readings:
             raise InputError(
                 "accuracy_of lets some arms answer alone: arms are not compared by that after the same time"
             )
         if self.accuracy and "time" not in self.equal:
-            raise InputError("--eval exact-match answers at the end of each arm's time: let --equal hold time")
+            raise InputError("--eval exact-match compares arms at equal time: include time in --equal")
         strange = [name for name in self.accuracy_readings if name not in EQUAL]
         if strange:
-            raise InputError(f"accuracy_readings is {strange[0]!r}: give {', '.join(EQUAL)} or both")
+            raise InputError(f"accuracy_readings must be {', '.join(EQUAL)} or both, got {strange[0]!r}")
         if self.answer_after is not None and not self.accuracy:
-            raise InputError("--answer-after belongs to --eval exact-match")
+            raise InputError("--answer-after requires --eval exact-match")
         if self.questions is not None and self.questions < 1:
             raise InputError(f"--questions must be at least 1, got {self.questions}")
         if any(size < 1 for size in self.batch_sizes):

@@ -105,7 +105,7 @@ class Stages:
         if record["event"] == "run" and record["arm"] == self.arms[0].name and "diverged" in record:
             raise DivergedError(
                 f"{self.arms[0].label}, seed {record['seed']}: {record['reason']}. Every arm is compared with this "
-                "one: start another study with a lower --learning-rate"
+                "one; start another study with a lower --learning-rate"
             )
 
     def _fit_and_time(self) -> None:
@@ -161,7 +161,7 @@ class Stages:
     def _exclude_arm(self, arm: Arm) -> None:
         if arm is self.arms[0]:
             raise InputError(
-                f"--memory-limit: not one sequence of {arm.label} fits, even with checkpointing, and every arm is "
+                f"--memory-limit: not even one sequence of {arm.label} fits with checkpointing, and every arm is "
                 "compared with it; give more memory or shorter sequences"
             )
         reason = "of the routed step" if arm.memory_of is not None else "that --memory-limit gives"
@@ -280,8 +280,9 @@ class Stages:
         if sequences >= train.batch_size:
             return True
         self.console.print(
-            f"gradients are not compared: the held-out text has {sequences} sequences of {train.length} tokens, and a "
-            f"batch has {train.batch_size}; give more of it, shorter sequences or a smaller batch",
+            f"gradients are not compared: the held-out text has {sequences} sequences of {train.length} tokens, fewer "
+            "than "
+            f"a batch of {train.batch_size}; give more text, shorter sequences or a smaller batch",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         return False
@@ -333,8 +334,9 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     kinds = [record.get("event") if isinstance(record, dict) else None for record in records]
     if kinds[:1] != ["study"] or None in kinds:
         raise InputError(
-            f"{folder / RESULTS} is not as the study wrote it: its first record must be the study's own, and every "
-            "line an object with an event; take back what was changed, or start another study"
+            f"{folder / RESULTS} was changed after the study wrote it: the first record must be the study's own, and "
+            "every "
+            "line an object with an event; undo the change, or start another study"
         )
     return records
 
