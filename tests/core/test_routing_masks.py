@@ -181,7 +181,7 @@ def test_other_tokens_wait_for_the_kept_ones():
     assert torch.equal(whole[0], torch.cat([keys[:, :, :1], other.kept[0], keys[:, :, 1:]], dim=2))
     assert other.merged is whole and not whole[0].requires_grad
     assert not any(part.requires_grad for part in other.recorded[0])
-    with pytest.raises(cache.EnoughError):
+    with pytest.raises(cache.LastLayerReachedError):
         other.update(keys, values, 1)
     torch.set_grad_enabled(True)
 
