@@ -120,6 +120,10 @@ def test_rows_without_a_number_agree_where_both_have_none(monkeypatch):
     assert said() is not None
 
 
+def test_rows_of_zeros_agree(monkeypatch):
+    assert compared(monkeypatch, lambda values: values, scale=0.0) is None
+
+
 def test_padding_and_empty_slots_are_not_compared(monkeypatch):
     padding = torch.ones(1, 40, dtype=torch.int64)
     padding[0, :10] = 0
@@ -134,6 +138,7 @@ def test_padding_and_empty_slots_are_not_compared(monkeypatch):
 def test_values_are_compared_in_a_mode_that_gives_them_again():
     for dropout, training in ((0.0, True), (0.5, True), (0.5, False)):
         model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(dropout)).train(training)
+        model[0].eval()  # as a part that is frozen
         given, calls = torch.randn(3, 4), []
 
         def run(model, architecture, inputs, given=given, calls=calls):
@@ -298,6 +303,33 @@ def test_a_structure_is_its_modules_and_settings():
     assert changed(
         lambda: removed.append(hooks.register_module_forward_pre_hook(lambda *_: None)), lambda: removed.pop().remove()
     )
+
+
+def test_a_head_of_its_own_is_a_change_of_structure():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    model.lm_head.forward = lambda hidden: hidden
+    assert structures.structure(model) != before
+    del model.lm_head.forward
+    assert structures.structure(model) == before
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert structures.structure(model) != before
+    handle.remove()
+    assert structures.structure(model) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "get_output_embeddings", lambda: None)
+        assert structures.structure(model)[:2] == [None, False]
+
+
+def test_modules_in_several_places_and_empty_places_are_looked_at_once():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    model.model.register_module("nothing", None)
+    assert structures.structure(model) == before
+    model.model.again = model.lm_head
+    model.model.layers[0].whole = model.model  # a circle
+    modules = [part for part in structures.structure(model) if isinstance(part, nn.Module)]
+    assert len(modules) == len({id(part) for part in modules}) + 2
 
 
 def test_hooks_of_torch_itself_are_no_change_of_structure():

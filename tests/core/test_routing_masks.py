@@ -12,7 +12,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
-    sdpa_mask,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
@@ -127,17 +126,11 @@ def test_patterns_that_can_be_said_in_numbers(pattern, known):
         ({"q_length": 5}, False),
     ],
 )
-def test_masks_that_say_no_more_than_causal_attention_does(change, needless):
+def test_masks_that_say_no_more_than_causal_attention_does(change, needless, monkeypatch):
+    monkeypatch.setattr(masks, "sdpa_mask", lambda **asked: asked)
     arguments = {"mask_function": causal_mask_function, "batch_size": 2, "q_length": 6, "kv_length": 6} | change
-    arguments["device"] = torch.device("cpu")
-    made = masks._mask_where_needed(**arguments)
-    if needless:
-        assert made is None
-    elif arguments.get("allow_is_causal_skip", True):
-        wanted = sdpa_mask(**arguments)
-        assert made is wanted or torch.equal(made, wanted)
-    else:
-        assert torch.equal(made, torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6))
+    asked = {"attention_mask": None, "allow_is_causal_skip": True} | arguments
+    assert masks._mask_where_needed(**arguments) == (None if needless else asked)
 
 
 @pytest.mark.parametrize("before", [0, 4])
@@ -215,6 +208,9 @@ def test_the_attention_of_a_pass_without_a_kernel():
     assert chosen(model(takes_any=False)) == ["sdpa", "flex_attention", "sdpa", "eager", None]
     assert chosen(model(capped=True)) == [uncapped, "flex_attention", "eager", "eager", None]
     assert chosen(model(), "meta") == ["sdpa", "flex_attention", "sdpa", "eager", None]
+    plain = model()
+    del plain._supports_attention_backend
+    assert chosen(plain) == chosen(model(takes_any=False))
 
 
 def test_the_attention_of_a_pass_with_a_kernel(kernel):
@@ -223,11 +219,16 @@ def test_the_attention_of_a_pass_with_a_kernel(kernel):
     assert chosen(model(takes_any=False)) == ["sdpa", "flex_attention", "sdpa", "eager", None]
 
 
-def attended(change=None, *, pattern=causal_mask_function, value_size=4, heads=2, **options):
+def test_the_attention_of_a_pass_on_another_device(monkeypatch):
+    monkeypatch.setitem(_registry.kernels, ("routed_attention", "meta"), ("test", routed_attention_reference.__call__))
+    assert chosen(model(), "meta") == [masks.ROUTED_UNCAPPED, masks.ROUTED, masks.ROUTED, "eager", None]
+
+
+def attended(change=None, *, pattern=causal_mask_function, value_size=4, heads=2, dtype=torch.float32, **options):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 4, 3, 4, generator=generator)
-    key = torch.randn(2, heads, 6, 4, generator=generator)
-    value = torch.randn(2, heads, 6, value_size, generator=generator)
+    query = torch.randn(2, 4, 3, 4, generator=generator, dtype=dtype)
+    key = torch.randn(2, heads, 6, 4, generator=generator, dtype=dtype)
+    value = torch.randn(2, heads, 6, value_size, generator=generator, dtype=dtype)
     arguments = {"batch_size": 2, "device": torch.device("cpu")}
     mask = RoutedMask(visibility(INDEX, PADDING), pattern, arguments)
     module = SimpleNamespace(num_key_value_groups=4 // heads, training=True, is_causal=True)
@@ -269,6 +270,28 @@ def test_what_the_op_does_not_know_is_left_to_the_dense_mask(kernel):
     assert len(kernel) == 2
 
 
+@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
+@pytest.mark.parametrize("offered", [True, False])
+def test_sinks_and_biases_reach_an_attention_that_knows_them(name, offered, kernel, monkeypatch):
+    seen = []
+
+    def sdpa_attention_forward(module, query, key, value, mask, **options):
+        seen.append((mask, options))
+        return torch.zeros(2, 3, 4, 4), None
+
+    if not offered:
+        monkeypatch.delitem(_registry.kernels, ("routed_attention", "cpu"))
+    monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa_attention_forward)
+    added = torch.randn(4)
+    attended(**{name: added}, dropout=0.25)
+    ((mask, options),) = seen
+    assert mask.dtype == torch.bool and mask.shape == (2, 1, 3, 6)
+    assert options[name] is added and options["scaling"] == 0.3 and options["dropout"] == 0.25
+    assert not kernel
+    attended(**{name: None})
+    assert len(seen) == 1
+
+
 def test_dropout_of_the_attention_drops(kernel):
     for change in (None, lambda mask: mask.dense):
         for options in ({}, {"value_size": 6}):
@@ -284,3 +307,5 @@ def test_operands_are_cast_as_autocast_casts_them(kernel):
         found, _ = attended()
         assert found.dtype == torch.bfloat16
         assert {part.dtype for part in kernel[-1][:3]} == {torch.bfloat16}
+        found, _ = attended(dtype=torch.float64)
+        assert found.dtype == torch.float64

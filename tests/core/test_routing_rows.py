@@ -104,9 +104,9 @@ def test_stopped_gradients(shape):
     assert not gradients(stop_gradient(hidden, passes=VALID), (hidden,), broken)[0][0, 1].isnan().any()
 
 
-def taken(value, dimension):
+def taken(value, dimension, heads=False):
     """Positions of KEPT along a dimension, by a loop over rows; the rows are the dimension before, or the first."""
-    rows = 1 if dimension == 2 and value.dim() > 2 and value.shape[0] == 3 else 0
+    rows = 1 if dimension == 2 and tuple(value.shape[:2]) in ((3, 1), (3, 2), (2, 2)) and not heads else 0
     value = value.expand(*(2 if at == rows else size for at, size in enumerate(value.shape)))
     parts = [value.select(rows, row).index_select(dimension - 1, KEPT[row]) for row in range(2)]
     return torch.stack(parts, dim=rows)
@@ -124,6 +124,7 @@ def taken(value, dimension):
         # Several kinds of position, and streams of hidden states.
         ("position_ids", (3, 2, 5), torch.int64, 2),
         ("position_ids", (3, 1, 5), torch.int64, 2),
+        ("position_ids", (2, 2, 5), torch.int64, 2),
         ("position_embeddings", (3, 2, 5, 4), torch.float32, 2),
         ("position_embeddings", (3, 1, 5, 4), torch.float32, 2),
         # With a dimension for heads.
@@ -155,7 +156,7 @@ def test_arguments_of_a_layer_at_some_positions(name, shape, dtype, dimension):
     if dimension is None:
         assert named[name] is value
     else:
-        assert torch.equal(named[name], taken(value, dimension))
+        assert torch.equal(named[name], taken(value, dimension, heads="mask" in name))
     # Every position, in order: what there is.
     everything = LayerRows(torch.arange(LENGTH).expand(2, -1), LENGTH)
     assert everything.call((), {name: value}, replace={})[1][name] is value
