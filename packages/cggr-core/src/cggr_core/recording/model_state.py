@@ -13,7 +13,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # transformers collects outputs that were asked for; nothing asks within a step.
 _INERT_HOOKS = "transformers.utils.output_capturing"
 _TENSORS = ("_parameters", "_buffers")
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 class ModelState:

@@ -5,14 +5,17 @@ masks and whatever depends on a row's length, on later tokens or on token types 
 to its layers is taken apart here.
 """
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from cggr_core.routing.masks import RowMask
 from cggr_core.routing.rows import Places
+
+_AS_THEY_ARE = (bool, int, float, str)
+_TAKEN_APART = (Tensor, RowMask)
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -31,8 +34,8 @@ class LayerRows:
         self._places = Places(index, length)
         self._length = length
         self._key_gradient = key_gradient
-        # Layers share most of their arguments, and each is taken apart once.
-        self._taken: Any = WeakIdKeyDictionary()
+        # Layers share most of their arguments, and each is taken apart once: by id, gone with the argument.
+        self._taken: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, replace: dict[int, Any]) -> LayerCall:
         """The arguments beside the hidden state, at the positions.
@@ -65,15 +68,19 @@ class LayerRows:
         return whole.index_copy(0, self._places.flat, hidden.flatten(0, 1)).view(batch, self._length, *hidden.shape[2:])
 
     def _take(self, name: str, value: Any) -> Any:
+        # Asked of every argument of every layer, so the most frequent kinds come first.
+        if value is None or isinstance(value, _AS_THEY_ARE):
+            return value
+        if isinstance(value, _TAKEN_APART):
+            key, known = id(value), self._taken
+            if key not in known:
+                known[key] = weakref.ref(value, lambda _: known.pop(key, None)), self._taken_from(name, value)
+            return known[key][1]
         if isinstance(value, dict):
             return {key: self._take(name, part) for key, part in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(self._take(name, part) for part in value) if type(value) in (tuple, list) else value
-        if not isinstance(value, Tensor | RowMask):
-            return value
-        if value not in self._taken:
-            self._taken[value] = self._taken_from(name, value)
-        return self._taken[value]
+        if type(value) in (tuple, list):
+            return type(value)([self._take(name, part) for part in value])
+        return value
 
     def _taken_from(self, name: str, value: Tensor | RowMask) -> Any:
         if isinstance(value, RowMask):

@@ -3,7 +3,7 @@
 import contextvars
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,5 +89,7 @@ class OtherTokens:
         return self._cache.recorded[layer], None
 
 
-def _unhooked_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
+def _unhooked_saved_tensors() -> AbstractContextManager[Any]:
+    if cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()  # hooks that do nothing are called all the same, for every tensor
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

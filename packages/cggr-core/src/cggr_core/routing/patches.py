@@ -8,7 +8,7 @@ runs in. One model is not run in two threads at a time.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -218,7 +218,7 @@ def without_checkpoint_wrappers(architecture: Architecture) -> AbstractContextMa
 
     Reach: the wrappers of this model.
     """
-    return replaced_forwards(dict(architecture.checkpoint_wrappers))
+    return replaced_forwards(architecture.checkpoint_wrappers) if architecture.checkpoint_wrappers else nullcontext()
 
 
 def uses_checkpointing(layer: nn.Module) -> bool:

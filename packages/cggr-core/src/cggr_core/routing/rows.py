@@ -37,11 +37,13 @@ class Places:
     def take(self, full: Tensor) -> Tensor:
         """The rows ``[B, K, ...]`` of ``full`` ``[B, S, ...]``."""
         batch, slots = self.index.shape
-        return full.flatten(0, 1).flatten(1).index_select(0, self.flat).view(batch, slots, *full.shape[2:])
+        flat = full.reshape(batch * self.length, full.shape[2:].numel())
+        return flat.index_select(0, self.flat).view(batch, slots, *full.shape[2:])
 
     def write(self, rows: Tensor, full: Tensor) -> None:
         """Put ``rows`` ``[B, K, ...]`` into ``full`` ``[B, S, ...]``, which is contiguous."""
-        full.flatten(0, 1).flatten(1).index_copy_(0, self.flat, rows.flatten(0, 1).flatten(1))
+        size = full.shape[2:].numel()
+        full.view(-1, size).index_copy_(0, self.flat, rows.reshape(self.flat.shape[0], size))
 
     def only_valid(self, rows: Tensor) -> Tensor:
         """``rows`` ``[B, K, H, D]``, 0 at fillers."""
@@ -74,11 +76,7 @@ class _MergeRows(torch.autograd.Function):
         ctx.others, ctx.keeps = others, keeps
         if merged is not None:
             return merged.view_as(merged)
-        batch, heads, _, size = kept.shape
-        full = kept.new_empty(batch, keeps.length, heads, size)
-        others.write(other.transpose(1, 2), full)
-        keeps.write(kept.transpose(1, 2), full)
-        return full.transpose(1, 2)
+        return _merged(other, kept, others, keeps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +135,17 @@ def merge_rows(other: Tensor, kept: Tensor, *, others: Places, keeps: Places, me
     Returns:
         ``[B, H, M + K, D]``, differentiable in ``other`` and ``kept``.
     """
-    return _MergeRows.apply(other, kept, others, keeps, merged)
+    if torch.is_grad_enabled():
+        return _MergeRows.apply(other, kept, others, keeps, merged)
+    return _merged(other, kept, others, keeps) if merged is None else merged
+
+
+def _merged(other: Tensor, kept: Tensor, others: Places, keeps: Places) -> Tensor:
+    batch, heads, _, size = kept.shape
+    full = kept.new_empty(batch, keeps.length, heads, size)
+    others.write(other.transpose(1, 2), full)
+    keeps.write(kept.transpose(1, 2), full)
+    return full.transpose(1, 2)
 
 
 def replace_rows(full: Tensor, kept: Tensor, *, keeps: Places) -> Tensor:
