@@ -1,6 +1,7 @@
 """What is done around the head counts in the loss, or its own logits are read, with one warning."""
 
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -91,6 +92,103 @@ def test_what_follows_the_head_is_seen_at_starting_weights(gradient):
         model.lm_head.weight.mul_(1e4)
     plain = model(input_ids=input_ids, labels=input_ids).loss
     torch.testing.assert_close(wrapped(input_ids, labels=input_ids), plain, rtol=1e-5, atol=1e-6)
+
+
+class AfterTheHead(transformers.LlamaForCausalLM):
+    """What becomes of the logits past the head's module."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bias = torch.nn.Parameter(torch.zeros(config.vocab_size))
+        self.temperature = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, labels=None, **options):
+        output = super().forward(**options)
+        output.logits = self.changed(output.logits)
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, self.config.vocab_size)
+        return output
+
+
+class InTraining(AfterTheHead):
+    def changed(self, logits):
+        return logits * 0.5 if self.training else logits
+
+
+class InPlace(AfterTheHead):
+    def changed(self, logits):
+        return logits.mul_(0.5) if self.training else logits
+
+
+class WithABias(AfterTheHead):
+    def changed(self, logits):
+        return logits + self.bias
+
+
+class WithATemperature(AfterTheHead):
+    def changed(self, logits):
+        return logits * self.temperature.exp()
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "gradient"),
+    [
+        *product([InTraining, WithABias, WithATemperature], ["exact", "kv", "detached", "sequence"]),
+        (InPlace, "exact"),
+        (InPlace, "sequence"),
+    ],
+)
+def test_what_follows_the_head_in_training_or_learns_counts(kind, gradient):
+    model, input_ids = kind(transformers.LlamaConfig(**SIZES, initializer_range=0.2)).train(), tokens()
+    wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
+    for _ in range(2):  # with parameters that change nothing at first, and do after a step
+        plain = model(input_ids=input_ids, labels=input_ids).loss
+        plain.backward()
+        wanted = gradients(model)
+        loss = wrapped(input_ids, labels=input_ids)
+        loss.backward()
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+        assert relative_error(gradients(model), wanted) <= 1e-5
+        with torch.no_grad():
+            model.bias += torch.linspace(-1.0, 1.0, VOCAB)
+            model.temperature += 0.3
+
+
+class MixedLogits(AfterTheHead):
+    """Every position's logits know those of the others."""
+
+    def changed(self, logits):
+        return logits + logits.mean(1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+def test_logits_that_mix_positions_are_refused_where_only_some_are_made():
+    model, input_ids = MixedLogits(transformers.LlamaConfig(**SIZES, initializer_range=0.2)).train(), tokens()
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    exact = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0).train()
+    torch.testing.assert_close(exact(input_ids, labels=input_ids), plain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="gives kept tokens other values than a plain forward does"):
+        CGGRModel(model, gradient="kv").train()(input_ids, labels=input_ids)
+
+
+def mlp_head() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, VOCAB))
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached", "sequence"])
+def test_a_head_of_several_layers_is_run_as_it_is(gradient):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    torch.manual_seed(0)
+    model.lm_head = mlp_head()
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    plain.backward()
+    wanted = gradients(model)
+    loss = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
+    loss.backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+    assert relative_error(gradients(model), wanted) <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the head of:UserWarning")

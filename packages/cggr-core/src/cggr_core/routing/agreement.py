@@ -44,6 +44,8 @@ def verification_interval() -> int | None:
 def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[Tensor]:
     """Run the model plainly, and stay in a mode in which it gives the same values again.
 
+    The values are the head's input where the head is one matrix, else the model's logits.
+
     Args:
         model: The model. In training mode it stays there, unless two forwards differ (dropout, jitter): then it is in
             evaluation mode in the block. The state of the random generators is put back at the end.
@@ -51,18 +53,18 @@ def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs
         inputs: Whole rows.
 
     Yields:
-        The head's input ``[B, S, H]``.
+        The values ``[B, S, ...]``.
     """
     device = inputs.position_ids.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        expected = _head_input(model, architecture, inputs)
+        expected = _head_values(model, architecture, inputs)
         if not any(module.training for module in model.modules()) or torch.equal(
-            expected, _head_input(model, architecture, inputs)
+            expected, _head_values(model, architecture, inputs)
         ):
             yield expected
             return
         with evaluation_mode(model):
-            yield _head_input(model, architecture, inputs)
+            yield _head_values(model, architecture, inputs)
 
 
 def difference(
@@ -75,14 +77,14 @@ def difference(
     depth: int,
     layer_output: LayerOutput,
 ) -> str | None:
-    """Compare the kept tokens' head input with a plain forward's.
+    """Compare the kept tokens' values with a plain forward's.
 
     Args:
         model: The model.
         architecture: Its description.
         inputs: Whole rows.
         selection: The kept tokens.
-        expected: The plain forward's head input ``[B, S, H]``.
+        expected: The plain forward's values ``[B, S, ...]``, of :func:`comparable`.
         depth: Layers that a context pass runs before; 0 interleaves all.
         layer_output: Wraps a hidden state the way the model's layers return it.
 
@@ -101,24 +103,27 @@ def difference(
             layer_output=layer_output,
         )
     seen: list[Tensor] = []
-    gradient_pass(model, architecture, inputs, selection, context, keep_graph=False, read_head=seen.append)
+    read_head = seen.append if architecture.head.fused else None
+    output = gradient_pass(model, architecture, inputs, selection, context, keep_graph=False, read_head=read_head)
+    found = seen[0] if architecture.head.fused else output.logits
     index, counted = selection.index, selection.valid
     if inputs.padding is not None:
         counted = counted & inputs.padding.bool().gather(1, index)
     wanted = expected.gather(1, index[:, :, None].expand(-1, -1, expected.shape[2]))
-    if seen[0].shape != wanted.shape:
-        return f"head input {list(seen[0].shape)} instead of {list(wanted.shape)}"
-    tolerance, share = _tolerance(expected)
-    value, wanted = seen[0][counted].double(), wanted[counted].double()
+    if found.shape != wanted.shape:
+        return f"head input or logits {list(found.shape)} instead of {list(wanted.shape)}"
+    tolerance, share = _tolerance(architecture, expected)
+    value, wanted = found[counted], wanted[counted]
     if not value.shape[0]:
         return None
-    error = (value - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)
+    error, size = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in (value - wanted, wanted))
+    error = error / size.clamp(min=1e-30)
     # Where the plain forward has no number, none is what there is to agree on.
     error = error.masked_fill(value.isnan().any(-1) & wanted.isnan().any(-1), 0.0)
-    found = float(error.quantile(share)) if share < 1.0 else float(error.max())
-    if found <= tolerance:
+    largest = float(error.quantile(share)) if share < 1.0 else float(error.max())
+    if largest <= tolerance:
         return None
-    return f"relative error {found:.2g} where {tolerance:.2g} is rounding"
+    return f"relative error {largest:.2g} where {tolerance:.2g} is rounding"
 
 
 def alternate_tokens(inputs: TokenInputs) -> Selection:
@@ -137,7 +142,10 @@ def early_tokens(inputs: TokenInputs) -> Selection:
     return Selection.from_mask(mask, capacity=(length + 1) // 2)
 
 
-def _head_input(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Tensor:
+def _head_values(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Tensor:
+    if not architecture.head.fused:
+        with without_checkpointing(architecture):
+            return model(**plain_arguments(inputs), use_cache=False).logits
     seen: list[Tensor] = []
     with without_checkpointing(architecture), head_read_by(architecture, seen.append):
         model(**plain_arguments(inputs), use_cache=False)
@@ -150,8 +158,10 @@ def plain_arguments(inputs: TokenInputs) -> dict[str, Any]:
     return {**inputs.arguments(), **padding, **inputs.quiet}
 
 
-def _tolerance(values: Tensor) -> tuple[float, float]:
-    if autocast_active(values.device.type) or values.dtype not in _TOLERANCE:
+def _tolerance(architecture: Architecture, values: Tensor) -> tuple[float, float]:
+    # Logits may be float32 where the layers are not.
+    dtypes = {values.dtype, *(part.dtype for part in architecture.layers.parameters() if part.is_floating_point())}
+    if autocast_active(values.device.type) or not dtypes <= _TOLERANCE.keys():
         return _HALF
     if values.dtype == torch.float32 and values.device.type != "cpu":
         return _SINGLE_ON_DEVICE

@@ -27,12 +27,14 @@ class Head:
         scale: Factor on the logits, or ``None``.
         softcap: Bound on the logits, or ``None``.
         fused: Whether that formula is all that the head does; otherwise the model's own logits are used.
+        classes: How many logits it gives.
     """
 
     module: nn.Module
     scale: float | None
     softcap: float | None
     fused: bool
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
         raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
-    if not isinstance(getattr(module, "weight", None), Tensor):
+    if not isinstance(getattr(module, "weight", None), Tensor) and next(module.parameters(), None) is None:
         raise TypeError(
             f"the head of {type(base).__name__} ({type(module).__name__}) holds no weight tensor, so it cannot be "
             "trained through: quantised modules for inference have none; load the model unquantised, or with a "
@@ -169,7 +171,7 @@ def _find_head(base: Any, config: Any) -> Head:
     if scaling is not None:  # Granite divides, Cohere multiplies
         scale = 1.0 / scaling
     softcap = _setting(base, config, "final_logit_softcapping")
-    return Head(module, scale, softcap, is_plain_matrix(module))
+    return Head(module, scale, softcap, is_plain_matrix(module), head_rows(base))
 
 
 def _setting(base: Any, config: Any, name: str) -> float | None:

@@ -133,7 +133,8 @@ def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenIn
 def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> Iterator[None]:
     """Show the head's input instead of running the head; what the model makes of the result is not used.
 
-    Hooks on the head are about its logits, and are not run. ``None`` changes nothing.
+    Hooks on the head are about its logits, and are not run. ``None`` changes nothing. A model that does more than its
+    head's matrix gets logits of the right shape to do it to.
     """
     if read_head is None:
         yield
@@ -141,7 +142,9 @@ def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> It
 
     def read(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         read_head(hidden)
-        return hidden.detach()
+        if architecture.head.fused:
+            return hidden.detach()
+        return hidden.new_zeros(()).expand(*hidden.shape[:-1], architecture.head.classes)
 
     head = architecture.head.module
     with replaced_forwards({head: read}), without_hooks(head) if has_hooks(head) else nullcontext():

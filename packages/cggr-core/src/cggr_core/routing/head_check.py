@@ -19,13 +19,18 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 
 
 @contextmanager
-def large_random_logits(head: nn.Module) -> Iterator[list[Tensor]]:
+def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[list[Tensor]]:
     """Let a head give large random logits, the same in every block; whatever stands around it is as it was.
 
     Reach: this module, whoever calls it.
 
+    Args:
+        head: The head.
+        traced: Switch gradients on from the head's call to the end of the block, so that what is made of its logits
+            has a graph that ends at them.
+
     Yields:
-        The logits that the head gave, for every call.
+        The logits that the head gave, for every call; the model has copies of them.
     """
     own, given = head.forward, list[Tensor]()
 
@@ -34,16 +39,19 @@ def large_random_logits(head: nn.Module) -> Iterator[list[Tensor]]:
         if type(logits) is not Tensor:  # sharded over ranks
             return logits
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(len(given)), device="cpu")
-        given.append((noise * _LOGIT_SCALE).to(logits))
-        return given[-1]
+        given.append((noise * _LOGIT_SCALE).to(logits).requires_grad_(traced))
+        torch.set_grad_enabled(traced or torch.is_grad_enabled())
+        return given[-1].clone()
 
-    with replaced_forwards({head: with_noise}):
+    with torch.set_grad_enabled(torch.is_grad_enabled()), replaced_forwards({head: with_noise}):
         yield given
 
 
 @torch.no_grad()
 def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> bool:
     """Whether what a model makes of its head's output is the scale and the softcap that its description says.
+
+    In the mode that the model is in. A parameter that takes part counts, also where its value changes nothing yet.
 
     Args:
         model: The model.
@@ -53,16 +61,37 @@ def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: Token
     head = architecture.head
     if getattr(model, "final_logits_bias", None) is not None:  # a buffer that is 0 until a checkpoint brings another
         return False
-    with large_random_logits(head.module) as given, without_checkpointing(architecture):
+    device = inputs.position_ids.device
+    with (
+        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
+        without_checkpointing(architecture),
+        large_random_logits(head.module, traced=True) as given,
+    ):
         logits = model(**inputs.arguments(), use_cache=False).logits
     if not given:
         return True  # sharded over ranks: the probe compares the values alone
-    return len(given) == 1 and logits.shape == given[0].shape and _is_close(_scaled_and_capped(head, given[0]), logits)
+    if len(given) != 1 or logits.shape != given[0].shape or not _is_close(_scaled_and_capped(head, given[0]), logits):
+        return False
+    return _leaves(logits) <= {given[0]}
 
 
 def _scaled_and_capped(head: Head, product: Tensor) -> Tensor:
     product = product.float() * (head.scale or 1.0)
     return product if head.softcap is None else head.softcap * torch.tanh(product / head.softcap)
+
+
+def _leaves(value: Tensor) -> set[Tensor]:
+    """The tensors that a graph ends at."""
+    found, seen, waiting = set[Tensor](), set[Any](), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            found.add(leaf)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _is_close(value: Tensor, expected: Tensor) -> bool:

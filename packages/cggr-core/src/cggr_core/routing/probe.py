@@ -85,6 +85,9 @@ def probe(
             if head.softcap is not None:
                 fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
             head = replace(head, fused=_close(fused_logits, logits))
+    if head.fused:  # some change their logits in training alone
+        head = replace(head, fused=gives_the_logits(model, architecture, few))
+    architecture = replace(architecture, head=head)
     obstacle, packing_obstacle = architecture.obstacle, None
     if head_input is None and obstacle is None:
         obstacle = f"{type(model).__name__} reads the weight of its head without calling it"
@@ -94,7 +97,7 @@ def probe(
         architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
     with without_checkpointing(architecture):
         shifted = own_alignment(model, architecture, inputs) if own_loss else None
-    architecture = replace(architecture, head=head, obstacle=obstacle)
+    architecture = replace(architecture, obstacle=obstacle)
     if shifted is not None:
         architecture = replace(architecture, shifted=shifted)
     # Rows of one token say nothing of an alignment; longer ones are waited for.
