@@ -175,3 +175,20 @@ class TestBadInput:
         selection = Selection.from_mask(torch.ones(2, 12, dtype=torch.bool), capacity=4)
         with pytest.raises(ValueError, match="selection was made for"):
             CGGRModel(model)(input_ids, labels=input_ids, selection=selection)
+
+
+def test_a_model_that_is_wrapped_already_is_refused():
+    wrapped = CGGRModel(ROUTABLE["llama"]())
+    with pytest.raises(TypeError, match="model is a CGGRModel already"):
+        CGGRModel(wrapped)
+
+
+def test_layers_that_the_config_counts_otherwise_are_said_by_number():
+    model = ROUTABLE["llama"]()
+    model.model.layers = model.model.layers[:2]
+    input_ids = torch.arange(12)[None] + 3
+    wrapped = CGGRModel(model, gradient="kv").train()
+    with pytest.raises(ValueError, match=r"no list of modules in it is as long as config\.num_hidden_layers=3 says"):
+        wrapped(input_ids, labels=input_ids)
+    model.config.num_hidden_layers = 2
+    assert wrapped(input_ids, labels=input_ids).isfinite()

@@ -119,6 +119,9 @@ class CGGRModel(nn.Module):
         super().__init__()
         from cggr_core.routing import Engine
 
+        if isinstance(model, CGGRModel):
+            raise TypeError("model is a CGGRModel already, and was given to another; give it the wrapped model, .model")
+
         self.settings = RoutingSettings(
             gradient=gradient,
             engine=engine,

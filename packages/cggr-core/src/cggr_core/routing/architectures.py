@@ -114,7 +114,8 @@ def describe(model: nn.Module) -> Architecture:
         shifted=getattr(base, "loss_type", None) != "ForMaskedLM",
         obstacle=_obstacle(base, text_config, owner)
         if layers
-        else f"the layers of {type(base).__name__} were not found",
+        else f"the layers of {type(base).__name__} were not found: no list of modules in it is as long as "
+        f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)} says",
         forward_parameters=forward_parameters,
         cache_name=_cache_name(base, owner),
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),

@@ -86,7 +86,7 @@ def _with_fused_rotary(kind: type[nn.Module]) -> FunctionType | None:
 def _turns_in_halves(own: Callable[..., Any]) -> bool:
     if list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
-    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
     q, k = torch.randn(1, 2, 3, 8, **options), torch.randn(1, 1, 3, 8, **options)
     cos, sin = torch.randn(1, 3, 8, **options), torch.randn(1, 3, 8, **options)
     try:
@@ -126,7 +126,7 @@ def _computes_gated_product(module: nn.Module) -> bool:
         linear.weight = nn.Parameter(weight)
         small[name] = linear
     stand_in.__dict__.update(module.__dict__, _modules={**module._modules, **small})
-    x = torch.randn(3, 4, generator=generator, device="cpu")
+    x = torch.randn(3, 4, generator=generator, device="cpu", dtype=torch.float32)
     wanted = small["down_proj"](silu(small["gate_proj"](x)) * small["up_proj"](x))
     try:
         found = type(module).forward(stand_in, x)

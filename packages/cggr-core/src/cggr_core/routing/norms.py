@@ -78,7 +78,8 @@ def _computes_it(module: nn.Module, epsilon: float) -> bool:
     }
     weight = torch.randn(shape, **options)
     # The second row is so small that its norm is mostly epsilon.
-    rows = torch.randn(2, *shape, **options) * torch.tensor([[1.0], [epsilon**0.5]], device="cpu")
+    sizes = torch.tensor([[1.0], [epsilon**0.5]], dtype=torch.float32, device="cpu")
+    rows = torch.randn(2, *shape, **options) * sizes
     stand_in = type(module).__new__(type(module))
     stand_in.__dict__.update(module.__dict__, _parameters={"weight": weight})
     expected = type(module).forward(stand_in, rows)
