@@ -69,7 +69,9 @@ def test_nonzero_advantages_of_rows_and_of_tokens():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch.int64; use mask.bool\(\)"):
+    with pytest.raises(
+        TypeError, match=r"mask must be a bool tensor, got torch.int64; use mask.bool\(\); .* labels != -100"
+    ):
         keep_tokens(torch.ones(2, 3).long())
     with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\]"):
         keep_random(mask(), 0.0)
@@ -81,3 +83,5 @@ def test_errors_name_the_argument():
         keep_nonzero(torch.rand(5), mask())
     with pytest.raises(TypeError, match="advantages must have a floating dtype"):
         keep_nonzero(torch.ones(4).long(), mask())
+    with pytest.raises(ValueError, match="advantages is NaN at 1 of 4 places"):
+        keep_nonzero(torch.tensor([1.0, float("nan"), 0.0, 1.0]), mask())

@@ -152,7 +152,9 @@ def check_mask(name: str, mask: Tensor, like: Tensor | None = None, like_name: s
     """Raise unless ``mask`` is a bool tensor ``[B, S]``, of the shape and on the device of ``like``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, got {came}; use {name}.bool()")
+        # The bool of a label is true at -100 as well.
+        labels = "; where it holds labels, that is labels != -100" if came == torch.int64 else ""
+        raise TypeError(f"{name} must be a bool tensor, got {came}; use {name}.bool(){labels}")
     if like is not None:
         check_shape(name, mask, like.shape, f"that of {like_name}")
         check_same_device(name, mask, like_name, like)

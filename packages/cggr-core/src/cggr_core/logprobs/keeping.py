@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cggr_core.checks import check_choice, check_float, check_ratio, check_same_device, check_shape
+from cggr_core.checks import check_choice, check_float, check_ratio, check_same_device, check_shape, values_are_free
 from cggr_core.selection import Selection, check_mask, select, slots_in_steps
 from cggr_core.settings import SCOPES
 
@@ -138,7 +138,7 @@ def keep_nonzero(advantages: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If shapes or devices disagree.
+        ValueError: If shapes or devices disagree, or (on CPU) an advantage is NaN.
 
     Example:
         >>> keep_nonzero(torch.tensor([0.0, -1.0]), torch.ones(2, 2, dtype=torch.bool))
@@ -148,6 +148,11 @@ def keep_nonzero(advantages: Tensor, mask: Tensor) -> Tensor:
     check_mask("mask", mask)
     check_float("advantages", advantages)
     check_same_device("advantages", advantages, "mask", mask)
+    if values_are_free(advantages) and (count := int(advantages.isnan().sum())):
+        raise ValueError(
+            f"advantages is NaN at {count} of {advantages.numel()} places; a group of one completion has no spread to "
+            "divide by"
+        )
     if tuple(advantages.shape) != tuple(mask.shape[:1]):
         check_shape("advantages", advantages, mask.shape, "that of mask, or [B], one for each row")
         return mask & (advantages != 0)
