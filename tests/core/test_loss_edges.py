@@ -81,6 +81,21 @@ def test_a_single_token_and_a_single_class():
     assert CGGRLoss()(torch.randn(2, 3, 1), torch.zeros(2, 3, dtype=torch.int64)) == 0.0
 
 
+def test_nothing_is_scored_where_everything_is_kept():
+    criterion = CGGRLoss(min_tokens_ratio=1.0)
+    criterion(*logits_and_targets())
+    assert set(criterion.metrics) == {"loss", "keep_ratio", "kept_tokens", "countable_tokens"}
+
+
+def test_means_over_one_token():
+    logits, targets = torch.randn(1, 2, V), torch.tensor([[3, 4]])
+    criterion = CGGRLoss(scoring="loss", selection="topk", min_tokens_ratio=0.5)
+    criterion(logits, targets)
+    nll = cross_entropy(logits[0], targets[0], reduction="none")
+    torch.testing.assert_close(criterion.metrics["score_kept"], nll.max())
+    torch.testing.assert_close(criterion.metrics["score_dropped"], nll.min())
+
+
 def test_flat_input_has_its_weights_and_references():
     logits, targets = logits_and_targets()
     weight, reference = torch.rand(B, S), torch.rand(B, S) * 3

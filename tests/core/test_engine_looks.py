@@ -1,0 +1,190 @@
+"""When an engine looks at its model, and which values its plain passes give."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from cggr_core.routing import engine as engines
+from cggr_core.routing.engine import Engine
+from tests.support.model_steps import tokens
+from tests.support.tiny_models import ROUTABLE
+
+LENGTH = 8
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Of every look: whether it was at routing, at the model's own loss, and at how many tokens; with what it finds."""
+    seen, found = [], {}
+
+    def result(engine_or_probe):
+        own = getattr(engine_or_probe, "architecture", engine_or_probe)
+        head = dataclasses.replace(own.head, fused=found.get("fused", True))
+        architecture = dataclasses.replace(own, head=head, obstacle=found.get("obstacle"))
+        return engines.Probe(
+            architecture, lambda hidden: hidden, found.get("packing"), saw_loss=found.get("saw_loss", False)
+        )
+
+    def probe(model, architecture, inputs, *, routing, own_loss):
+        seen.append((routing, own_loss, inputs.shape[1]))
+        return result(architecture)
+
+    def probe_longer_rows(model, probe, inputs):
+        seen.append(("longer", inputs.shape[1]))
+        return result(probe)
+
+    monkeypatch.setattr(engines, "probe", probe)
+    monkeypatch.setattr(engines, "probe_longer_rows", probe_longer_rows)
+
+    def since(prepare):
+        before = len(seen)
+        prepare()
+        return seen[before:]
+
+    since.found = found
+    return since
+
+
+def preparing(engine, length=LENGTH, packed=False, **how):
+    position_ids = torch.tensor([[*range(3), *range(length - 3)]]).expand(2, -1) if packed else None
+    inputs = engine.inputs(input_ids=tokens(length=length)[:2], position_ids=position_ids)
+    assert (inputs.segment is not None) is packed
+    return lambda: engine.prepare(inputs, **{"routing": True, **how})
+
+
+def test_what_is_looked_at_once_is_not_looked_at_again(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    assert looks(preparing(engine, routing=False)) == [(False, False, 8)]
+    assert looks(preparing(engine, routing=False)) == []
+    assert looks(preparing(engine, routing=False, length=20)) == [], "rows matter to routing alone"
+    assert looks(preparing(engine, routing=False, packed=True)) == [], "and so does packing"
+    assert looks(preparing(engine)) == [(True, False, 8)]
+    assert looks(preparing(engine)) == looks(preparing(engine, length=5)) == []
+    assert looks(preparing(engine, length=9)) == [("longer", 9)]
+    assert looks(preparing(engine, length=9)) == looks(preparing(engine, length=8)) == []
+    assert looks(preparing(engine, packed=True)) == [(True, False, 8)]
+    assert looks(preparing(engine, packed=True)) == looks(preparing(engine, length=9)) == []
+    assert looks(preparing(engine, routing=False, length=30)) == []
+
+
+def test_a_longer_batch_that_is_looked_at_anew_counts_as_long(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    looks(preparing(engine, length=20))
+    assert looks(preparing(engine, length=10, packed=True)) == [(True, False, 10)]
+    assert looks(preparing(engine, length=20)) == []
+
+
+def test_a_loss_is_looked_at_until_it_was_seen(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    for _ in range(2):
+        assert looks(preparing(engine, own_loss=True)) == [(True, True, 8)]
+    looks.found["saw_loss"] = True
+    assert looks(preparing(engine, own_loss=True)) == [(True, True, 8)]
+    assert looks(preparing(engine, own_loss=True)) == []
+
+
+def test_loaded_weights_and_other_modules_are_looked_at(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    looks(preparing(engine))
+    before = engine.seen
+    assert engine.follow() is False and engine.seen == before
+    engine.model.load_state_dict(engine.model.state_dict())
+    assert engine.seen != before
+    for expected in ([(True, False, 8)], []):
+        assert looks(preparing(engine)) == expected
+    before = engine.seen
+    engine.model.resize_token_embeddings(200)
+    # Whoever makes inputs has the model as it is.
+    assert looks(preparing(engine)) == [(True, False, 8)]
+    assert engine.seen != before and engine.vocab_size == 200
+    other = ROUTABLE["llama"]()
+    assert engine.follow(other) is True
+    assert engine.model is other and engine.follow(other) is False
+    assert looks(preparing(engine)) == [(True, False, 8)]
+    copy = pickle.loads(pickle.dumps(engine))
+    assert looks(preparing(copy)) == [(True, False, 8)]
+
+
+def test_ranks_that_shard_layers_do_not_look_at_longer_rows(looks, monkeypatch):
+    monkeypatch.setattr(engines, "shards_layers", lambda layers: True)
+    engine = Engine(ROUTABLE["llama"]())
+    assert looks(preparing(engine)) == [(True, False, 8)]
+    assert looks(preparing(engine, length=20)) == []
+
+
+def test_what_cannot_be_routed_is_refused_each_time(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    looks.found["packing"] = "not packed"
+    preparing(engine)()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^not packed$"):
+            preparing(engine, packed=True)()
+    preparing(engine)()
+    looks.found["obstacle"] = "it does not"
+    engine.follow(ROUTABLE["llama"]())
+    preparing(engine, routing=False)()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="route keys and values, and it does not; use gradient='exact'"):
+            preparing(engine)()
+    assert looks(preparing(engine, routing=False)) == []
+
+
+def test_a_head_that_is_more_than_a_matrix_is_said_once(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    looks.found["fused"] = False
+    with pytest.warns(UserWarning, match="the head of LlamaForCausalLM is more than one matrix"):
+        preparing(engine)()
+    assert looks(preparing(engine)) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_values_of_a_plain_pass(name):
+    model = ROUTABLE[name]().eval()
+    engine = Engine(model)
+    given = {"input_ids": tokens(length=LENGTH)[:2]}
+    engine.prepare(engine.inputs(**given), routing=False)
+    wanted = model(**given, output_hidden_states=True)
+    head = model.get_output_embeddings()
+    positions = torch.tensor([[0, 3, 7], [1, 2, 5]])
+    for hidden in (False, True):
+        values, auxiliary = engine.plain(given, hidden=hidden)
+        assert auxiliary is None
+        torch.testing.assert_close(head(values), wanted.logits)
+        some, _ = engine.plain(given, hidden=hidden, positions=positions)
+        torch.testing.assert_close(some, values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2])))
+    for depth in (engine.depth, engine.depth + 1, None):
+        torch.testing.assert_close(engine.logits(given, depth=depth), wanted.logits)
+    shallow = engine.logits(given, depth=1)
+    assert not torch.allclose(shallow, wanted.logits)
+    torch.testing.assert_close(head(engine.plain(given, depth=1)[0]), shallow)
+    torch.testing.assert_close(engine.hidden(given, depth=1), wanted.hidden_states[1])
+    with engine.hidden_states(1) as seen:
+        model(**given)
+    model(**given)
+    assert len(seen) == 1 and not seen[0].requires_grad
+    torch.testing.assert_close(seen[0], wanted.hidden_states[1])
+    # Left alone, the model is as it was.
+    torch.testing.assert_close(model(**given).logits, wanted.logits)
+
+
+def test_padding_counts_in_a_plain_pass():
+    model = ROUTABLE["llama"]().eval()
+    engine = Engine(model)
+    given = {"input_ids": tokens(length=LENGTH)[:2], "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64)}
+    given["attention_mask"][:, :3] = 0
+    wanted = model(**given).logits[:, 3:]
+    torch.testing.assert_close(engine.logits(given)[:, 3:], wanted)
+    packed = {"input_ids": given["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)}
+    torch.testing.assert_close(engine.logits(packed), model(**packed, use_cache=False).logits)
+
+
+def test_inputs_have_everything_that_was_given():
+    engine = Engine(ROUTABLE["llama"]())
+    types = torch.ones(2, LENGTH, dtype=torch.int64)
+    made = engine.inputs(input_ids=tokens(length=LENGTH)[:2], token_type_ids=types, output_attentions=True)
+    assert made.per_token["token_type_ids"] is types and made.options == {"output_attentions": True}
+    embedded = engine.embeddings(tokens(length=LENGTH)[:2])
+    assert embedded.shape == (2, LENGTH, engine.hidden_size) and not embedded.requires_grad
+    assert engine.embedding_size == engine.hidden_size == engine.model.config.hidden_size
