@@ -95,7 +95,7 @@ def test_the_step_is_one_cuda_graph(variant):
 def test_the_recipe_for_small_models():
     """The example of the documentation, which a CPU cannot run, trains."""
     recipe = Path(__file__).parents[2] / "docs/recipes/small-models.md"
-    (example,) = re.findall(r"^```python\n(.*?)^```", recipe.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    *_, example = re.findall(r"^```python\n(.*?)^```", recipe.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     base = model()
     names = {
         "torch": torch,

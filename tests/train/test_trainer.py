@@ -228,10 +228,12 @@ class TestConfig:
     def test_from_the_command_line_and_yaml(self, tmp_path):
         parser = HfArgumentParser((TrainingArguments, CGGRConfig))
         line = ["--output_dir", str(tmp_path), "--gradient", "exact", "--engine", "two_pass", "--unbiased", "false",
-                "--selection_seed", "7", "--seed", "3"]  # fmt: skip
+                "--selection_seed", "7", "--seed", "3", "--cuda_graph", "auto"]  # fmt: skip
         training, cggr = parser.parse_args_into_dataclasses(line)
         assert training.seed == 3
-        assert cggr == CGGRConfig(gradient="exact", engine="two_pass", unbiased=False, selection_seed=7)
+        assert cggr == CGGRConfig(
+            gradient="exact", engine="two_pass", unbiased=False, selection_seed=7, cuda_graph="auto"
+        )
         path = tmp_path / "settings.yaml"
         path.write_text(f"output_dir: {tmp_path}\nmin_tokens_ratio: 0.125\nselection: sampled\nratio_warmup_steps: 9\n")
         _, cggr = parser.parse_yaml_file(path)
