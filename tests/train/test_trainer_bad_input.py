@@ -32,7 +32,7 @@ def test_other_losses_are_refused(tmp_path):
     plain = trainer(tmp_path)
     with pytest.raises(ValueError, match="compute_loss_func would see a forward of all tokens"):
         CGGRTrainer(plain.model, plain.args, compute_loss_func=lambda *args, **kwargs: None)
-    with pytest.raises(ValueError, match="return_outputs=True in training"):
+    with pytest.raises(ValueError, match="return_outputs=True is not possible in training"):
         plain.compute_loss(plain.model.train(), pad(examples(2)), return_outputs=True)
 
 
@@ -52,7 +52,7 @@ def test_settings_fail_before_training(tmp_path, cggr, message):
 
 def test_packing_without_positions_is_refused(tmp_path):
     collator = DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True)
-    with pytest.raises(ValueError, match="no position_ids: let the data collator return position_ids"):
+    with pytest.raises(ValueError, match="no position_ids; let the data collator return position_ids"):
         trainer(tmp_path, CGGRConfig(), collator=collator).train()
 
 
@@ -68,7 +68,7 @@ class TestClasses:
 
     @pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer])
     def test_the_mixin_comes_first(self, base):
-        with pytest.raises(TypeError, match=r"CGGR would never be asked.*write class Routed\(CGGRMixin, "):
+        with pytest.raises(TypeError, match=r"CGGR would never compute.*write class Routed\(CGGRMixin, "):
             type("Routed", (base, CGGRMixin), {})
 
     def test_something_around_the_loss(self, tmp_path):
@@ -98,7 +98,7 @@ def test_remembered_scores_are_refused(tmp_path):
 
 def test_batches_without_labels_are_refused(tmp_path):
     made = trainer(tmp_path, CGGRConfig(), collator=lambda rows: {"input_ids": pad(rows)["input_ids"]})
-    with pytest.raises(ValueError, match="the batch holds input_ids and no labels"):
+    with pytest.raises(ValueError, match="the batch has input_ids but no labels"):
         made.train()
 
 

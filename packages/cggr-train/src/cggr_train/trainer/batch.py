@@ -31,8 +31,8 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     hints = _PACKING_HINTS & inputs.keys()
     if hints and inputs.get("position_ids") is None:
         raise ValueError(
-            f"the batch holds {', '.join(sorted(hints))} and no position_ids: let the data collator return "
-            "position_ids (they start anew with every packed document)"
+            f"the batch has {', '.join(sorted(hints))} but no position_ids; let the data collator return "
+            "position_ids (which restart with every packed document)"
         )
     return {name: value for name, value in inputs.items() if name not in _ATTENTION_HINTS}
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CGGRConfig:
-    """How tokens are scored and kept, and what their gradient reaches; the arguments of :class:`cggr_core.CGGRModel`.
+    """How tokens are scored and kept, and what their gradient reaches: the arguments of :class:`cggr_core.CGGRModel`.
 
     Three settings depend on the trainer where they are left out. ``selection``: ``"stratified"`` for the cross-entropy
     of Trainer and SFTTrainer; ``"supervised"`` for DPO, KTO, GRPO and RLOO, whose losses say which tokens they are
@@ -43,7 +43,8 @@ class CGGRConfig:
     """
 
     gradient: GradientMode = field(
-        default=cast(GradientMode, RoutingSettings.gradient), metadata={"help": "What a kept token's gradient reaches."}
+        default=cast(GradientMode, RoutingSettings.gradient),
+        metadata={"help": "Gradient mode: what a kept token's gradient reaches."},
     )
     min_tokens_ratio: float | None = field(
         default=None,
@@ -58,14 +59,13 @@ class CGGRConfig:
     )
     scoring: Literal[Scoring, "divergence"] | None = field(
         default=None,
-        metadata={
-            "help": "What makes a token worth learning from; 'excess' needs reference_nll in the batches, 'divergence' "
-            "a teacher."
-        },
+        metadata={"help": "Score of a token; 'excess' needs reference_nll in the batches, 'divergence' a teacher."},
     )
     router: Literal["full_depth", "truncated", "learned"] = field(
         default="full_depth",
-        metadata={"help": "What scores: the whole model, its first layers, or a head on their output that learns."},
+        metadata={
+            "help": "Source of the scores: the whole model, its first layers, or a learned head on their output."
+        },
     )
     router_depth: int | None = field(
         default=None,
@@ -73,7 +73,7 @@ class CGGRConfig:
     )
     engine: EngineName | None = field(
         default=cast(EngineName | None, RoutingSettings.engine),
-        metadata={"help": "How kv and detached are computed; the cheaper one if not given."},
+        metadata={"help": "Engine of kv and detached; the cheaper one if not given."},
     )
     context_precision: ContextPrecision | None = field(
         default=cast(ContextPrecision | None, RoutingSettings.context_precision),
@@ -87,7 +87,7 @@ class CGGRConfig:
     )
     min_tokens_per_sequence: int = field(
         default=RoutingSettings.min_tokens_per_sequence,
-        metadata={"help": "Raises a row's share for sequence_aware, which is topk otherwise."},
+        metadata={"help": "Minimum number of kept tokens per row for sequence_aware, which is topk otherwise."},
     )
     block_size: int = field(
         default=RoutingSettings.block_size, metadata={"help": "Keep blocks of this many neighbouring tokens."}
@@ -100,10 +100,11 @@ class CGGRConfig:
         metadata={"help": "Optimizer steps over which the keep ratio falls from 1 to min_tokens_ratio."},
     )
     dynamic_threshold: bool = field(
-        default=RoutingSettings.dynamic_threshold, metadata={"help": "Let the batch's confidence move the ratio."}
+        default=RoutingSettings.dynamic_threshold, metadata={"help": "Adapt the keep ratio to the batch's confidence."}
     )
     threshold_sensitivity: float = field(
-        default=RoutingSettings.threshold_sensitivity, metadata={"help": "How strongly the confidence moves the ratio."}
+        default=RoutingSettings.threshold_sensitivity,
+        metadata={"help": "How strongly the confidence changes the ratio."},
     )
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
@@ -114,21 +115,21 @@ class CGGRConfig:
     )
     skip_zero_advantage: bool | None = field(
         default=None,
-        metadata={"help": "Leave rows without an advantage out of a policy update; by default where that is exact."},
+        metadata={"help": "Leave rows without an advantage out of a policy update; by default if that is exact."},
     )
 
     def build(self, model: nn.Module, *, seed: int = 0, **overrides: Any) -> CGGRModel:
-        """The model with its gradient routed as these settings say.
+        """Wrap a model according to these settings.
 
         Args:
             model: A Hugging Face language model, or a PEFT wrapper of one.
-            seed: Seed of the selections, where ``selection_seed`` gives none.
-            **overrides: Arguments of :class:`cggr_core.CGGRModel` that go before these settings: a ``router`` of the
-                caller's own, for one.
+            seed: Seed of the selections, unless ``selection_seed`` is set.
+            **overrides: Arguments of :class:`cggr_core.CGGRModel` that override these settings, for example your own
+                ``router``.
 
         Raises:
             TypeError: If a setting has a wrong type, or ``model`` is not a Hugging Face model.
-            ValueError: If a setting or a combination of settings is not valid.
+            ValueError: If a setting or a combination of settings is invalid.
         """
         from cggr_core import CGGRModel
 

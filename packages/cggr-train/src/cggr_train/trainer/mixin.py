@@ -32,14 +32,14 @@ else:
 class CGGRMixin(_Base):
     """Trains a Trainer's model on the tokens worth learning from: ``class MyTrainer(CGGRMixin, SFTTrainer)``.
 
-    The Trainer keeps its model, its wrappers, its data and its checkpoints; what changes is the training forward.
-    Evaluation is the Trainer's own, of the full loss, and what it saves is the plain model.
+    The Trainer keeps its model, wrappers, data and checkpoints; only the training forward changes. Evaluation is the
+    Trainer's own and uses the full loss, and checkpoints hold the plain model.
 
     The loss is divided by the Trainer's ``num_items_in_batch``, the countable tokens of all micro-batches (and of all
     ranks under ``average_tokens_across_devices``, the default), and the random choices of a step are numbered by its
     rows: one step makes the same selections and the same gradient however it is split.
 
-    A dataset's columns ``reference_nll`` and ``token_weight`` reach the training forward, where the data collator hands
+    The dataset columns ``reference_nll`` and ``token_weight`` reach the training forward if the data collator passes
     them on; see :meth:`cggr_core.CGGRModel.forward`.
 
     Each record of the training loss in the Trainer's log also holds, since the record before: ``keep_ratio``,
@@ -49,9 +49,9 @@ class CGGRMixin(_Base):
     scored at full depth.
 
     Args:
-        *args: Of the Trainer.
-        cggr: The settings; the defaults if not given.
-        router: A router of the caller's own in place of the one that the settings name; see
+        *args: Arguments of the Trainer.
+        cggr: Settings of CGGR; defaults if not given.
+        router: Your own router in place of the one that the settings name; see
             :class:`cggr_core.CGGRModel`. Not :class:`cggr_core.experimental.RememberedScores`.
         **kwargs: Of the Trainer.
 
@@ -115,7 +115,7 @@ class CGGRMixin(_Base):
         self._micro_batch = (-1, 0)
 
     def step_routing(self) -> None:
-        """Move the keep ratio on by one optimizer step; the callback does."""
+        """Advance the keep ratio by one optimizer step; called by the callback."""
         self.routed_model().step()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class CGGRMixin(_Base):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The loss of the kept tokens in training; in evaluation what the Trainer computes.
+        """The loss of the kept tokens in training; the Trainer's own loss in evaluation.
 
         Args:
             model: The model, as the Trainer has wrapped it.
@@ -157,10 +157,12 @@ class CGGRMixin(_Base):
             self._metrics_window.add(self._task_loss.metrics)
             return loss
         if return_outputs:
-            raise ValueError("return_outputs=True in training: the logits of tokens that are not kept are not computed")
+            raise ValueError(
+                "return_outputs=True is not possible in training: the logits of other tokens are not computed"
+            )
         if inputs.get("labels") is None:
             raise ValueError(
-                f"the batch holds {', '.join(sorted(inputs))} and no labels: let the dataset or the data collator give "
+                f"the batch has {', '.join(sorted(inputs))} but no labels; let the dataset or the data collator add "
                 "them (DataCollatorForLanguageModeling(tokenizer, mlm=False) does)"
             )
         routed = self.routed_model()

@@ -30,7 +30,7 @@ def check_class(kind: type, mixin: type) -> None:
     for base in losses[: losses.index(mixin)]:
         if not issubclass(base, mixin):
             raise TypeError(
-                f"{kind.__name__} has {base.__name__} before {mixin.__name__}, so that CGGR would never be asked for "
+                f"{kind.__name__} has {base.__name__} before {mixin.__name__}, so CGGR would never compute "
                 f"the loss; write class {kind.__name__}({mixin.__name__}, {base.__name__})"
             )
     for base in losses[losses.index(mixin) + 1 :]:
@@ -58,12 +58,12 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
     arguments, accelerator = trainer.args, trainer.accelerator
     if own_loss and router is not None:
         raise ValueError(
-            "router scores tokens for their cross-entropy, and this trainer's loss names its own; leave it out"
+            "router scores tokens for their cross-entropy, but this trainer's loss determines its own; leave it out"
         )
     if isinstance(router, RememberedScores):
         raise ValueError(
-            "router is RememberedScores, which has to know on the host which examples a batch holds, and whose scores "
-            "are in no checkpoint of the Trainer; use cggr train --router remembered, or a loop of your own"
+            "router is RememberedScores, which needs the examples of a batch on the host, and whose scores the Trainer "
+            "does not save; use cggr train --router remembered, or your own loop"
         )
     if arguments.label_smoothing_factor:
         raise ValueError(
@@ -71,23 +71,26 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
             "cross-entropy; leave it at 0"
         )
     if callable(trainer.compute_loss_func):
-        raise ValueError("compute_loss_func would see a forward of all tokens; CGGR computes the loss, leave it out")
+        raise ValueError(
+            "compute_loss_func would see a forward of all tokens, but CGGR computes the loss; leave it out"
+        )
     if not own_loss and getattr(arguments, "loss_type", "nll") not in ("nll", "chunked_nll"):
         raise ValueError(
             f"loss_type={arguments.loss_type!r}: tokens picked by a score learn from the plain cross-entropy; use "
             "loss_type='nll', or selection='supervised'"
         )
     if arguments.torch_compile:
-        raise ValueError("torch_compile=True compiles a forward that CGGR does not run; leave it False")
+        raise ValueError("torch_compile=True compiles a forward that CGGR does not run; set it to False")
     if arguments.neftune_noise_alpha and config.gradient in ("kv", "detached"):
         raise ValueError(
-            f"neftune_noise_alpha={arguments.neftune_noise_alpha}: its noise depends on how many tokens a forward has, "
-            f"and gradient={config.gradient!r} computes the kept ones apart; use gradient='exact' or leave it out"
+            f"neftune_noise_alpha={arguments.neftune_noise_alpha}: its noise depends on the number of tokens in a "
+            "forward, "
+            f"but gradient={config.gradient!r} computes kept tokens separately; use gradient='exact' or leave it out"
         )
     if arguments.n_gpu > 1:
         raise ValueError(
-            f"{arguments.n_gpu} GPUs in one process mean DataParallel; start one process for each with torchrun or "
-            "accelerate launch, or show only one with CUDA_VISIBLE_DEVICES"
+            f"{arguments.n_gpu} GPUs in one process mean DataParallel; start one process per GPU with torchrun or "
+            "accelerate launch, or select one GPU with CUDA_VISIBLE_DEVICES"
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed gathers parameters around the model's own layers; use DDP or FSDP2")
