@@ -93,11 +93,13 @@ def gradient_pass(
         note=note,
     )
     kept = _KeptTokens(architecture, inputs, selection, cache, adapters, attention, keep_graph=keep_graph)
+    # Which layers are recomputed is read before their switch is turned off.
+    forwards = kept.forwards(others, recorded=context.depth, own_head=read_head is None)
     with (
         without_checkpointing(architecture),
         attention_implementation(architecture, attention),
         routed_masks(inputs.visibility(), taken_apart=True),
-        replaced_forwards(kept.forwards(others, recorded=context.depth, own_head=read_head is None)),
+        replaced_forwards(forwards),
         head_read_by(architecture, None if read_head is None else kept.reader(read_head)),
         nullcontext() if inputs.shared is None else cache.remade.saving(),
     ):
