@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from cggr_core import linear_loss
+from cggr_core import linear_loss, schedule
 from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
 from cggr_core.selection import Selection
@@ -79,6 +79,14 @@ def test_a_single_token_and_a_single_class():
     torch.testing.assert_close(CGGRLoss()(logits, targets), wanted)
     torch.testing.assert_close(CGGRLoss()(logits[0], targets[0]), wanted)
     assert CGGRLoss()(torch.randn(2, 3, 1), torch.zeros(2, 3, dtype=torch.int64)) == 0.0
+
+
+def test_forwards_without_a_step_are_noticed(monkeypatch):
+    monkeypatch.setattr(schedule, "_FORWARDS_BEFORE_WARNING", 2)
+    criterion = CGGRLoss(warmup_steps=5)
+    criterion(*logits_and_targets())
+    with pytest.warns(UserWarning, match=r"warmup_steps=5, but step\(\) was not called in 2 training forwards"):
+        criterion(*logits_and_targets())
 
 
 def test_nothing_is_scored_where_everything_is_kept():

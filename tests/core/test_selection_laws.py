@@ -195,6 +195,9 @@ def test_the_guarantee_of_sequence_aware_widens_its_own_slots_alone():
     assert slots("sequence_aware", capacity=5) == (5, 15)
     assert slots("sequence_aware", scope="batch", capacity=20) == (20, 20)
     assert slots("topk") == slots("stratified") == (4, 12)
+    assert slots("topk", capacity=20) == slots("stratified", capacity=20) == (20, 12)
+    made = select(score, countable, ratio=0.01, selection="sequence_aware", capacity=5)
+    assert made.valid.sum(1).tolist() == [1, 1, 1]
     # Four blocks of 8 positions hold the 9 wanted: two of them.
     assert slots("sequence_aware", block_size=8) == (16, 48)
 

@@ -1,0 +1,300 @@
+"""What is read off a model before any of it runs, and how the backward passes of its parts follow one another."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cggr_core.routing.architectures import describe, has_hooks, head_rows, is_plain_matrix, unwrapped
+from cggr_core.routing.head_check import gives_the_logits, large_random_logits
+from cggr_core.routing.inputs import other_positions, token_inputs
+from cggr_core.routing.loads import count_loads
+from cggr_core.routing.ordering import backward_in_turn
+from tests.support.model_steps import tokens
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+IDS = tokens(length=6)[:2]
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+def nothing(*_):
+    return None
+
+
+def gathers(*_):
+    return None
+
+
+gathers.__module__ = "torch.distributed.fsdp"
+
+
+def test_a_head_is_a_plain_matrix_or_it_is_not():
+    assert is_plain_matrix(nn.Linear(2, 3)) and is_plain_matrix(Renamed(2, 3))
+    for other in (OwnForward(2, 3), nn.Identity(), nn.Bilinear(2, 2, 3), nn.Sequential(nn.Linear(2, 3))):
+        assert not is_plain_matrix(other)
+    head = nn.Linear(2, 3)
+    head.forward = nothing
+    assert not is_plain_matrix(head)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_count_but_for_those_that_gather_weights(register):
+    head = nn.Linear(2, 3)
+    assert not has_hooks(head)
+    getattr(head, register)(gathers)
+    assert not has_hooks(head) and is_plain_matrix(head)
+    handle = getattr(head, register)(nothing)
+    assert has_hooks(head) and not is_plain_matrix(head)
+    handle.remove()
+    assert is_plain_matrix(head)
+
+
+def test_classes_of_a_head():
+    config = SimpleNamespace(vocab_size=99, get_text_config=lambda: config)
+
+    def rows(head):
+        return head_rows(SimpleNamespace(config=config, get_output_embeddings=lambda: head))
+
+    assert rows(nn.Linear(4, 7)) == 7
+    packed = nn.Linear(4, 7)
+    packed.weight = nn.Parameter(torch.zeros(14))
+    assert rows(packed) == rows(nn.Identity()) == 99
+
+
+def test_the_model_inside_a_wrapper():
+    inner = nn.Linear(1, 1)
+    wrapper = nn.Identity()
+    assert unwrapped(wrapper) is wrapper
+    wrapper.get_base_model = lambda: inner
+    assert unwrapped(wrapper) is inner
+    wrapper.get_base_model = "not to be called"
+    assert unwrapped(wrapper) is wrapper
+
+
+def described(**settings):
+    model = ROUTABLE["llama"]()
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return model, describe(model)
+
+
+def test_settings_of_a_head_are_those_of_the_model_or_its_config():
+    assert (described()[1].head.scale, described()[1].head.softcap) == (None, None)
+    assert described(logit_scale=0.5)[1].head.scale == 0.5
+    assert described(logits_scaling=4)[1].head.scale == 0.25
+    softcap = described(final_logit_softcapping=30)[1].head.softcap
+    assert softcap == 30.0 and isinstance(softcap, float)
+    model, _ = described(logit_scale=0.5)
+    model.logit_scale = 2.0
+    assert describe(model).head.scale == 2.0
+
+
+def test_layers_and_what_stands_around_them():
+    model, description = described()
+    assert description.layers is model.model.layers and description.head.module is model.lm_head
+    assert description.head.fused and description.obstacle is None and description.position_maker is None
+    assert description.cache_name in ("past_key_values", "cache") and "input_ids" in description.forward_parameters
+    assert set(description.checkpointing) == {
+        part for part in model.modules() if hasattr(part, "gradient_checkpointing")
+    }
+    assert set(description.configured) == {part for part in model.modules() if hasattr(part, "config")}
+    model.config.num_hidden_layers += 1
+    assert len(describe(model).layers) == 0 and "were not found" in describe(model).obstacle
+    model.config.num_hidden_layers -= 1
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    assert "has layers without keys and values (linear_attention)" in describe(model).obstacle
+
+
+def test_of_two_lists_as_long_as_the_layers_the_outer_one_is_meant():
+    model, _ = described()
+    own = model.model.layers
+    model.model.layers[0].experts = nn.ModuleList(nn.Identity() for _ in own)
+    assert describe(model).layers is own
+
+
+@pytest.mark.parametrize("change", ["no config", "encoder-decoder", "no head", "packed head"])
+def test_models_that_cannot_be_described(change, monkeypatch):
+    model, _ = described()
+    error, message = ValueError, "is an encoder-decoder model"
+    if change == "no config":
+        model, error, message = nn.Linear(2, 2), TypeError, "got Linear$"
+    elif change == "encoder-decoder":
+        model.config.is_encoder_decoder = True
+    else:
+        head = None if change == "no head" else nn.Identity()
+        monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
+        if change == "no head":
+            message = "has no output embedding"
+        else:
+            error, message = TypeError, r"\(Identity\) holds no weight tensor"
+    with pytest.raises(error, match=message):
+        describe(model)
+
+
+def test_loads_are_counted_once_for_a_model():
+    model = nn.Linear(2, 3)
+    model.register_load_state_dict_post_hook(nothing)
+    counter = count_loads(model)
+    assert counter.count == 0 and count_loads(model) is counter
+    model.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict())
+    assert counter.count == 2
+    assert count_loads(nn.Linear(2, 3)) is not counter
+
+
+def test_a_backward_pass_in_turn():
+    order = []
+    weight = torch.randn(3, requires_grad=True)
+    values = [weight * 2, torch.randn(3), weight.exp()]
+    values[0].register_hook(lambda grad: order.append("values"))
+    hidden = torch.randn(3, requires_grad=True)
+    before = hidden * 3
+    before.register_hook(lambda grad: order.append("before"))
+    found = backward_in_turn(values, before=before)
+    assert all(torch.equal(a, b) for a, b in zip(found, values, strict=True))
+    assert [part.requires_grad for part in found] == [True, False, True] and found[1] is values[1]
+    loss = (found[0] * before + found[2] * 5 + found[1]).sum()
+    loss.backward()
+    wanted = 2 * before + 5 * weight.exp()
+    torch.testing.assert_close(weight.grad, wanted.detach())
+    torch.testing.assert_close(hidden.grad, (3 * values[0]).detach())
+    assert order == ["values", "before"]
+    constants = (torch.randn(3), torch.randn(3))
+    assert backward_in_turn(constants, before=before) == constants
+
+
+@pytest.mark.parametrize("index", [[[0, 3], [4, 1]], [[4, 3], [0, 1]], [[0, 1, 2, 3, 4]] * 2])
+def test_the_other_positions(index):
+    found = other_positions(torch.tensor(index), 5)
+    assert found.tolist() == [[at for at in range(5) if at not in row] for row in index]
+
+
+def inputs(model=None, **given):
+    model = ROUTABLE["llama"]() if model is None else model
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "options")
+    given = {"input_ids": IDS} | given
+    return token_inputs(model, describe(model), **{name: given.get(name) for name in names})
+
+
+def test_a_batch_made_explicit():
+    made = inputs()
+    assert made.shape == (2, 6) and made.padding is None and made.segment is None and not made.passes_positions
+    assert made.position_ids.tolist() == [list(range(6))] * 2
+    assert set(made.arguments()) == {"input_ids"} and made.quiet == {} and made.passes_padding
+    types, mask = torch.zeros_like(IDS), torch.ones_like(IDS)
+    made = inputs(token_type_ids=types, attention_mask=mask, options={"output_attentions": True})
+    assert set(made.arguments()) == {"input_ids", "token_type_ids", "attention_mask", "output_attentions"}
+    assert made.arguments()["attention_mask"] is mask and made.arguments()["output_attentions"] is True
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    made = inputs(position_ids=positions)
+    assert made.passes_positions and made.segment.tolist() == [[0, 0, 0, 1, 1, 1]] * 2
+    assert made.arguments()["position_ids"].tolist() == positions.tolist() * 2
+    assert inputs(position_ids=positions, attention_mask=mask).segment is None
+    embedded = torch.randn(2, 6, 32)
+    assert inputs(input_ids=None, inputs_embeds=embedded).arguments()["inputs_embeds"] is embedded
+
+
+def test_what_queries_of_a_batch_may_attend_to():
+    mask = torch.ones_like(IDS)
+    seen = inputs(attention_mask=mask).visibility(torch.tensor([[1], [2]]), key_gradient="kept")
+    assert seen.position.tolist() == [[1], [2]] and seen.length == 6 and seen.padding is mask
+    assert seen.segment is None and seen.key_gradient == "kept"
+    assert inputs().visibility().position is None and inputs().visibility().key_gradient == "all"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(2, 6, 32)}, ValueError, "give exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": None}, ValueError, "give exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": IDS.float()}, TypeError, "^input_ids must"),
+        ({"input_ids": IDS[0]}, ValueError, r"^input_ids must be \[B, S\] with at least one token, got shape \[6\]"),
+        (
+            {"input_ids": IDS[:, :0]},
+            ValueError,
+            r"^input_ids must be \[B, S\] with at least one token, got shape \[2, 0",
+        ),
+        ({"input_ids": None, "inputs_embeds": IDS}, TypeError, "^inputs_embeds must have a floating dtype"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6)}, ValueError, r"^inputs_embeds must be \[B, S, H\]"),
+        ({"attention_mask": [[1]]}, TypeError, "^attention_mask must be a tensor, got list"),
+        ({"attention_mask": torch.ones(2, 5)}, ValueError, r"^attention_mask must have shape \[2, 6\] like the input"),
+        ({"attention_mask": torch.ones(2, 6, 6)}, ValueError, r"^attention_mask must be \[B, S\] \(1 = token, 0 = "),
+        (
+            {"attention_mask": torch.ones(2, 6, device="meta")},
+            ValueError,
+            "^attention_mask is on meta but the input is",
+        ),
+        ({"token_type_ids": IDS[:1]}, ValueError, r"^token_type_ids must have shape \[2, 6\] like the input tokens"),
+        ({"token_type_ids": IDS.float()}, TypeError, "^token_type_ids must"),
+        ({"position_ids": IDS.float()}, TypeError, "^position_ids must"),
+    ],
+)
+def test_batches_that_are_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        inputs(**given)
+
+
+def test_a_head_gives_large_logits_for_the_length_of_a_block():
+    head, hidden = nn.Linear(8, 500), torch.randn(3, 8)
+    own = head(hidden)
+    with large_random_logits(head) as given:
+        first, second = head(hidden), head(hidden)
+    assert torch.equal(given[0], first) and torch.equal(given[1], second) and not torch.equal(first, second)
+    assert abs(first.std().item() - 8.0) < 0.6 and first.dtype == own.dtype
+    assert torch.equal(head(hidden), own)
+    with large_random_logits(head):
+        assert torch.equal(head(hidden), first)
+        assert head.to(torch.bfloat16)(hidden.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "softcap"), [("llama", None), ("gemma2", 30.0)])
+def test_logits_that_are_those_of_the_head(name, softcap):
+    model = ROUTABLE[name]().eval()
+    description = describe(model)
+    assert (description.head.softcap is None) is (softcap is None)
+    few = token_inputs(
+        model,
+        description,
+        input_ids=IDS,
+        inputs_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        token_type_ids=None,
+    )
+    assert gives_the_logits(model, description, few)
+    own = model.forward
+
+    def with_logits(change):
+        def forward(*args, **kwargs):
+            output = own(*args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+        model.forward = forward
+        found = gives_the_logits(model, description, few)
+        model.forward = own
+        return found
+
+    assert with_logits(lambda logits: logits * (1 + 1e-5))
+    assert not with_logits(lambda logits: logits * 1.01)
+    assert not with_logits(lambda logits: logits + torch.eye(VOCAB)[3] * 5)
+    assert not with_logits(lambda logits: logits[:, :-1])
+    model.final_logits_bias = torch.zeros(VOCAB)
+    assert not gives_the_logits(model, description, few)
