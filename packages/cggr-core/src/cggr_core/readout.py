@@ -47,7 +47,7 @@ class HeadReadout:
         """
         if not self.fused:
             return token_statistics(values, targets, ignore_index=self._ignore_index, fields=fields)
-        module = self._linear
+        module = self._head.linear
         return linear_token_statistics(
             values,
             module.weight,
@@ -76,7 +76,7 @@ class HeadReadout:
             logits = values.flatten(0, -2).float().masked_fill((targets == self._ignore_index)[:, None], 0.0)
             nll = nn.functional.cross_entropy(logits, targets, ignore_index=self._ignore_index, reduction="none")
             return (nll * coefficients.flatten()).sum()
-        module = self._linear
+        module = self._head.linear
         return linear_cross_entropy(
             values.flatten(0, -2),
             module.weight,
@@ -88,9 +88,3 @@ class HeadReadout:
             ignore_index=self._ignore_index,
             max_logits=_MAX_LOGITS,
         )
-
-    @property
-    def _linear(self) -> nn.Linear:
-        module = self._head.module
-        assert isinstance(module, nn.Linear)  # what "fused" means
-        return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_core.head import accumulation_dtype
 from cggr_core.logprobs.linear import linear_logprobs, logits_logprobs
@@ -46,7 +46,7 @@ class TokenHead:
         """
         rows, flat = values.flatten(0, -2), targets.flatten()
         if self._head.fused:
-            module = self._linear
+            module = self._head.linear
             found = linear_logprobs(
                 rows,
                 module.weight,
@@ -67,7 +67,7 @@ class TokenHead:
         """:meth:`logprobs` without gradients, in chunks."""
         fields = {"nll", "entropy"} if entropy else {"nll"}
         if self._head.fused:
-            module = self._linear
+            module = self._head.linear
             statistics = linear_token_statistics(
                 values,
                 module.weight,
@@ -81,9 +81,3 @@ class TokenHead:
             statistics = token_statistics(values / self._temperature, targets, fields=fields)
         assert statistics.nll is not None  # asked for
         return 0.0 - statistics.nll, statistics.entropy
-
-    @property
-    def _linear(self) -> nn.Linear:
-        module = self._head.module
-        assert isinstance(module, nn.Linear)  # what "fused" means
-        return module

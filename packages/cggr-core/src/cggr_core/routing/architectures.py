@@ -34,6 +34,13 @@ class Head:
     scale: float | None
     softcap: float | None
     fused: bool
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The module of a fused head, which is one matrix and its bias."""
+        assert isinstance(self.module, nn.Linear)
+        return self.module
+
     classes: int
 
 

@@ -208,16 +208,8 @@ def plan_arms(
             if selection in SCORELESS:
                 continue
             routing = dataclasses.replace(base, gradient=gradient, ratio=ratio, selection=selection, scoring=scoring)
-            asked_name = f"{gradient}-{ratio:g}-{selection}-{scoring}"
-            by = scoring
-            if router is not None:
-                depth = base.router_depth if router in ("truncated", "learned") else None
-                routing = dataclasses.replace(routing, router=router, router_depth=depth)
-                asked_name, by = f"{asked_name}-{router}", f"{scoring} ({router.replace('_', ' ')})"
-            label = f"{selection} {ratio:g} by {by}, {gradient}"
-            asked[asked_name] = Arm(
-                asked_name, label, "asked", "cggr", batch_size, routing, equal_cost=equal_cost(routing), random=name
-            )
+            arm = _scored_arm(routing, router, batch_size=batch_size)
+            asked[arm.name] = dataclasses.replace(arm, equal_cost=equal_cost(arm.routing), random=name)
     further = [
         Arm(f"standard-b{size}", f"standard, batch {size}", "batch", "standard", size)
         for size in dict.fromkeys(batch_sizes)
@@ -230,6 +222,18 @@ def plan_arms(
                 batch_size, memory_of=routed)
         )  # fmt: skip
     return [*standard, *further, *equal.values(), *random.values(), *asked.values()]
+
+
+def _scored_arm(routing: Routing, router: str | None, *, batch_size: int) -> Arm:
+    """The arm of a routing whose tokens are scored, by a router of that name if one is given; without its controls."""
+    name = f"{routing.gradient}-{routing.ratio:g}-{routing.selection}-{routing.scoring}"
+    scored_by = routing.scoring
+    if router is not None:
+        depth = routing.router_depth if router in ("truncated", "learned") else None
+        routing = dataclasses.replace(routing, router=router, router_depth=depth)
+        name, scored_by = f"{name}-{router}", f"{scored_by} ({router.replace('_', ' ')})"
+    label = f"{routing.selection} {routing.ratio:g} by {scored_by}, {routing.gradient}"
+    return Arm(name, label, "asked", "cggr", batch_size, routing)
 
 
 def _equal_cost(cost: float, batch_size: int, equal: dict[int, Arm]) -> str:
