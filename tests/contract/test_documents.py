@@ -178,7 +178,8 @@ def test_the_page_of_lightning_trains(monkeypatch, tmp_path):
     (block,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     model, input_ids = small_model(), torch.randint(0, 64, (2, 16))
     before = model.lm_head.weight.detach().clone()
-    names = {"model": model, "dataloader": [{"input_ids": input_ids, "labels": input_ids}]}
+    batches = [{"input_ids": input_ids, "labels": input_ids}]
+    names = {"model": model, "dataloader": torch.utils.data.DataLoader(batches, batch_size=None)}
     exec(compile(block, "docs/trainers/lightning.md", "exec"), names)
     assert not model.lm_head.weight.equal(before)
     assert (tmp_path / "trained/model.safetensors").is_file()

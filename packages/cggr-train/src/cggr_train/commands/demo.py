@@ -81,5 +81,5 @@ def demo(
         console.print("reading the standard library's source …", highlight=False)
         result = run_demo(settings(*write_corpus(out, max_characters=characters)), out, console)
         if result.exit_code:
-            console.print(f"stopped; go on with: cggr study --resume {out}", highlight=False, soft_wrap=True)
+            console.print(f"stopped; continue with: cggr study --resume {out}", highlight=False, soft_wrap=True)
             raise typer.Exit(result.exit_code)

@@ -153,7 +153,9 @@ def study(
             )
             result = start_study(settings, out, console)
         if result.exit_code:
-            console.print(f"stopped; go on with: cggr study --resume {resume or out}", highlight=False, soft_wrap=True)
+            console.print(
+                f"stopped; continue with: cggr study --resume {resume or out}", highlight=False, soft_wrap=True
+            )
             raise typer.Exit(result.exit_code)
 
 
