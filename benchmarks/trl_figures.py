@@ -60,7 +60,10 @@ def memory(row: dict[str, Any] | None) -> str:
 def short(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The README's table: one row for each task, of the larger model."""
     device = next(iter(found.values()))["environment"]["device"].removeprefix("NVIDIA ")
-    lines = [f"| update, 1B, one {device} | TRL, checkpointing (default) | TRL | CGGR |", "|---|---|---|---|"]
+    lines = [
+        f"| [update](docs/guides/trl.md#speed), 1B, one {device} | TRL, checkpointing (default) | TRL | CGGR |",
+        "|---|---|---|---|",
+    ]
     for task, what in BRIEFLY.items():
         result = found.get((task, "1b"))
         if result is None:
