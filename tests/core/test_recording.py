@@ -342,6 +342,19 @@ def test_a_recording_that_saves_nothing_is_not_held(monkeypatch):
     assert model._recorder.recordings == 0
 
 
+@pytest.mark.parametrize(("share", "held"), [(0.96, 1), (0.98, 0)])
+def test_what_a_recording_has_to_save(share, held, monkeypatch):
+    """The first two readings of the clock are around the step as it is, the next two around a replay."""
+    monkeypatch.undo()
+    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+    times = iter([0.0, 1.0, 1.0, 1.0 + share])
+    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(times))
+    model = recording_model(ROUTABLE["llama"](), selection="random")
+    for seed in range(ENOUGH):
+        model(**batch(seed)).backward()
+    assert model._recorder.recordings == held
+
+
 def test_a_recording_that_fails_is_not_tried_again(monkeypatch, caplog):
     from tests.support.reenacted import Reenacted
 

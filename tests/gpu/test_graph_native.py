@@ -176,6 +176,22 @@ def test_a_model_that_waits_for_the_device_runs_as_it_is(caplog):
     assert "the host waits for the device within the step (test_graph_native.py" in said
 
 
+def test_a_model_that_draws_on_the_host_runs_as_it_is():
+    """A layer that is left out at random would be left out in every replay, or in none."""
+    base = model()
+    act = base.model.layers[1].mlp.act_fn
+
+    class Sometimes(torch.nn.Module):
+        def forward(self, x):
+            return act(x) if torch.rand([]) < 2 else x
+
+    base.model.layers[1].mlp.act_fn = Sometimes()
+    cggr = recording_model(base, gradient="exact", selection="random")
+    for step in range(ENOUGH):
+        cggr(**batch(step)).backward()
+    assert "the host draws random numbers" in cggr._recorder.reason
+
+
 def test_a_capture_that_fails_leaves_training_as_it_is():
     """What the look before cannot see: something that torch forbids while a graph is captured."""
     base, other = model(), model()

@@ -69,8 +69,10 @@ class CGGRModel(nn.Module):
             compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the model's own precision.
         seed: Seed of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.
-        cuda_graph: ``"auto"`` records steps of equal shapes as CUDA graphs, see the recipe for small models; ``False``
-            runs every step as it is.
+        cuda_graph: ``"auto"``, the default, captures steps of equal shapes as CUDA graphs where a replay is faster, and
+            logs once why a step runs eagerly; ``False`` runs every step eagerly. Without effect on other devices. A
+            capture holds the memory of its step, and the backward pass of a replayed step runs once (for
+            ``retain_graph=True``, give ``False``).
 
     Attributes:
         scoring_stopwatch: A :class:`~cggr_core.stopwatch.Stopwatch` to add up the time spent on scores alone (the

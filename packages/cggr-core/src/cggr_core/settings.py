@@ -210,7 +210,7 @@ class RoutingSettings(SelectionSettings):
     gradient: str = "kv"
     engine: str | None = None
     context_precision: str | None = None
-    cuda_graph: CudaGraph = False
+    cuda_graph: CudaGraph = "auto"
 
     _selections: ClassVar[tuple[str, ...]] = MODEL_SELECTIONS
 

@@ -143,6 +143,7 @@ class RoutedLearner:
                 warmup_steps=routing.ratio_warmup_steps,
                 context_precision=routing.context_precision,
                 seed=seed,
+                cuda_graph=False,  # --cuda-graph captures the whole optimizer step, of every method alike
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,7 +66,7 @@ class CudaGraphs:
 
     def watched(self, run: Callable[[], Any]) -> Any:
         """See :class:`~cggr_core.recording.replay.Graphs`."""
-        before = torch.cuda.get_sync_debug_mode()
+        before, drawn, picked = torch.cuda.get_sync_debug_mode(), torch.get_rng_state(), random.getstate()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -73,6 +74,8 @@ class CudaGraphs:
                 made = run()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
+        if not torch.equal(torch.get_rng_state(), drawn) or random.getstate() != picked:
+            raise NotRecordedError("the host draws random numbers within the step, and a replay would draw none")
         for warning in said:
             if _READ in str(warning.message):
                 where = f"{Path(warning.filename).name}, line {warning.lineno}"

@@ -27,7 +27,7 @@ EAGER_STEPS = 3
 """Steps of a kind that run as they are before one is recorded: they compile kernels, and not every kind comes again."""
 MOST_RECORDINGS = 8
 """Recordings that are held at a time; further kinds of steps run as they are."""
-MOST_ATTEMPTS = 32
+MOST_ATTEMPTS = 16
 """Recordings that are made in all: a model that changes every few steps is left alone after that."""
 _MOST_KINDS = 256
 _SAID_AFTER = 24
