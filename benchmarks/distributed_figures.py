@@ -20,7 +20,7 @@ STYLES = {
     "CGGR random, DDP": ("#c8553d", "o-"),
     "CGGR random, FSDP2": ("#c8553d", "s--"),
 }
-METHODS = ("standard", "CGGR", "CGGR random")
+METHODS = {"standard": "standard", "CGGR": "two passes", "CGGR random": "interleaved"}
 
 
 def results(shape: str) -> dict[int, dict[str, Any]]:
@@ -34,25 +34,23 @@ def results(shape: str) -> dict[int, dict[str, Any]]:
 
 def table(by_ranks: dict[int, dict[str, Any]]) -> str:
     """Markdown: tokens per second, speedup over the standard step of the same engine and ranks, efficiency."""
-    columns = [
-        "",
-        "GPUs",
-        "standard, tokens/s",
-        "two passes, tokens/s",
-        "interleaved, tokens/s",
-        "faster",
-        "efficiency",
-    ]
+    methods = [method for method in METHODS if in_all(by_ranks, f"{method}, DDP")]
+    columns = ["", "GPUs", *(f"{METHODS[method]}, tokens/s" for method in methods), "faster", "efficiency"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for engine in ("DDP", "FSDP2"):
         for ranks, result in by_ranks.items():
-            speeds = [speed(result, f"{method}, {engine}") for method in METHODS]
-            alone = [speed(by_ranks[1], f"{method}, {engine}") for method in METHODS]
+            speeds = [speed(result, f"{method}, {engine}") for method in methods]
+            alone = [speed(by_ranks[1], f"{method}, {engine}") for method in methods]
             faster = " / ".join(f"{routed / speeds[0]:.2f}x" for routed in speeds[1:])
             shares = " / ".join(f"{one / (first * ranks):.0%}" for one, first in zip(speeds, alone, strict=True))
             numbers = " | ".join(f"{one:,.0f}" for one in speeds)
             lines.append(f"| {engine} | {ranks} | {numbers} | {faster} | {shares} |")
     return "\n".join(lines)
+
+
+def in_all(by_ranks: dict[int, dict[str, Any]], row: str) -> bool:
+    """Whether a row was measured on every number of ranks."""
+    return all(row in result["rows"] for result in by_ranks.values())
 
 
 def speed(result: dict[str, Any], row: str) -> float:
@@ -66,6 +64,8 @@ def draw(shape: str, by_ranks: dict[int, dict[str, Any]]) -> None:
     axes = figure.subplots()
     ranks = list(by_ranks)
     for row, (colour, style) in STYLES.items():
+        if not in_all(by_ranks, row):
+            continue
         numbers = [result["rows"][row]["tokens_per_second"] for result in by_ranks.values()]
         medians = [number["median"] / 1e3 for number in numbers]
         spread = [
