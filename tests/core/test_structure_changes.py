@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 
 from cggr_core import CGGRModel, Selection, create_truncated_router
+from cggr_core.routing import engine
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -224,3 +226,40 @@ def test_copies_are_models_of_their_own(copied, stepped, routed):
     torch.testing.assert_close(loss, wrapped(tokens(), labels=tokens(), draw=1))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert any(parameter.grad is not None for parameter in other.parameters())
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_a_forward_that_is_replaced_after_a_step_is_held_to_the_loss_again(gradient):
+    model = ROUTABLE["llama"]()
+    wrapped = CGGRModel(model, gradient=gradient).train()
+    wrapped(tokens(), labels=tokens())
+    own = model.forward
+
+    def thrice(*args, **options):
+        output = own(*args, **options)
+        output.loss = None if output.loss is None else 3 * output.loss
+        return output
+
+    model.forward = thrice
+    with pytest.raises(ValueError, match="own loss is not the mean cross-entropy"):
+        wrapped(tokens(), labels=tokens())
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["called", "in place"])
+def test_a_model_that_stays_as_it_is_is_looked_at_once(gradient, in_place, monkeypatch):
+    looks = []
+
+    def counted(*args, **options):
+        looks.append(1)
+        return look(*args, **options)
+
+    look = engine.probe
+    monkeypatch.setattr(engine, "probe", counted)
+    model = ROUTABLE["llama"]()
+    wrapped = CGGRModel(model, gradient=gradient).train()
+    for _ in range(3):
+        with wrapped.routed_forward() if in_place else nullcontext():
+            (model if in_place else wrapped)(input_ids=tokens(), labels=tokens())
+        wrapped(tokens(), labels=tokens())
+    assert len(looks) == 1

@@ -28,6 +28,7 @@ def structure(model: nn.Module) -> list[Any]:
         base.get_input_embeddings(),
         *(getattr(config, name, None) for name in _OF_THE_CONFIG),
         *(own.get(name) for name in _OF_THE_MODEL),
+        base.forward,  # as a bound method, which a step that stands in for it puts back: equal, if not the same
         *base._forward_hooks.values(),
         *_hooks_on_all_modules(),
     ]
