@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks import _record
 from benchmarks._language_model import Size, training
+from benchmarks._steps import SHAPES
 from benchmarks.gsm8k import among_others, read_problems, write_problems
-from benchmarks.step_time import SHAPES
 from cggr_core import CGGRModel, keep_random, routed_hidden, routed_logprobs
 from cggr_train.data import Batches, Documents, build_example_store, split_supervised
 from cggr_train.data.batches import in_order

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import _record
-from benchmarks.step_time import SEED, SHAPES, Shape
+from benchmarks._steps import SEED, SHAPES, Shape
 from cggr_core import CGGRModel
 
 RATIO = 0.25

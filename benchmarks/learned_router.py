@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import _record
-from benchmarks.step_time import (
-    FUSED,
-    SHAPES,
-    STEPS_IN_A_ROW,
-    fused_step,
-    peak_on_device,
-    standard_step,
-)
+from benchmarks._steps import FUSED, SHAPES, STEPS_IN_A_ROW, fused_step, standard_step
+from benchmarks.step_time import peak_on_device
 from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.experimental import LearnedRouter, RememberedScores
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _record
-from benchmarks.step_time import SEED, SHAPES, VARIANTS, Shape
+from benchmarks._steps import SEED, SHAPES, VARIANTS, Shape
 from cggr_core import CGGRModel, backends, create_truncated_router
 
 # Gradient mode and engine -> forward and backward in forwards F of the layers, at keep ratio r, router depth share d.
@@ -41,7 +41,7 @@ def count(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
 
     Args:
         shape: Sizes; the batch is replaced by the fewest rows that the variant takes.
-        variant: ``"standard"`` or one of ``step_time.VARIANTS``.
+        variant: ``"standard"`` or one of ``_steps.VARIANTS``.
         ratio: Keep ratio.
 
     Returns:

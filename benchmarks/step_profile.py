@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import _record, step_time
+from benchmarks import _record, _steps
 from benchmarks._work import LABEL, PEAKS, Counted, Work
 
 STEPS = 3
 DEFAULT = (
     "standard",
-    step_time.FUSED,
+    _steps.FUSED,
     "interleaved, random, kv",
-    "interleaved, random, kv" + step_time.LOW,
-    "kv" + step_time.SUPERVISED,
-    "kv" + step_time.SUPERVISED + step_time.GIVEN + step_time.LOW,
+    "interleaved, random, kv" + _steps.LOW,
+    "kv" + _steps.SUPERVISED,
+    "kv" + _steps.SUPERVISED + _steps.GIVEN + _steps.LOW,
     "two passes, full-depth scores, kv",
 )
 # Rows below this share of a step are added up.
@@ -173,7 +173,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Profile the variants one after another; write the JSON and the plot, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", choices=step_time.SHAPES)
+    parser.add_argument("shape", choices=_steps.SHAPES)
     parser.add_argument("--variants", nargs="+", default=list(DEFAULT))
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--traces", type=Path, help="folder for a Chrome trace of each variant")
@@ -181,7 +181,7 @@ def main() -> None:
     _record.add_seconds(parser)
     options = parser.parse_args()
     deadline = _record.deadline(options.seconds)
-    shape = step_time.SHAPES[options.shape]
+    shape = _steps.SHAPES[options.shape]
     model, tokens = shape.model(), shape.tokens()
     peaks = None
     if shape.device == "cuda":
@@ -192,7 +192,7 @@ def main() -> None:
     for variant in options.variants:
         if done and _record.is_over(deadline):
             break
-        step = step_time.make_step(model, tokens, variant, options.ratio)
+        step = _steps.make_step(model, tokens, variant, options.ratio)
         for _ in range(STEPS):
             step()
         plain = profiled(step, device=shape.device, labelled=None)
@@ -206,7 +206,7 @@ def main() -> None:
         report(variant, found)
         written |= {f"{variant}: {name}": row for name, row in found.items()}
         done.append(variant)
-        settings = shape.settings() | {"ratio": options.ratio, "seed": step_time.SEED, "variants": done, "peaks": peaks}
+        settings = shape.settings() | {"ratio": options.ratio, "seed": _steps.SEED, "variants": done, "peaks": peaks}
         where = {"control": next(iter(written)), "device": shape.device, "folder": options.output}
         path = _record.write(f"step_profile_{options.shape}", written, settings=settings, **where)
         if options.traces is not None:

@@ -6,283 +6,29 @@ the optimizer's share is the same for all and left out. Random token ids, random
 """
 
 import argparse
-import copy
 import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
-from cggr_core import CGGRModel, Selection, create_truncated_router, linear_token_statistics, score, select
-from cggr_core.routing import fused_forwards, replaced_forwards, whole_rows
-
-SEED = 0
-# On a GPU a training loop queues the next step while the last one runs; a sample is this many steps in a row.
-STEPS_IN_A_ROW = 3
-STEPS_BEFORE_RECORDED = 6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one benchmark."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    batch: int
-    length: int
-    dtype: torch.dtype
-    device: str
-    tied: bool = True
-    # Whether the step is bound by launches, so that capturing it as a graph is what its users would do.
-    launch_bound: bool = False
-
-    def model(self) -> LlamaForCausalLM:
-        """A Llama of these sizes with random weights."""
-        torch.manual_seed(SEED)
-        config = LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.length,
-            tie_word_embeddings=self.tied,
-        )
-        with torch.device(self.device):
-            return LlamaForCausalLM(config).to(self.dtype).train()
-
-    def tokens(self) -> Tensor:
-        """Random token ids ``[B, S]``."""
-        generator = torch.Generator().manual_seed(SEED)
-        return torch.randint(0, self.vocab, (self.batch, self.length), generator=generator).to(self.device)
-
-    def settings(self) -> dict[str, Any]:
-        """What a result notes of it."""
-        return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in vars(self).items()}
-
-
-SHAPES = {
-    "cpu": Shape(8, 384, 1024, 6, 2, 8192, 8, 512, torch.float32, "cpu"),
-    "1b": Shape(16, 2048, 8192, 32, 8, 128256, 8, 2048, torch.bfloat16, "cuda"),
-    # Eight layers of Llama-3-8B's sizes; its head is as wide as the 1B model's.
-    "8b": Shape(8, 4096, 14336, 32, 8, 128256, 4, 2048, torch.bfloat16, "cuda", tied=False),
-    "135m": Shape(30, 576, 1536, 9, 3, 49152, 8, 2048, torch.bfloat16, "cuda", launch_bound=True),
-}
-# Variant -> (settings of CGGRModel, whether a truncated router scores). The first three are what the bars are about.
-VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "two passes, full-depth scores, kv": ({"gradient": "kv"}, False),
-    "interleaved, truncated router, kv": ({"gradient": "kv"}, True),
-    "interleaved, random, kv": ({"gradient": "kv", "selection": "random"}, False),
-    "two passes, random, kv": ({"gradient": "kv", "selection": "random", "engine": "two_pass"}, False),
-    "two passes, full-depth scores, detached": ({"gradient": "detached"}, False),
-    "interleaved, truncated router, detached": ({"gradient": "detached"}, True),
-    "interleaved, random, detached": ({"gradient": "detached", "selection": "random"}, False),
-    "exact": ({"gradient": "exact"}, False),
-    "sequence, truncated router": ({"gradient": "sequence"}, True),
-}
-# Tokens that need no gradient in FP8.
-LOW = ", fp8 context"
-# The routed passes run norms, rotary embeddings and gated activations in fused ops; this is the standard step with
-# those alone changed.
-FUSED = "standard, fused layers"
-# What TRL's trainers do unless told otherwise: every layer's activations are recomputed in the backward pass.
-CHECKPOINTED = "standard, checkpointed"
-CHECKPOINTED_FUSED = "standard, checkpointed, fused layers"
-# Labels on the last tenth of every row alone, as in fine-tuning on answers: what the task leaves out is not trained on.
-SUPERVISED_SHARE = 0.1
-SUPERVISED = ", 10% supervised"
-# The number of slots is known, and no step asks the device for it.
-GIVEN = ", slots given"
-COMPILED = ", compiled parts"
-GRAPH = ", one CUDA graph"
-# An attention mask is given, as tokenizers give one; nothing is padded, so that the work is the same.
-MASKED = ", attention mask"
-# What CGGRModel(cuda_graph="auto") does for its user.
-RECORDED = ", recorded by itself"
-
-
-def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Callable[[], None]:
-    """The step that people run today."""
-    labels = tokens if labels is None else labels
-
-    def step() -> None:
-        model(input_ids=tokens, labels=labels, use_cache=False, **inputs).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def checkpointed(model: nn.Module) -> nn.Module:
-    """A copy of the model with gradient checkpointing, as transformers does it.
-
-    Switched on and off on the model itself, it would make the compiled control compile anew in every round.
-    """
-    copied: Any = copy.deepcopy(model)
-    copied.gradient_checkpointing_enable({"use_reentrant": False})
-    return copied
-
-
-def end_labels(tokens: Tensor) -> Tensor:
-    """The tokens as labels at the end of every row, -100 before it."""
-    labels = tokens.clone()
-    labels[:, : round(tokens.shape[1] * (1 - SUPERVISED_SHARE))] = -100
-    return labels
-
-
-def supervised_step(model: nn.Module, tokens: Tensor, *, given: bool, **more: Any) -> Callable[[], None]:
-    """``kv`` on the tokens that have a label; ``given`` says how many there are, else every step asks the device."""
-    labels = end_labels(tokens)
-    wrapped = CGGRModel(model, gradient="kv", selection="supervised", **more).train()
-    inputs: dict[str, Any] = {"labels": labels}
-    if given:
-        predicts = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-        inputs["selection"] = Selection.from_mask(predicts, capacity=int(predicts.sum(1).max()))
-
-    def step() -> None:
-        wrapped(tokens, **inputs).backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def fused_step(model: nn.Module, standard: Callable[[], None]) -> Callable[[], None]:
-    """A step of the model with the fused ops of the routed passes, forward and backward."""
-    forwards = fused_forwards(model.modules())
-
-    def step() -> None:
-        with replaced_forwards(forwards):
-            standard()
-
-    return step
-
-
-def cggr_step(
-    model: nn.Module, tokens: Tensor, variant: str, ratio: float, inputs: dict[str, Tensor], **more: Any
-) -> Callable[[], None]:
-    """The step of one variant over the same model."""
-    settings, routed = VARIANTS[variant]
-    depth = max(1, model.config.num_hidden_layers // 8)
-    router = create_truncated_router(model, depth) if routed else None
-    wrapped = CGGRModel(model, router, min_tokens_ratio=ratio, seed=SEED, **settings, **more).train()
-
-    def step() -> None:
-        wrapped(tokens, labels=tokens, **inputs).backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def with_compiled_parts(model: nn.Module) -> nn.Module:
-    """A copy whose norms and MLPs are compiled, which routing leaves as they are."""
-    model = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        if name.endswith(("norm", ".mlp")):
-            module.compile(dynamic=False)
-    return model
-
-
-class GraphStep:
-    """A step captured as one CUDA graph, which takes the host's launches out of it.
-
-    Args:
-        step: The step, gradients released at its end.
-        model: Whose gradients the replays write.
-    """
-
-    def __init__(self, step: Callable[[], None], model: nn.Module) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self._graph = torch.cuda.CUDAGraph()
-        with whole_rows(), torch.cuda.graph(self._graph):
-            step()
-        self._step = step  # what it works on has to outlive the graph
-        # A replay allocates nothing: the memory of the graph is what its capture took.
-        self.peak_extra_bytes = torch.cuda.max_memory_allocated() - before
-
-    def __call__(self) -> None:
-        """Replay."""
-        self._graph.replay()
-
-
-class RecordedByItself:
-    """A step that a CGGRModel records by itself, after a few that it takes as they are.
-
-    Args:
-        step: The step, gradients released at its end.
-    """
-
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step = step
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        for _ in range(STEPS_BEFORE_RECORDED):
-            step()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_reserved() - before
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        step()
-        # What the recording holds, and the gradients that a replay gives out.
-        self.peak_extra_bytes = held + torch.cuda.max_memory_allocated() - allocated
-
-    def __call__(self) -> None:
-        """Take the step."""
-        self._step()
-
-
-def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> Callable[[], None]:
-    """The step of a row of the table."""
-    if variant.endswith(GRAPH):
-        return GraphStep(make_step(model, tokens, variant.removesuffix(GRAPH), ratio), model)
-    if variant.endswith(COMPILED):
-        return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
-    if variant == "scoring and selection alone":
-        return scoring_step(model, tokens, ratio)
-    if variant == "standard, compiled":
-        return standard_step(torch.compile(model), tokens)
-    inputs = {"attention_mask": torch.ones_like(tokens)} if variant.endswith(MASKED) else {}
-    variant = variant.removesuffix(MASKED)
-    plain, labels = variant.removesuffix(SUPERVISED), end_labels(tokens) if variant.endswith(SUPERVISED) else None
-    if plain == "standard":
-        return standard_step(model, tokens, labels, **inputs)
-    if plain == FUSED:
-        return fused_step(model, standard_step(model, tokens, labels))
-    if plain in (CHECKPOINTED, CHECKPOINTED_FUSED):
-        copied = checkpointed(model)
-        step = standard_step(copied, tokens, labels)
-        return fused_step(copied, step) if plain == CHECKPOINTED_FUSED else step
-    recorded, variant = variant.endswith(RECORDED), variant.removesuffix(RECORDED)
-    more: dict[str, Any] = {"cuda_graph": "auto" if recorded else False}
-    more["context_precision"] = "fp8" if variant.endswith(LOW) else None
-    variant = variant.removesuffix(LOW)
-    if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
-        return supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
-    step = cggr_step(model, tokens, variant, ratio, inputs, **more)
-    return RecordedByItself(step) if recorded else step
+from benchmarks._steps import (
+    SEED,
+    SHAPES,
+    STEPS_IN_A_ROW,
+    GraphStep,
+    RecordedByItself,
+    Shape,
+    make_step,
+    variants_of,
+)
 
 
 def peak_on_device(step: Callable[[], None]) -> int:
@@ -326,48 +72,6 @@ def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
     command = [sys.executable, "-m", "benchmarks.step_time", name, "--ratio", str(ratio), "--peak-of", variant]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(output.split()[-1])
-
-
-def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[], None]:
-    """Statistics of all tokens from hidden states, scores and selection: what choosing costs besides the passes."""
-    head = model.get_output_embeddings().weight
-    hidden = torch.randn(*tokens.shape, model.config.hidden_size, device=tokens.device).to(model.dtype)
-    targets = tokens.roll(-1, 1)
-    countable = torch.ones_like(tokens, dtype=torch.bool)
-
-    def step() -> None:
-        statistics = linear_token_statistics(hidden, head, targets, fields={"gradnorm"})
-        select(score(statistics, scoring="gradnorm"), countable, ratio=ratio)
-
-    return step
-
-
-def variants_of(shape: Shape) -> list[str]:
-    """The rows of a shape's table besides the standard step, the ones that the bars are about first."""
-    main_variants = list(VARIANTS)[:3]
-    compiled = ["standard, compiled", *(name + COMPILED for name in main_variants[:2])]
-    graphs = [name + GRAPH for name in ("standard", *main_variants[:2], *compiled[1:])]
-    recorded = [name + RECORDED for name in main_variants]
-    supervised = [name + SUPERVISED for name in ("standard", FUSED, CHECKPOINTED, CHECKPOINTED_FUSED, "kv")]
-    cuda = shape.device == "cuda"
-    # On small models FP8 gains nothing: their products are not what takes the time.
-    low = [name + LOW for name in (*main_variants, "kv" + SUPERVISED, *list(VARIANTS)[4:7])]
-    slots = "kv" + SUPERVISED + GIVEN
-    # Every recording holds the memory of its step, so that the largest models have few of them.
-    by_themselves = [*(name + RECORDED for name in low[1:3]), slots, slots + LOW, slots + LOW + GRAPH]
-    return [
-        FUSED,
-        CHECKPOINTED,
-        *main_variants,
-        *([*low[:4], *by_themselves] if cuda and not shape.launch_bound else []),
-        *supervised,
-        *(compiled if cuda else []),
-        CHECKPOINTED_FUSED,
-        *(low[4:] if cuda and not shape.launch_bound else []),
-        *([*graphs, *recorded] if shape.launch_bound else []),
-        *(name + MASKED for name in ("standard", main_variants[0], main_variants[2])),
-        *list(VARIANTS)[3:],
-    ]
 
 
 def prepared(

@@ -35,7 +35,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks import _record
-from benchmarks.step_time import SEED, Shape
+from benchmarks._steps import SEED, Shape
 from cggr_train import CGGRConfig, CGGRMixin
 from cggr_train.tokenizer import train_tokenizer
 
