@@ -1,8 +1,11 @@
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 from cggr_train import __version__
 from cggr_train.cli import app
+from cggr_train.settings import TrainSettings
 
 runner = CliRunner()
 SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "2", "--method", "standard"]
@@ -43,6 +46,21 @@ def test_train_then_resume(tmp_path, data_files):
     assert result.exit_code == 0
     assert "resuming" in result.output
     assert "done: 3 steps" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "selection"),
+    [([], "supervised"), (["--ratio", "0.5"], "stratified"), (["--gradient", "sequence"], "stratified"),
+     (["--selection", "random"], "random")],
+)  # fmt: skip
+def test_masked_prompts_are_context_and_every_answer_is_learned(tmp_path, given, selection):
+    data = tmp_path / "data.jsonl"
+    lines = [{"text": f"what is {n} + {n}?", "a": f"it is {2 * n}"} for n in range(40)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "2", "--steps", 1]
+    result = cggr("train", data, *small, "--answer", "a", "--heldout-fraction", 0.2, *given, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert TrainSettings.load(tmp_path / "run" / "settings.json").routing.selection == selection
 
 
 def test_a_stopped_run_ends_with_130_and_says_how_to_go_on(tmp_path, data_files, monkeypatch):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cggr_core.settings import SUPERVISED, RoutingSettings
 from cggr_train.errors import InputError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
@@ -66,6 +67,20 @@ def defaults(
     return Defaults(
         rate if learning_rate is None else learning_rate, decay if weight_decay is None else weight_decay, field, answer
     )
+
+
+def default_selection(answers: str | None, *, by_score: bool) -> str:
+    """All supervised tokens where prompts are masked: a part of them costs about as much and teaches less.
+
+    Args:
+        answers: Key of what alone is supervised; None where every token is.
+        by_score: Whether a ratio or a score was asked for.
+
+    Example:
+        >>> default_selection("answer", by_score=False), default_selection(None, by_score=False)
+        ('supervised', 'stratified')
+    """
+    return SUPERVISED if answers is not None and not by_score else RoutingSettings.selection
 
 
 def announce(chosen: Defaults, warmup: float, messages: str | None = None) -> str:

@@ -30,6 +30,12 @@ def plain_errors(*, interrupted: str) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def check_resume_options(context: typer.Context, allowed: tuple[str, ...], *, what: str) -> None:
     """Refuse options that cannot be combined with ``--resume``.
 
@@ -42,8 +48,7 @@ def check_resume_options(context: typer.Context, allowed: tuple[str, ...], *, wh
         InputError: Naming the first option that is not allowed.
     """
     for name in context.params:
-        source = context.get_parameter_source(name)
-        if name in ("resume", *allowed) or source is None or source.name != "COMMANDLINE":
+        if name in ("resume", *allowed) or not was_given(context, name):
             continue
         shown = "data files" if name == "data" else f"--{name.replace('_', '-')}"
         raise InputError(

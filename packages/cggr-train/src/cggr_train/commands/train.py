@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.errors import check_resume_options, plain_errors
+from cggr_train.commands.errors import check_resume_options, plain_errors, was_given
+
+SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps", "cuda_graph")
+"""Options that make no sense, or do not work, where all supervised tokens are kept."""
 
 
 def train(
@@ -33,8 +36,13 @@ def train(
     gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
     ratio: Annotated[float, typer.Option(help="Keep ratio: kept tokens / countable tokens.")] = 0.25,
     selection: Annotated[
-        str, typer.Option(help=f"How kept tokens are chosen from the scores: {options.SELECTIONS}.")
-    ] = "stratified",
+        str | None,
+        typer.Option(
+            help=f"How kept tokens are chosen from the scores: {options.SELECTIONS}; or supervised: all with a label. "
+            "Without it stratified, or supervised where prompts are masked and nothing is said of ratio or scores.",
+            show_default=False,
+        ),
+    ] = None,
     scoring: Annotated[str, typer.Option(help=f"Which score: {options.SCORINGS}.")] = "gradnorm",
     router: Annotated[
         str | None,
@@ -81,7 +89,7 @@ def train(
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
-        from cggr_train.fine_tuning import announce, defaults, local_model
+        from cggr_train.fine_tuning import announce, default_selection, defaults, local_model
         from cggr_train.learner import Routing
         from cggr_train.run import resume_run, start_run
         from cggr_train.settings import TrainSettings
@@ -94,6 +102,9 @@ def train(
         else:
             model = None if model is None else local_model(model)
             chosen = defaults(model, learning_rate=learning_rate, weight_decay=weight_decay, field=field, answer=answer)
+            if selection is None:
+                by_score = any(was_given(context, name) for name in SCORED) or gradient == "sequence"
+                selection = default_selection(chosen.answer or messages, by_score=by_score)
             if model is not None:
                 console.print(announce(chosen, lr_warmup, messages), highlight=False)
             settings = TrainSettings(
