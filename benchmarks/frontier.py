@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import _record
+from benchmarks._frontier_trials import draw_trials, write_trials
 from benchmarks.gsm8k import MARK, among_others, read_problems, write_problems
 from benchmarks.study import rows
 from cggr_train.device import pick_device
@@ -276,6 +277,7 @@ def main() -> None:
         prepare_study(asked, folder, console)
         save_arms(folder, compared(load_arms(folder), arguments.ratio, arguments.without))
     found = run(folder, asked, console)
+    draw_trials(write_trials(folder, asked, arguments, name))
     if found is None:
         raise SystemExit("not one seed was done by all arms; the same command goes on")
     path = write_result(found[0], dataclasses.replace(asked, seeds=found[1]), arguments, name)
