@@ -154,6 +154,13 @@ def test_positions_before_the_queries(before):
     assert made(2, True).get_mask_sizes(2, 0) == (before + 6, 0)
 
 
+@pytest.fixture
+def gradients_are_back():
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.usefixtures("gradients_are_back")
 def test_other_tokens_wait_for_the_kept_ones():
     other = cache.OtherTokensCache(
         index=torch.tensor([[0, 2]]),
@@ -164,7 +171,7 @@ def test_other_tokens_wait_for_the_kept_ones():
         shared=None,
     )
     keys, values = torch.randn(2, 1, 2, 2, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"^layer 0 ran on the other tokens before it ran on the kept ones"):
+    with pytest.raises(RuntimeError, match=r"^layer 0 ran on the other tokens before"):
         other.update(keys, values, 0)
     assert not torch.is_grad_enabled()
     torch.set_grad_enabled(True)
@@ -176,7 +183,6 @@ def test_other_tokens_wait_for_the_kept_ones():
     assert not any(part.requires_grad for part in other.recorded[0])
     with pytest.raises(cache.LastLayerReachedError):
         other.update(keys, values, 1)
-    torch.set_grad_enabled(True)
 
 
 @pytest.fixture
