@@ -21,7 +21,7 @@ Run = Callable[[StepCall], StepOutcome]
 Replay = Callable[[], None]
 
 # A replay that saves less than this share of a step does not pay for the memory that it holds.
-_WORTH = 0.97
+_WORTH = 0.9
 # Of a gradient's norm, and of all gradients' norm: kernels that add in any order differ by far less.
 _TOLERANCE, _TOTAL_TOLERANCE = 0.05, 0.01
 

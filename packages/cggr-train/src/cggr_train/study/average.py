@@ -32,7 +32,7 @@ class RunningAverage:
         >>> with torch.no_grad():
         ...     _ = model.weight.fill_(2.0)
         >>> average.update(1)
-        >>> with average.in_place():
+        >>> with average.average_parameters():
         ...     model.weight.item()
         2.0
     """
