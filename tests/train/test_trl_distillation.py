@@ -113,7 +113,7 @@ def test_distillation_is_trls_loss_of_the_kept_tokens(distillation, tokenizer, g
 
 @pytest.mark.parametrize("selection", ["random", "supervised"])
 def test_distillation_without_scores(distillation, tokenizer, selection):
-    plain, made = distillation(), distillation(CGGRConfig(selection=selection, min_tokens_ratio=0.5))
+    plain, made = distillation(), distillation(CGGRConfig(selection=selection))
     inputs = policy_batch(len(tokenizer))
     del inputs["advantages"]
     found, ours = step(made, inputs)
