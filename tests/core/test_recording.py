@@ -340,6 +340,11 @@ def test_a_recording_that_saves_nothing_is_not_held(monkeypatch):
         backward(model, tokens(seed=seed))
     assert "not bound by its launches" in model._recorder.reason
     assert model._recorder.recordings == 0
+    assert model._recorder._places is None
+    monkeypatch.setattr(replay, "_WORTH", 1e9)
+    for seed in range(ENOUGH):
+        backward(model, tokens(length=9, seed=seed))
+    assert replayed(model)
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.96, 1), (0.98, 0)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel
-from cggr_core.recording import recorder
+from cggr_core.recording import recorder, replay
 from tests.support.gpu_models import gradients, model, tokens, varied
 from tests.support.recorded_steps import hold_to_eager, recording_model, replayed, worth_it
 
@@ -229,6 +229,15 @@ def test_memory_is_given_back():
     cggr._recorder._forget()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before - held // 2
+
+
+def test_one_kind_is_refused_and_another_captured(monkeypatch):
+    cggr = recording_model(model(), selection="random")
+    for worth, length in ((0.0, 257), (1e9, 130)):
+        monkeypatch.setattr(replay, "_WORTH", worth)
+        for step in range(ENOUGH):
+            cggr(**batch(step, length)).backward()
+        assert replayed(cggr) is (worth > 0)
 
 
 def test_threads_that_pin_memory_go_on():

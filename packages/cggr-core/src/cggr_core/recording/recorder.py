@@ -130,6 +130,8 @@ class Recorder:
             made = Recording(self._run, call, 0 if draw is None else draw, model, self._places)
         except NotRecordedError as refusal:
             self._refused[kind] = str(refusal)
+            if not self._recordings:
+                self._places = None  # a pool that nothing was captured into for good cannot be captured into again
             self._say(str(refusal))
             return None, str(refusal)
         except RuntimeError as error:
