@@ -17,10 +17,13 @@ if not INTERPRETED and not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Triton's interpreter makes scalars of one-element arrays; torch.compile makes instances of autograd functions."""
     messages = ("Conversion of an array with ndim", r"<class 'torch\.autograd\.function\.Function'> should not be")
+    # Said by torch.compile on devices that could multiply float32 faster and less exactly.
+    unasked = "TensorFloat32 tensor cores for float32 matrix multiplication available"
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             # 0 * -inf is computed on purpose, and looked for.
             item.add_marker(pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"))
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:{unasked}:UserWarning"))
             for message in messages:
                 item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning"))
 

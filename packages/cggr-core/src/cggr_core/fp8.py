@@ -53,7 +53,9 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
     largest = largest.clamp(min=SMALLEST)
-    return (x * (LARGEST / largest)).to(FP8), largest / LARGEST
+    # Divided by a tensor: with a number, torch multiplies by a reciprocal that is rounded already.
+    most = torch.full_like(largest, LARGEST)
+    return (x * (most / largest)).to(FP8), largest / most
 
 
 def quantize_silu_mul_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
