@@ -356,3 +356,25 @@ def test_hooks_of_torch_itself_are_no_change_of_structure():
     finally:
         handle.remove()
     assert model(tokens()).logits.shape[-1] == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_config", "said"),
+    [
+        ({"loss_function": 1}, {"label_smoothing": 0.1}, "loss_function was replaced"),
+        ({"_loss_function": 1}, {}, "loss_function was replaced"),
+        ({}, {"label_smoothing": 0.1, "aux_weight": 2, "hidden_size": 5}, "has aux_weight=2, label_smoothing=0.1"),
+        ({}, {"loss_kind": "focal", "loss_a": 0, "loss_b": "", "loss_c": False, "loss_d": [1]}, "loss_kind='focal'"),
+    ],
+)
+def test_a_likely_cause_is_named(of_model, of_config, said):
+    config = SimpleNamespace(**of_config)
+    base = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), **of_model)
+    assert loss_agreement._likely_cause(base).endswith(said)
+
+
+def test_an_ordinary_forward_is_given_the_whole_batch():
+    padding = torch.ones(2, 3)
+    for given, wanted in ((None, {"a": 1, "b": 2}), (padding, {"a": 1, "b": 2, "attention_mask": padding})):
+        made = agreement.plain_arguments(rows(2, 3, given, quiet={"b": 2}, arguments=lambda: {"a": 1}))
+        assert made == wanted
