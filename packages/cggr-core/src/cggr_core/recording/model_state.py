@@ -17,7 +17,7 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 class ModelState:
-    """The tensors of a model and where they are, its modules' switches and numbers, and who hooks them.
+    """The tensors of a model and where they are, its modules' and configs' switches and numbers, and who hooks them.
 
     Args:
         model: The model.
@@ -25,6 +25,8 @@ class ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
+        configs = [module.__dict__.get("config") for module in self._modules]
+        self._configs = list({id(config): config for config in configs if hasattr(config, "__dict__")}.values())
         self._held = [tensor for module in self._modules for tensor in _tensors(module)]  # so that no id is used anew
         self._seen = self._look()
 
@@ -34,6 +36,8 @@ class ModelState:
 
     def _look(self) -> list[Hashable]:
         found: list[Hashable] = []
+        for config in self._configs:
+            found += _plain_values(config.__dict__)
         for module in self._modules:
             for name, value in module.__dict__.items():
                 kind = type(value)
@@ -48,9 +52,19 @@ class ModelState:
                         found.append(tuple(map(id, value.values())))
                 elif name == "forward":
                     found.append(value)
+                elif name == "config":
+                    found.append(id(value))
                 elif kind is dict and value:  # the scales of adapters
-                    found.extend(number for number in value.values() if type(number) in _PLAIN)
+                    found += _plain_values(value)
         return found
+
+
+def _plain_values(named: dict[Any, Any]) -> Iterator[Hashable]:
+    for value in named.values():
+        if type(value) in _PLAIN:
+            yield value
+        elif type(value) is dict:  # the parameters of rotary embeddings, in a config
+            yield from _plain_values(value)
 
 
 def obstacle_in(model: nn.Module, device: torch.device) -> str | None:
