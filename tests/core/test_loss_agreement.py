@@ -263,3 +263,25 @@ def test_a_model_without_labels_is_looked_at_once():
     assert len(calls) == 1
     logits = model(input_ids=input_ids).logits[:, :-1].flatten(0, 1)
     torch.testing.assert_close(found, cross_entropy(logits, input_ids[:, 1:].flatten()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sequence"])
+def test_a_model_whose_rows_must_be_whole_chunks_long(gradient):
+    config = transformers.ReformerConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_attention_heads=4,
+        attention_head_size=8,
+        attn_layers=["local"],
+        feed_forward_size=48,
+        axial_pos_embds=False,
+        max_position_embeddings=64,
+        local_attn_chunk_length=6,
+        is_decoder=True,
+        hidden_dropout_prob=0.0,
+        local_attention_probs_dropout_prob=0.0,
+    )
+    model, input_ids = scattered(transformers.ReformerModelWithLMHead(config)), tokens()
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    found = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)

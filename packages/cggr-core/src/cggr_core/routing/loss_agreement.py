@@ -46,7 +46,9 @@ _MODALITY_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|media|speech)\w
 
 
 @torch.no_grad()
-def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> bool | None:
+def own_alignment(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, tokens: int = _TOKENS
+) -> bool | None:
     """Hold the model's own loss on a few labelled tokens to the cross-entropy of its own logits.
 
     Both are of one forward in the mode that the model is in, whose head gives large logits: a loss may have a term in
@@ -56,6 +58,7 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
         model: The model.
         architecture: Its description.
         inputs: The batch to take tokens from.
+        tokens: How many of a row.
 
     Returns:
         Whether the model shifts its labels; ``None`` where that cannot be seen: it computes no loss, or the rows have
@@ -69,7 +72,7 @@ def own_alignment(model: nn.Module, architecture: Architecture, inputs: TokenInp
     takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_labels or inputs.shape[1] < 2:
         return None
-    arguments, labels = _few_labelled_tokens(base, inputs)
+    arguments, labels = _few_labelled_tokens(base, inputs, tokens)
     device = labels.device
     name = type(base).__name__
     try:
@@ -116,7 +119,7 @@ def check_reads_shift_labels(model: nn.Module, architecture: Architecture, input
         ValueError: If it is not.
     """
     base = unwrapped(model)
-    arguments, labels = _few_labelled_tokens(base, inputs)
+    arguments, labels = _few_labelled_tokens(base, inputs, _TOKENS)
     other = labels.flip(1)  # aligned in no way with the labels that go with them
     device = labels.device
     own, logits, found = None, None, 0.0
@@ -247,8 +250,8 @@ def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
 
 
-def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Any], Tensor]:
-    tokens = {name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()}
+def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[dict[str, Any], Tensor]:
+    tokens = {name: tensor[:_ROWS, :length] for name, tensor in inputs.per_token.items()}
     config = base.config.get_text_config()
     classes = head_rows(base)
     like = next(iter(tokens.values()))
@@ -265,7 +268,7 @@ def _few_labelled_tokens(base: Any, inputs: TokenInputs) -> tuple[dict[str, Any]
     if labels.shape[1] > 3:
         labels[:, 3] = IGNORED
     if inputs.padding is not None:  # models look for padding among the tokens where no mask is given
-        tokens["attention_mask"] = torch.ones_like(inputs.padding[:_ROWS, :_TOKENS])
+        tokens["attention_mask"] = torch.ones_like(inputs.padding[:_ROWS, :length])
     return tokens, labels
 
 

@@ -1,5 +1,6 @@
 """A look at the model on a batch before it is trusted: what its layers return, and whether routing is exact."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +59,20 @@ def probe(
     Raises:
         ValueError: If the logits are NaN, or not one row for each token; or if the model's own loss is another one.
     """
-    few = _few_tokens(model, inputs)
+    try:
+        return _probe(model, architecture, inputs, _TOKENS, routing=routing, own_loss=own_loss)
+    except MODEL_ERRORS as error:
+        # Some run on rows of certain lengths alone, and the batch's is one.
+        if inputs.shape[1] > _TOKENS:
+            with suppress(*MODEL_ERRORS):
+                return _probe(model, architecture, inputs, inputs.shape[1], routing=routing, own_loss=own_loss)
+        raise error
+
+
+def _probe(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, tokens: int, *, routing: bool, own_loss: bool
+) -> Probe:
+    few = _few_tokens(model, inputs, tokens)
     if routing:
         architecture = replace(architecture, fused=fused_forwards(model.modules()))
     with evaluation_mode(model):
@@ -96,7 +110,7 @@ def probe(
     if routing and obstacle is None:
         architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
     with without_checkpointing(architecture):
-        shifted = own_alignment(model, architecture, inputs) if own_loss else None
+        shifted = own_alignment(model, architecture, inputs, tokens=tokens) if own_loss else None
     architecture = replace(architecture, obstacle=obstacle)
     if shifted is not None:
         architecture = replace(architecture, shifted=shifted)
@@ -190,20 +204,20 @@ def _unpacked(inputs: TokenInputs) -> TokenInputs:
     return replace(inputs, position_ids=inputs.position_ids[:, :1] + positions, segment=None)
 
 
-def _few_tokens(model: nn.Module, inputs: TokenInputs) -> TokenInputs:
+def _few_tokens(model: nn.Module, inputs: TokenInputs, tokens: int) -> TokenInputs:
     """Text alone: what goes with the tokens (images, say) is about whole rows."""
-    length = min(inputs.shape[1], _TOKENS)
+    length = min(inputs.shape[1], tokens)
     # Consecutive, whatever packing or padding made of them: RoBERTa's start at an offset.
     first_positions = inputs.position_ids[:_ROWS, :1]
-    tokens = {name: tensor[:_ROWS, :_TOKENS] for name, tensor in inputs.per_token.items()}
-    if "input_ids" in tokens:
-        tokens["input_ids"] = text_alone(tokens["input_ids"], unwrapped(model).config)
+    per_token = {name: tensor[:_ROWS, :length] for name, tensor in inputs.per_token.items()}
+    if "input_ids" in per_token:
+        per_token["input_ids"] = text_alone(per_token["input_ids"], unwrapped(model).config)
     return replace(
         inputs,
-        per_token=tokens,
+        per_token=per_token,
         position_ids=first_positions + torch.arange(length, device=first_positions.device),
         # Whatever of them is padding counts as text; said outright, since models look for it where no mask is given.
-        padding=None if inputs.padding is None else torch.ones_like(inputs.padding[:_ROWS, :_TOKENS]),
+        padding=None if inputs.padding is None else torch.ones_like(inputs.padding[:_ROWS, :length]),
         segment=None,
         options={name: value for name, value in inputs.options.items() if not isinstance(value, Tensor)},
     )
