@@ -201,7 +201,9 @@ def labelled(input_ids, padding=None, *, pad_token_id=None, embeds=None, **setti
     config.get_text_config = lambda: config
     base = SimpleNamespace(config=config, get_output_embeddings=lambda: nn.Linear(4, VOCAB))
     per_token = {"input_ids": input_ids} if embeds is None else {"inputs_embeds": embeds}
-    return loss_agreement._few_labelled_tokens(base, SimpleNamespace(per_token=per_token, padding=padding))
+    return loss_agreement._few_labelled_tokens(
+        base, SimpleNamespace(per_token=per_token, padding=padding), loss_agreement._TOKENS
+    )
 
 
 def test_the_tokens_that_a_loss_is_tried_on():

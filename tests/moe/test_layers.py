@@ -228,7 +228,7 @@ def test_bad_input_is_named():
         layer(x, torch.ones(2, 5))
     for bad in (torch.nan, torch.inf):
         x[1, 2, 3] = bad
-        with pytest.raises(ValueError, match=r"hidden_states of 1 token\(s\) give router logits without a softmax"):
+        with pytest.raises(ValueError, match=r"router logits of 1 token\(s\) have no softmax \(from hidden_states\)"):
             layer(x)
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 2] = False

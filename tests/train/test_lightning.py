@@ -86,7 +86,7 @@ def test_sharded_parameters_are_refused():
 
     made, trainer = module(), SimpleNamespace(strategy=FSDPStrategy())  # a Trainer with it needs GPUs
     made.trainer = trainer
-    with pytest.raises(ValueError, match=r"strategy is FSDPStrategy; .* for DDP \(strategy='ddp'\)"):
+    with pytest.raises(ValueError, match=r"single device or DDP \(strategy='ddp'\), got FSDPStrategy"):
         made.setup("fit")
 
 

@@ -204,7 +204,7 @@ class TestRun:
         (Routing(router="remembered"), "needs examples that come again"),
         (Routing(router="remembered", router_depth=2), "--router-depth belongs to"),
         (Routing(router="full_depth", router_depth=2), "--router-depth belongs to"),
-        (Routing(router="learned", selection="random"), "reads no score"),
+        (Routing(router="learned", selection="random"), "uses no score"),
         (Routing(router="learned", router_depth=2), "the model has 2"),
     ],
 )
