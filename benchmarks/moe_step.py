@@ -29,7 +29,6 @@ ROUTED: dict[str, dict[str, Any]] = {
     "two passes, full-depth scores": {},
 }
 RATIO = 0.25
-# layers, hidden, intermediate, heads, key-value heads, vocabulary, experts, batch, length, dtype, device
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "vocab": 256, "experts": 4,

@@ -1,7 +1,7 @@
 """Weights that FSDP2 shards over ranks: gathered once for all passes of a step, where memory allows."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class GatheredWeights:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = tuple(layers)
         self._steps = 0
-        self._allowed = False
+        self._held: list[Any] = []  # groups of parameters that may stay gathered
         self._in_step = False
         self._left = False
 
@@ -52,7 +52,7 @@ class GatheredWeights:
             return
         self._steps += 1
         if self._steps == DECIDED_AFTER:
-            self._allowed = self._memory_suffices_on_all_ranks()
+            self._held = _groups(self._layers) if self._memory_suffices_on_all_ranks() else []
         self._in_step = True
         try:
             yield
@@ -68,9 +68,9 @@ class GatheredWeights:
     @contextmanager
     def context_pass(self) -> Iterator[None]:
         """A context pass: its layers stay gathered, within a step that may leave them so."""
-        holds = self._in_step and self._allowed
-        self._left = self._left or holds
-        with left_gathered(_groups(self._layers)) if holds else nullcontext():
+        held = self._held if self._in_step else []
+        self._left = self._left or bool(held)
+        with left_gathered(held):
             yield
 
     def after_gradient_pass(self) -> None:
