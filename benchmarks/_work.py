@@ -21,6 +21,7 @@ PEAKS: dict[str, dict[str, float]] = {
 # Operators that read a few rows of what they are given.
 _READ_ROWS = ("gather", "index", "embedding")
 _HALF_SEEN = 0.5  # of the keys, by causal queries all over a row
+_SDPA = "aten._scaled_dot_product_"
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ def work_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Work:
     flop = 0.0
     if name in _OWN:
         flop = _OWN[name](*args)
+    elif name.startswith(_SDPA):
+        # torch's own formulas refuse grouped keys in some versions.
+        flop = _sdpa(5, *args[1:3]) if name.endswith("_backward") else _sdpa(2, *args[:2])
     elif packet in flop_registry:
         flop = float(flop_registry[packet](*args, **kwargs, out_val=out))
-        if "attention" in name:
-            flop *= _HALF_SEEN  # the formulas are those of whole rows, and these are causal
-        else:
-            sizes = [tuple(tensor.shape) for tensor in tensors if tensor.dim() > 1][-2:]
-            name += " " + " @ ".join("x".join(map(str, size)) for size in sizes)
+        sizes = [tuple(tensor.shape) for tensor in tensors if tensor.dim() > 1][-2:]
+        name += " " + " @ ".join("x".join(map(str, size)) for size in sizes)
     return Work(name, flop, moved, kind)
 
 
@@ -97,6 +98,10 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
             min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()) for tensor in unique.values()
         )
     )
+
+
+def _sdpa(products: int, q: Tensor, k: Tensor) -> float:
+    return 2 * products * math.prod(q.shape) * k.shape[2] * _HALF_SEEN
 
 
 def _attention(products: int) -> Callable[..., float]:

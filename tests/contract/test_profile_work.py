@@ -41,10 +41,14 @@ def test_the_backward_pass_is_seen():
     assert sum(work.flop for work in counted.calls if "mm" in work.name) == 3 * 2 * 4**3
 
 
-def test_causal_attention_sees_half_of_its_keys():
-    q = torch.randn(1, 2, 8, 16)
-    found = work_of(lambda: scaled_dot_product_attention(q, q, q, is_causal=True))
-    assert {work.flop for work in found.values() if "flash" in work.name} <= {2 * 2 * 2 * 8 * 8 * 16 / 2, 0.0}
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_causal_attention_sees_half_of_its_keys_in_either_pass(kv_heads):
+    q, k = (torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (2, kv_heads))
+    counted = Counted()
+    with counted:
+        scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).sum().backward()
+    flop = {work.name.endswith("_backward"): work.flop for work in counted.calls if "attention" in work.name}
+    assert flop == {False: 2 * 2 * 2 * 8 * 8 * 16 / 2, True: 2 * 5 * 2 * 8 * 8 * 16 / 2}
 
 
 def test_every_board_has_all_rates():
