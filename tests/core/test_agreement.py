@@ -145,31 +145,50 @@ def test_padding_and_empty_slots_are_not_compared(monkeypatch):
     assert said is not None and said.endswith("[1, 39, 8] instead of [1, 40, 8]")
 
 
-def test_values_are_compared_in_a_mode_that_gives_them_again():
-    for dropout, training in ((0.0, True), (0.5, True), (0.5, False)):
-        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(dropout)).train(training)
-        model[0].eval()  # as a part that is frozen
-        given, calls = torch.randn(3, 4), []
+class Jittered(nn.Module):
+    """Noise from a rate of its own, or from nothing that can be switched off."""
 
-        def run(model, architecture, inputs, given=given, calls=calls):
-            calls.append(model.training)
-            return model(given)
+    def __init__(self, jitter_noise: float | None):
+        super().__init__()
+        self.jitter_noise = jitter_noise
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agreement, "_head_values", run)
-            state = torch.get_rng_state()
-            with agreement.comparable(model, ARCHITECTURE, rows(1, 3)) as expected:
-                assert torch.equal(expected, model(given)) and not expected.requires_grad
-                assert model.training is (training and dropout == 0.0)
-            assert model.training is training
-            assert torch.equal(state, torch.get_rng_state())
-            # A second look where the mode may matter alone.
-            assert (
-                calls
-                == {(0.0, True): [True, True], (0.5, True): [True, True, False], (0.5, False): [False]}[
-                    dropout, training
-                ]
-            )
+    def forward(self, given):
+        if not self.training:
+            return given
+        return given + torch.rand(()) * (1.0 if self.jitter_noise is None else self.jitter_noise)
+
+
+@pytest.mark.parametrize(
+    ("noise", "training", "modes", "seen_in"),
+    [
+        (nn.Dropout(0.0), True, [True] * 2, True),
+        (nn.Dropout(0.5), True, [True] * 4, True),
+        (Jittered(0.3), True, [True] * 4, True),
+        (Jittered(None), True, [True] * 4 + [False], False),
+        (nn.Dropout(0.5), False, [False], False),
+    ],
+)
+def test_values_are_compared_in_a_mode_that_gives_them_again(noise, training, modes, seen_in):
+    model = nn.Sequential(nn.Linear(4, 4), noise).train(training)
+    model[0].eval()  # as a part that is frozen
+    given, calls = torch.randn(3, 4), []
+    rates = {name: value for name, value in vars(noise).items() if isinstance(value, float)}
+
+    def run(model, architecture, inputs):
+        calls.append(model.training)
+        return model(given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "_head_values", run)
+        state = torch.get_rng_state()
+        with agreement.comparable(model, ARCHITECTURE, rows(1, 3)) as expected:
+            assert torch.equal(expected, model(given)) and not expected.requires_grad
+            assert model.training is seen_in
+        assert model.training is training and not model[0].training
+        assert {name: getattr(noise, name) for name in rates} == rates
+        assert torch.equal(state, torch.get_rng_state())
+        # A second look where the mode may matter alone.
+        assert calls == modes
 
 
 @pytest.mark.parametrize(
@@ -284,7 +303,7 @@ def test_a_structure_is_its_modules_and_settings():
     assert before == structures.structure(model)
     modules = [part for part in before if isinstance(part, nn.Module)]
     assert {id(part) for part in modules} == {id(part) for part in model.modules()}
-    # Each module once as part of the tree; head and embeddings once more, as such.
+    # Each module once as part of the tree; head and embeddings once more, as such. Each forward of a class once.
     assert len(modules) == len(list(model.modules())) + 2
 
     def changed(change, undo):
@@ -307,7 +326,15 @@ def test_a_structure_is_its_modules_and_settings():
             lambda name=name, was=was: model.__dict__.pop(name) if was is None else model.__dict__.update({name: was}),
         )
     removed = []
-    assert changed(lambda: removed.append(model.register_forward_hook(lambda *_: None)), lambda: removed.pop().remove())
+    for part in (model, attention, model.model.layers[2]):
+        for register in (part.register_forward_hook, part.register_forward_pre_hook):
+            assert changed(
+                lambda register=register: removed.append(register(lambda *_: None)), lambda: removed.pop().remove()
+            )
+    mlp = model.model.layers[0].mlp
+    assert changed(lambda: setattr(mlp, "forward", lambda hidden: hidden), lambda: delattr(mlp, "forward"))
+    kind, forward = type(mlp), type(mlp).forward
+    assert changed(lambda: setattr(kind, "forward", lambda *_: 0), lambda: setattr(kind, "forward", forward))
     hooks = nn.modules.module
     assert changed(
         lambda: removed.append(hooks.register_module_forward_hook(lambda *_: None)), lambda: removed.pop().remove()
@@ -351,12 +378,17 @@ def test_hooks_of_torch_itself_are_no_change_of_structure():
     def observe(*_):
         return None
 
-    observe.__module__ = "torch.utils.module_tracker"
-    handle = nn.modules.module.register_module_forward_pre_hook(observe)
-    try:
-        assert structures.structure(model) == before
-    finally:
-        handle.remove()
+    for owner in ("torch.utils.module_tracker", "transformers.utils.output_capturing"):
+        observe.__module__ = owner
+        hooks = (
+            nn.modules.module.register_module_forward_pre_hook(observe),
+            model.lm_head.register_forward_hook(observe),
+        )
+        try:
+            assert structures.structure(model)[2:] == before[2:], "a hook on the head is seen there"
+        finally:
+            for hook in hooks:
+                hook.remove()
     assert model(tokens()).logits.shape[-1] == VOCAB
 
 

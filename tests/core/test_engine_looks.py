@@ -31,12 +31,12 @@ def looks(monkeypatch):
         seen.append((routing, own_loss, inputs.shape[1]))
         return result(architecture)
 
-    def probe_longer_rows(model, probe, inputs):
+    def probe_whole_rows(model, probe, inputs):
         seen.append(("longer", inputs.shape[1]))
         return result(probe)
 
     monkeypatch.setattr(engines, "probe", probe)
-    monkeypatch.setattr(engines, "probe_longer_rows", probe_longer_rows)
+    monkeypatch.setattr(engines, "probe_whole_rows", probe_whole_rows)
 
     def since(prepare):
         before = len(seen)
@@ -74,6 +74,30 @@ def test_a_longer_batch_that_is_looked_at_anew_counts_as_long(looks):
     looks(preparing(engine, length=20))
     assert looks(preparing(engine, length=10, packed=True)) == [(True, False, 10)]
     assert looks(preparing(engine, length=20)) == []
+
+
+def test_what_a_batch_did_not_have_before_is_looked_at(looks):
+    engine, ids = Engine(ROUTABLE["llama"]()), tokens(length=LENGTH)[:2]
+    given = {
+        "attention_mask": torch.ones(2, LENGTH),
+        "position_ids": torch.arange(LENGTH)[None],
+        "output_router_logits": None,
+    }
+
+    def of(length=LENGTH, **inputs):
+        inputs = {"input_ids": ids, **inputs}
+        cut = {name: value if value is None else value[:, :length] for name, value in inputs.items()}
+        return looks(lambda: engine.prepare(engine.inputs(**cut), routing=True))
+
+    assert of() == [(True, False, 8)]
+    # Position ids without a mask may say that rows are packed.
+    for name, look in (("attention_mask", ("longer", 8)), ("position_ids", (True, False, 8))):
+        assert of(**{name: given[name]}) == [look]
+        assert of(**{name: given[name]}) == of(length=5, **{name: given[name]}) == []
+    assert of(**given) == [("longer", 8)]
+    assert of(input_ids=None, inputs_embeds=torch.randn(2, LENGTH, 32), length=5) == [("longer", 5)]
+    assert of(input_ids=None, inputs_embeds=torch.randn(2, LENGTH, 32)) == [("longer", 8)]
+    assert of() == of(**given) == []
 
 
 def test_a_loss_is_looked_at_until_it_was_seen(looks):

@@ -97,11 +97,12 @@ def test_without_gradients_nothing_is_learned():
 
 def test_every_layer_runs_once_in_exact_mode():
     model, input_ids = ROUTABLE["llama"](), tokens()
-    wrapped = learned(model, forwards=1, gradient="exact")
     calls = []
     hooks = [
         layer.mlp.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, layer in enumerate(model.model.layers)
     ]
+    wrapped = learned(model, forwards=1, gradient="exact")
+    calls.clear()
     backward(wrapped, input_ids)
     for hook in hooks:
         hook.remove()

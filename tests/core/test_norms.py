@@ -75,15 +75,15 @@ def test_the_passes_run_it_and_leave_the_model_as_it_was(engine, checkpointing, 
     if checkpointing:
         checkpoint_activations(model)
     input_ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    calls = []
+    kind = type(model.model.norm)
+    before = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: calls.append(self) or before(self, x))
     fused = CGGRModel(model, engine=engine, selection="random").train()
     with monkeypatch.context() as patch:
         patch.setattr("cggr_core.routing.probe.fused_forwards", lambda modules: {})
         own = CGGRModel(model, engine=engine, selection="random").train()
         own(input_ids, labels=input_ids, draw=0)  # the first forward looks at the model
-    calls = []
-    kind = type(model.model.norm)
-    before = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, x: calls.append(self) or before(self, x))
 
     def step(wrapped: CGGRModel):
         wrapped(input_ids, labels=input_ids, draw=0)

@@ -160,15 +160,16 @@ def test_scores_nothing_before_the_layers(monkeypatch):
     """The one look at the head is that of the kept tokens; every layer runs once on each token."""
     rows, model = [], ROUTABLE["llama"]()
     memory = RememberedScores.empty(examples=6, length=20)
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0][..., 0].numel()))
     wrapped = train(memory, model, forwards=2)
+    seen.clear()
     statistics = cggr_core.readout.linear_token_statistics
     monkeypatch.setattr(
         cggr_core.readout,
         "linear_token_statistics",
         lambda hidden, *args, **more: rows.append(hidden[..., 0].numel()) or statistics(hidden, *args, **more),
     )
-    seen = []
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0][..., 0].numel()))
     backward(wrapped, tokens(), example_ids=torch.tensor([4, 0, 2]))
     assert wrapped.metrics["engine"] == "interleaved"
     slots = 3 * 5

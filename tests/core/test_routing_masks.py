@@ -138,7 +138,7 @@ def test_positions_before_the_queries(before):
     shared = SimpleNamespace(length=before) if before else None
 
     def made(queries, in_layers):
-        found = cache.PassCache(queries=queries, length=6, shared=shared)
+        found = cache.PassCache(queries=queries, length=6, shared=shared, places={})
         assert not found.in_layers
         found.in_layers = in_layers
         return found
@@ -169,6 +169,7 @@ def test_other_tokens_wait_for_the_kept_ones():
         keep_graph=False,
         last_layer=1,
         shared=None,
+        places={},
     )
     keys, values = torch.randn(2, 1, 2, 2, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"^layer 0 ran on the other tokens before"):

@@ -57,7 +57,7 @@ def test_wrong_values_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_model_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    for name in ("probe", "probe_longer_rows"):
+    for name in ("probe", "probe_whole_rows"):
         own = getattr(engine_module, name)
         monkeypatch.setattr(engine_module, name, lambda *a, own=own, **k: (looked.append(1), own(*a, **k))[1])
     model = CGGRModel(ROUTABLE["llama"](), gradient="kv", selection="random").train()

@@ -60,20 +60,23 @@ def gathered_once(routed: CGGRModel, input_ids: torch.Tensor, mesh: object) -> N
         model.zero_grad()
         return seen.count
 
+    def fail(module: torch.nn.Module, args: object) -> None:
+        passes.append(module)
+        if failing and len(passes) == 2:
+            raise RuntimeError("the gradient pass")
+
+    passes: list[torch.nn.Module] = []
+    failing = False
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
     layers = len(model.model.layers)
     step()  # looks at the model first
     gathers = [step() for _ in range(3)]
     assert gathers[0] - gathers[1] == layers and gathers[1] == gathers[2], gathers
 
-    def fail(module: torch.nn.Module, args: object) -> None:
-        passes.append(module)
-        if len(passes) == 2:
-            raise RuntimeError("the gradient pass")
-
     # The shards, as an optimizer has them. What stands around the layers stays gathered after any forward that failed.
     trained = list(model.model.layers.parameters())
-    passes: list[torch.nn.Module] = []
-    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    passes.clear()
+    failing = True
     with pytest.raises(RuntimeError, match="the gradient pass"):
         step()
     hook.remove()

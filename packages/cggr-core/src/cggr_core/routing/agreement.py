@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.context_pass import NO_CONTEXT, LayerOutput, context_pass, head_read_by, ignore_head
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs
-from cggr_core.routing.patches import evaluation_mode, without_checkpointing
+from cggr_core.routing.patches import evaluation_mode, without_checkpointing, without_dropout
 from cggr_core.selection import Selection
 
 # Relative error, and the share of the tokens that must stay under it. Half precision: all but tokens whose experts
@@ -47,8 +47,9 @@ def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs
     The values are the head's input where the head is one matrix, else the model's logits.
 
     Args:
-        model: The model. In training mode it stays there, unless two forwards differ (dropout, jitter): then it is in
-            evaluation mode in the block. The state of the random generators is put back at the end.
+        model: The model. In training mode it stays there; where two forwards differ, without dropout and jitter in the
+            block; and where they do then too, in evaluation mode. The state of the random generators is put back at
+            the end.
         architecture: Its description.
         inputs: Whole rows.
 
@@ -57,12 +58,13 @@ def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs
     """
     device = inputs.position_ids.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        expected = _head_values(model, architecture, inputs)
-        if not any(module.training for module in model.modules()) or torch.equal(
-            expected, _head_values(model, architecture, inputs)
-        ):
-            yield expected
-            return
+        training = any(module.training for module in model.modules())
+        for quiet in (nullcontext, without_dropout) if training else ():
+            with quiet(model):
+                expected = _head_values(model, architecture, inputs)
+                if torch.equal(expected, _head_values(model, architecture, inputs)):
+                    yield expected
+                    return
         with evaluation_mode(model):
             yield _head_values(model, architecture, inputs)
 

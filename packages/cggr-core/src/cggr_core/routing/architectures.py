@@ -50,6 +50,8 @@ class Architecture:
 
     Attributes:
         layers: Decoder or encoder layers, in order; empty where they were not found.
+        places: By the number that a layer gives a cache, its place among the layers, where layers were left out or
+            moved since they were numbered; else empty.
         head: The language-model head.
         shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
         obstacle: Why keys and values cannot be routed, or ``None`` where they can.
@@ -66,6 +68,7 @@ class Architecture:
     """
 
     layers: nn.ModuleList
+    places: Mapping[int, int]
     head: Head
     shifted: bool
     obstacle: str | None
@@ -115,11 +118,13 @@ def describe(model: nn.Module) -> Architecture:
     forward_parameters = frozenset(inspect.signature(base.forward).parameters)
     # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
     modules = list(model.modules())
+    numbers = _numbers(layers)
     return Architecture(
         layers=layers,
+        places={number: place for place, number in enumerate(numbers) if number != place},
         head=_find_head(base, text_config),
         shifted=getattr(base, "loss_type", None) != "ForMaskedLM",
-        obstacle=_obstacle(base, text_config, owner)
+        obstacle=_obstacle(base, text_config, owner) or _same_number(base, layers, numbers)
         if layers
         else f"the layers of {type(base).__name__} were not found: no list of modules in it is as long as "
         f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)} says",
@@ -165,6 +170,27 @@ def _find_layers(base: Any, count: int) -> tuple[nn.ModuleList, nn.Module]:
     return nn.ModuleList(), base
 
 
+def _numbers(layers: nn.ModuleList) -> list[int]:
+    """The number that each layer gives a cache; its place where the layers do not have just one."""
+    found = [
+        {number for part in layer.modules() if type(number := getattr(part, "layer_idx", None)) is int}
+        for layer in layers
+    ]
+    return [place if len(numbers) != 1 else numbers.pop() for place, numbers in enumerate(found)]
+
+
+def _same_number(base: nn.Module, layers: nn.ModuleList, numbers: list[int]) -> str | None:
+    if len(set(numbers)) == len(numbers):
+        return None
+    first, second = next((a, b) for b in range(len(numbers)) for a in range(b) if numbers[a] == numbers[b])
+    if layers[first] is layers[second]:
+        return f"layers {first} and {second} of {type(base).__name__} are one module, which runs twice in a forward"
+    return (
+        f"layers {first} and {second} of {type(base).__name__} give the cache one number, layer_idx={numbers[first]} "
+        "(were they copied?); number every layer's modules anew before training"
+    )
+
+
 def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
@@ -202,11 +228,12 @@ def is_plain_matrix(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is done around a module's call, besides gathering its weights (FSDP2)."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
-        for registered in hooks
-        for hook in registered.values()
-    )
+    return any(not is_of_distributed(hook) for registered in hooks for hook in registered.values())
+
+
+def is_of_distributed(hook: Any) -> bool:
+    """Whether a hook is torch's own, which gathers a module's weights."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:

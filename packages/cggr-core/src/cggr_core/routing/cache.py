@@ -5,7 +5,7 @@ what comes back. That one call is the seam: a recording cache notes them, a rout
 and values in which the kept rows are fresh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ class PassCache(Cache):
         queries: Tokens of the pass in each row.
         length: Positions of the batch's rows.
         shared: What stands before them.
+        places: Of :class:`~cggr_core.routing.architectures.Architecture`.
 
     Attributes:
         in_layers: Whether the model is past what it makes for whole rows, and in its layers.
@@ -34,8 +35,9 @@ class PassCache(Cache):
 
     is_compileable: Any = False  # a property of Cache
 
-    def __init__(self, *, queries: int, length: int, shared: Shared | None) -> None:
+    def __init__(self, *, queries: int, length: int, shared: Shared | None, places: Mapping[int, int]) -> None:
         super().__init__(layers=[])
+        self._places = places
         self._queries = queries
         self._shared = shared
         self._length = length if shared is None else shared.length + length
@@ -80,15 +82,17 @@ class RecordingCache(PassCache):
         keep_graph: Keep the graph of keys and values (gradient mode ``kv``); gradients are off after each ``update``
             either way, so that nothing else of the layer is kept.
         shared: What stands before every row.
+        places: As for :class:`PassCache`.
     """
 
-    def __init__(self, *, length: int, keep_graph: bool, shared: Shared | None) -> None:
-        super().__init__(queries=length, length=length, shared=shared)
+    def __init__(self, *, length: int, keep_graph: bool, shared: Shared | None, places: Mapping[int, int]) -> None:
+        super().__init__(queries=length, length=length, shared=shared, places=places)
         self.recorded: dict[int, KeyValue] = {}
         self._keep_graph = keep_graph
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
         """Note a layer's keys and values, and attend to them as constants."""
+        layer_idx = self._places.get(layer_idx, layer_idx)
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
@@ -110,6 +114,7 @@ class OtherTokensCache(PassCache):
         last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises
             :class:`LastLayerReachedError` there.
         shared: What stands before every row.
+        places: As for :class:`PassCache`.
     """
 
     def __init__(
@@ -121,8 +126,9 @@ class OtherTokensCache(PassCache):
         keep_graph: bool,
         last_layer: int,
         shared: Shared | None,
+        places: Mapping[int, int],
     ) -> None:
-        super().__init__(queries=index.shape[1], length=length, shared=shared)
+        super().__init__(queries=index.shape[1], length=length, shared=shared, places=places)
         self.in_layers = True
         self._last_layer = last_layer
         self._others = Places(index, length)
@@ -134,6 +140,7 @@ class OtherTokensCache(PassCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
         """Note the other tokens' keys and values, and let them attend to all positions."""
+        layer_idx = self._places.get(layer_idx, layer_idx)
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
         torch.set_grad_enabled(False)
@@ -163,6 +170,7 @@ class RoutedCache(PassCache):
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
         in_turn: Whether the recorded keys and values have their backward pass inside the layer's.
         shared: What stands before every row.
+        places: As for :class:`PassCache`.
         note: Where to note the kept tokens' own keys and values, or ``None``.
     """
 
@@ -178,9 +186,10 @@ class RoutedCache(PassCache):
         keep_graph: bool,
         in_turn: bool,
         shared: Shared | None,
+        places: Mapping[int, int],
         note: dict[int, KeyValue] | None,
     ) -> None:
-        super().__init__(queries=index.shape[1], length=length, shared=shared)
+        super().__init__(queries=index.shape[1], length=length, shared=shared, places=places)
         self._note = note
         self.remade = RemadeForBackward()
         self._in_turn = in_turn
@@ -197,6 +206,7 @@ class RoutedCache(PassCache):
         """Keys and values of all positions, the kept rows fresh."""
         # Called again with the same keys and values when a checkpointed layer is recomputed: nothing here may depend
         # on how often that happens, and the other tokens' are answered from memory.
+        layer_idx = self._places.get(layer_idx, layer_idx)
         self.updated.add(layer_idx)
         fresh = key_states, value_states
         if self._note is not None:

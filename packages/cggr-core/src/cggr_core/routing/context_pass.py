@@ -80,7 +80,9 @@ def context_pass(
     Raises:
         RuntimeError: If a layer did not hand its keys and values over.
     """
-    cache = RecordingCache(length=inputs.shape[1], keep_graph=keep_graph, shared=inputs.shared)
+    cache = RecordingCache(
+        length=inputs.shape[1], keep_graph=keep_graph, shared=inputs.shared, places=architecture.places
+    )
     resume: list[Tensor] = []
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

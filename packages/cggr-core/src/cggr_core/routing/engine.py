@@ -23,7 +23,7 @@ from cggr_core.routing.loss_agreement import (
 )
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.precision import LowPrecision
-from cggr_core.routing.probe import Probe, probe, probe_longer_rows
+from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
 from cggr_core.routing.shared import KeyValue
 from cggr_core.routing.structure import structure
@@ -54,7 +54,7 @@ class Engine:
         self._structure = structure(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
-        self._probed_length = 0
+        self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by what a batch has
         self._low_precision: LowPrecision | None = None
         self._loads = count_loads(self.model)
         self._loads_seen = self._loads.count
@@ -155,7 +155,9 @@ class Engine:
             self._probed.add("shift_labels")
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False) -> None:
-        """Look at the model on its first batch, after weights were loaded, and where rows are longer than before.
+        """Look at the model on its first batch, after weights were loaded, and where there is something new in a batch.
+
+        New are longer rows, and the first padding, position ids or other input.
 
         Args:
             inputs: The batch.
@@ -168,15 +170,17 @@ class Engine:
         packed = routing and inputs.segment is not None
         wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
         wanted |= {"own_loss"} if own_loss else set()
-        grown = inputs.shape[1] > self._probed_length
-        if grown and self._probed_length and shards_layers(self._description.layers):
-            grown = False  # every rank would have to look in the same step, and rows are of other lengths elsewhere
+        length, form = inputs.shape[1], inputs.form
+        new = length > self._probed_lengths.get(form, 0)
+        if new and self._probed_lengths and shards_layers(self._description.layers):
+            new = False  # every rank would have to look in the same step, and batches are other ones elsewhere
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
             self._looks += 1
             self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
             self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
-            self._probed_length = max(self._probed_length, inputs.shape[1]) if routing else 0
+            if routing:
+                self._probed_lengths[form] = max(self._probed_lengths.get(form, 0), length)
             self._loads_seen = self._loads.count
             head = self._probe.architecture.head
             if not head.fused:
@@ -185,9 +189,9 @@ class Engine:
                     "softcap (it may have hooks or adapters); its own logits are used, [tokens, vocabulary] at a time",
                     stacklevel=3,
                 )
-        elif routing and grown:
-            self._probe = probe_longer_rows(self.model, self._probe, inputs)
-            self._probed_length = inputs.shape[1]
+        elif routing and new:
+            self._probe = probe_whole_rows(self.model, self._probe, inputs)
+            self._probed_lengths[form] = length
         if routing and self.architecture.obstacle is not None:
             raise ValueError(
                 f"gradient='kv' and 'detached' route keys and values, and {self.architecture.obstacle}; use "

@@ -90,6 +90,7 @@ def gradient_pass(
         keep_graph=keep_graph,
         in_turn=keep_graph and shards_layers(architecture.layers),
         shared=inputs.shared,
+        places=architecture.places,
         note=note,
     )
     kept = _KeptTokens(architecture, inputs, selection, cache, adapters, attention, keep_graph=keep_graph)

@@ -46,6 +46,13 @@ class TokenInputs:
         batch, length = self.position_ids.shape
         return batch, length
 
+    @property
+    def form(self) -> frozenset[str]:
+        """What there is in the batch: models go other ways with padding than without, with position ids, and so on."""
+        present = {"padding": self.padding, "segment": self.segment, "position_ids": self.passes_positions or None}
+        given = {**self.per_token, **present, **self.options}
+        return frozenset(name for name, value in given.items() if value is not None)
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a forward over the rows."""
         arguments: dict[str, Any] = dict(self.per_token)

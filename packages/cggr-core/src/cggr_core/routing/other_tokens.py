@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_core.routing.adapters import InvokedAdapters
-from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.architectures import Architecture, has_hooks, is_of_distributed
 from cggr_core.routing.cache import LastLayerReachedError, OtherTokensCache
 from cggr_core.routing.context_pass import Context
 from cggr_core.routing.inputs import TokenInputs, other_positions
@@ -39,6 +39,7 @@ class OtherTokens:
         self._precision = precision
         self._architecture = architecture
         self._forwards = [architecture.checkpoint_wrappers.get(layer, layer.forward) for layer in architecture.layers]
+        self._hooked = {number: layer for number, layer in enumerate(architecture.layers) if has_hooks(layer)}
         self._cache = OtherTokensCache(
             index=self.index,
             kept_index=index,
@@ -46,6 +47,7 @@ class OtherTokens:
             keep_graph=keep_graph,
             last_layer=len(architecture.layers) - 1,
             shared=inputs.shared,
+            places=architecture.places,
         )
         self._rows = LayerRows(self.index, length)
         self._calls: dict[int, tuple[int, Any, LayerCall]] = {}
@@ -68,7 +70,10 @@ class OtherTokens:
             args, kwargs = self._rows.call(
                 args, kwargs, replace={hidden: self._hidden.detach(), id(cache): self._cache}
             )
-            # The layer's forward, not the layer: this runs inside its call, hooks and gathered parameters included.
+            hooked = self._hooked.get(layer)
+            if hooked is not None and self._cache.recorded:  # else the hooks were around what was noted
+                args, kwargs = _before(hooked, args, kwargs)
+            # The layer's forward, not the layer: this runs inside its call, in which its parameters are gathered.
             # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
             # And in a context of its own, so that transformers does not collect its outputs (an expert router's, say)
             # as those of the outer call.
@@ -81,12 +86,38 @@ class OtherTokens:
                 suppress(LastLayerReachedError),
             ):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
+                if hooked is not None:
+                    output = _after(hooked, args, kwargs, output)
                 self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._cache.kept = None
             merged, self._cache.merged = self._cache.merged, None
             return self._cache.recorded[layer], merged
         # A checkpointed layer is being recomputed.
         return self._cache.recorded[layer], None
+
+
+@torch.no_grad()
+def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    """A layer's arguments after the hooks of others, as constants; torch's own gather weights, in its outer call."""
+    for number, hook in layer._forward_pre_hooks.items():
+        if is_of_distributed(hook):
+            continue
+        if number in layer._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(layer, args, kwargs) or (args, kwargs)
+        elif (changed := hook(layer, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
+
+
+def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A layer's output after the hooks of others."""
+    for number, hook in layer._forward_hooks.items():
+        if is_of_distributed(hook):
+            continue
+        given = (args, kwargs) if number in layer._forward_hooks_with_kwargs else (args,)
+        changed = hook(layer, *given, output)
+        output = output if changed is None else changed
+    return output
 
 
 def _unhooked_saved_tensors() -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ changed on that model alone, and what all models share is changed once, at impor
 runs in. One model is not run in two threads at a time.
 """
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -20,6 +23,10 @@ from cggr_core.routing.architectures import Architecture
 
 MaskBuilder = Callable[..., Any]
 ChangeBuilder = Callable[[str, MaskBuilder], MaskBuilder]
+
+# What modules call their rates of noise in training.
+_NOISE = re.compile(r"drop|jitter").search
+_SMALL = 0.1
 
 _change_of_builders: ContextVar[ChangeBuilder | None] = ContextVar("change_of_builders", default=None)
 _one_document: ContextVar[bool] = ContextVar("one_document", default=False)
@@ -244,6 +251,59 @@ def attention_implementation(architecture: Architecture, choose: Callable[[str],
     finally:
         for key, name in before.items():
             configs[key]._attn_implementation_internal = name
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Let a model in training mode leave nothing out and add no noise: rates of dropout and jitter are 0.
+
+    Reach: the rates that its modules hold; what is read off a config stays.
+    """
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, float) and value and (name == "p" if isinstance(module, _DropoutNd) else _NOISE(name))
+    ]
+    try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in rates:
+            setattr(module, name, value)
+
+
+@contextmanager
+def grown_parameters(model: nn.Module) -> Iterator[bool]:
+    """Let parameters that are all of one small value, as many are at the start of training, be random numbers.
+
+    A projection of zeros hides whatever stands before it. Sharded and offloaded parameters stay as they are.
+
+    Reach: the values of these parameters; their version counters stay, for a graph that waits for its backward pass.
+
+    Yields:
+        Whether there are any.
+    """
+    constant = {
+        parameter: float(first)
+        for parameter in model.parameters()
+        if type(parameter.data) is Tensor
+        and parameter.is_floating_point()
+        and not parameter.is_meta
+        and parameter.numel() > 1
+        and abs(float(first := parameter.data.flatten()[0])) < _SMALL
+        and bool((parameter.data == first).all())
+    }
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in constant:
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * scale)
+        yield bool(constant)
+    finally:
+        for parameter, value in constant.items():
+            parameter.data.fill_(value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.head_check import gives_the_logits
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.loss_agreement import own_alignment, text_alone
-from cggr_core.routing.patches import evaluation_mode, without_checkpointing
+from cggr_core.routing.patches import evaluation_mode, grown_parameters, without_checkpointing
 
 _ROWS, _TOKENS = 2, 8
 # Relative error of logits that three quarters of the tokens stay under, with a head that is one matrix.
@@ -120,7 +120,7 @@ def _probe(
 
 
 @torch.no_grad()
-def probe_longer_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Probe:
+def probe_whole_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Probe:
     """Compare the routed passes with the plain forward once more; see :func:`probe`."""
     if seen.architecture.obstacle is not None:
         return seen
@@ -132,7 +132,22 @@ def probe_longer_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Pro
 def _routed(
     model: nn.Module, architecture: Architecture, rows: TokenInputs, layer_output: LayerOutput
 ) -> tuple[Architecture, str | None, str | None]:
-    """What stands against routed passes on these rows, and what against packed ones."""
+    """What stands against routed passes on these rows, and what against packed ones; with grown weights too."""
+    found = _routed_as_it_is(model, architecture, rows, layer_output)
+    if found[1] is not None:
+        return found
+    with grown_parameters(model) as grown:
+        if not grown:
+            return found
+        later = _routed_as_it_is(model, found[0], rows, layer_output)
+    if later[1] is None:
+        return later[0], None, found[2] or later[2]
+    return later[0], f"{later[1]}, once parameters that are all alike have been trained", found[2]
+
+
+def _routed_as_it_is(
+    model: nn.Module, architecture: Architecture, rows: TokenInputs, layer_output: LayerOutput
+) -> tuple[Architecture, str | None, str | None]:
     name = type(model).__name__
     with comparable(model, architecture, rows) as expected:
         obstacle = _obstacle(model, architecture, rows, expected, layer_output)
@@ -143,7 +158,7 @@ def _routed(
             return spread, None, None
     if rows.segment is None:
         return architecture, obstacle, None
-    unpacked, own_obstacle, _ = _routed(model, architecture, _unpacked(rows), layer_output)
+    unpacked, own_obstacle, _ = _routed_as_it_is(model, architecture, _unpacked(rows), layer_output)
     if own_obstacle is not None:
         return architecture, own_obstacle, None
     return (

@@ -1,5 +1,6 @@
 """What was seen of a model holds while its structure is the same; looked at in every step, so it must cost nothing."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,10 @@ _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 
 
 def structure(model: nn.Module) -> list[Any]:
-    """The modules of a model, its head as it stands, and the settings that a description and a loss read.
+    """The modules of a model, their forwards and hooks, its head, and the settings that a description and a loss read.
 
     Two structures are compared with ``==``, which is identity for modules; they are held, so that no other module can
-    take the place of one that was replaced. A fifth of a microsecond for each module.
+    take the place of one that was replaced. Half a microsecond for each module.
     """
     base = unwrapped(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
@@ -28,22 +29,37 @@ def structure(model: nn.Module) -> list[Any]:
         base.get_input_embeddings(),
         *(getattr(config, name, None) for name in _OF_THE_CONFIG),
         *(own.get(name) for name in _OF_THE_MODEL),
-        base.forward,  # as a bound method, which a step that stands in for it puts back: equal, if not the same
-        *base._forward_hooks.values(),
-        *_hooks_on_all_modules(),
+        # As bound methods, which a step that stands in for them puts back: equal, if not the same.
+        base.forward,
+        model.forward,
+        *_of_others(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
     ]
     waiting: list[nn.Module | None] = [model]
     seen: set[int] = set()
+    forwards: dict[type[nn.Module], Any] = {}
     while waiting:
         module = waiting.pop()
         if module is not None and id(module) not in seen:
             seen.add(id(module))
             found.append(module)
             waiting.extend(module._modules.values())
-    return found
+            if module._forward_pre_hooks or module._forward_hooks:
+                found.extend(_of_others(module._forward_pre_hooks, module._forward_hooks))
+            kind = type(module)
+            if kind not in forwards:
+                forwards[kind] = kind.forward
+            forward = module.__dict__.get("forward")
+            if forward is not None and module is not base and module is not model:
+                found.append(forward)
+    return [*found, *forwards.values()]
 
 
-def _hooks_on_all_modules() -> list[Any]:
-    # torch's own observe (its flop counter and module tracker), and come and go.
-    hooks = (*module_hooks._global_forward_hooks.values(), *module_hooks._global_forward_pre_hooks.values())
-    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
+def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
+    # Those of torch and transformers themselves observe (a flop counter, a collector of hidden states), or bring
+    # weights, and come and go.
+    return [
+        hook
+        for hooks in registered
+        for hook in hooks.values()
+        if not str(getattr(hook, "__module__", "")).startswith(("torch.", "transformers."))
+    ]
