@@ -16,7 +16,7 @@ def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRM
     router = None if depth is None else create_truncated_router(base, depth)
     model = CGGRModel(base, router, cuda_graph="auto", **settings).train()
     if next(base.parameters()).device.type == "cpu":
-        parts = (model._outcome, model.settings, model._passes, model.schedule, model._draws)
+        parts = (model._outcome, model._passes, model.schedule, model._draws)
         model._recorder = Recorder(*parts, device_type="cpu", graphs=Reenacted)
     return model
 

@@ -1,9 +1,11 @@
 """Recordings on the CPU: a pass is replayed by doing it again, and its results are put where the first ones are."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr_core.recording.replay import NotRecordedError
 
@@ -31,7 +33,8 @@ class Reenacted:
         return replay, places
 
     def watched(self, run: Callable[[], Any]) -> Any:
-        made = run()
+        with _HostReads():
+            made = run()
         if self.reads is not None:
             raise NotRecordedError(self.reads)
         return made
@@ -44,3 +47,16 @@ class Reenacted:
 
     def set_random_state(self, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
+
+
+class _HostReads(TorchDispatchMode):
+    """Refuses reads of a tensor's values by transformers, which does not know that they are free on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            if "/transformers/" in frame.f_code.co_filename:
+                raise NotRecordedError(f"the host waits for the device within the step (line {frame.f_lineno})")
+        return func(*args, **(kwargs or {}))

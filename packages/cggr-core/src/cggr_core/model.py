@@ -1,7 +1,7 @@
 """CGGRModel: a Hugging Face model whose training step spends its backward pass on the kept tokens."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,9 +12,10 @@ from cggr_core.recording import Recorder, StepCall, StepOutcome
 from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
 from cggr_core.selection import Selection
-from cggr_core.settings import CudaGraph, RoutingSettings
+from cggr_core.settings import SUPERVISED, CudaGraph, RoutingSettings
 from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, StepResult, findings, run_step
 from cggr_core.step.checks import check_not_compiled, check_unused, drop_inert_arguments
+from cggr_core.step.selecting import supervised_slots
 from cggr_core.stopwatch import Stopwatch
 
 
@@ -240,6 +241,7 @@ class CGGRModel(nn.Module):
                 "draw": draw,
                 "first_row": first_row,
                 "example_ids": example_ids,
+                "slots": self._slots(labels, arguments) if selection is None else None,
             },
         )
         replayed = self._replayed(call)
@@ -372,6 +374,13 @@ class CGGRModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def _slots(self, labels: Tensor, arguments: Mapping[str, Any]) -> int | None:
+        """Slots of the supervised tokens, counted before anything of the step is queued; ``None`` for no such step."""
+        counted = arguments.get("shift_labels", labels)
+        if self.settings.selection != SUPERVISED or not isinstance(counted, Tensor) or counted.dim() != 2:
+            return None  # what is wrong with them is told where they are checked
+        return supervised_slots(counted, self.settings.ignore_index)
+
     def _run(self, call: StepCall, router: Router) -> StepResult:
         batch = StepBatch.checked(self.settings, self._passes, arguments=dict(call.arguments), **call.given)
         router.prepare(batch)
@@ -383,7 +392,7 @@ class CGGRModel(nn.Module):
         if not self.settings.cuda_graph:
             return None
         if self._recorder is None:
-            self._recorder = Recorder(self._outcome, self.settings, self._passes, self.schedule, self._draws)
+            self._recorder = Recorder(self._outcome, self._passes, self.schedule, self._draws)
         return self._recorder.take(call, self._router)
 
     def _outcome(self, call: StepCall) -> StepOutcome:

@@ -24,7 +24,7 @@ from cggr_core.checks import (
 from cggr_core.sampling import compact, descending_rank, kept_counts
 from cggr_core.settings import SCOPES, SELECTIONS, WITH_PROBABILITIES, SelectionSettings
 
-__all__ = ["Selection", "check_mask", "plain_weight", "select", "slots_for", "slots_in_steps"]
+__all__ = ["Selection", "check_mask", "plain_weight", "select", "slots_for", "slots_in_buckets", "slots_in_steps"]
 
 
 def slots_for(ratio: float, length: int) -> int:
@@ -48,6 +48,19 @@ def slots_in_steps(count: int, length: int) -> int:
         (8, 208, 204)
     """
     step = min(64, max(8, 2 ** max(0, (count - 1).bit_length() - 4)))
+    return min(length, -(-count // step) * step)
+
+
+def slots_in_buckets(count: int, length: int) -> int:
+    """Slots for ``count`` tokens of ``length`` in few shapes: rounded up by at most a quarter, or 16.
+
+    To multiples of 16 up to 128, of 32 up to 256, of 64 up to 512, and so on.
+
+    Example:
+        >>> slots_in_buckets(5, 1000), slots_in_buckets(200, 1000), slots_in_buckets(200, 204)
+        (16, 224, 204)
+    """
+    step = max(16, 2 ** max(0, (count - 1).bit_length() - 3))
     return min(length, -(-count // step) * step)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cggr_core.selection import slots_in_buckets
+
 # These change from step to step and are read on the device: the first as it is, the second whatever kind of number.
 _DRAW, _ITEMS = "draw", "num_items"
 
@@ -53,6 +55,17 @@ class StepCall:
             elif value.device != self.device:
                 return f"the argument {name} is on {value.device}, and the labels are on {self.device}"
         return None
+
+    def in_bucket(self) -> StepCall:
+        """The same step with slots in few numbers: those that are not needed hold no kept token and weigh nothing."""
+        slots = self.given["slots"]
+        if slots is None:
+            return self
+        return self.with_slots(slots_in_buckets(slots, self.given["labels"].shape[1]))
+
+    def with_slots(self, slots: int | None) -> StepCall:
+        """The same step with another number of slots."""
+        return StepCall(self.arguments, {**self.given, "slots": slots})
 
     def key(self) -> Hashable:
         """What is built into a recording of the step: names, shapes, dtypes, values that are no tensors, autocast."""

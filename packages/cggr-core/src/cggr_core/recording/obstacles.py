@@ -8,18 +8,14 @@ from typing import Any, cast
 import torch
 
 from cggr_core.monitor import capturing
-from cggr_core.settings import SUPERVISED, RoutingSettings
 
 
-def obstacle_of(settings: RoutingSettings, router: Any) -> str | None:
-    """Why steps of these settings are not recorded; ``None`` where they can be.
+def obstacle_of(router: Any) -> str | None:
+    """Why steps with a router are not recorded; ``None`` where they can be.
 
     Args:
-        settings: Of the steps.
         router: What scores.
     """
-    if settings.selection == SUPERVISED:
-        return "selection='supervised' asks the device in every step how many tokens it keeps"
     if not getattr(router, "recordable", False):
         name = type(getattr(router, "router", router)).__name__
         return f"the router is a {name}, which may do anything in a step"

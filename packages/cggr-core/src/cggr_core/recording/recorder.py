@@ -15,7 +15,6 @@ from cggr_core.recording.model_state import ModelState, obstacle_in
 from cggr_core.recording.obstacles import obstacle_now, obstacle_of
 from cggr_core.recording.replay import Graphs, NotRecordedError, Recording, Run, SharedPlaces
 from cggr_core.schedule import Schedule
-from cggr_core.settings import RoutingSettings
 from cggr_core.step import Draws
 
 if TYPE_CHECKING:
@@ -25,10 +24,12 @@ _logger = logging.getLogger(__name__)
 
 EAGER_STEPS = 3
 """Steps of a kind that run as they are before one is recorded: they compile kernels, and not every kind comes again."""
-MOST_RECORDINGS = 8
-"""Recordings that are held at a time; further kinds of steps run as they are."""
+MOST_RECORDINGS = 16
+"""Recordings that are held at a time, in one memory; for a further kind of step the one that rests longest goes."""
 MOST_ATTEMPTS = 16
-"""Recordings that are made in all: a model that changes every few steps is left alone after that."""
+"""Recordings that are made before any of them has paid: a model that changes every few steps is left alone then."""
+REPLAYS_THAT_PAY = 32
+"""Replays for which one more recording is made after that."""
 _MOST_KINDS = 256
 _SAID_AFTER = 24
 
@@ -38,7 +39,6 @@ class Recorder:
 
     Args:
         run: Takes a step as it is.
-        settings: Of the steps.
         engine: The passes over the model.
         schedule: Their keep ratio.
         draws: Numbers their random choices.
@@ -49,7 +49,6 @@ class Recorder:
     def __init__(
         self,
         run: Run,
-        settings: RoutingSettings,
         engine: Engine,
         schedule: Schedule,
         draws: Draws,
@@ -57,10 +56,10 @@ class Recorder:
         device_type: str = "cuda",
         graphs: Callable[[torch.device], Graphs] = CudaGraphs,
     ) -> None:
-        self._run, self._settings, self._engine = run, settings, engine
+        self._run, self._engine = run, engine
         self._schedule, self._draws = schedule, draws
         self._device_type, self._graphs = device_type, graphs
-        self._attempts = self._eager_in_a_row = 0
+        self._attempts = self._replays = self._eager_in_a_row = 0
         self._stopped: str | None = None
         self._said: set[str] = set()
         self._reason = ""
@@ -86,12 +85,15 @@ class Recorder:
         stamp = self._engine.seen
         if self._recordings and (stamp != self._stamp or self._state is None or not self._state.holds()):
             self._forget()
+        slots, call = call.given["slots"], call.in_bucket()
         kind = (stamp, self._schedule.ratio, call.key())
-        recording = self._recordings.get(kind)
+        recording = self._recordings.pop(kind, None)
         if recording is None:
-            recording, reason = self._recorded(kind, call)
+            recording, reason = self._recorded(kind, call, slots)
             if recording is None:
                 return self._as_it_is(reason)
+        self._recordings[kind] = recording  # the last one, which is the one used last
+        self._replays += 1
         self._eager_in_a_row = 0
         draw = call.given["draw"]
         return recording(call, self._draws.next(call.device) if draw is None else draw)
@@ -106,7 +108,7 @@ class Recorder:
         """Why the last step was run as it is; ``None`` where it was replayed."""
         return self._reason if self._eager_in_a_row else None
 
-    def _recorded(self, kind: Hashable, call: StepCall) -> tuple[Recording | None, str]:
+    def _recorded(self, kind: Hashable, call: StepCall, slots: int | None) -> tuple[Recording | None, str]:
         if kind in self._refused:
             return None, self._refused[kind]
         if len(self._times) >= _MOST_KINDS:
@@ -114,10 +116,8 @@ class Recorder:
         self._times[kind] = self._times.get(kind, 0) + 1
         if self._times[kind] <= EAGER_STEPS:
             return None, f"no kind of step (its shapes, its keep ratio) has come more than {EAGER_STEPS} times yet"
-        if len(self._recordings) >= MOST_RECORDINGS:
-            return None, f"{MOST_RECORDINGS} kinds of steps are recorded, and no more are held"
-        if self._attempts >= MOST_ATTEMPTS:
-            return None, f"{MOST_ATTEMPTS} recordings were made, and the model or its steps keep changing"
+        if self._attempts >= MOST_ATTEMPTS + self._replays // REPLAYS_THAT_PAY:
+            return None, f"{self._attempts} recordings were made, and the model or its steps keep changing"
         model = self._engine.model
         reason = obstacle_in(model, call.device)
         if reason is not None:
@@ -127,7 +127,14 @@ class Recorder:
             self._places = SharedPlaces(self._graphs(call.device))
         draw = call.given["draw"]
         try:
-            made = Recording(self._run, call, 0 if draw is None else draw, model, self._places)
+            made = Recording(
+                self._without_looks,
+                lambda fixed: self._run(fixed.with_slots(slots)),
+                call,
+                0 if draw is None else draw,
+                model,
+                self._places,
+            )
         except NotRecordedError as refusal:
             self._refused[kind] = str(refusal)
             if not self._recordings:
@@ -141,14 +148,22 @@ class Recorder:
             return None, self._stopped
         # After the first recording: it may be the first to see the model in training.
         self._state, self._stamp = self._state or ModelState(model), self._engine.seen
-        self._recordings[kind] = made
+        if len(self._recordings) >= MOST_RECORDINGS:
+            self._places.graphs.wait()  # a graph is not taken away while it runs
+            rested = next(iter(self._recordings))
+            del self._recordings[rested]
+            self._times.pop(rested, None)
         _logger.info(
             "cuda_graph='auto': recording %d of at most %d; they hold %.2f GB together",
-            len(self._recordings),
+            len(self._recordings) + 1,
             MOST_RECORDINGS,
             self._places.graphs.held_bytes / 1e9,
         )
         return made, ""
+
+    def _without_looks(self, call: StepCall) -> StepOutcome:
+        with self._engine.without_looks():
+            return self._run(call)
 
     def _obstacle(self, call: StepCall, router: Any) -> str | None:
         """What stands against recording at the moment."""
@@ -156,7 +171,7 @@ class Recorder:
             return "the keep ratio is moving"
         if self._places is not None and self._places.busy:
             return "the backward pass of a step before has not run yet"
-        return obstacle_now(call.device) or obstacle_of(self._settings, router) or call.obstacle()
+        return obstacle_now(call.device) or obstacle_of(router) or call.obstacle()
 
     def _as_it_is(self, reason: str) -> None:
         self._reason = reason

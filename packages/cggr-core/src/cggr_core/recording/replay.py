@@ -98,7 +98,8 @@ class Recording:
     """A step that is replayed for every call of its kind.
 
     Args:
-        run: Takes a step as it is.
+        run: Takes a step in the way that is recorded.
+        as_it_is: Takes it as it would be taken without a recording.
         call: A call of the kind.
         draw: Number of its random draw.
         model: Whose parameters are trained.
@@ -109,7 +110,15 @@ class Recording:
         RuntimeError: If it cannot be.
     """
 
-    def __init__(self, run: Run, call: StepCall, draw: int | Tensor, model: nn.Module, places: SharedPlaces) -> None:
+    def __init__(
+        self,
+        run: Run,
+        as_it_is: Run,
+        call: StepCall,
+        draw: int | Tensor,
+        model: nn.Module,
+        places: SharedPlaces,
+    ) -> None:
         self._run, self._model, self._places = run, model, places
         self._inputs = FixedInputs(call, draw)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,6 +129,8 @@ class Recording:
         graphs = places.graphs
         state = graphs.random_state()
         try:
+            seconds = self._time(as_it_is)
+            graphs.set_random_state(state)
             expected = self._rehearse()
             graphs.set_random_state(state)
             self._replay_forward, (self._loss, self._findings, *self._numbers) = graphs.capture(self._forward)
@@ -127,7 +138,7 @@ class Recording:
             self._reached: list[int] = []
             self._replay_backward, _ = graphs.capture(self._backward)
             graphs.set_random_state(state)
-            self._compare(expected)
+            self._compare(*expected, seconds)
         finally:
             graphs.set_random_state(state)
             self._connected, self._leaves = None, []
@@ -164,14 +175,14 @@ class Recording:
             gradients[place] = copied
         return gradients
 
-    def _forward(self) -> list[Tensor]:
+    def _forward(self, run: Run | None = None) -> list[Tensor]:
         from cggr_core.routing import replaced_parameters
 
         # Of the same values, but no leaf of a graph that may still be around: such a leaf is bound to another stream.
         # And what hooks the parameters sees the gradients once, where autograd adds them up.
         self._leaves = [nn.Parameter(parameter.detach()) for parameter in self._trained]
         with replaced_parameters(self._model, dict(zip(self._trained, self._leaves, strict=True))):
-            outcome = self._run(self._inputs.call)
+            outcome = (run or self._run)(self._inputs.call)
         self._connected = outcome.loss
         numbers = {name: value.detach() for name, value in outcome.metrics.items() if isinstance(value, Tensor)}
         self._names = list(numbers)
@@ -196,24 +207,28 @@ class Recording:
             raise NotRecordedError("nothing that the loss depends on is trained")
         return list(torch.autograd.grad(loss, self._leaves, upstream, allow_unused=True))
 
-    def _rehearse(self) -> tuple[float, list[float], float]:
-        """Take the step as it is: its loss, the norms of its gradients, and the seconds that it takes."""
+    def _take(self, run: Run) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the gradients of a step that nothing records."""
+        loss = self._forward(run)[0]
+        return loss, [gradient for gradient in self._gradients(None) if gradient is not None]
+
+    def _time(self, run: Run) -> float:
+        """Seconds that a step takes."""
         graphs = self._places.graphs
-
-        def take() -> tuple[Tensor, list[Tensor]]:
-            loss = self._forward()[0]
-            return loss, [gradient for gradient in self._gradients(None) if gradient is not None]
-
         graphs.wait()
         began = time.perf_counter()
-        loss, gradients = graphs.watched(take)
+        self._take(run)
         graphs.wait()
-        seconds = time.perf_counter() - began
-        return loss.item(), _norms(gradients), seconds
+        return time.perf_counter() - began
 
-    def _compare(self, expected: tuple[float, list[float], float]) -> None:
+    def _rehearse(self) -> tuple[float, list[float]]:
+        """The loss of the step that is to be recorded, and the norms of its gradients."""
+        loss, gradients = self._places.graphs.watched(lambda: self._take(self._run))
+        return loss.item(), _norms(gradients)
+
+    def _compare(self, loss: float, norms: list[float], seconds: float) -> None:
         """Hold the recording to the step as it is, and look whether it saves anything."""
-        graphs, (loss, norms, seconds) = self._places.graphs, expected
+        graphs = self._places.graphs
         self._upstream.fill_(1)
         graphs.wait()
         began = time.perf_counter()

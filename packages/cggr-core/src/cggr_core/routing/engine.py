@@ -21,7 +21,7 @@ from cggr_core.routing.loss_agreement import (
     loss_arguments,
     taken_apart,
 )
-from cggr_core.routing.masks import whole_rows
+from cggr_core.routing.masks import unseen_masks, whole_rows
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
@@ -45,6 +45,7 @@ class Engine:
         self.model: Any = model  # its attributes depend on its class
         self._verified_every = verification_interval()
         self._gradient_passes = self._looks = 0
+        self._looks_at_masks = True
         self._look()
 
     def _look(self) -> None:
@@ -268,9 +269,22 @@ class Engine:
         """Input embeddings ``[..., E]`` of token ids, without the model's scaling of them."""
         return unwrapped(self.model).get_input_embeddings()(tokens)
 
+    @contextmanager
+    def without_looks(self) -> Iterator[None]:
+        """Let ordinary forwards of the block build their masks without a look at them on the host.
+
+        transformers leaves a mask out where it finds no padding in it; here it is built, whatever is in it.
+        """
+        self._looks_at_masks = False
+        try:
+            yield
+        finally:
+            self._looks_at_masks = True
+
     def _forward(self, arguments: dict[str, Any]) -> Any:
         known_whole = arguments.get("attention_mask") is None and arguments.get("position_ids") is None
-        with whole_rows() if known_whole else nullcontext():
+        around = nullcontext() if self._looks_at_masks else unseen_masks()
+        with whole_rows() if known_whole else around:
             return self.model(**arguments, use_cache=False)
 
     def _truncated(self, depth: int | None) -> AbstractContextManager[None]:

@@ -24,6 +24,9 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 ROUTED = "cggr_routed"
 ROUTED_UNCAPPED = "cggr_routed_uncapped"
 
+# Masks are left out as plain causal, or as full, after a look at the padding on the host.
+_BUILT = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -233,9 +236,7 @@ def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callab
             q_offset=0,
             kv_offset=0,
             attention_mask=None if visibility.padding is None else visibility.padding.bool(),
-            # Shortcuts to "plain causal" would read the padding on the host, and hold for consecutive queries only.
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
+            **_BUILT,  # what masks are left out for holds for consecutive queries only
         )
         return build(mask_function=visibility.restrict(mask_function), **arguments)
 
@@ -248,7 +249,24 @@ def whole_rows() -> AbstractContextManager[None]:
     transformers leaves such masks out after a look at the positions on the host. While a CUDA graph is recorded it
     cannot look, and makes a dense mask, which costs SDPA its fastest kernels. Whoever enters the block has looked.
     """
-    return changed_mask_builders(_without_needless_masks, one_document=True)
+    return changed_mask_builders(_without_needless_masks, documents=_one_document)
+
+
+def _one_document(position_ids: Tensor) -> None:
+    """Rows that are not packed."""
+
+
+def unseen_masks() -> AbstractContextManager[None]:
+    """Let SDPA's mask be built whatever padding it holds: to leave it out takes a look at the padding on the host."""
+    return changed_mask_builders(_always_built, documents=packed_segments)
+
+
+def _always_built(name: str, build: MaskBuilder) -> MaskBuilder:
+    return _built_mask if build is sdpa_mask else build
+
+
+def _built_mask(**arguments: Any) -> Tensor | None:
+    return sdpa_mask(**{**arguments, **_BUILT})
 
 
 def _without_needless_masks(name: str, build: MaskBuilder) -> MaskBuilder:

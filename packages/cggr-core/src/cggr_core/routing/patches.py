@@ -23,13 +23,14 @@ from cggr_core.routing.architectures import Architecture
 
 MaskBuilder = Callable[..., Any]
 ChangeBuilder = Callable[[str, MaskBuilder], MaskBuilder]
+FindDocuments = Callable[[Tensor], Tensor | None]
 
 # What modules call their rates of noise in training.
 _NOISE = re.compile(r"drop|jitter").search
 _SMALL = 0.1
 
 _change_of_builders: ContextVar[ChangeBuilder | None] = ContextVar("change_of_builders", default=None)
-_one_document: ContextVar[bool] = ContextVar("one_document", default=False)
+_documents: ContextVar[FindDocuments | None] = ContextVar("documents", default=None)
 # Compiled code cannot ask for its context, and need not while no pass runs anywhere: then it sees transformers' own.
 _some_pass_runs = False
 _passes = 0
@@ -51,9 +52,8 @@ _find_packed_sequences = masking_utils.find_packed_sequence_indices
 
 
 def _find_packed_sequences_in_context(position_ids: Tensor) -> Tensor | None:
-    if _some_pass_runs and _one_document.get():
-        return None
-    return _find_packed_sequences(position_ids)
+    find = _documents.get() if _some_pass_runs else None
+    return (find or _find_packed_sequences)(position_ids)
 
 
 # Reach: the process, from the first import on; both do what transformers does wherever no block below is entered.
@@ -62,7 +62,7 @@ masking_utils.find_packed_sequence_indices = _find_packed_sequences_in_context
 
 
 @contextmanager
-def changed_mask_builders(change: ChangeBuilder, *, one_document: bool | None = None) -> Iterator[None]:
+def changed_mask_builders(change: ChangeBuilder, *, documents: FindDocuments | None = None) -> Iterator[None]:
     """Let models get other mask builders from transformers' registry.
 
     Reach: mask builders that are looked up in the block and in its context, of every model; other threads see
@@ -70,12 +70,12 @@ def changed_mask_builders(change: ChangeBuilder, *, one_document: bool | None = 
 
     Args:
         change: From a builder's name and the builder to the one to use.
-        one_document: Whether transformers is told, without a look, that rows are not packed; ``None`` leaves that as
-            it is.
+        documents: From position ids ``[B, S]`` to the document of every token of packed rows, ``None`` for rows that
+            are not packed; in place of transformers' own, which looks at them on the host.
     """
     global _passes, _some_pass_runs
     changed = _change_of_builders.set(change)
-    told = None if one_document is None else _one_document.set(one_document)
+    told = None if documents is None else _documents.set(documents)
     with _lock:
         _passes += 1
         _some_pass_runs = True
@@ -86,7 +86,7 @@ def changed_mask_builders(change: ChangeBuilder, *, one_document: bool | None = 
             _passes -= 1
             _some_pass_runs = _passes > 0
         if told is not None:
-            _one_document.reset(told)
+            _documents.reset(told)
         _change_of_builders.reset(changed)
 
 

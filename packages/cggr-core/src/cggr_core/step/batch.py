@@ -34,6 +34,7 @@ class StepBatch:
         draw: Number of the random draw; ``None`` counts up.
         first_row: Number of the first row among the rows of that draw.
         example_ids: int64 ``[B]`` on the CPU, or ``None``.
+        slots: Of every row, where the selection keeps the supervised tokens; ``None`` to count them.
     """
 
     arguments: dict[str, Any]
@@ -46,10 +47,18 @@ class StepBatch:
     draw: int | Tensor | None = None
     first_row: int = 0
     example_ids: Tensor | None = None
+    slots: int | None = None
 
     @classmethod
     def checked(
-        cls, settings: RoutingSettings, engine: Engine, *, arguments: dict[str, Any], labels: Tensor, **given: Any
+        cls,
+        settings: RoutingSettings,
+        engine: Engine,
+        *,
+        arguments: dict[str, Any],
+        labels: Tensor,
+        slots: int | None,
+        **given: Any,
     ) -> StepBatch:
         """The batch, if its arguments fit each other and the settings.
 
@@ -58,6 +67,7 @@ class StepBatch:
             engine: The passes over the model.
             arguments: Of the wrapped model's forward.
             labels: int64 ``[B, S]``, as the wrapped model takes them.
+            slots: Attribute of the batch.
             **given: The other attributes.
 
         Raises:
@@ -82,7 +92,7 @@ class StepBatch:
         )
         if values_are_free(labels):
             divisor(given["num_items"], targets.countable)  # raises before anything of the step is done
-        return cls(arguments, tokens, targets, **given)
+        return cls(arguments, tokens, targets, slots=slots, **given)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cggr_core.schedule import Schedule
-from cggr_core.selection import Selection, plain_weight, select
+from cggr_core.selection import Selection, plain_weight, select, slots_in_steps
 from cggr_core.settings import SUPERVISED, RoutingSettings
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.draws import Draws
@@ -25,6 +25,20 @@ def _warn_of_single_row() -> None:
         "the step is the standard one. Packed documents in one row are not sequences of their own: give them rows, or "
         "take gradient='kv'"
     )
+
+
+def supervised_slots(labels: Tensor, ignore_index: int) -> int:
+    """Slots that hold the labelled tokens of every row, rounded up so that shapes repeat.
+
+    Labels on a device are read here, the one time that a step waits for it. A step that counted its labels later would
+    wait for its own first pass as well.
+
+    Args:
+        labels: int64 ``[B, S]``. How the model aligns them does not matter: a row has no more targets than labels.
+        ignore_index: Label of what is not countable.
+    """
+    largest = int((labels != ignore_index).sum(1).max()) if labels.numel() else 0
+    return slots_in_steps(largest, labels.shape[1])
 
 
 def select_tokens(
@@ -43,7 +57,7 @@ def select_tokens(
     if batch.selection is not None:
         return batch.selection, batch.selection.weight
     if settings.selection == SUPERVISED:
-        selection = Selection.from_mask(countable, countable=countable)
+        selection = Selection.from_mask(countable, countable=countable, capacity=batch.slots)
         return selection, selection.weight
     if score is None:
         score = torch.zeros(countable.shape, device=countable.device)

@@ -1,0 +1,113 @@
+"""Steps that keep the supervised tokens, recorded on the CPU: a recording for every number of slots, rounded up."""
+
+import pytest
+import torch
+
+from cggr_core import CGGRModel, Selection
+from cggr_core.loss import loss_coefficients
+from cggr_core.recording import recorder
+from cggr_core.selection import slots_in_buckets, slots_in_steps
+from cggr_core.step import selecting
+from cggr_core.targets import align_labels
+from tests.support.model_steps import backward, tokens
+from tests.support.recorded_steps import hold_to_eager, recording_model, replayed, worth_it
+from tests.support.reference_routing import gradients, reference_loss, relative_error
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+LENGTH = 60
+
+
+@pytest.fixture(autouse=True)
+def kept_whatever_they_save(monkeypatch):
+    worth_it(monkeypatch)
+    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+
+
+def batch(seed: int, counts: tuple[int, ...], **more) -> dict:
+    """Rows whose last tokens are supervised, so many of each."""
+    input_ids = tokens(rows=len(counts), length=LENGTH, seed=seed)
+    left_out = torch.arange(LENGTH) < LENGTH - torch.tensor(counts)[:, None]
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(left_out, -100), **more}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient": "kv"},
+        {"gradient": "kv", "engine": "two_pass"},
+        {"gradient": "detached"},
+        {"gradient": "exact"},
+    ],
+)
+def test_the_numbers_of_the_steps_as_they_are(settings):
+    """Counts that change with every micro-batch, of two buckets and of rows without any; clipped, accumulated."""
+    counts = [(16, 3, 9), (9, 1, 0), (30, 2, 32), (12, 13, 14), (17, 32, 0), (0, 0, 10), (20, 20, 20)]
+    steps = [[batch(2 * n, few), batch(2 * n + 1, (5, *few[1:]), num_items=20 + n)] for n, few in enumerate(counts)]
+    found = hold_to_eager(ROUTABLE["llama"](), steps, selection="supervised", tolerance=1e-6, **settings)
+    assert found[-2:] == [True] * 2
+
+
+def test_full_buckets_are_the_steps_as_they_are_bit_for_bit():
+    steps = [[batch(step, (16, 16 - step, 3))] for step in range(4)]
+    assert hold_to_eager(ROUTABLE["llama"](), steps, selection="supervised", tolerance=0.0)[-2:] == [True] * 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+def test_equals_the_autograd_reference(gradient, architecture):
+    """Slots that hold no kept token weigh nothing, and gradients do not pass through them."""
+    base = ROUTABLE[architecture]()
+    model = recording_model(base, gradient=gradient, selection="supervised")
+    for seed in range(3):
+        backward(model, **batch(seed, (14, 9, 2)))
+    given = batch(7, (3, 0, 10))
+    loss, found = backward(model, **given)
+    assert replayed(model)
+    targets = align_labels(given["labels"], shifted=True, vocab_size=VOCAB)
+    kept = Selection.from_mask(targets.countable, countable=targets.countable, capacity=10)
+    coefficients = torch.zeros(3, LENGTH).scatter_add_(1, kept.index, loss_coefficients(kept, targets.countable))
+    wanted, _ = reference_loss(
+        base,
+        model._passes.architecture.layers,
+        kept.mask,
+        coefficients,
+        targets.tokens,
+        gradient=gradient,
+        input_ids=given["input_ids"],
+    )
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach())
+    assert relative_error(found, gradients(base)) <= 1e-6
+
+
+def test_one_recording_serves_a_bucket():
+    model = recording_model(ROUTABLE["llama"](), selection="supervised")
+    for seed, most in enumerate((1, 5, 16, 9, 17, 20, 32, 25)):
+        backward(model, **batch(seed, (most, 0, 1)))
+    assert replayed(model)
+    assert model._recorder.recordings == 2
+    for number in range(1, 700):
+        assert 0 <= slots_in_buckets(number, 700) - number <= max(15, number / 4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"engine": "two_pass"}, {"gradient": "exact"}])
+def test_labels_are_counted_once_and_before_anything_is_run(settings, monkeypatch):
+    """On a device that is the one read of a step; what is queued before it is waited for."""
+    model, seen = CGGRModel(ROUTABLE["llama"](), selection="supervised", **settings), []
+    backward(model, **batch(0, (5, 5, 5)))
+    count, from_mask = selecting.supervised_slots, Selection.from_mask
+    monkeypatch.setattr("cggr_core.model.supervised_slots", lambda *args: seen.append("count") or count(*args))
+    model.model.model.embed_tokens.register_forward_pre_hook(lambda *args: seen.append("run"))
+
+    def told(mask, *, capacity, **given):
+        seen.append(capacity)
+        return from_mask(mask, capacity=capacity, **given)
+
+    monkeypatch.setattr(Selection, "from_mask", told)
+    given = batch(1, (3, 20, 0))
+    backward(model, **given)
+    assert seen[0] == "count"
+    assert [what for what in seen if what != "run"] == ["count", slots_in_steps(20, LENGTH)]
+    shifted = torch.cat([given["labels"][:, 1:], torch.full((3, 1), -100)], dim=1)
+    backward(model, given["input_ids"], labels=torch.full_like(shifted, -100), shift_labels=shifted)
+    assert [what for what in seen if isinstance(what, int)] == [slots_in_steps(20, LENGTH)] * 2
