@@ -117,6 +117,210 @@ def test_a_gated_mlp_of_another_formula_is_left_as_it_is():
     assert fused_forwards([gelu]) == {}
 
 
+def halves(q, k, cos, sin, unsqueeze_dim=1):
+    """Rotary embedding as transformers writes it."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    return turned(q), turned(k)
+
+
+def other_direction(q, k, cos, sin):
+    return halves(q, k, cos, -sin)
+
+
+def neighbours(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def turned(x):
+        pairs = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return x * cos + pairs * sin
+
+    return turned(q), turned(k)
+
+
+def slightly_larger(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q, 1.0005 * k
+
+
+def flat(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q.flatten(1, 2), k
+
+
+def other_order(k, q, cos, sin):
+    return halves(k, q, cos, sin)
+
+
+def whole_heads_alone(q, k, cos, sin):
+    raise RuntimeError("head_dim must be 64")
+
+
+def attention_with(rotary, home: str = "transformers.models.fake") -> nn.Module:
+    """An attention whose forward finds ``apply_rotary_pos_emb`` where its class is written."""
+    names = {"nn": nn, "apply_rotary_pos_emb": rotary}
+    exec(
+        "class Attention(nn.Module):\n"
+        "    def forward(self, q, k, cos, sin, *args, again=False, **options):\n"
+        "        turned = apply_rotary_pos_emb(q, k, cos, sin, *args, **options)\n"
+        "        return apply_rotary_pos_emb(*turned, cos, sin) if again else turned\n",
+        names,
+    )
+    names["Attention"].__module__ = home
+    return names["Attention"]()
+
+
+def rotary_operands(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def assert_same(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_attention_that_turns_halves_does_so_in_the_kernel(calls):
+    attention, operands = attention_with(halves), rotary_operands()
+    forward = fused_forwards([nn.Linear(2, 2), attention])[attention]
+    assert_same(forward(*operands, again=True), attention(*operands, again=True))
+    assert calls["rotary"] == 2
+
+
+@pytest.mark.parametrize(
+    "rotary", [other_direction, neighbours, slightly_larger, flat, other_order, whole_heads_alone, None]
+)
+def test_a_rotary_embedding_of_another_formula_is_left_as_it_is(rotary):
+    assert fused_forwards([attention_with(rotary)]) == {}
+
+
+def test_attentions_of_others_and_without_a_rotary_embedding_are_left_as_they_are():
+    assert fused_forwards([attention_with(halves, "transformers_modules.own")]) == {}
+    assert fused_forwards([ROUTABLE["gpt2"]().transformer.h[0].attn]) == {}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["dtypes", "float64", "no batch", "flat cosines", "some features", "cosines to learn", "an argument", "an option"],
+)
+def test_a_call_that_the_kernel_was_not_made_for_runs_the_models_own_code(changed, calls):
+    q, k, cos, sin = rotary_operands(torch.float64 if changed == "float64" else torch.float32)
+    args, options = (), {}
+    if changed == "dtypes":
+        k = k.to(torch.bfloat16)
+    elif changed == "no batch":
+        q, k = q[0], k[0]
+    elif changed == "flat cosines":
+        q = k = torch.cat([q, k], dim=1)[:, 1:]
+        cos, sin = cos[0], sin[0]
+    elif changed == "some features":
+        cos, sin = cos[..., :1], sin[..., :1]
+    elif changed == "cosines to learn":
+        cos.requires_grad_()
+    elif changed == "an argument":
+        args = (1,)
+    elif changed == "an option":
+        options = {"unsqueeze_dim": 1}
+    attention = attention_with(halves)
+    found = fused_forwards([attention])[attention](q, k, cos, sin, *args, **options)
+    assert calls["rotary"] == 0
+    assert_same(found, halves(q, k, cos, sin, *args, **options))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        for name, (inputs, outputs) in {"gate_proj": (4, 6), "up_proj": (4, 6), "down_proj": (6, 4)}.items():
+            linear = nn.Linear(inputs, outputs, bias=False)
+            linear.weight.data.copy_(torch.randn(outputs, inputs, generator=generator))
+            self.add_module(name, linear)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class OtherHalf(GatedMLP):
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+class Summed(GatedMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+class SlightlyLarger(GatedMLP):
+    def forward(self, x):
+        return 1.0005 * super().forward(x)
+
+
+class WithNoise(GatedMLP):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return super().forward(self.dropout(x) if self.training else x)
+
+
+class ReturnsMore(GatedMLP):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class AsksForMore(GatedMLP):
+    def forward(self, x, scale=None):
+        return super().forward(x) * scale
+
+
+def fake_mlp(kind: type[GatedMLP], home: str = "transformers.models.fake") -> nn.Module:
+    return type(kind.__name__, (kind,), {"__module__": home})()
+
+
+def test_a_gated_mlp_runs_its_product_in_the_kernel(calls):
+    mlp, x = fake_mlp(GatedMLP), torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(3))
+    found = fused_forwards([fake_mlp(Summed), nn.SiLU(), mlp])
+    assert set(found) == {mlp}
+    torch.testing.assert_close(found[mlp](x), mlp(x))
+    assert calls["silu_mul"] == 1
+
+
+@pytest.mark.parametrize("kind", [OtherHalf, Summed, SlightlyLarger, WithNoise, ReturnsMore, AsksForMore])
+def test_gated_mlps_that_differ_in_one_thing_are_left_as_they_are(kind):
+    assert fused_forwards([fake_mlp(kind)]) == {}
+    assert fused_forwards([fake_mlp(GatedMLP, "somewhere.else")]) == {}
+
+
+@pytest.mark.parametrize("changed", ["gate", "both", "width"])
+def test_a_product_that_the_kernel_was_not_made_for_runs_the_models_own_code(changed, calls):
+    class Cast(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).double()
+
+    class Narrow(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[..., :1]
+
+    mlp, x = fake_mlp(GatedMLP), torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
+    if changed in ("gate", "both"):
+        mlp.gate_proj.__class__ = Cast
+        mlp.down_proj.double()
+    if changed == "both":
+        mlp.up_proj.__class__ = Cast
+    if changed == "width":
+        mlp.up_proj.__class__ = Narrow
+    found = fused_forwards([mlp])[mlp](x)
+    assert calls["silu_mul"] == 0
+    assert found.equal(mlp(x))
+
+
 def test_the_module_that_an_attention_is_written_in_is_not_changed(calls):
     model = ROUTABLE["llama"]()
     module = __import__(type(model).__module__, fromlist=["apply_rotary_pos_emb"])

@@ -47,6 +47,116 @@ def test_norms_that_somebody_else_replaced_or_compiled_are_left_as_they_are():
     assert fused_norms([replaced, compiled, buffered]) == {}
 
 
+class FakeRMSNorm(nn.Module):
+    """As transformers writes them; what is beside it differs in one thing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, generator=torch.Generator().manual_seed(4)))
+        self.register_parameter("bias", None)
+        self.eps = 1e-6
+
+    def normed(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        return self.weight * self.normed(x)
+
+
+class RMSNormWithItsEpsilonOutside(FakeRMSNorm):
+    def normed(self, x):
+        return x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class EpsilonElsewhereRMSNorm(FakeRMSNorm):
+    def normed(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2 * self.eps)
+
+
+class CentredRMSNorm(FakeRMSNorm):
+    def normed(self, x):
+        return super().normed(x - x.mean(-1, keepdim=True))
+
+
+class SlightlyLargerRMSNorm(FakeRMSNorm):
+    def forward(self, x):
+        return 1.0005 * super().forward(x)
+
+
+class OneMoreRMSNorm(FakeRMSNorm):
+    def forward(self, x):
+        return (1 + self.weight) * self.normed(x)
+
+
+class BiasedRMSNorm(FakeRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+class ShiftedRMSNorm(FakeRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(8))
+
+    def forward(self, x):
+        return super().forward(x) + self.shift
+
+
+class AdaptedRMSNorm(FakeRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.adapter = nn.Linear(8, 8)
+        nn.init.zeros_(self.adapter.weight)
+        nn.init.zeros_(self.adapter.bias)
+
+    def forward(self, x):
+        return super().forward(x) + self.adapter(x)
+
+
+class GatedRMSNorm(FakeRMSNorm):
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * gate)
+
+
+def fake_norm(kind: type[FakeRMSNorm], home: str = "transformers.models.fake", name: str = "FakeRMSNorm") -> nn.Module:
+    return type(name, (kind,), {"__module__": home})()
+
+
+def test_a_norm_that_is_written_as_transformers_does_is_recognised_among_others():
+    norm, other = fake_norm(FakeRMSNorm), fake_norm(CentredRMSNorm)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(5)) / 1000  # the epsilon counts
+    found = fused_norms([nn.Linear(8, 8), other, norm])
+    assert set(found) == {norm}
+    torch.testing.assert_close(found[norm](x), norm(x), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        RMSNormWithItsEpsilonOutside,
+        EpsilonElsewhereRMSNorm,
+        CentredRMSNorm,
+        SlightlyLargerRMSNorm,
+        OneMoreRMSNorm,
+        BiasedRMSNorm,
+        ShiftedRMSNorm,
+        AdaptedRMSNorm,
+        GatedRMSNorm,
+    ],
+)
+def test_what_differs_in_one_thing_is_left_as_it_is(kind):
+    assert fused_norms([fake_norm(kind)]) == {}
+
+
+@pytest.mark.parametrize(("home", "name"), [("transformers_modules.own", "FakeRMSNorm"), ("transformers.own", "Norm")])
+def test_classes_of_others_and_of_other_names_are_left_as_they_are(home, name):
+    assert fused_norms([fake_norm(FakeRMSNorm, home, name)]) == {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_at_least_as_exact_as_the_models_own(dtype):
     norm = llama_norm().to(dtype)
