@@ -1,287 +1,438 @@
-"""What someone who fine-tunes a pretrained model weighs: seconds, gigabytes, and how many problems it then solves.
+"""What someone who fine-tunes a pretrained model weighs: seconds, gigabytes, and what the model can do afterwards.
 
-Every arm of a setting trains the same model on GSM8K for the time that the standard step takes for the epochs asked
-for, each with the learning rate that suits it, and answers all test problems by greedy decoding.
+Every arm of a setting trains the same model on GSM8K for the same time, and is read by its held-out loss and by how
+many test problems it then answers. Steps are timed first, with nothing else on the GPU, each of them as it is, recorded
+as one CUDA graph, and as ``CGGRModel`` records it by itself; an arm then takes as many steps as the time buys, so that
+what else runs meanwhile does not matter. Arms that compute the same (checkpointed, or fewer sequences at a time) are
+read off one run.
 
-``answers``   a question and its answer, which alone is supervised
-``context``   the same behind other questions, 2,048 tokens, of which about 6% are supervised
-``batches``   the standard step at batch 1 and at batch 4 against routed steps at batch 4, for ``--seconds``
+``context``   a question behind others, 2,048 tokens, of which 6% are supervised
+``answers``   a question and its answer, which alone is supervised: one and three epochs
+``batches``   the standard step at batch 1 and at batch 4 against routed steps at batch 4
+``toy``       a few steps, to try the benchmark on a CPU
 
-The controls are the standard step with gradient checkpointing, at the batch of equal cost, and with as many sequences
-at a time as the routed step's memory has room for; random tokens at the same ratio, scattered and in stretches of 32;
-and the exact gradient of sampled ones. A run that was stopped goes on when the same command is given again; after
-``--stop-after`` it stops by itself, and reports on the seeds that all arms have done.
+Learning rates are tried on rows of their own. A run that was stopped goes on when the same command is given again; at
+the end of ``--seconds`` it reports on the seeds that all arms have done.
 """
 
-import argparse
-import dataclasses
-import os
-import signal
-import threading
-from collections.abc import Sequence
-from pathlib import Path
+from __future__ import annotations
 
-from rich.console import Console
+import argparse
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks import _record
-from benchmarks._frontier_trials import draw_trials, write_trials
-from benchmarks.gsm8k import MARK, among_others, read_problems, write_problems
-from benchmarks.study import rows
-from cggr_train.device import pick_device
-from cggr_train.log import read_log
-from cggr_train.option_checks import parse_bytes
-from cggr_train.report.plots import draw_frontier
-from cggr_train.report.verdict import verdict
-from cggr_train.settings import TrainSettings
-from cggr_train.study import StudySettings, resume_study
-from cggr_train.study.analysis import Outcome
-from cggr_train.study.arms import CONTROLS, Arm, load_arms, save_arms
-from cggr_train.study.run import prepare_study
-from cggr_train.study.settings import STUDY
-from cggr_train.study.stages import RESULTS
-from cggr_train.tokenizer import load_tokenizer
+from benchmarks._frontier_arms import SETTINGS, Setting
+from benchmarks._frontier_data import load, prepare
+from benchmarks._frontier_report import report, whole_seeds
+from cggr_train.log import JsonlLog, read_log
 
-SHAPES: dict[str, dict[str, int]] = {
-    "answers": {"length": 512, "batch_size": 32},
-    "context": {"length": 2048, "batch_size": 16},
-    "batches": {"length": 512, "batch_size": 4},
-}
-STRETCH = 32
-"""Neighbouring tokens that are chosen together, in the arm that does so."""
+TUNING_SEED = 1000
+TUNING_SHARE = 0.5
+"""How long a rate is tried, as a share of the time of a run."""
+REPORT_SECONDS = 12.0
+"""Kept back of the time."""
+ROOM = 14e9
+"""Bytes of a run's step, so that several runs share a GPU."""
+CURVE = (1 / 8, 1 / 4, 1 / 2)
+"""Where a curve is read besides, as shares of its steps."""
 
 
-def data_files(setting: str, arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """What is trained on and what is held out, written once into the work folder."""
-    train, test = (read_problems(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test"))
-    if arguments.problems is not None:
-        train = train[: arguments.problems]
-    folder, length = arguments.work / "data" / f"answers_{len(train)}", arguments.length or SHAPES[setting]["length"]
-    if setting == "context":
-        folder = folder.with_name(f"context_{arguments.model.name}_{length}_{len(train)}")
-    if setting == "context" and not (folder / "test.jsonl").exists():
-        tokenizer = load_tokenizer(str(arguments.model))
-        # What stands before a test problem is of the training problems: no test problem helps with another.
-        test = among_others(test, train, tokenizer, length=length, seed=1)
-        train = among_others(train, train, tokenizer, length=length, seed=0)
-    return write_problems(folder / "train.jsonl", train), write_problems(folder / "test.jsonl", test)
+def steps_at(setting: Setting, times: dict[str, float], budget: float, share: float) -> dict[str, int]:
+    """Steps of each arm after a share of the time that all get."""
+    return {name: max(1, round(share * budget / times[name])) for name in setting.arms}
 
 
-def settings(setting: str, arguments: argparse.Namespace) -> StudySettings:
-    """The study of one setting."""
-    data, heldout = data_files(setting, arguments)
-    shape = SHAPES[setting]
-    length, batch_size = arguments.length or shape["length"], arguments.batch_size or shape["batch_size"]
-    problems = len(data.read_text(encoding="utf-8").splitlines())
-    steps = arguments.steps or max(1, round(arguments.epochs * problems / batch_size))
-    steps = None if arguments.seconds else steps
-    train = TrainSettings(
-        data=(str(data),), heldout=(str(heldout),), field="question", answer="answer", model=str(arguments.model),
-        length=length, batch_size=batch_size, steps=steps, seconds=arguments.seconds, weight_decay=0.01,
-        learning_rate=arguments.rates[0], eval_sequences=arguments.eval_sequences, device=arguments.device,
-    )  # fmt: skip
-    return StudySettings(
-        train=train,
-        gradients=("kv",) if setting == "batches" else ("kv", "exact"),
-        ratios=(arguments.ratio,),
-        selections=("supervised", "stratified", "sampled"),
-        batch_sizes=(1,) if setting == "batches" else (),
-        seeds=arguments.seeds,
-        equal=("time",),
-        evaluations=arguments.evaluations,
-        draws=0,
-        parallel=arguments.parallel,
-        calibration_seconds=arguments.calibration_seconds,
-        controls=CONTROLS,
-        memory_limit=parse_bytes("--memory-limit", arguments.memory_limit) if arguments.memory_limit else None,
-        rates=tuple(arguments.rates) if len(arguments.rates) > 1 else (),
-        rate_share=arguments.rate_share,
-        accuracy=True,
-        accuracy_readings=("tokens",) if arguments.answers_of else ("time", "tokens"),
-        accuracy_of=tuple(arguments.answers_of),
-        timing_turns=arguments.timing_turns,
-        answer_after=MARK,
-        questions=arguments.questions,
-    )
+def time_of(record: dict[str, Any], kind: str) -> float | None:
+    """Seconds of a step, where there are such."""
+    return record.get(kind, {}).get("seconds")
 
 
-def compared(arms: Sequence[Arm], ratio: float, without: Sequence[str] = ()) -> list[Arm]:
-    """The arms to run: of all that were planned, those that tell something, and stretches beside scattered tokens."""
-    planned = {arm.name: arm for arm in arms}
-    routed = [f"kv-{ratio:g}-random", "kv-supervised", f"kv-{ratio:g}-stratified-gradnorm",
-              f"kv-{ratio:g}-sampled-gradnorm", f"exact-{ratio:g}-sampled-gradnorm"]  # fmt: skip
-    equal = planned["kv-supervised"].equal_cost
-    wanted = {"standard", "standard-checkpointed", "standard-equal-memory", equal, *routed}
-    found = [
-        dataclasses.replace(
-            arm,
-            equal_cost=arm.equal_cost if arm.equal_cost in wanted else equal,
-            random=arm.random if arm.random in wanted else f"kv-{ratio:g}-random" if arm.random else None,
+class Plan:
+    """How many steps every arm takes, from their times.
+
+    Args:
+        setting: The setting.
+        timings: Records of :func:`benchmarks._frontier_training.time_arm`, by arm.
+        seconds: Of every run, instead of the setting's.
+        steps: Of the clock arm, instead of the setting's.
+
+    Attributes:
+        times: Of a recorded step where it could be recorded.
+        usual: Of a step as it runs by default: the standard one as it is, a routed one as ``CGGRModel`` takes it.
+        budget: Seconds that every arm gets.
+        steps: By share of the budget, then by arm.
+        equal: By arm, the steps after which all arms have seen as many examples.
+        points: By way.
+    """
+
+    def __init__(
+        self, setting: Setting, timings: dict[str, Any], *, seconds: float | None = None, steps: int | None = None
+    ) -> None:
+        self.setting = setting
+        self.times, self.usual = {}, {}
+        for name in setting.arms:
+            found = timings[name]
+            eager = time_of(found, "eager")
+            self.times[name] = time_of(found, "recorded") or eager
+            routed = setting.ways[setting.arms[name].way].gradient != "exact"
+            self.usual[name] = min(filter(None, (eager, time_of(found, "itself")))) if routed else eager
+        clock = self.times[setting.clock]
+        count = steps or setting.steps
+        if seconds is None and count is not None:
+            self.budget = count * clock
+        else:
+            self.budget = seconds or setting.seconds or 0.0
+        self.steps = {share: steps_at(setting, self.times, self.budget, share) for share in setting.shares}
+        self.usual_steps = {share: steps_at(setting, self.usual, self.budget, share) for share in setting.shares}
+        batches = {name: setting.ways[arm.way].batch for name, arm in setting.arms.items()}
+        last = self.steps[setting.shares[-1]]
+        examples = min(last[name] * batches[name] for name in setting.arms)
+        self.equal = {name: max(1, examples // batches[name]) for name in setting.arms}
+        self.points = {way: self._points(way) for way in setting.ways}
+
+    def _points(self, way: str) -> list[int]:
+        arms = [name for name, arm in self.setting.arms.items() if arm.way == way]
+        read = {self.equal[name] for name in arms}
+        for by_share in (self.steps, self.usual_steps):
+            read |= {steps[name] for steps in by_share.values() for name in arms}
+        last = self.setting.shares[-1]
+        most = max(max(self.steps[last][name], self.usual_steps[last][name]) for name in arms)
+        spread = {max(1, round(most * share)) for share in CURVE}
+        return sorted(point for point in read | spread if point <= most)
+
+    def answered_at(self, way: str) -> dict[str, int]:
+        """After which steps a way answers test problems, by the name of the reading."""
+        found = {}
+        for name, arm in self.setting.arms.items():
+            # Of the arms that are read off the clock's run, this one alone.
+            if arm.way == way and (name == self.setting.clock or way != self.setting.arms[self.setting.clock].way):
+                found |= {f"{name}, {share:.2f}": steps[name] for share, steps in self.steps.items()}
+                found[f"{name}, equal examples"] = self.equal[name]
+        return found
+
+
+class Study:
+    """The coordinator.
+
+    Args:
+        arguments: Of the command line.
+        told: What every worker is told.
+        noted: What the result says besides.
+        log: Where records go.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, told: dict[str, Any], noted: dict[str, Any], log: Path) -> None:
+        self.arguments, self.told, self.noted = arguments, told, noted
+        self.setting = SETTINGS[arguments.setting]
+        self.records: list[Any] = read_log(log) if log.exists() else []
+        self.log = JsonlLog(log)
+        self.ends = time.monotonic() + arguments.seconds - REPORT_SECONDS
+        self.began = time.monotonic()
+        self.plan: Plan | None = None
+        self.context = multiprocessing.get_context("spawn")
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+        self.doing: dict[Connection, dict[str, Any]] = {}
+        self.walls: list[float] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.ends - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print with the seconds that have gone."""
+        print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
+
+    def write(self) -> None:
+        """The result so far, where all arms have done a seed."""
+        if self.plan is not None and whole_seeds(self.setting, self.records):
+            path = report(self.arguments, self.noted, self.plan, self.records)
+            self.say(f"result {path}")
+
+    def start(self) -> Connection:
+        """A worker."""
+        from benchmarks._frontier_worker import serve
+
+        own, its = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(its, self.told), daemon=True)
+        process.start()
+        its.close()
+        self.processes.append(process)
+        self.pipes.append(own)
+        return own
+
+    def known(self, event: str, **fields: Any) -> Any:
+        """The record of these fields, or None."""
+        return next(
+            (r for r in self.records if r["event"] == event and all(r.get(k) == v for k, v in fields.items())), None
         )
-        for arm in arms
-        if arm.name in wanted or arm.role == "batch"
-    ]
-    scattered = next(arm for arm in found if arm.name == f"kv-{ratio:g}-random")
-    stretches = dataclasses.replace(
-        scattered,
-        name=f"{scattered.name}-stretch{STRETCH}",
-        label=f"{scattered.label}, stretches of {STRETCH}",
-        role="asked",
-        random=scattered.name,
-        routing=dataclasses.replace(scattered.routing, block_size=STRETCH),
-    )
-    place = found.index(scattered) + 1
-    return [arm for arm in (*found[:place], stretches, *found[place:]) if arm.name not in without]
 
+    def give(self, pipe: Connection, event: str, fields: dict[str, Any], body: dict[str, Any]) -> None:
+        """Hand a task to a worker."""
+        noted = {"rate": body["rate"]} if event == "run" else {}
+        self.doing[pipe] = {"event": event, "fields": fields, "noted": noted, "began": time.monotonic()}
+        pipe.send(body)
 
-def stop_by_itself(seconds: float) -> None:
-    """Ask this process to stop, as the study does cleanly, after so many seconds."""
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # while a report is written there is nothing to stop
-    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    timer.start()
+    def results(self, timeout: float) -> Iterator[tuple[Connection, dict[str, Any]]]:
+        """What workers have done since."""
+        for pipe in wait(list(self.doing), timeout=timeout):
+            task = self.doing.pop(pipe)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            try:
+                result = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+            except (EOFError, OSError):
+                result, pipe_ended = {"error": "its process ended"}, True
+            else:
+                pipe_ended = False
+            wall = time.monotonic() - task["began"]
+            record = {"event": task["event"], **task["fields"], **task["noted"], **result, "wall": round(wall, 2)}
+            if "error" in result:
+                self.say(f"{task['event']} {task['fields']}: {result['error']}")
+                if task["event"] == "rate":
+                    self.records.append({**record, "points": [], "diverged": 0})
+            else:
+                self.log.write(**record)
+                self.records.append(record)
+                self.say(_line(record))
+            if pipe_ended:
+                self.free = [other for other in self.free if other is not pipe]
+                record["lost"] = True
+            yield pipe, record  # pyright: ignore[reportReturnType]
 
+    def run(self) -> None:
+        """Everything, as far as the time goes."""
+        workers = [self.start() for _ in range(self.arguments.parallel)]
+        answering = self.start() if self.arguments.questions else None
+        self.free: list[Connection] = []
+        try:
+            self._time(workers[0])
+            if self.plan is not None:
+                self._train(workers, answering)
+        finally:
+            for pipe in self.pipes:
+                pipe.close()  # which ends those that wait
+            for process in self.processes:
+                process.join(1.0)
+                process.kill()
+                process.join()
 
-def run(folder: Path, asked: StudySettings, console: Console) -> tuple[Outcome, int] | None:
-    """Run or resume a study, and report on the seeds that were done by all arms when it was stopped.
+    def _time(self, worker: Connection) -> None:
+        """Steps in a process of their own, which ends with them; meanwhile a worker that needs no GPU reads weights."""
+        self.give(worker, "weights", {}, {"do": "weights"})
+        waiting = [name for name in self.setting.arms if self.known("timing", arm=name) is None]
+        timer = self.start() if waiting else None
+        while (waiting or self.doing) and self.left > 0:
+            if waiting and timer is not None and timer not in self.doing:
+                name = waiting.pop(0)
+                self.give(timer, "timing", {"arm": name}, {"do": "time", "arm": name})
+            for _, record in self.results(1.0):
+                if record["event"] == "timing" and time_of(record, "eager") is None:
+                    raise SystemExit(f"{record['arm']} has no step: {record}")
+                if record["event"] == "weights" and "error" in record:
+                    raise SystemExit("the model cannot be loaded")
+        if timer is not None:
+            self.processes[-1].kill()  # with the memory of its GPU
+        timings = {name: self.known("timing", arm=name) for name in self.setting.arms}
+        if None not in timings.values():
+            self.plan = Plan(self.setting, timings, seconds=self.arguments.time, steps=self.arguments.steps)
+            self.say(f"every arm gets {self.plan.budget:.1f} s: {self.plan.steps}, usual: {self.plan.usual_steps}")
 
-    Returns:
-        The outcome and how many seeds it holds; None where not one was done.
-    """
-    asked.save(folder)  # an earlier run may have reported on fewer seeds
-    result = resume_study(folder, console)
-    if result.outcome is not None:
-        return result.outcome, asked.seeds
-    records = read_log(folder / RESULTS)
-    names = {record["arm"] for record in records if record["event"] == "rate"} or {
-        record["arm"] for record in records if record["event"] == "timing"
-    }
-    done = {(record["arm"], record["seed"]) for record in records if record["event"] == "run"}
-    first = asked.train.seed
-    whole = 0
-    while whole < asked.seeds and {(name, first + whole) for name in names} <= done:
-        whole += 1
-    console.print(f"stopped with {len(done)} runs done, {whole} of {asked.seeds} seeds by all arms", highlight=False)
-    if not whole:
+    def _train(self, workers: list[Connection], answering: Connection | None) -> None:
+        waiting = [*self._trials(), *self._runs()]
+        self.free = list(workers)
+        answers = [task for task in self._answers() if self.known("answers", **task["fields"]) is None]
+        written = len(whole_seeds(self.setting, self.records))
+        while self.left > 0:
+            for pipe in list(self.free):
+                task = self._next(waiting)
+                if task is None:
+                    break
+                self.free.remove(pipe)
+                self.give(pipe, task["event"], task["fields"], self._body(task))
+            if answering is not None and answering not in self.doing and answers:
+                task = answers.pop(0)
+                self.give(answering, "answers", task["fields"], {"do": "answer", "path": task["path"]})
+            if not self.doing:
+                break
+            for pipe, record in self.results(0.5):
+                if pipe is not answering and "lost" not in record:
+                    self.free.append(pipe)
+                if record["event"] == "run" and "error" not in record:
+                    self.walls.append(record["wall"])
+                    answers += self._answers_of(record)
+                    if (whole := len(whole_seeds(self.setting, self.records))) > written:
+                        written = whole  # what there is, should the machine go away
+                        self.write()
+        for task in self.doing.values():
+            self.say(f"out of time: {task['event']} {task['fields']}")
+
+    def _next(self, waiting: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.walls and self.left < 0.9 * min(self.walls):
+            return None
+        for task in waiting:
+            if task["event"] == "rate" or self._rate(task["fields"]["way"]) is not None:
+                waiting.remove(task)
+                return task
         return None
-    dataclasses.replace(asked, seeds=whole).save(folder)
-    result = resume_study(folder, console)
-    asked.save(folder)
-    return None if result.outcome is None else (result.outcome, whole)
+
+    def _trials(self) -> list[dict[str, Any]]:
+        found = []
+        for name, way in self.setting.ways.items():
+            if way.rate_of is None and len(self._rates(name)) > 1:
+                found += [{"event": "rate", "fields": {"way": name, "rate": rate}} for rate in self._rates(name)]
+        return [task for task in found if self.known("rate", **task["fields"]) is None]
+
+    def _rates(self, way: str) -> tuple[float, ...]:
+        return tuple(self.arguments.rates or self.setting.ways[way].rates)
+
+    def _rate(self, way: str) -> float | None:
+        """The best of those tried; None while trials are out."""
+        whose = self.setting.ways[way].rate_of or way
+        rates = self._rates(whose)
+        if len(rates) == 1:
+            return rates[0]
+        tried = [self.known("rate", way=whose, rate=rate) for rate in rates]
+        if None in tried:
+            return None
+        losses = {r["rate"]: r["points"][-1]["loss"] for r in tried if r["points"] and "diverged" not in r}
+        return min(losses, key=losses.__getitem__) if losses else min(rates)
+
+    def _runs(self) -> list[dict[str, Any]]:
+        early = [name for name, way in self.setting.ways.items() if not way.late]
+        late = [name for name, way in self.setting.ways.items() if way.late]
+        found = [
+            {"event": "run", "fields": {"way": name, "seed": seed}}
+            for names in (early, late)
+            for seed in range(self.arguments.seeds)
+            for name in names
+        ]
+        return [task for task in found if self.known("run", **task["fields"]) is None]
+
+    def _body(self, task: dict[str, Any]) -> dict[str, Any]:
+        assert self.plan is not None
+        name = task["fields"]["way"]
+        points = self.plan.points[name]
+        body = {"do": "train", "way": name, "eval_rows": self.arguments.eval_rows, **self._fit(name)}
+        if task["event"] == "rate":
+            points = [max(1, round(TUNING_SHARE * points[-1]))]
+            return {**body, "rate": task["fields"]["rate"], "points": points, "seed": TUNING_SEED, "tuning": True}
+        seed = task["fields"]["seed"]
+        keep = {}
+        if self.arguments.questions and self.setting.ways[name].answers:
+            keep = {step: str(self._saved(name, seed, step)) for step in self.plan.answered_at(name).values()}
+        return {**body, "rate": self._rate(name), "points": points, "seed": seed, "keep": keep}
+
+    def _fit(self, way: str) -> dict[str, Any]:
+        """How its runs take their steps: the fastest arm that computes it within :data:`ROOM`, or the smallest."""
+        found = []
+        for name, arm in self.setting.arms.items():
+            timing = self.known("timing", arm=name)
+            recorded = time_of(timing, "recorded") is not None
+            took = timing["recorded" if recorded else "eager"]
+            if arm.way == way:
+                found.append((max(took.get("peak_bytes", 0), ROOM), took["seconds"], name, recorded))
+        _, _, name, recorded = min(found)
+        arm = self.setting.arms[name]
+        return {"recorded": recorded, "micro_batch": arm.micro_batch, "checkpointing": arm.checkpointing}
+
+    def _saved(self, way: str, seed: int, step: int) -> Path:
+        return Path(self.told["weights"]).parent / f"{self.arguments.setting}-{way}-seed{seed}-step{step}.pt"
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """Of the model before training, and of earlier runs that have not been answered yet."""
+        found = [{"fields": {"way": "before", "seed": 0, "step": 0}, "path": None}]
+        for record in self.records:
+            if record["event"] == "run":
+                found += self._answers_of(record)
+        return found
+
+    def _answers_of(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        assert self.plan is not None
+        way, seed = record["way"], record["seed"]
+        steps = sorted(set(self.plan.answered_at(way).values()), reverse=True)
+        return [
+            {"fields": {"way": way, "seed": seed, "step": step}, "path": str(self._saved(way, seed, step))}
+            for step in steps
+            if self._saved(way, seed, step).exists()
+        ]
 
 
-def share_of_time(curve: Sequence[dict[str, float]], loss: float, seconds: float) -> float | None:
-    """How long a curve takes to come down to a loss, between its points in a straight line, as a share of ``seconds``.
-
-    Example:
-        >>> points = [{"seconds": 0.0, "heldout_loss": 3.0}, {"seconds": 4.0, "heldout_loss": 1.0}]
-        >>> share_of_time(points, 2.0, 8.0), share_of_time(points, 0.5, 8.0)
-        (0.25, None)
-    """
-    before = None
-    for point in curve:
-        if point["heldout_loss"] <= loss:
-            if before is None:
-                return 0.0
-            part = (before["heldout_loss"] - loss) / (before["heldout_loss"] - point["heldout_loss"])
-            return (before["seconds"] + part * (point["seconds"] - before["seconds"])) / seconds
-        before = point
-    return None
-
-
-def reached(outcome: Outcome, name: str, control: str) -> list[float | None]:
-    """Of each seed, the share of the control's time after which an arm has the loss that the control ends with."""
-    if control not in outcome.losses["time"] or name not in outcome.losses["time"]:
-        return []
-    ends = [points[-1] for points in outcome.curves[control]]
-    return [
-        share_of_time(curve, end["heldout_loss"], end["seconds"])
-        for curve, end in zip(outcome.curves[name], ends, strict=True)
-    ]
-
-
-def write_result(outcome: Outcome, asked: StudySettings, arguments: argparse.Namespace, name: str) -> Path:
-    """The JSON and the plot of one setting."""
-    found = rows(outcome)
-    for arm in outcome.arms:
-        found[arm.name] |= {
-            "accuracy": outcome.accuracy.get(arm.name),
-            "accuracy_after_equal_tokens": outcome.accuracy_after_tokens.get(arm.name),
-            "share_of_the_time_of": {
-                control: shares
-                for control in ("standard", "standard-checkpointed")
-                if (shares := reached(outcome, arm.name, control))
-            },
-            "learning_rate": arm.learning_rate or asked.train.learning_rate,
-            "micro_batch": arm.forward_size,
-            "checkpointing": arm.checkpointing,
-        }
-    train = dataclasses.asdict(asked.train)
-    noted = {
-        **{key: value for key, value in train.items() if key not in ("data", "heldout", "tokenizer")},
-        "model": arguments.model.name,
-        **{
-            key: getattr(asked, key)
-            for key in ("seeds", "memory_limit", "rates", "rate_share", "questions", "parallel")
-        },
-        "seeds_done": outcome.seeds,
-        "left_out": outcome.left_out,
-        "amounts": outcome.amounts,
-        "verdict": verdict(outcome)[0],
-    }
-    device = pick_device(arguments.device)
-    path = _record.write(name, found, settings=noted, control="standard", device=device, folder=arguments.results)
-    path.with_suffix(".png").write_bytes(draw_frontier(outcome))
-    return path
+def _line(record: dict[str, Any]) -> str:
+    match record["event"]:
+        case "timing":
+            kinds = {kind: record[kind] for kind in ("eager", "recorded", "itself") if kind in record}
+            told = [
+                f"{kind} {found['seconds'] * 1e3:.1f} ms, {found.get('peak_bytes', 0) / 1e9:.1f} GB"
+                if "seconds" in found else f"{kind}: {found.get('reason')}"
+                for kind, found in kinds.items()
+            ]  # fmt: skip
+            return f"{record['arm']}: {'; '.join(told)} ({record['wall']} s)"
+        case "answers":
+            right, asked = len(record["right"]), record["questions"]
+            which = f"{record['way']}, seed {record['seed']}, step {record['step']}"
+            return f"{which}: {right} of {asked} right ({record['wall']} s)"
+        case "weights":
+            return f"the weights are ready ({record['wall']} s)"
+        case kind:
+            what = f"rate {record['rate']:g}" if kind == "rate" else f"seed {record['seed']}"
+            curve = " ".join(f"{point['step']}: {point['loss']:.4f}" for point in record["points"])
+            end = f" diverged at {record['diverged']}" if "diverged" in record else ""
+            return f"{record['way']}, {what}: {curve}{end} ({record['wall']} s)"
 
 
 def main() -> None:
-    """Run or resume one setting and write its result."""
+    """Run or resume one setting, and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=sorted(SHAPES))
-    parser.add_argument(
-        "--model", type=Path, required=True, help="folder of the pretrained model; may hold a GGUF file"
-    )
-    parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the studies; goes on with what is there")
+    parser.add_argument("setting", choices=sorted(SETTINGS))
+    parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model, or of its GGUF file")
+    parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer; without it the model's")
+    parser.add_argument("--config", type=Path, help="its config.json: steps are timed while a GGUF file is read")
+    parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl, to make --rows of")
+    parser.add_argument("--rows", type=Path, required=True, help="the tokenized problems; made where it is missing")
+    parser.add_argument("--work", type=Path, required=True, help="of the weights")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="records; goes on with what is there")
     parser.add_argument("--name", help="of the result, instead of frontier_SETTING_MODEL")
-    parser.add_argument("--results", type=Path, default=_record.RESULTS)
-    parser.add_argument("--epochs", type=float, default=1.0, help="of the standard arm; the others get its time")
-    parser.add_argument("--steps", type=int, help="of the standard arm, instead of --epochs")
-    parser.add_argument("--seconds", type=float, help="of every run, instead of --epochs")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="one: the same for all arms")
-    parser.add_argument("--rate-share", type=float, default=0.5, help="how long a rate is tried, as a share of a run")
-    parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--without", nargs="+", metavar="ARM", default=[], help="arms to leave out")
-    parser.add_argument("--evaluations", type=int, default=8)
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS")
-    parser.add_argument("--memory-limit", help="bytes of a step, 24GB say")
+    parser.add_argument("--time", type=float, help="seconds that every arm gets, instead of the setting's")
+    parser.add_argument("--steps", type=int, help="of the arm that sets the time, instead of --time")
+    parser.add_argument("--rates", type=float, nargs="+", help="to try, of every arm; one: it is not tried")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, help="runs at a time on one GPU")
-    parser.add_argument("--questions", type=int, help="test problems to answer; without it all")
-    parser.add_argument("--answers-of", nargs="+", metavar="ARM", default=[], help="at equal tokens alone; else of all")
-    parser.add_argument("--problems", type=int, help="training problems; without it all")
-    parser.add_argument("--eval-sequences", type=int, default=256, help="of an evaluation of the loss")
-    parser.add_argument("--length", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--calibration-seconds", type=float, default=4.0)
-    parser.add_argument("--timing-turns", type=int, default=2)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--parallel", type=int, default=3, help="runs at a time")
+    parser.add_argument("--questions", type=int, default=330, help="test problems to answer; 0: none")
+    parser.add_argument("--questions-at-a-time", type=int, default=330)
+    parser.add_argument("--eval-rows", type=int, default=96)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=540.0, help="after which everything is at an end")
     arguments = parser.parse_args()
-    if arguments.stop_after is not None:
-        stop_by_itself(arguments.stop_after)
-    console = Console(width=150)
-    name = arguments.name or f"frontier_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
-    folder = arguments.work / name
-    asked = settings(arguments.setting, arguments)
-    if not (folder / STUDY).exists():
-        prepare_study(asked, folder, console)
-        save_arms(folder, compared(load_arms(folder), arguments.ratio, arguments.without))
-    found = run(folder, asked, console)
-    draw_trials(write_trials(folder, asked, arguments, name))
-    if found is None:
-        raise SystemExit("not one seed was done by all arms; the same command goes on")
-    path = write_result(found[0], dataclasses.replace(asked, seeds=found[1]), arguments, name)
-    console.print(f"result {path}", highlight=False)
+    tokenizer = arguments.tokenizer or arguments.model
+    setting = SETTINGS[arguments.setting]
+    if not arguments.rows.exists():
+        from cggr_train.tokenizer import load_tokenizer
+
+        if arguments.gsm8k is None:
+            parser.error(f"{arguments.rows} is not there; give --gsm8k to make it of")
+        prepare(arguments.rows, setting, arguments.gsm8k, load_tokenizer(str(tokenizer)))
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    model = arguments.model.name.lower().replace("-", "_")
+    arguments.name = arguments.name or f"frontier_{arguments.setting}_{model}"
+    told = {
+        "setting": arguments.setting, "rows": str(arguments.rows), "model": str(arguments.model),
+        "weights": str(arguments.work / f"model_{model}"), "tokenizer": str(tokenizer),
+        "config": None if arguments.config is None else str(arguments.config), "device": arguments.device,
+        "questions": arguments.questions, "questions_at_a_time": arguments.questions_at_a_time,
+        "threads": max(1, torch.get_num_threads() // (arguments.parallel + 1)),
+    }  # fmt: skip
+    noted = {"model": arguments.model.name, "parallel": arguments.parallel, **load(arguments.rows)[1]}
+    study = Study(arguments, told, noted, arguments.output / f"{arguments.name}.jsonl")
+    study.run()
+    study.write()
 
 
 if __name__ == "__main__":

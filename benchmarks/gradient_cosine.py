@@ -29,13 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import _record
-from benchmarks.frontier import data_files
-from cggr_train.data import Batches, Documents, build_example_store, split_supervised
-from cggr_train.data.batches import in_order
+from benchmarks._frontier_data import load
+from benchmarks._frontier_training import loss_on
+from cggr_train.data import Batches, split_supervised
 from cggr_train.device import pick_device
-from cggr_train.evaluate import heldout_loss
 from cggr_train.presets import load_model
-from cggr_train.tokenizer import load_tokenizer
 
 SEED = 0
 
@@ -150,18 +148,14 @@ def mean_gradient(model: Any, batches: list[Tensor], loss: Callable[[Tensor], Te
 def main() -> None:
     """Measure and write the result, after every variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=("answers", "context"))
     parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained Llama or Qwen")
-    parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the tokens")
+    parser.add_argument("--rows", type=Path, required=True, help="as benchmarks.frontier tokenized them")
     parser.add_argument("--name")
     parser.add_argument("--results", type=Path, default=_record.RESULTS)
     parser.add_argument("--only", nargs="*", help="some of the variants")
     parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--problems", type=int, help="training problems; without it all")
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int)
     parser.add_argument(
         "--train", type=int, default=0, help="steps with the full gradient; the others take as many as cost the same"
     )
@@ -172,16 +166,14 @@ def main() -> None:
     _record.add_seconds(parser)
     arguments = parser.parse_args()
     deadline = _record.deadline(arguments.seconds)
-    arguments.length = arguments.length or (512 if arguments.setting == "answers" else 2048)
     device = pick_device(arguments.device)
     bfloat16 = device.type == "cuda"
-    tokenizer = load_tokenizer(str(arguments.model))
-    data, test = (Documents([path], field="question,answer") for path in data_files(arguments.setting, arguments))
-    name = arguments.name or f"gradient_cosine_{arguments.setting}_{arguments.model.name.lower().replace('-', '_')}"
-    folder = arguments.work / f"tokens_{name}"
-    store = build_example_store(data, tokenizer, folder, length=arguments.length, heldout_documents=test)
-    size = {"length": arguments.length, "batch_size": arguments.batch_size}
-    order = Batches(store.train, **size, seed=SEED)
+    rows = load(arguments.rows)[0]
+    name = arguments.name or f"gradient_cosine_{arguments.rows.stem}"
+    size = {"length": rows.train.shape[1], "batch_size": arguments.batch_size}
+    stream = rows.train.flatten().numpy()
+    chosen = torch.linspace(0, len(rows.test) - 1, min(arguments.eval_sequences, len(rows.test))).round().long()
+    order = Batches(stream, **size, seed=SEED)
     batches = [order.get(number).to(device) for number in range(arguments.batches)]
     base: Any = load_model(str(arguments.model)).to(device)
     base.eval()  # no dropout: both means are of the same network
@@ -196,15 +188,14 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
         warmup = max(1, steps // 20)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warmup) * (1 - n / steps))
-        own = Batches(store.train, **size, seed=seed)
+        own = Batches(stream, **size, seed=seed)
         for number in range(steps):
             loss(variant, generator, model)(own.get(number).to(device)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rate.step()
             optimizer.zero_grad(set_to_none=True)
-        heldout = in_order(store.heldout, **size, limit=arguments.eval_sequences)
-        return heldout_loss(model, heldout, device=device, bfloat16=bfloat16)
+        return loss_on(model, rows.test[chosen])
 
     wanted: dict[str, Variant | None] = {"full": None, **variants(arguments.ratio)}
     if arguments.only:

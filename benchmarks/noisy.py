@@ -159,8 +159,9 @@ def main() -> None:
     """Measure both kinds of noise, and write the result after every arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer; without it the model's")
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--name", default="noisy", help="of the result")
     parser.add_argument("--results", type=Path, default=_record.RESULTS)
     parser.add_argument("--kinds", nargs="+", choices=sorted(SHARE), default=sorted(SHARE))
     parser.add_argument("--steps", type=int, default=100, help="of the standard arm")
@@ -176,7 +177,7 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = _record.deadline(arguments.seconds)
     device = pick_device(arguments.device)
-    tokenizer = load_tokenizer(str(arguments.model))
+    tokenizer = load_tokenizer(str(arguments.tokenizer or arguments.model))
     base = load_model(str(arguments.model)).to(device)
     settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     settings |= {"seed": 0, "model": arguments.model.name, "share_of_noise": SHARE}
@@ -204,7 +205,9 @@ def main() -> None:
                 del model
             summed = {name: {**row, **_record.summary(row["losses"])} for name, row in found.items()}
             control = f"{arguments.kinds[0]}: standard"
-            _record.write("noisy", summed, settings=settings, control=control, device=device, folder=arguments.results)
+            _record.write(
+                arguments.name, summed, settings=settings, control=control, device=device, folder=arguments.results
+            )
 
 
 if __name__ == "__main__":

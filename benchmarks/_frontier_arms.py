@@ -1,0 +1,189 @@
+"""What `benchmarks.frontier` compares: settings, the ways of training in them, and how their steps are taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training; what it computes depends on nothing else, so that one run serves every way of taking its step.
+
+    Attributes:
+        label: For people.
+        batch: Sequences of a step.
+        gradient: Gradient mode.
+        selection: ``supervised``, or a strategy of ``CGGRModel`` at ``ratio``.
+        ratio: Keep ratio: of the supervised tokens those that are kept.
+        block: Neighbouring tokens that are chosen together.
+        margin: Tokens before each supervised stretch that are kept without a loss.
+        rates: Learning rates that are tried.
+        rate_of: Whose learning rate it takes, instead of trying its own.
+        answers: Whether test problems are answered.
+        late: Whether it comes after all seeds of the others.
+    """
+
+    label: str
+    batch: int
+    gradient: str = "kv"
+    selection: str = "supervised"
+    ratio: float = 1.0
+    block: int = 1
+    margin: int = 0
+    rates: tuple[float, ...] = (1e-4, 2e-4)
+    rate_of: str | None = None
+    answers: bool = False
+    late: bool = False
+
+    @property
+    def given(self) -> bool:
+        """Whether the kept tokens are known from the labels, and handed over with a fixed number of slots."""
+        return self.selection == "supervised"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of training, and how its step is fitted into memory.
+
+    Attributes:
+        way: Name of the way.
+        label: For people; None takes the way's.
+        micro_batch: Sequences of one forward; None takes all of the batch.
+        checkpointing: Whether activations are computed anew in the backward pass.
+        role: Of the arm in a study, see :class:`cggr_train.study.arms.Arm`.
+    """
+
+    way: str
+    label: str | None = None
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    role: str = "asked"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on, and for how long.
+
+    Attributes:
+        length: Tokens of a row.
+        problems: Training problems.
+        slots: The most answer tokens of a training row, and the slots for those that are kept of it.
+        ways: By name; the first is the standard one.
+        arms: By name; times are compared between these.
+        clock: The arm whose steps, at ``steps`` or in ``seconds``, give the time that all arms get.
+        steps: Of the clock arm; None takes ``seconds``.
+        seconds: That every arm gets.
+        shares: Of that time, at which all arms are read; the last is 1.
+        context: Whether a problem stands behind others that fill the row.
+    """
+
+    length: int
+    problems: int
+    slots: int
+    ways: dict[str, Way]
+    arms: dict[str, Arm]
+    clock: str
+    steps: int | None = None
+    seconds: float | None = None
+    shares: tuple[float, ...] = (1.0,)
+    context: bool = False
+
+
+def _routed(batch: int, *, margins: tuple[int, ...], late: tuple[str, ...]) -> dict[str, Way]:
+    every = {
+        "kv": Way("kv, supervised tokens", batch, answers=True),
+        **{
+            f"kv-margin{m}": Way(
+                f"kv, supervised and {m} before", batch, margin=m, rate_of="kv", answers=m == max(margins)
+            )
+            for m in margins
+        },
+        "kv-random": Way("kv, random quarter", batch, selection="random", ratio=0.25),
+        "kv-sampled": Way(
+            "kv, quarter sampled by gradient norm", batch, selection="sampled", ratio=0.25, rate_of="kv-random"
+        ),
+        "exact-sampled": Way(
+            "exact, quarter sampled by gradient norm", batch, gradient="exact", selection="sampled", ratio=0.25
+        ),
+        "kv-stretches": Way(
+            "kv, random quarter in stretches of 32", batch, selection="random", ratio=0.25, block=32,
+            rate_of="kv-random",
+        ),
+    }  # fmt: skip
+    return {name: replace(way, late=name in late) for name, way in every.items()}
+
+
+def _standard(batch: int, **more: object) -> Way:
+    return Way(f"standard, batch {batch}", batch, gradient="exact", **more)  # pyright: ignore[reportArgumentType]
+
+
+_CONTEXT = {
+    "standard": _standard(16, answers=True),
+    **_routed(16, margins=(32, 128), late=("kv-margin32", "kv-stretches")),
+    "standard-b6": _standard(6, answers=True),
+}
+_ANSWERS = {
+    "standard": _standard(32, answers=True),
+    **_routed(32, margins=(32,), late=("kv-sampled", "exact-sampled", "kv-stretches")),
+    "standard-b16": _standard(16, answers=True),
+}
+_BATCHES = {
+    "standard-b4": _standard(4, answers=True),
+    "standard-b1": _standard(1, answers=True, rates=(5e-5, 1e-4, 2e-4)),
+    "kv": Way("kv, supervised tokens, batch 4", 4, answers=True),
+    "kv-stratified": Way("kv, stratified quarter, batch 4", 4, selection="stratified", ratio=0.25, answers=True),
+    "kv-random": Way("kv, random quarter, batch 4", 4, selection="random", ratio=0.25, rate_of="kv-stratified"),
+}
+_TOY = {
+    "standard": _standard(4, answers=True),
+    **_routed(4, margins=(8,), late=("exact-sampled", "kv-stretches")),
+    "standard-b2": _standard(2),
+}
+_ROLES = {"kv-random": "random", "standard-b6": "equal_cost", "standard-b16": "equal_cost", "standard-b2": "equal_cost",
+          "standard-b1": "batch"}  # fmt: skip
+
+
+def _arms(ways: dict[str, Way], **fitted: Arm) -> dict[str, Arm]:
+    standard = next(iter(ways))
+    roles = {standard: "standard", **_ROLES}
+    first = {standard: Arm(standard, role="standard")}
+    own = {name: Arm(name, role=roles.get(name, "asked")) for name in ways if name != standard}
+    return {**first, **own, **{name.replace("_", "-"): arm for name, arm in fitted.items()}}
+
+
+SETTINGS: dict[str, Setting] = {
+    "context": Setting(
+        2048, 4800, 256, _CONTEXT,
+        _arms(
+            _CONTEXT,
+            standard_micro4=Arm("standard", "standard, batch 16, 4 at a time", micro_batch=4, role="equal_memory"),
+            standard_checkpointed=Arm(
+                "standard", "standard, batch 16, checkpointed", checkpointing=True, role="checkpointed"
+            ),
+            exact_sampled=Arm("exact-sampled", "exact, quarter sampled, 4 at a time", micro_batch=4),
+        ),
+        clock="standard-checkpointed", seconds=8.0, context=True,
+    ),
+    "answers": Setting(
+        320, 2400, 256, _ANSWERS,
+        _arms(
+            _ANSWERS,
+            standard_checkpointed=Arm(
+                "standard", "standard, batch 32, checkpointed", checkpointing=True, role="checkpointed"
+            ),
+        ),
+        clock="standard", steps=225, shares=(1 / 3, 1.0),
+    ),
+    "toy": Setting(
+        320, 200, 256, _TOY,
+        _arms(
+            _TOY,
+            standard_micro2=Arm("standard", "standard, 2 at a time", micro_batch=2, role="equal_memory"),
+            standard_checkpointed=Arm(
+                "standard", "standard, checkpointed", checkpointing=True, role="checkpointed"
+            ),
+        ),
+        clock="standard", steps=4, shares=(0.5, 1.0),
+    ),
+    "batches": Setting(320, 7473, 256, _BATCHES, _arms(_BATCHES), clock="standard-b4", seconds=10.0),
+}  # fmt: skip

@@ -1,0 +1,284 @@
+"""Steps and runs of `benchmarks.frontier`: the same optimizer, clipping, data order and averaging for every way."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks._frontier_arms import Arm, Setting, Way
+from benchmarks._frontier_data import Rows
+from cggr_core import CGGRModel, Selection
+from cggr_core.routing import fused_forwards, replaced_forwards
+from cggr_train.data import IGNORED, Batches, count_targets, split_supervised
+from cggr_train.errors import RunError
+from cggr_train.loop import build_optimizer
+from cggr_train.optimizer_step import OptimizerStep
+from cggr_train.recorded import RecordedStep
+from cggr_train.study.average import RunningAverage
+
+CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.01, 5
+EAGER, REPLAYED, SETTLED = 3, 8, 20
+"""Steps that are timed as they are, by replays, and before the steps that record themselves are timed."""
+MOST_BEFORE = 6.0
+"""Seconds that the steps before may take."""
+EVAL_BATCH = 32
+
+Take = Callable[..., Tensor]
+
+
+def checkpoint(model: Any) -> None:
+    """Recompute activations in the backward pass; without the random state, whose reading cannot be recorded."""
+    given = {"use_reentrant": False, "preserve_rng_state": False}
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+    else:
+        enable(activation_checkpointing_kwargs=given)
+
+
+class Learner:
+    """A way of training over a model, as :class:`cggr_train.optimizer_step.OptimizerStep` sees one.
+
+    Args:
+        model: On its device; trained in place.
+        way: The way.
+        slots: Of the kept tokens of a row, where they are known from the labels.
+        seed: Of the selections.
+        records_itself: Leave the kept tokens, and recording steps, to ``CGGRModel``.
+    """
+
+    memory = None
+
+    def __init__(self, model: Any, way: Way, *, slots: int, seed: int, records_itself: bool = False) -> None:
+        self.model: Any = model
+        self.way, self.slots = way, slots + way.margin
+        self.records_itself = records_itself
+        self.routed = CGGRModel(
+            model, gradient=way.gradient, selection=way.selection, min_tokens_ratio=way.ratio, block_size=way.block,
+            seed=seed, cuda_graph="auto" if records_itself else False,
+        )  # fmt: skip
+        self.wrapped: nn.Module = self.routed
+        self._fused = ExitStack()
+        if way.gradient == "exact":  # routed passes run the fused layers anyway
+            self._fused.enter_context(replaced_forwards(fused_forwards(model.modules())))
+
+    def loss(
+        self,
+        rows: Tensor,
+        *,
+        num_items: float | Tensor | None = None,
+        draw: int | Tensor | None = None,
+        first_row: int = 0,
+        example_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Of rows ``[B, S]``."""
+        input_ids, labels = split_supervised(rows)
+        given: dict[str, Any] = {"num_items": num_items}
+        if self.way.given and not (self.records_itself and not self.way.margin):
+            predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+            kept = predicts
+            if self.way.margin:
+                kept = functional.pad(predicts.float(), (0, self.way.margin)).unfold(1, self.way.margin + 1, 1)
+                kept = kept.amax(-1) > 0
+            given["selection"] = Selection.from_mask(
+                kept, weight=predicts.float(), countable=predicts, capacity=self.slots
+            )
+        else:
+            given |= {"draw": draw, "first_row": first_row}
+        return self.routed(input_ids, labels=labels, **given)
+
+
+class Steps:
+    """A run's steps.
+
+    Args:
+        base: The model that every run starts from; copied.
+        way: How to train.
+        rows: What to train on, int64 ``[N, S]``.
+        setting: Of the rows.
+        seed: Of the data's order and of selections.
+        rate: Learning rate, which comes up over :data:`WARMUP` steps and stays.
+        micro_batch: Sequences of one forward; None takes the batch.
+        checkpointing: Whether activations are computed anew.
+        recorded: Whether the optimizer's whole step is one CUDA graph, after a few that run as they are.
+        records_itself: See :class:`Learner`.
+    """
+
+    def __init__(
+        self, base: nn.Module, way: Way, rows: Tensor, setting: Setting, *, seed: int, rate: float,
+        micro_batch: int | None = None, checkpointing: bool = False, recorded: bool = False,
+        records_itself: bool = False,
+    ) -> None:  # fmt: skip
+        self.model: Any = copy.deepcopy(base).train()
+        if checkpointing:
+            checkpoint(self.model)
+        torch.manual_seed(seed)
+        self.device = next(self.model.parameters()).device
+        self.way, self.rate, self.number = way, rate, 0
+        micro = micro_batch or way.batch
+        self.batches = Batches(rows.flatten().numpy(), length=setting.length, batch_size=micro, seed=seed)
+        self.accumulate = way.batch // micro
+        learner: Any = Learner(self.model, way, slots=setting.slots, seed=seed, records_itself=records_itself)
+        self.learner = learner
+        cuda = self.device.type == "cuda"
+        optimizer = build_optimizer(self.model, weight_decay=WEIGHT_DECAY, capturable=cuda)
+        step = OptimizerStep(learner, optimizer, clip=CLIP, bfloat16=cuda, batch_size=micro)
+        self._take: Take = RecordedStep(step, self.device) if recorded and cuda else step
+
+    def take(self) -> Tensor:
+        """Take a step; its loss."""
+        first = self.number * self.accumulate
+        read = [self.batches.get(number) for number in range(first, first + self.accumulate)]
+        items = float(sum(map(count_targets, read))) if self.accumulate > 1 else None
+        batches = [_on_device(batch, self.device) for batch in read]
+        rate = self.rate * min(1.0, (self.number + 1) / WARMUP)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            loss = self._take(batches, rate=rate, draw=self.number, num_items=items)
+        self.number += 1
+        return loss
+
+
+def _on_device(batch: Tensor, device: torch.device) -> Tensor:
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+
+
+def wait(device: torch.device) -> None:
+    """For everything that is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(steps: Steps, count: int) -> float:
+    """Of a step, as the mean of ``count`` in a row."""
+    wait(steps.device)
+    began = time.perf_counter()
+    for _ in range(count):
+        steps.take()
+    wait(steps.device)
+    return (time.perf_counter() - began) / count
+
+
+def release(device: torch.device) -> None:
+    """Give memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def time_arm(base: nn.Module, rows: Rows, setting: Setting, arm: Arm) -> dict[str, Any]:
+    """Seconds and peak memory of a step as it is, recorded as a whole, and recorded by ``CGGRModel`` itself.
+
+    Returns:
+        ``eager``, ``recorded`` and ``itself``, each ``seconds`` and ``peak_bytes`` or why there is none.
+    """
+    device = next(base.parameters()).device
+    way = setting.ways[arm.way]
+    fitted: dict[str, Any] = {
+        "seed": 0, "rate": 0.0, "micro_batch": arm.micro_batch, "checkpointing": arm.checkpointing,
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+
+    def measured(before: int, count: int, **how: Any) -> dict[str, Any]:
+        release(device)
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by what the steps are copied from
+        steps = Steps(base, way, rows.train, setting, **fitted, **how)
+        began = time.perf_counter()
+        for _ in range(before):
+            steps.take()
+            if time.perf_counter() - began > MOST_BEFORE:
+                break
+        wait(device)
+        warm = time.perf_counter() - began
+        told: dict[str, Any] = {"seconds": seconds_of(steps, count), "seconds_before": warm}
+        if device.type == "cuda":
+            told["peak_bytes"] = torch.cuda.max_memory_allocated(device) - held
+        return told
+
+    plans: dict[str, tuple[int, int, dict[str, Any]]] = {"eager": (2, EAGER, {})}
+    if device.type == "cuda":
+        plans["recorded"] = (4, REPLAYED, {"recorded": True})
+        if not (arm.checkpointing or arm.micro_batch or way.margin):
+            plans["itself"] = (SETTLED, REPLAYED, {"records_itself": True})
+    for name, (before, count, how) in plans.items():
+        try:
+            found[name] = measured(before, count, **how)
+        except (RunError, RuntimeError, torch.OutOfMemoryError) as error:
+            found[name] = {"reason": str(error).strip().splitlines()[0][:200]}
+    release(device)
+    return found
+
+
+@torch.no_grad()
+def loss_on(model: Any, rows: Tensor) -> float:
+    """Mean negative log-likelihood of the supervised tokens of ``rows``, nats; the head runs on these alone."""
+    device = next(model.parameters()).device
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in rows.split(EVAL_BATCH):
+        input_ids, labels = split_supervised(batch.to(device))
+        predicts = labels[:, 1:] != IGNORED
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][predicts]
+            logits = model.lm_head(hidden).float()
+        total += functional.cross_entropy(logits, labels[:, 1:][predicts], reduction="sum").double()
+        count += len(logits)
+    model.train()
+    return total.item() / count
+
+
+def train(
+    base: nn.Module, rows: Rows, setting: Setting, way: Way, *, seed: int, rate: float, points: Sequence[int],
+    eval_rows: int, recorded: bool, micro_batch: int | None = None, checkpointing: bool = False, tuning: bool = False,
+    keep: Mapping[int, Callable[[Any], None]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train up to the last of ``points``, and read the averaged weights' held-out loss at each.
+
+    Args:
+        base: What it starts from.
+        rows: Of the setting.
+        setting: The setting.
+        way: How to train.
+        seed: Of the data's order and of selections.
+        rate: Learning rate.
+        points: Steps, ascending.
+        eval_rows: Held-out rows.
+        recorded: Whether steps are recorded.
+        micro_batch: See :class:`Steps`.
+        checkpointing: See :class:`Steps`.
+        tuning: Read the loss of the rows that rates are chosen by.
+        keep: Called at some of ``points`` with the model, averaged.
+
+    Returns:
+        ``points`` (``step`` and ``loss`` each), ``seconds`` in all.
+    """
+    began = time.perf_counter()
+    steps = Steps(
+        base, way, rows.train, setting, seed=seed, rate=rate, recorded=recorded, micro_batch=micro_batch,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    average = RunningAverage(steps.model)
+    chosen = torch.linspace(0, len(rows.test) - 1, min(eval_rows, len(rows.test))).round().long()
+    heldout = rows.tuning if tuning else rows.test[chosen]
+    curve: list[dict[str, float]] = []
+    while steps.number < points[-1]:
+        loss = steps.take()
+        average.update(steps.number)
+        if steps.number in points:
+            if not bool(loss.isfinite()):
+                return {"points": curve, "diverged": steps.number}
+            with average.average_parameters():
+                curve.append({"step": steps.number, "loss": loss_on(steps.model, heldout)})
+                if keep and steps.number in keep:
+                    keep[steps.number](steps.model)
+    return {"points": curve, "seconds": time.perf_counter() - began}

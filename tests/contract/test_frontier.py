@@ -1,0 +1,251 @@
+"""The benchmark behind docs/evidence.md: what its arms compute, how their steps are counted, what is reported."""
+
+import argparse
+import json
+import re
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from benchmarks import _record
+from benchmarks._frontier_arms import SETTINGS, Way
+from benchmarks._frontier_data import TUNING, load, prepare
+from benchmarks._frontier_report import Found, report, whole_seeds
+from benchmarks._frontier_training import Learner, loss_on, train
+from benchmarks._greedy import Greedy
+from benchmarks.frontier import Plan
+from benchmarks.frontier_figures import draw
+from benchmarks.gradient_cosine import Variant, routed
+from cggr_train.data import split_supervised
+
+TOY = SETTINGS["toy"]
+
+
+def llama(vocab=50, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def rows(count, length, seed=0):
+    """A prompt and an answer each, padded with what is not supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    found = -1 - torch.randint(50, (count, length), generator=generator)
+    for row in found:
+        first = int(torch.randint(4, length // 2, (1,), generator=generator))
+        row[first : first + 6] = -1 - row[first : first + 6]
+    return found
+
+
+def gradients(model):
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("margin", [0, 5])
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_a_way_is_what_its_name_says(gradient, margin):
+    model, batch = llama(), rows(3, 24)
+    way = Way("", 3, gradient=gradient, margin=margin)
+    loss = Learner(model, way, slots=6, seed=0).loss(batch)
+    loss.backward()
+    own = gradients(model)
+
+    input_ids, labels = split_supervised(batch)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    for row, place in (labels[:, 1:] != -100).nonzero().tolist():
+        kept[row, max(0, place - margin) : place + 1] = True
+    if gradient == "exact":
+        kept[:] = True
+    with routed(model.model.layers, Variant(), kept):
+        expected = model(input_ids=input_ids, labels=labels).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(own, gradients(model), rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_and_checkpointing_are_the_same_training():
+    setting = SimpleNamespace(length=24, slots=6)
+    data = SimpleNamespace(train=rows(12, 24), tuning=rows(4, 24, 1), test=rows(4, 24, 2))
+    curves = [
+        train(llama(), data, setting, Way("", 4, gradient="exact"), seed=0, rate=1e-3, points=[2, 6], eval_rows=4,
+              recorded=False, **fitted)["points"]
+        for fitted in ({}, {"micro_batch": 2}, {"checkpointing": True})
+    ]  # fmt: skip
+    assert [point["step"] for point in curves[0]] == [2, 6]
+    assert curves[0][1]["loss"] < curves[0][0]["loss"] < loss_on(llama(), data.test)
+    for other in curves[1:]:
+        assert [point["loss"] for point in other] == pytest.approx([point["loss"] for point in curves[0]], rel=1e-5)
+
+
+def test_the_loss_is_that_of_the_supervised_tokens():
+    model, batch = llama(), rows(5, 24)
+    input_ids, labels = split_supervised(batch)
+    assert loss_on(model, batch) == pytest.approx(model(input_ids=input_ids, labels=labels).loss.item(), rel=1e-5)
+    assert model.training
+
+
+def test_greedy_answers_are_those_of_generate():
+    model = llama().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(30)  # answers that differ
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.randint(5, 40, (7,), generator=generator).tolist()
+    questions = [torch.randint(50, (size,), generator=generator).tolist() for size in sizes]
+    end = 7
+    decoding = GenerationConfig(do_sample=False, max_new_tokens=25, eos_token_id=end, pad_token_id=end)
+    expected = []
+    for question in questions:
+        said = model.generate(torch.tensor([question]), generation_config=decoding)[0, len(question) :].tolist()
+        expected.append(said[: said.index(end) + 1] if end in said else said)
+    assert len(set(map(tuple, expected))) == len(questions)
+    own = Greedy(model, end=end, rows=3, prompt=40, new=25, prefill=2)
+    own.load(dict(model.named_parameters()))
+    assert own(questions) == expected
+
+
+class _Words:
+    """A tokenizer of words, each known by its length."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+
+def test_rows_come_back_from_the_file(tmp_path):
+    problems = [{"question": f"q {'a' * n} b", "answer": " ".join(["cc"] * (1 + n % 3))} for n in range(TUNING + 5)]
+    problems.append({"question": "long", "answer": "d " * 300})
+    for side in ("train", "test"):
+        lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+        (tmp_path / f"{side}.jsonl").write_text(lines, encoding="utf-8")
+    path = prepare(tmp_path / "rows.xz", TOY, tmp_path, _Words())
+    found, noted = load(path)
+    assert (len(found.train), len(found.tuning), noted["left_out"]) == (5, TUNING, 1)
+    input_ids, labels = split_supervised(found.train)
+    assert input_ids[4, :6].tolist() == [1, 4, 1, 2, 2, 0]
+    assert labels[4, :7].tolist() == [-100, -100, -100, 2, 2, 0, -100]
+    before = path.stat().st_mtime_ns
+    assert prepare(path, TOY, tmp_path, _Words()).stat().st_mtime_ns == before
+
+
+times = st.floats(0.01, 1.0)
+
+
+def plan_of(seconds, itself=None):
+    timings = {
+        name: {"eager": {"seconds": 2 * second, "peak_bytes": 10**9 * (1 + place)},
+               "recorded": {"seconds": second, "peak_bytes": 10**9 * (1 + place)}}
+        for place, (name, second) in enumerate(seconds.items())
+    }  # fmt: skip
+    for name, second in (itself or {}).items():
+        timings[name]["itself"] = {"seconds": second, "peak_bytes": 10**9}
+    return Plan(TOY, timings, seconds=20.0), timings
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(times, min_size=len(TOY.arms), max_size=len(TOY.arms)))
+def test_every_arm_takes_the_steps_that_the_time_buys(seconds):
+    plan, _ = plan_of(dict(zip(TOY.arms, seconds, strict=True)))
+    for basis, per_step in ((plan.steps, plan.times), (plan.usual_steps, plan.usual)):
+        for share, steps in basis.items():
+            for name, count in steps.items():
+                assert abs(count * per_step[name] - share * 20.0) <= per_step[name] / 2 + 1e-9 or count == 1
+    for name, arm in TOY.arms.items():
+        read = {plan.steps[1.0][name], plan.usual_steps[1.0][name], plan.equal[name]}
+        assert read <= set(plan.points[arm.way])
+        batch = TOY.ways[arm.way].batch
+        assert plan.equal[name] * batch <= min(
+            plan.steps[1.0][other] * TOY.ways[found.way].batch for other, found in TOY.arms.items()
+        )
+
+
+def records_of(plan, timings, losses, seeds):
+    """Runs whose loss falls towards what is given for their way."""
+    found = [{"event": "timing", "arm": name, **timing} for name, timing in timings.items()]
+    for way in TOY.ways:
+        for seed in range(seeds):
+            points = [
+                {"step": step, "loss": losses[way] + 1 / step + 0.001 * (seed + len(way) % 3)}
+                for step in plan.points[way]
+            ]
+            found.append({"event": "run", "way": way, "seed": seed, "rate": 1e-4, "points": points})
+    return found
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_the_verdict_says_what_the_rows_say(data, tmp_path_factory):
+    seconds = {name: data.draw(times) for name in TOY.arms}
+    losses = {way: data.draw(st.floats(0.5, 2.0)) for way in TOY.ways}
+    plan, timings = plan_of(seconds, {"kv": 0.02})
+    folder = tmp_path_factory.mktemp("out")
+    arguments = argparse.Namespace(output=folder, name="frontier_toy", device="cpu")
+    noted = {"model": "m", "supervised": 0.1, "rows": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.frontier_figures.draw", lambda path: path)  # 15 times over
+        path = report(arguments, noted, plan, records_of(plan, timings, losses, 3))
+    result = _record.load(path.stem, folder=folder)
+    for basis in ("recorded", "usual"):
+        means = {
+            row["label"]: statistics.fmean(row[basis]["readings"]["1.00"]["losses"]) for row in result["rows"].values()
+        }
+        first, lowest = result["settings"]["verdict"][basis][:2]
+        label, value = re.fullmatch(r"Lowest held-out loss in the same time: (.*) \((.*)\)\.", lowest).groups()
+        assert value == f"{min(means.values()):.3f}"
+        assert value == f"{means[label]:.3f}"
+        chosen = next(name for name in means if first.startswith(f"Use {name}"))
+        assert f"{means[chosen]:.3f}" in first
+
+
+def test_the_plot_is_drawn_from_the_file_alone(tmp_path):
+    plan, timings = plan_of(dict.fromkeys(TOY.arms, 0.5))
+    arguments = argparse.Namespace(output=tmp_path, name="frontier_toy", device="cpu")
+    records = records_of(plan, timings, dict.fromkeys(TOY.ways, 1.0), 2)
+    path = report(arguments, {"model": "m", "supervised": 0.1}, plan, records)
+    plot = path.with_suffix(".png")
+    first = plot.read_bytes()
+    plot.unlink()
+    assert draw(path).read_bytes() == first
+
+
+def test_arms_of_one_way_are_read_off_one_run(tmp_path):
+    seconds = dict.fromkeys(TOY.arms, 0.5) | {"standard-checkpointed": 1.0}
+    plan, timings = plan_of(seconds, {"kv": 0.25})
+    found = Found(plan, records_of(plan, timings, dict.fromkeys(TOY.ways, 1.0), 2))
+    assert found.steps("recorded", 1.0)["standard"] == 2 * found.steps("recorded", 1.0)["standard-checkpointed"]
+    assert found.losses("standard-checkpointed", 20) == found.losses("standard", 20)
+    # kv has its control's last loss after as many steps, which take half of the control's time, or an eighth
+    assert found.reached("kv", "standard-checkpointed", "recorded") == [pytest.approx(0.5)] * 2
+    assert found.reached("kv", "standard-checkpointed", "usual") == [pytest.approx(0.125)] * 2
+
+
+def test_seeds_count_where_all_but_the_late_ways_are_done():
+    runs = [{"event": "run", "way": way, "seed": seed} for way in TOY.ways for seed in range(2)]
+    assert whole_seeds(TOY, runs) == [0, 1]
+    late = next(name for name, way in TOY.ways.items() if way.late)
+    assert whole_seeds(TOY, [run for run in runs if run["way"] != late]) == [0, 1]
+    assert whole_seeds(TOY, [run for run in runs if (run["way"], run["seed"]) != ("kv", 1)]) == [0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_settings_hold_together(setting):
+    assert next(iter(setting.arms)) == next(iter(setting.ways))
+    assert setting.clock in setting.arms
+    assert setting.shares[-1] == 1.0
+    assert {arm.way for arm in setting.arms.values()} == set(setting.ways)
+    for arm in setting.arms.values():
+        assert setting.ways[arm.way].batch % (arm.micro_batch or 1) == 0
+    for way in setting.ways.values():
+        assert way.rate_of is None or setting.ways[way.rate_of].rate_of is None
