@@ -215,10 +215,18 @@ def test_a_loss_in_half_precision_has_its_tolerance_whatever_the_logits_are():
     assert loss_agreement._same(torch.tensor(2.0, dtype=torch.bfloat16), 2.015, torch.zeros(1))
 
 
-def labelled(input_ids, padding=None, *, pad_token_id=None, embeds=None, **settings):
-    config = SimpleNamespace(pad_token_id=pad_token_id, **settings)
+def labelled(input_ids, padding=None, *, embeds=None, masked=False, **settings):
+    config = SimpleNamespace(**settings)
     config.get_text_config = lambda: config
-    base = SimpleNamespace(config=config, get_output_embeddings=lambda: nn.Linear(4, VOCAB))
+
+    def forward(input_ids, attention_mask=None):
+        pass
+
+    base = SimpleNamespace(
+        config=config,
+        get_output_embeddings=lambda: nn.Linear(4, VOCAB),
+        forward=forward if masked else lambda input_ids: None,
+    )
     per_token = {"input_ids": input_ids} if embeds is None else {"inputs_embeds": embeds}
     return loss_agreement._few_labelled_tokens(
         base, SimpleNamespace(per_token=per_token, padding=padding), loss_agreement._TOKENS
@@ -230,31 +238,47 @@ def test_the_tokens_that_a_loss_is_tried_on():
     given, labels = labelled(input_ids)
     assert torch.equal(given["input_ids"], input_ids[:2, :8]) and set(given) == {"input_ids"}
     wanted = input_ids[:2, :8].clone()
-    wanted[:, 3] = -100
+    wanted[:, 3] = wanted[1, 5] = -100
     assert torch.equal(labels, wanted)
-    # A padding token is a target like any other, in one of the rows.
+    # A special token is a target like any other.
     wanted[0, 2] = 0
     assert torch.equal(labelled(input_ids, pad_token_id=0)[1], wanted)
-    for outside in (-1, VOCAB, None, [0]):
+    for outside in (-1, VOCAB, None, [], "0", True):
         assert labelled(input_ids, pad_token_id=outside)[1][0, 2] == input_ids[0, 2]
     assert labelled(input_ids, pad_token_id=VOCAB - 1)[1][0, 2] == VOCAB - 1
+    wanted[1, 2], wanted[0, 4], wanted[1, 4], wanted[0, 6], wanted[1, 6] = 90, 91, 2, 92, 93
+    specials = {"bos_token_id": 2, "x_token_index": 92, "pad_token_id": 0, "y_token_ids": [90, 93, 94], "size": 95}
+    assert torch.equal(labelled(input_ids, eos_token_id=[90, 91], **specials)[1], wanted)
     assert labelled(input_ids[:, :2], pad_token_id=0)[1].tolist() == input_ids[:2, :2].tolist()
     assert labelled(input_ids[:, :3], pad_token_id=0)[1].tolist() == [[3, 4, 0], [13, 14, 15]]
     assert labelled(input_ids[:, :4])[1].tolist() == [[3, 4, 5, -100], [13, 14, 15, -100]]
     assert torch.equal(input_ids, torch.arange(3, 33).view(3, 10))
+    # A single row is two.
+    given, labels = labelled(input_ids[:1, :6])
+    assert torch.equal(given["input_ids"], input_ids[[0, 0], :6])
+    assert labels.tolist() == [[3, 4, 5, -100, 7, 8], [3, 4, 5, -100, 7, -100]]
 
 
-def test_the_tokens_that_a_loss_is_tried_on_are_all_attended_to():
-    padding = torch.zeros(3, 10, dtype=torch.int64)
-    given, _ = labelled(torch.arange(3, 33).view(3, 10), padding)
-    assert torch.equal(given["attention_mask"], torch.ones(2, 8, dtype=torch.int64))
+@pytest.mark.parametrize("padding", [None, torch.zeros(3, 10, dtype=torch.int64), torch.zeros(3, 10).bool()])
+def test_the_tokens_that_a_loss_is_tried_on_are_attended_to_but_for_one(padding):
+    for masked in (True, False):
+        given, labels = labelled(torch.arange(3, 33).view(3, 10), padding, masked=masked)
+        if padding is None and not masked:
+            assert "attention_mask" not in given
+            continue
+        wanted = torch.ones(2, 8, dtype=torch.int64 if padding is None else padding.dtype)
+        wanted[0, 7] = 0
+        assert torch.equal(given["attention_mask"], wanted) and given["attention_mask"].dtype == wanted.dtype
+        assert labels[0, 7] == 10
+    given, _ = labelled(torch.arange(3, 33).view(3, 10)[:, :4], masked=True)
+    assert given["attention_mask"].tolist() == [[1] * 4] * 2
 
 
 def test_embeddings_have_labels_too():
     given, labels = labelled(None, embeds=torch.randn(3, 9, 4))
     assert given["inputs_embeds"].shape == (2, 8, 4)
     wanted = torch.arange(16).view(2, 8) % VOCAB
-    wanted[:, 3] = -100
+    wanted[:, 3] = wanted[1, 5] = -100
     assert torch.equal(labels, wanted)
 
 

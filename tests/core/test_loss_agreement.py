@@ -95,6 +95,67 @@ def test_a_term_in_training_alone_is_seen():
         CGGRModel(model, gradient="exact").train()(input_ids, labels=input_ids)
 
 
+class OwnLoss(transformers.LlamaForCausalLM):
+    """A model with a loss of its own, a static method of subclasses."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **options):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if labels is not None:
+            output.loss = self.own(output.logits, labels, attention_mask)
+        return output
+
+
+def shifted_nll(logits, labels, **options):
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **options)
+
+
+class Weighted(OwnLoss):
+    """Ends of texts count more."""
+
+    @staticmethod
+    def own(logits, labels, attention_mask):
+        weight = torch.ones(VOCAB)
+        weight[2] = 5.0
+        return shifted_nll(logits, labels, weight=weight)
+
+
+class MeanOfRows(OwnLoss):
+    @staticmethod
+    def own(logits, labels, attention_mask):
+        rows = [shifted_nll(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
+        return torch.stack(rows).mean()
+
+
+class WithoutPadding(OwnLoss):
+    """As Qwen2-Audio's, which reads the mask."""
+
+    @staticmethod
+    def own(logits, labels, attention_mask):
+        return shifted_nll(logits, labels if attention_mask is None else labels.masked_fill(attention_mask == 0, -100))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", [Weighted, MeanOfRows])
+def test_a_loss_that_is_another_one_on_other_labels_is_refused(kind, rows):
+    model = scattered(kind(ROUTABLE["llama"]().config))
+    with pytest.raises(ValueError, match="own loss is not the mean cross-entropy"):
+        CGGRModel(model, gradient="exact")(tokens(rows), labels=tokens(rows))
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("padded_first", [False, True])
+def test_labels_of_padding_count_as_they_do_in_the_models_own_loss(gradient, dtype, padded_first):
+    mask = torch.ones_like(tokens())
+    mask[0, -4:] = 0
+    for kind in (WithoutPadding, transformers.LlamaForCausalLM):
+        model = scattered(kind(ROUTABLE["llama"]().config))
+        wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
+        for given in ({"attention_mask": mask.to(dtype)}, {})[:: 1 if padded_first else -1]:
+            own = model(input_ids=tokens(), labels=tokens(), **given).loss
+            torch.testing.assert_close(wrapped(tokens(), labels=tokens(), **given), own, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alignment_is_seen_at_starting_weights(dtype):
     # All logits are near 0, and every loss near the logarithm of the vocabulary.

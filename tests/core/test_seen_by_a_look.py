@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
 
 from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
@@ -286,3 +287,48 @@ def test_what_happens_without_padding_alone_is_seen(padded_first: bool) -> None:
         wrapped(tokens(), labels=tokens(), attention_mask=mask).backward()
     with pytest.raises(ValueError, match=REFUSED):
         wrapped(tokens(), labels=tokens())
+
+
+class Normed(nn.Module):
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own, self.norm = own, nn.BatchNorm1d(32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.own(hidden).transpose(1, 2)).transpose(1, 2)
+
+
+def with_batch_norm(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp = Normed(model.model.layers[1].mlp)
+
+
+def with_spectral_norm(model: PreTrainedModel) -> None:
+    spectral_norm(model.model.layers[1].mlp.up_proj)
+
+
+def with_spectral_norm_of_the_head(model: PreTrainedModel) -> None:
+    spectral_norm(model.lm_head)
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize("change", [with_batch_norm, with_spectral_norm, with_spectral_norm_of_the_head])
+def test_a_look_leaves_nothing_in_buffers(change: Callable[[PreTrainedModel], None]) -> None:
+    torch.manual_seed(0)
+    plain, model = ROUTABLE["llama"](), ROUTABLE["llama"]()
+    change(plain)
+    change(model)
+    model.load_state_dict(plain.state_dict())
+    own = plain.train()(input_ids=tokens(), labels=tokens()).loss
+    loss = CGGRModel(model.train(), gradient="exact", min_tokens_ratio=1.0)(tokens(), labels=tokens())
+    torch.testing.assert_close(loss, own, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize(("gradient", "engine"), [("exact", None), *ROUTED])
+def test_classes_that_are_ruled_out_are_no_difference(gradient: str, engine: str | None) -> None:
+    model = ROUTABLE["llama"]()
+    model.lm_head = nn.Linear(32, VOCAB)
+    ruled_out = torch.ones(VOCAB, dtype=torch.bool).scatter(0, tokens().flatten(), False)
+    model.lm_head.bias.data.masked_fill_(ruled_out, -torch.inf)
+    hold_to_reference(wrap(model, gradient, engine), gradient)

@@ -118,7 +118,8 @@ def difference(
     value, wanted = found[counted], wanted[counted]
     if not value.shape[0]:
         return None
-    error, size = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in (value - wanted, wanted))
+    parts = apart(value, wanted), finite(wanted)
+    error, size = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts)
     error = error / size.clamp(min=1e-30)
     # Where the plain forward has no number, none is what there is to agree on.
     error = error.masked_fill(value.isnan().any(-1) & wanted.isnan().any(-1), 0.0)
@@ -126,6 +127,16 @@ def difference(
     if largest <= tolerance:
         return None
     return f"relative error {largest:.2g} where {tolerance:.2g} is rounding"
+
+
+def apart(value: Tensor, wanted: Tensor) -> Tensor:
+    """The difference of two tensors, 0 where they have one infinity: logits of tokens that are ruled out."""
+    return (value - wanted).masked_fill(value == wanted, 0.0)
+
+
+def finite(values: Tensor) -> Tensor:
+    """``values`` with 0 for infinities, which would make any difference a small one."""
+    return values.masked_fill(values.isinf(), 0.0)
 
 
 def alternate_tokens(inputs: TokenInputs) -> Selection:

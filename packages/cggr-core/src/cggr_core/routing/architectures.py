@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
@@ -54,6 +55,7 @@ class Architecture:
             moved since they were numbered; else empty.
         head: The language-model head.
         shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
+        counts_padding: Whether the model's own loss counts labels of padding.
         obstacle: Why keys and values cannot be routed, or ``None`` where they can.
         forward_parameters: Names that the model's forward accepts.
         cache_name: What the model's forward calls its key/value cache, one of :data:`CACHE_NAMES`.
@@ -78,6 +80,7 @@ class Architecture:
     checkpointing: tuple[nn.Module, ...]
     checkpoint_wrappers: Mapping[nn.Module, nn.Module]
     position_maker: Any
+    counts_padding: bool = True
     whole_after_layers: bool = False
     fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
 
@@ -144,7 +147,10 @@ def describe(model: nn.Module) -> Architecture:
 
 def head_rows(base: Any) -> int:
     """How many classes a model's head tells apart."""
-    weight = getattr(base.get_output_embeddings(), "weight", None)
+    head = base.get_output_embeddings()
+    if is_parametrized(head, "weight"):  # to read it is to compute it
+        return head.out_features
+    weight = getattr(head, "weight", None)
     if weight is not None and weight.dim() == 2:
         return weight.shape[0]
     return base.config.get_text_config().vocab_size  # a packed weight has another shape
@@ -195,7 +201,7 @@ def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
         raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
-    if not isinstance(getattr(module, "weight", None), Tensor) and next(module.parameters(), None) is None:
+    if next(module.parameters(), None) is None and not isinstance(getattr(module, "weight", None), Tensor):
         raise TypeError(
             f"the head of {type(base).__name__} ({type(module).__name__}) holds no weight tensor, so it cannot be "
             "trained through: quantised modules for inference have none; load the model unquantised, or with a "

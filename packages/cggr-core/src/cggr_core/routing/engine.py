@@ -22,6 +22,7 @@ from cggr_core.routing.loss_agreement import (
     taken_apart,
 )
 from cggr_core.routing.masks import unseen_masks, whole_rows
+from cggr_core.routing.patches import kept_buffers
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
@@ -152,7 +153,8 @@ class Engine:
     def check_reads_shift_labels(self, inputs: TokenInputs) -> None:
         """Raise unless the model's own loss reads ``shift_labels``; seen once, on the first batch that has them."""
         if "shift_labels" not in self._probed:
-            check_reads_shift_labels(self.model, self.architecture, inputs)
+            with kept_buffers(self.model):
+                check_reads_shift_labels(self.model, self.architecture, inputs)
             self._probed.add("shift_labels")
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False) -> None:
@@ -178,7 +180,8 @@ class Engine:
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
             self._looks += 1
-            self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
+            with kept_buffers(self.model):
+                self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
             self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
             if routing:
                 self._probed_lengths[form] = max(self._probed_lengths.get(form, 0), length)
@@ -191,7 +194,8 @@ class Engine:
                     stacklevel=3,
                 )
         elif routing and new:
-            self._probe = probe_whole_rows(self.model, self._probe, inputs)
+            with kept_buffers(self.model):
+                self._probe = probe_whole_rows(self.model, self._probe, inputs)
             self._probed_lengths[form] = length
         if routing and self.architecture.obstacle is not None:
             raise ValueError(
@@ -392,7 +396,7 @@ class Engine:
         if not due or inputs.shared is not None:  # a shared context is not among the inputs
             return
         assert self._probe is not None, "prepare() comes first"
-        with comparable(self.model, self.architecture, inputs) as expected:
+        with kept_buffers(self.model), comparable(self.model, self.architecture, inputs) as expected:
             apart = difference(
                 self.model,
                 self.architecture,

@@ -42,13 +42,28 @@ _NOT_FOR_LOSS_ALONE = frozenset(
         "token_type_ids",
     }
 )
+# Settings that are a token, or several, which a loss may treat as none other.
+_SPECIAL_TOKEN = re.compile(r"token_ids?$|token_index$")
 _MODALITY_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|media|speech)\w*_token_(id|index)$")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which prediction a label is about in a model's own loss.
+
+    Attributes:
+        shifted: Whether the one before it (causal models) rather than the one at its place (masked models).
+        counts_padding: Whether a label counts where the attention mask is 0.
+    """
+
+    shifted: bool
+    counts_padding: bool
 
 
 @torch.no_grad()
 def own_alignment(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, tokens: int = _TOKENS
-) -> bool | None:
+) -> Alignment | None:
     """Hold the model's own loss on a few labelled tokens to the cross-entropy of its own logits.
 
     Both are of one forward in the mode that the model is in, whose head gives large logits: a loss may have a term in
@@ -61,8 +76,8 @@ def own_alignment(
         tokens: How many of a row.
 
     Returns:
-        Whether the model shifts its labels; ``None`` where that cannot be seen: it computes no loss, or the rows have
-        a single token.
+        How the model aligns its labels; ``None`` where that cannot be seen: it computes no loss, or the rows have a
+        single token.
 
     Raises:
         ValueError: If its loss is another one with either alignment, or cannot be computed.
@@ -93,16 +108,20 @@ def own_alignment(
         raise ValueError(f"{name} returns no loss for labels alone, so a routed step would train something else")
     if own.numel() != 1:
         raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, but a routed step needs a single number")
-    alignments = (architecture.shifted, not architecture.shifted)  # the likely one first, which wins a draw
-    found = {shifted: _routed_loss(model, output, logits, labels, shifted=shifted) for shifted in alignments}
-    nearest = min(found, key=lambda shifted: abs(found[shifted] - float(own)))
-    if _same(own, found[nearest], logits):
-        return nearest
+    likely = architecture.shifted
+    attended = arguments.get("attention_mask")
+    unpadded = labels if attended is None else labels.masked_fill(attended == 0, IGNORED)
+    found = {}
+    for alignment in (Alignment(shifted, counts) for shifted in (likely, not likely) for counts in (True, False)):
+        counted = labels if alignment.counts_padding else unpadded
+        found[alignment] = _routed_loss(model, output, logits, counted, shifted=alignment.shifted)
+        if _same(own, found[alignment], logits):
+            return alignment
     raise ValueError(
         f"{name}'s own loss is not the mean cross-entropy of its logits that a routed step computes: on "
-        f"{labels.numel()} tokens it is {float(own):.6g}, cross-entropy {found[True]:.6g} with shifted labels and "
-        f"{found[False]:.6g} without ({_likely_cause(base)}); train it with its own forward, or build your loss from "
-        "its logits"
+        f"{labels.numel()} tokens it is {float(own):.6g}, cross-entropy {found[Alignment(True, True)]:.6g} with "
+        f"shifted labels and {found[Alignment(False, True)]:.6g} without ({_likely_cause(base)}); train it with its "
+        "own forward, or build your loss from its logits"
     )
 
 
@@ -251,8 +270,8 @@ def _parameters(function: Any) -> frozenset[str]:
 
 
 def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[dict[str, Any], Tensor]:
-    tokens = {name: tensor[:_ROWS, :length] for name, tensor in inputs.per_token.items()}
-    config = base.config.get_text_config()
+    """Tokens ``[2, S]`` with labels in which there is whatever a loss might make something else of."""
+    tokens = {name: _two_rows(tensor)[:, :length] for name, tensor in inputs.per_token.items()}
     classes = head_rows(base)
     like = next(iter(tokens.values()))
     if "input_ids" in tokens:
@@ -261,15 +280,34 @@ def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[d
     else:
         labels = torch.arange(like.shape[0] * like.shape[1], device=like.device).view(like.shape[:2])
         labels = labels % classes
-    # What a loss might ignore besides -100, and -100 itself: a padding token is a target like any other.
-    padding = getattr(config, "pad_token_id", None)
-    if isinstance(padding, int) and 0 <= padding < classes and labels.shape[1] > 2:
-        labels[0, 2] = padding
-    if labels.shape[1] > 3:
-        labels[:, 3] = IGNORED
-    if inputs.padding is not None:  # models look for padding among the tokens where no mask is given
-        tokens["attention_mask"] = torch.ones_like(inputs.padding[:_ROWS, :length])
+    length = labels.shape[1]
+    # What a loss might ignore or weight besides -100: a padding token is a target like any other.
+    places = ((row, place) for place in range(2, length, 2) for row in range(_ROWS))
+    for (row, place), token in zip(places, _special_tokens(base.config, classes), strict=False):
+        labels[row, place] = token
+    # And -100 itself, more often in one row than in the other: a mean of the rows' means is another number.
+    labels[:, 3:4] = labels[1, 5:6] = IGNORED
+    if inputs.padding is not None or "attention_mask" in inspect.signature(base.forward).parameters:
+        # A mask says what is padding, for which models look among the tokens otherwise: one that has a label.
+        mask = torch.ones_like(labels if inputs.padding is None else _two_rows(inputs.padding)[:, :length])
+        if length > 4:
+            mask[0, -1] = 0
+        tokens["attention_mask"] = mask
     return tokens, labels
+
+
+def _two_rows(tensor: Tensor) -> Tensor:
+    return tensor[:_ROWS] if tensor.shape[0] >= _ROWS else torch.cat([tensor] * _ROWS)
+
+
+def _special_tokens(config: Any, classes: int) -> list[int]:
+    """Tokens that a config names, those of which losses make something else first."""
+    text = config.get_text_config()
+    named = [getattr(text, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")]
+    for owner in (text, config):
+        named += [value for name, value in vars(owner).items() if _SPECIAL_TOKEN.search(name)]
+    tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(token for token in tokens if type(token) is int and 0 <= token < classes))
 
 
 def text_alone(input_ids: Tensor, config: Any) -> Tensor:

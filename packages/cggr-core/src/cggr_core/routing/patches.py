@@ -307,6 +307,26 @@ def grown_parameters(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Let forwards in the block leave nothing behind: running statistics, power iterations, ranges of observers.
+
+    Reach: the buffers of this model; one that a module has put in a buffer's place stays.
+    """
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta and not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, values in before:
+            if buffers.get(name) is buffer:
+                buffer.data.copy_(values)
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode.
 

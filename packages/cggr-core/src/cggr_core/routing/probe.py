@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.agreement import alternate_tokens, comparable, difference, early_tokens
+from cggr_core.routing.agreement import alternate_tokens, apart, comparable, difference, early_tokens, finite
 from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
 from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.fusions import fused_forwards
@@ -110,10 +110,10 @@ def _probe(
     if routing and obstacle is None:
         architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
     with without_checkpointing(architecture):
-        shifted = own_alignment(model, architecture, inputs, tokens=tokens) if own_loss else None
+        own = own_alignment(model, architecture, inputs, tokens=tokens) if own_loss else None
     architecture = replace(architecture, obstacle=obstacle)
-    if shifted is not None:
-        architecture = replace(architecture, shifted=shifted)
+    if own is not None:
+        architecture = replace(architecture, shifted=own.shifted, counts_padding=own.counts_padding)
     # Rows of one token say nothing of an alignment; longer ones are waited for.
     saw_loss = own_loss and inputs.shape[1] > 1
     return Probe(architecture, layer_output, packing_obstacle, saw_loss)
@@ -179,9 +179,9 @@ def _obstacle(
             (early_tokens(rows), 0),
             (alternate_tokens(rows), depth),
         ):
-            apart = difference(model, architecture, rows, selection, expected, depth=before, layer_output=layer_output)
-            if apart is not None:
-                return f"{name} computes different values for kept tokens than a plain forward ({apart})"
+            found = difference(model, architecture, rows, selection, expected, depth=before, layer_output=layer_output)
+            if found is not None:
+                return f"{name} computes different values for kept tokens than a plain forward ({found})"
     except MODEL_ERRORS as error:
         return f"{name} does not run on kept tokens with a cache ({type(error).__name__}: {error})"
     return None
@@ -279,5 +279,5 @@ def _close(value: Tensor, expected: Tensor) -> bool:
     if autocast_active(expected.device.type):
         tolerance = _HALF_TOLERANCE
     value, expected = value.flatten(0, -2).float(), expected.flatten(0, -2).float()
-    error = (value - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    error = apart(value, expected).norm(dim=-1) / finite(expected).norm(dim=-1).clamp(min=1e-30)
     return bool(error.quantile(0.75) <= tolerance)

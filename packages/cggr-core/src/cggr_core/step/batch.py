@@ -84,6 +84,8 @@ class StepBatch:
         engine.prepare(tokens, routing=settings.routes_keys_and_values, own_loss=True)
         if apart.shift_labels is not None:
             engine.check_reads_shift_labels(tokens)
+        elif tokens.padding is not None and not engine.architecture.counts_padding:
+            labels = labels.masked_fill(tokens.padding == 0, settings.ignore_index)
         targets = align_labels(
             labels if apart.shift_labels is None else apart.shift_labels,
             shifted=engine.architecture.shifted and apart.shift_labels is None,
