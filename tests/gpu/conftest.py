@@ -13,7 +13,14 @@ if not NATIVE:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder."""
+    """Mark every test of this folder, and let torch say of ``torch.compile`` what it likes."""
+    said = (
+        "TensorFloat32 tensor cores for float32 matrix multiplication available:UserWarning",
+        r"<class 'torch\.autograd\.function\.Function'> should not be:DeprecationWarning",
+        "`torch.jit.script_method` is deprecated:DeprecationWarning",
+    )
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.gpu)
+            for message in said:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}"))

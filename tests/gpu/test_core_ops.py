@@ -10,20 +10,17 @@ from cggr_core.randomness import uniform
 from cggr_core.scoring import linear_token_statistics, token_statistics
 from cggr_core.selection import select
 from cggr_core.settings import SCOPES, SELECTIONS
+from tests.support import host_reads
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]
+pytestmark = pytest.mark.gpu
 B, S, H, V = 4, 65, 32, 1031
 
 
 @pytest.fixture
 def no_host_reads():
     def run(function, *arguments, **more):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with host_reads.no_host_reads():
             return function(*arguments, **more)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     return run
 

@@ -8,6 +8,7 @@ import torch
 from cggr_core import CGGRModel
 from cggr_core.recording import recorder, replay
 from tests.support.gpu_models import gradients, model, tokens, varied
+from tests.support.host_reads import no_host_reads
 from tests.support.recorded_steps import hold_to_eager, recording_model, replayed, worth_it
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +72,98 @@ def test_several_shapes_share_one_memory(variant):
     assert hold_to_eager(varied(), steps, tolerance=1e-4, **VARIANTS[variant])[-2:] == [True] * 2
 
 
+@pytest.mark.parametrize("gradient", ["exact", "sequence"])
+@pytest.mark.parametrize("sliding_window", [None, 60])
+def test_padding_and_packing_are_not_looked_at(gradient, sliding_window):
+    """transformers asks on the host whether a mask holds any padding, and whether rows are packed."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=sliding_window)
+    base = MistralForCausalLM(config).cuda().train()
+    for packed in (False, True):
+        steps = []
+        for step in range(6):
+            given = batch(step, 130)
+            if packed:
+                parts = [torch.arange(40 + step), torch.arange(90 - step)]
+                given["position_ids"] = torch.cat(parts).expand(3, 130).cuda()
+            else:
+                mask = torch.ones(3, 130, dtype=torch.long, device="cuda")
+                mask[0, 130 - 7 * (step % 3) :] = 0
+                given |= {"attention_mask": mask, "labels": given["labels"].masked_fill(mask == 0, -100)}
+            steps.append([given])
+        found = hold_to_eager(base, steps, gradient=gradient, selection="random", tolerance=1e-4)
+        assert found[-2:] == [True] * 2
+
+
+def answers(seed: int, counts: tuple[int, ...], length: int = 257, **more) -> dict:
+    """Rows whose last tokens are supervised, so many of each."""
+    given = batch(seed, length, rows=len(counts), **more)
+    left_out = torch.arange(length) < length - torch.tensor(counts)[:, None]
+    return {**given, "labels": given["labels"].masked_fill(left_out.cuda(), -100)}
+
+
+SUPERVISED = [
+    {"gradient": "kv"},
+    {"gradient": "kv", "engine": "two_pass"},
+    {"gradient": "detached"},
+    {"gradient": "exact"},
+]
+
+
+@pytest.mark.parametrize("settings", SUPERVISED)
+def test_supervised_steps_in_buckets_of_slots(settings):
+    """Counts change with every micro-batch, and fill three buckets in turns; rows without a label are among them."""
+    most = [30, 25, 60, 17, 50, 31, 64, 33, 20, 49, 90, 81, 88, 84, 96, 30, 60]
+    steps = [[answers(2 * n, (few, 3, 0)), answers(2 * n + 1, (5, few, 9))] for n, few in enumerate(most)]
+    found = hold_to_eager(varied(), steps, selection="supervised", tolerance=1e-4, **settings)
+    assert found[-3:] == [True] * 3
+
+
+@pytest.mark.parametrize("precision", [{"autocast": torch.bfloat16}, {"autocast": torch.float16, "scale": 2.0**8}])
+def test_supervised_steps_under_autocast(precision):
+    steps = [[answers(n, (40 + n, 3, 0), num_items=50 + n), answers(n + 9, (1, 2, 45))] for n in range(7)]
+    found = hold_to_eager(varied(), steps, selection="supervised", tolerance=3e-3, **precision)
+    assert found[-2:] == [True] * 2
+
+
+def test_supervised_steps_of_an_attention_mask():
+    """As a Trainer's are: padding on the right, none in some batches."""
+    steps = []
+    for step in range(7):
+        given = answers(step, (40, 20, 9))
+        mask = torch.ones(3, 257, dtype=torch.long, device="cuda")
+        mask[2, 250 - step % 2 * 30 :] = 0
+        steps.append([{**given, "attention_mask": mask, "labels": given["labels"].masked_fill(mask == 0, -100)}])
+    assert hold_to_eager(varied(), steps, selection="supervised", tolerance=1e-4)[-2:] == [True] * 2
+
+
+def test_supervised_steps_read_the_count_and_nothing_else(monkeypatch):
+    cggr = recording_model(model(torch.bfloat16), selection="supervised")
+    for step in range(ENOUGH):
+        cggr(**answers(step, (40, 20, 9))).backward()
+    given = answers(9, (38, 20, 9))
+    slots = cggr._slots(given["labels"], {})
+    monkeypatch.setattr(cggr, "_slots", lambda labels, arguments: slots)
+    with no_host_reads():
+        loss = cggr(**given)
+        loss.backward()
+    assert replayed(cggr)
+    assert torch.isfinite(loss)
+
+
+def test_captures_that_are_dropped_do_not_disturb_the_others(monkeypatch):
+    monkeypatch.setattr(recorder, "MOST_RECORDINGS", 2)
+    lengths = [130, 257, 190]
+    steps = [[batch(10 * n + step, length)] for n, length in enumerate(lengths) for step in range(ENOUGH)]
+    steps += [[batch(90 + step, length)] for step, length in enumerate((257, 190, 257, 190))]
+    found = hold_to_eager(varied(), steps, selection="random", tolerance=1e-4)
+    assert found[-4:] == [True] * 4
+    assert found[ENOUGH - 1] and found[2 * ENOUGH - 1]
+
+
 def test_frozen_and_tied_parameters():
     base = model(tie_word_embeddings=True)
     base.model.layers[0].requires_grad_(False)
@@ -125,14 +218,10 @@ def test_no_host_reads_in_a_replay():
     for step in range(ENOUGH):
         cggr(**batch(step)).backward()
     given = batch(9)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_reads():
         loss = cggr(**given)
         loss.backward()
         cggr.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert replayed(cggr)
     assert torch.isfinite(loss)
 

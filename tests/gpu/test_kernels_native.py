@@ -13,6 +13,7 @@ from cggr_kernels.linear_cross_entropy import linear_cross_entropy
 from cggr_kernels.linear_difficulty import linear_difficulty
 from cggr_kernels.routed_attention import routed_attention
 from cggr_kernels.select import STRATEGIES, select
+from tests.support.host_reads import no_host_reads
 
 
 def attention_problem(B, K, S, H, HKV, D, dtype=torch.bfloat16):
@@ -210,11 +211,8 @@ def every_op():
 def test_nothing_is_read_by_the_host():
     call = every_op()
     call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_reads():
         call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_cuda_graph_gives_the_same_numbers():

@@ -1,10 +1,13 @@
 """Routed log-probabilities on a GPU: equality, no host reads, and what is found there raised one call later."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from cggr_core import SharedContext, keep_random, keep_tokens, routed_logprobs
 from tests.support.gpu_models import gradients, relative_error, tokens, varied
+from tests.support.host_reads import no_host_reads
 
 pytestmark = pytest.mark.gpu
 
@@ -40,13 +43,8 @@ def test_a_selection_reads_nothing_from_the_device(mode):
     base, input_ids = varied(torch.bfloat16), tokens()
     mask = kept(input_ids)
     for number in range(3):
-        if number == 2:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_reads() if number == 2 else nullcontext():
             step(base, input_ids, keep_random(mask, 0.5, draw=number, capacity=128), gradient_mode=mode)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,6 +6,7 @@ import torch
 from cggr_core import CGGRModel
 from cggr_core.experimental import LearnedRouter, RememberedScores
 from tests.support.gpu_models import gradients, relative_error, tokens, varied
+from tests.support.host_reads import no_host_reads
 from tests.support.launchers import finish, launched
 
 pytestmark = pytest.mark.gpu
@@ -42,14 +43,10 @@ def test_no_host_reads_in_the_step(router):
     extra = {} if router == "learned" else {"example_ids": torch.tensor([3, 0, 7])}
     for _ in range(3):
         wrapped(input_ids, labels=input_ids, **extra).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_reads():
         loss = wrapped(input_ids, labels=input_ids, **extra)
         loss.backward()
         wrapped.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)
     if router == "learned":
         assert wrapped.metrics["router_correlation"] != 0

@@ -162,6 +162,10 @@ def test_ranks_train_as_one_process_does(alone, tmp_path, ranks, engine):
     print(finish(launched("torchrun", ranks, "-m", "tests.support.trainer_ranks", engine, alone, tmp_path)).stdout)
 
 
+@pytest.mark.filterwarnings("ignore:.*(num_workers|log_every_n_steps|sequential sampler|`val_dataloader`|litlogger).*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning[.]")
+@pytest.mark.filterwarnings("ignore::FutureWarning:(lightning|torch)[.]")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_lightning(tmp_path, precision):
     lightning = pytest.importorskip("lightning", reason="the Lightning module is an extra, cggr-train[lightning]")

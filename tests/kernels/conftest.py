@@ -16,7 +16,11 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Triton's interpreter makes scalars of one-element arrays; torch.compile makes instances of autograd functions."""
-    messages = ("Conversion of an array with ndim", r"<class 'torch\.autograd\.function\.Function'> should not be")
+    messages = (
+        "Conversion of an array with ndim",
+        r"<class 'torch\.autograd\.function\.Function'> should not be",
+        "`torch.jit.script_method` is deprecated",  # of what torch.compile imports
+    )
     # Said by torch.compile on devices that could multiply float32 faster and less exactly.
     unasked = "TensorFloat32 tensor cores for float32 matrix multiplication available"
     for item in items:
