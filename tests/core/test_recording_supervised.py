@@ -94,10 +94,11 @@ def test_one_recording_serves_a_bucket():
 def test_labels_are_counted_once_and_before_anything_is_run(settings, monkeypatch):
     """On a device that is the one read of a step; what is queued before it is waited for."""
     model, seen = CGGRModel(ROUTABLE["llama"](), selection="supervised", **settings), []
+    model.model.model.embed_tokens.register_forward_pre_hook(lambda *args: seen.append("run"))
     backward(model, **batch(0, (5, 5, 5)))
+    seen.clear()
     count, from_mask = selecting.supervised_slots, Selection.from_mask
     monkeypatch.setattr("cggr_core.model.supervised_slots", lambda *args: seen.append("count") or count(*args))
-    model.model.model.embed_tokens.register_forward_pre_hook(lambda *args: seen.append("run"))
 
     def told(mask, *, capacity, **given):
         seen.append(capacity)

@@ -358,6 +358,8 @@ def test_a_row_keeps_the_same_whatever_is_around_it(selection, unbiased):
         parts = [torch.nn.functional.pad(tensor[rows], (0, 7)) for tensor in (score, countable)]
         part = select(*parts, **settings, first_row=2 + rows.start)
         assert torch.equal(part.mask[:, :30], whole.mask[rows])
+        on_device = select(*parts, **settings, first_row=torch.tensor(2 + rows.start))
+        assert torch.equal(on_device.index, part.index) and torch.equal(on_device.weight, part.weight)
         torch.testing.assert_close(dense(part)[:, :30], dense(whole)[rows])
     if selection in WEIGHTED:
         assert not torch.equal(whole.mask, select(score, countable, **settings).mask)
@@ -468,6 +470,7 @@ def test_a_kernel_is_used_where_there_is_one(monkeypatch):
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
         ({"draw": "3"}, TypeError, "draw must be an integer, got '3'"),
         ({"draw": torch.zeros(2).long()}, TypeError, r"0-dim int64 tensor, got torch.int64 of shape \[2\]"),
+        ({"first_row": torch.tensor(1.0)}, TypeError, "first_row must be an integer or a 0-dim int64 tensor, got"),
     ],
 )
 def test_bad_arguments(change, error, message):

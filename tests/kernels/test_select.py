@@ -30,6 +30,20 @@ def test_equals_the_reference(strategy, B, S, ties, device):
             torch.testing.assert_close(weight, expected[2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_numbers_may_be_on_the_device(strategy, device):
+    score, countable = problem(3, 257, device)
+    settings = {"ratio": 0.3, "strategy": strategy, "capacity": 90, "seed": 5}
+    expected = select(score, countable, **settings, draw=7, first_row=5)
+    draw, first_row = (torch.tensor(number, device=device) for number in (7, 5))
+    for value, wanted in zip(
+        select(score, countable, **settings, draw=draw, first_row=first_row), expected, strict=True
+    ):
+        assert torch.equal(value, wanted)
+    with pytest.raises(TypeError, match="first_row must be an int or a 0-dim int64 tensor"):
+        select(score, countable, **settings, first_row=first_row.float())
+
+
 @pytest.mark.parametrize("strata", [1, 3, 16])
 @pytest.mark.parametrize("kind", ["zero", "equal", "one large", "negative"])
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
@@ -104,9 +118,9 @@ def test_bad_input_is_named(device):
 
 def test_op_registration(device):
     score, countable = problem(2, 30, device)
-    draw = torch.tensor(3, device=device)
+    draw, first_row = (torch.tensor(number, device=device) for number in (3, 2))
     for strategy in STRATEGIES:
-        arguments = (score, countable, 0.5, strategy, 15, 4, 1, True, 0, draw, 0.05, 2)
+        arguments = (score, countable, 0.5, strategy, 15, 4, 1, True, 0, draw, 0.05, first_row)
         torch.library.opcheck(torch.ops.cggr_kernels.select.default, arguments)
 
 

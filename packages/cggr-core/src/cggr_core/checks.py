@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = [
     "check_at_least",
     "check_choice",
-    "check_draw",
+    "check_number",
     "check_finite_number",
     "check_flag",
     "check_float",
@@ -94,15 +94,15 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
-def check_draw(draw: int | Tensor) -> int | Tensor:
-    """Return ``draw`` if it is an integer or a 0-dim int64 tensor."""
-    if not isinstance(draw, Tensor):
-        return check_integer("draw", draw)
-    if draw.dtype != torch.int64 or draw.dim() != 0:
+def check_number(name: str, value: int | Tensor, minimum: int | None = None) -> int | Tensor:
+    """Return ``value`` if it is an integer (of at least ``minimum``) or a 0-dim int64 tensor, which is not read."""
+    if not isinstance(value, Tensor):
+        return check_integer(name, value) if minimum is None else check_at_least(name, value, minimum)
+    if value.dtype != torch.int64 or value.dim() != 0:
         raise TypeError(
-            f"draw must be an integer or a 0-dim int64 tensor, got {draw.dtype} of shape {list(draw.shape)}"
+            f"{name} must be an integer or a 0-dim int64 tensor, got {value.dtype} of shape {list(value.shape)}"
         )
-    return draw
+    return value
 
 
 def check_num_items(num_items: Tensor | float | None) -> None:

@@ -171,7 +171,7 @@ class CGGRModel(nn.Module):
         num_items: Tensor | float | None = None,
         selection: Selection | None = None,
         draw: int | Tensor | None = None,
-        first_row: int = 0,
+        first_row: int | Tensor = 0,
         example_ids: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
@@ -186,9 +186,9 @@ class CGGRModel(nn.Module):
             num_items: Countable tokens of the whole optimiser step, under gradient accumulation or on several ranks; by
                 default those of this batch.
             selection: Kept tokens chosen by the caller, one row for each row of the batch.
-            draw: Number of the random draw; ``None`` counts up.
-            first_row: Number of the batch's first row among the rows of that draw. Micro-batches and ranks that share a
-                draw and number their rows consecutively keep what one batch of all the rows would.
+            draw: Number of the random draw, an int or a 0-dim int64 tensor on the device; ``None`` counts up.
+            first_row: Number of the batch's first row among the rows of that draw, of the same types. Micro-batches and
+                ranks that share a draw and number their rows consecutively keep what one batch of all the rows would.
             example_ids: int64 ``[B]`` on the CPU, which example each row is; for ``RememberedScores``.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
                 arguments of the wrapped model. Without an attention mask, position ids that restart mark packed
@@ -213,7 +213,7 @@ class CGGRModel(nn.Module):
                 num_items=num_items,
                 selection=selection,
                 draw=draw,
-                first_row=first_row or None,
+                first_row=None if isinstance(first_row, int) and not first_row else first_row,
                 example_ids=example_ids,
                 **(self._passes.loss_arguments(arguments) if labels is None else {}),
             )

@@ -48,7 +48,7 @@ def uniform(
     seed: int,
     draw: int | Tensor = 0,
     device: torch.device | str | None = None,
-    offset: int = 0,
+    offset: int | Tensor = 0,
     stride: int | None = None,
 ) -> Tensor:
     """Uniform numbers in the open interval (0, 1).
@@ -59,7 +59,8 @@ def uniform(
         draw: Which draw of the seed: an int, or a 0-dim int64 tensor (never read by the host if it is
             on ``device``).
         device: Where the numbers are made.
-        offset: Position of the first number, so that one draw can be handed out in parts.
+        offset: Position of the first number, an int or a 0-dim int64 tensor, so that one draw can be handed out in
+            parts.
         stride: Positions from the start of one row (the last dimension) to that of the next; None for its length.
             With a fixed stride a row's numbers do not depend on how long the rows are.
 
@@ -76,7 +77,7 @@ def uniform(
         counter = torch.full((), draw, dtype=torch.int64, device=device)
     key = _mix(_mix(counter * _GOLDEN + _signed(seed * _SEED_STEP)) + _GOLDEN)
     length = math.prod(shape) if stride is None else shape[-1]
-    position = torch.arange(offset, offset + length, dtype=torch.int64, device=device)
+    position = torch.arange(length, dtype=torch.int64, device=device) + offset
     if stride is not None:
         position = position + torch.arange(math.prod(shape[:-1]), device=device)[:, None] * stride
     bits = _shift_right(_mix(position * _GOLDEN + key), 12)

@@ -145,7 +145,7 @@ def select_reference(
     seed: int,
     draw: int | Tensor,
     defensive_mix: float,
-    first_row: int = 0,
+    first_row: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch op ``select``: each row of ``score`` [B, S] on its own; nothing is read by the host.
 

@@ -12,10 +12,10 @@ from cggr_core.backends import resolve
 from cggr_core.checks import (
     check_at_least,
     check_choice,
-    check_draw,
     check_finite_number,
     check_float,
     check_integer,
+    check_number,
     check_ratio,
     check_same_device,
     check_shape,
@@ -223,7 +223,7 @@ def select(
     seed: int = SelectionSettings.seed,
     draw: int | Tensor = 0,
     defensive_mix: float = 0.05,
-    first_row: int = 0,
+    first_row: int | Tensor = 0,
 ) -> Selection:
     """Choose the tokens to keep.
 
@@ -267,9 +267,10 @@ def select(
             tokens on every device and rank.
         defensive_mix: Share of uniform sampling mixed into ``sampled`` and ``stratified``, in [0, 1]. It bounds the
             weights by about 1 / (defensive_mix * ratio) (Hesterberg 1995).
-        first_row: Number of the first row among the rows of that draw. What a row keeps depends on the seed, the draw,
-            its number, its scores and nothing else, so that micro-batches and ranks that share a draw and number their
-            rows consecutively choose what one batch of all the rows would.
+        first_row: Number of the first row among the rows of that draw, an int or a 0-dim int64 tensor on the device.
+            What a row keeps depends on the seed, the draw, its number, its scores and nothing else, so that
+            micro-batches and ranks that share a draw and number their rows consecutively choose what one batch of all
+            the rows would.
 
     Returns:
         :class:`Selection`.
@@ -336,7 +337,7 @@ def _check_numbers(
     num_strata: int,
     min_tokens_per_sequence: int,
     block_size: int,
-    first_row: int,
+    first_row: int | Tensor,
     capacity: int | None,
     seed: int,
     draw: int | Tensor,
@@ -345,11 +346,11 @@ def _check_numbers(
     check_at_least("num_strata", num_strata, 1)
     check_at_least("min_tokens_per_sequence", min_tokens_per_sequence, 0)
     check_at_least("block_size", block_size, 1)
-    check_at_least("first_row", first_row, 0)
+    check_number("first_row", first_row, 0)
     if capacity is not None:
         check_at_least("capacity", capacity, 1)
     check_integer("seed", seed)
-    check_draw(draw)
+    check_number("draw", draw)
     if check_finite_number("defensive_mix", defensive_mix, minimum=0.0) > 1.0:
         raise ValueError(f"defensive_mix must be in [0, 1], got {defensive_mix!r}")
 

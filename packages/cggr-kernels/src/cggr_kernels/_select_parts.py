@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Positions from one row's random numbers to the next row's.
-ROW_STRIDE = 1 << 32
-
 
 def seed_step(seed: int) -> int:
     """What a seed adds to the counter before hashing: a signed 64-bit integer."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cggr_kernels._checks import check_device
 from cggr_kernels._library import register
-from cggr_kernels._select_parts import ROW_STRIDE, kept_counts, seed_step, top_mask
+from cggr_kernels._select_parts import kept_counts, seed_step, top_mask
 from cggr_kernels.select_details._compact import compact_kernel
 from cggr_kernels.select_details._sampled import (
     capped_kernel,
@@ -27,13 +27,13 @@ MAX_STRATA = 64
 _BLOCK = 1024
 
 
-def _uniform(draw: Tensor, seed: int, offset: int, stride: int, rows: int, length: int) -> Tensor:
-    """Random numbers ``[rows, length]``, each row ``stride`` positions after the previous one."""
+def _uniform(draw: Tensor, seed: int, first_row: Tensor, rows: int, length: int) -> Tensor:
+    """Random numbers ``[rows, length]`` of the rows from ``first_row`` on."""
     out = torch.empty(rows, length, dtype=torch.float64, device=draw.device)
     n = out.numel()
     if n:
         grid = (triton.cdiv(n, _BLOCK),)
-        uniform_kernel[grid](draw, out, seed_step(seed), offset, stride, length, n, BLOCK=_BLOCK)
+        uniform_kernel[grid](draw, out, seed_step(seed), first_row, length, n, BLOCK=_BLOCK)
     return out
 
 
@@ -46,7 +46,7 @@ def _stratified(
     seed: int,
     draw: Tensor,
     mix: float,
-    first_row: int,
+    first_row: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
@@ -89,7 +89,7 @@ def _stratified(
 
 
 def _sampled(
-    score: Tensor, countable: Tensor, n: Tensor, k: Tensor, seed: int, draw: Tensor, mix: float, first_row: int
+    score: Tensor, countable: Tensor, n: Tensor, k: Tensor, seed: int, draw: Tensor, mix: float, first_row: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
@@ -161,7 +161,7 @@ def _launch(
     seed: int,
     draw: Tensor,
     defensive_mix: float,
-    first_row: int,
+    first_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, S = score.shape
     n, k = kept_counts(countable, ratio, capacity, min_tokens if strategy == "sequence_aware" else 1)
@@ -171,7 +171,7 @@ def _launch(
     elif strategy == "sampled":
         keep_BS, weight_BS = _sampled(score, countable, n, k, seed, draw, defensive_mix, first_row)
     elif strategy == "random":
-        noise = _uniform(draw, seed, first_row * ROW_STRIDE, ROW_STRIDE, B, S)
+        noise = _uniform(draw, seed, first_row, B, S)
         keep_BS = top_mask(noise, countable, k)
         weight_BS = (n / k.clamp(min=1)).to(torch.float32)[:, None].expand(B, S)
     else:
@@ -194,7 +194,7 @@ def _fake(
     seed: int,
     draw: Tensor,
     defensive_mix: float,
-    first_row: int,
+    first_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index = score.new_empty(score.shape[0], capacity, dtype=torch.int64)
     return index, torch.empty_like(index, dtype=torch.bool), torch.empty_like(index, dtype=torch.float32)
@@ -202,7 +202,7 @@ def _fake(
 
 _select = register(
     "select(Tensor score, Tensor countable, float ratio, str strategy, int capacity, int num_strata, int min_tokens,"
-    " bool unbiased, int seed, Tensor draw, float defensive_mix, int first_row) -> (Tensor, Tensor, Tensor)",
+    " bool unbiased, int seed, Tensor draw, float defensive_mix, Tensor first_row) -> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -221,7 +221,7 @@ def select(
     seed: int = 0,
     draw: int | Tensor = 0,
     defensive_mix: float = 0.05,
-    first_row: int = 0,
+    first_row: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, and at least one if there is any.
 
@@ -245,8 +245,8 @@ def select(
         draw: Number of the draw for that seed: an int, or a 0-dim int64 tensor on the device, which the host never
             reads.
         defensive_mix: Share of uniform sampling in ``stratified`` and ``sampled``, in [0, 1]; it bounds the weights.
-        first_row: Number of the first row among the rows of that draw. Batches that share a draw and number their rows
-            consecutively choose what one batch of all the rows would.
+        first_row: Number of the first row among the rows of that draw, of the same types. Batches that share a draw and
+            number their rows consecutively choose what one batch of all the rows would.
 
     Returns:
         ``index`` ``[B, K]`` int64: K distinct positions of each row, ascending; unused slots are filled with positions
@@ -279,12 +279,6 @@ def select(
     capacity = S if capacity is None else capacity
     if not 0 <= capacity <= S:
         raise ValueError(f"capacity must be in [0, {S}] for score {tuple(score.shape)}, got {capacity}")
-    if isinstance(draw, Tensor):
-        if draw.dtype != torch.int64 or draw.dim() != 0:
-            raise TypeError(f"draw must be an int or a 0-dim int64 tensor, got {draw.dtype} {tuple(draw.shape)}")
-        check_device(score=score, draw=draw)
-    else:
-        draw = torch.full((), draw, dtype=torch.int64, device=score.device)
     # The op takes signed 64-bit seeds.
     seed = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
     return _select(
@@ -297,7 +291,17 @@ def select(
         min_tokens,
         unbiased,
         seed,
-        draw,
+        _number("draw", draw, score),
         defensive_mix,
-        first_row,
+        _number("first_row", first_row, score),
     )
+
+
+def _number(name: str, value: int | Tensor, score: Tensor) -> Tensor:
+    """A number as a 0-dim int64 tensor beside ``score``."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=torch.int64, device=score.device)
+    if value.dtype != torch.int64 or value.dim() != 0:
+        raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {value.dtype} {tuple(value.shape)}")
+    check_device(score=score, **{name: value})
+    return value

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from cggr_core.selection import slots_in_buckets
 
-# These change from step to step and are read on the device: the first as it is, the second whatever kind of number.
-_DRAW, _ITEMS = "draw", "num_items"
+# Numbers that change from step to step and are read on the device: these are whole ones,
+_COUNTED = ("draw", "first_row")
+# and this one is of whatever kind.
+_ITEMS = "num_items"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class StepCall:
             if self.given.get(name) is not None:
                 return f"{name} is passed in"
         for name, value in self.items():
-            if name in (_DRAW, _ITEMS) or value is None:
+            if name in _COUNTED or name == _ITEMS or value is None:
                 continue
             if not isinstance(value, Tensor):
                 try:
@@ -78,7 +80,7 @@ class StepCall:
 
 
 def _built_in(name: str, value: Any) -> Hashable:
-    if name == _DRAW:
+    if name in _COUNTED:
         return None
     if name == _ITEMS and value is not None:
         return name, _on_device(value) and (value.shape, value.dtype)
@@ -104,11 +106,11 @@ class FixedInputs:
 
     def __init__(self, call: StepCall, draw: int | Tensor) -> None:
         device = call.device
-        self._places: dict[str, Tensor] = {_DRAW: torch.zeros((), dtype=torch.int64, device=device)}
+        self._places = {name: torch.zeros((), dtype=torch.int64, device=device) for name in _COUNTED}
         for name, value in call.items():
             if name == _ITEMS and value is not None and not _on_device(value):
                 self._places[name] = torch.zeros((), device=device)
-            elif isinstance(value, Tensor) and name != _DRAW:
+            elif isinstance(value, Tensor) and name not in _COUNTED:
                 self._places[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
         self.fill(call, draw)
         parts = ({name: self._places.get(name, value) for name, value in part.items()} for part in _parts(call))
@@ -116,7 +118,7 @@ class FixedInputs:
 
     def fill(self, call: StepCall, draw: int | Tensor) -> None:
         """Put the values of a step in the places."""
-        given: dict[str, Any] = dict(call.items()) | {_DRAW: draw}
+        given: dict[str, Any] = dict(call.items()) | {"draw": draw}
         for name, place in self._places.items():
             value = given[name]
             if _on_device(value) or place.dim():

@@ -45,7 +45,7 @@ class StepBatch:
     num_items: Tensor | float | None = None
     selection: Selection | None = None
     draw: int | Tensor | None = None
-    first_row: int = 0
+    first_row: int | Tensor = 0
     example_ids: Tensor | None = None
     slots: int | None = None
 

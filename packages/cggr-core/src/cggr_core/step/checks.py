@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cggr_core.checks import (
-    check_at_least,
-    check_draw,
     check_float,
     check_num_items,
+    check_number,
     check_same_device,
     check_shape,
 )
@@ -43,7 +42,7 @@ def check_step_arguments(
     num_items: Tensor | float | None,
     selection: Selection | None,
     draw: int | Tensor | None,
-    first_row: int,
+    first_row: int | Tensor,
     example_ids: Tensor | None,
 ) -> None:
     """Raise unless the arguments of a training forward fit the batch and the settings.
@@ -74,9 +73,9 @@ def check_step_arguments(
         if tensor is not None:
             check_float(name, tensor)
     check_num_items(num_items)
-    check_at_least("first_row", first_row, 0)
+    check_number("first_row", first_row, 0)
     if draw is not None:
-        check_draw(draw)
+        check_number("draw", draw)
     if reference_nll is not None and settings.scoring != "excess":
         raise ValueError(f"reference_nll is used by scoring='excess' only, but scoring is {settings.scoring!r}")
     scored = selection is None and settings.reads_scores

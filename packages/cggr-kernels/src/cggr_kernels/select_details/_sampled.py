@@ -84,7 +84,7 @@ def sampled_walk_kernel(
     keep_ptr,
     weight_ptr,
     seed_step,
-    first_row,
+    first_row_ptr,
     S,
     MIX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +99,7 @@ def sampled_walk_kernel(
     before = tl.load(cumulated_ptr + b * S + place - 1, mask=inside & (place > 0), other=0.0)
     limit = (tl.load(kept_ptr + b) - tl.load(certain_ptr + b)).to(tl.float64)
     factor = limit / tl.maximum(total, tl.full([], SMALLEST, tl.float64))
-    u = systematic_start(first_row + b, draw_ptr, seed_step)
+    u = systematic_start(tl.load(first_row_ptr) + b, draw_ptr, seed_step)
     upper = tl.ceil(tl.where(up_to >= total, limit, tl.minimum(up_to * factor, limit)) - u)
     lower = tl.ceil(tl.where(before >= total, limit, tl.minimum(before * factor, limit)) - u)
     lower = tl.where(place == 0, 0.0, lower)

@@ -20,7 +20,7 @@ def stratum_kernel(
     key_ptr,
     partial_ptr,
     seed_step,
-    first_row,
+    first_row_ptr,
     S,
     blocks,
     STRATA: tl.constexpr,
@@ -33,7 +33,7 @@ def stratum_kernel(
     n = tl.load(count_ptr + b)
     stratum = tl.where(rank < n, rank.to(tl.int64) * STRATA // tl.maximum(n, 1), STRATA)
     position = tl.load(position_ptr + b * S + rank, mask=inside, other=0)
-    key = stratum.to(tl.float64) + uniform((first_row + b) * ROW_STRIDE + position, draw_ptr, seed_step)
+    key = stratum.to(tl.float64) + uniform((tl.load(first_row_ptr) + b) * ROW_STRIDE + position, draw_ptr, seed_step)
     tl.store(key_ptr + b * S + rank, key, mask=inside)
     score = tl.load(score_ptr + b * S + rank, mask=inside, other=0.0).to(tl.float64)
     score = tl.where(rank < n, tl.maximum(score, 0.0), 0.0)
@@ -100,7 +100,7 @@ def walk_kernel(
     keep_ptr,
     weight_ptr,
     seed_step,
-    first_row,
+    first_row_ptr,
     S,
     STRATA: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -130,7 +130,7 @@ def walk_kernel(
             before += tl.minimum(tl.maximum(rank - start, 0), end - start).to(tl.float64) * p
             total += (end - start).to(tl.float64) * p
             last = end
-    u = systematic_start(first_row + b, draw_ptr, seed_step)
+    u = systematic_start(tl.load(first_row_ptr) + b, draw_ptr, seed_step)
     limit = left.to(tl.float64)
     factor = limit / tl.maximum(total, SMALLEST)
     upper = tl.where(rank + 1 >= last, limit, tl.minimum(up_to * factor, limit))

@@ -34,8 +34,8 @@ def systematic_start(row, draw_ptr, seed_step):
 
 
 @triton.jit
-def uniform_kernel(draw_ptr, out_ptr, seed_step, offset, stride, S, n, BLOCK: tl.constexpr):
-    """Numbers of ``n`` positions in rows of S, each row ``stride`` positions after the one before."""
+def uniform_kernel(draw_ptr, out_ptr, seed_step, first_row_ptr, S, n, BLOCK: tl.constexpr):
+    """Numbers of ``n`` positions in rows of S."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    position = offset + place // S * stride + place % S
+    position = (tl.load(first_row_ptr) + place // S) * ROW_STRIDE + place % S
     tl.store(out_ptr + place, uniform(position, draw_ptr, seed_step), mask=place < n)
