@@ -42,10 +42,11 @@ def share_of_time(curve: Sequence[Mapping[str, float]], loss: float, seconds: fl
 
 
 def whole_seeds(setting: Setting, records: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Seeds of which every way that is not late has been run."""
+    """Seeds of which every way has been run that is not late and has not failed."""
     done = {(r["way"], r["seed"]) for r in records if r["event"] == "run"}
+    failed = {r["way"] for r in records if r["event"] == "failed"}
     seeds = sorted({seed for _, seed in done})
-    needed = [name for name, way in setting.ways.items() if not way.late]
+    needed = [name for name, way in setting.ways.items() if not way.late and name not in failed]
     return [seed for seed in seeds if all((name, seed) in done for name in needed)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,9 @@ from cggr_train.recorded import RecordedStep
 from cggr_train.study.average import RunningAverage
 
 CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.01, 5
-EAGER, REPLAYED, SETTLED = 3, 8, 20
-"""Steps that are timed as they are, by replays, and before the steps that record themselves are timed."""
-MOST_BEFORE = 6.0
-"""Seconds that the steps before may take."""
+TIMED = 8
+MOST_BEFORE = 10.0
+"""Seconds that steps which record themselves may take before they are timed."""
 EVAL_BATCH = 32
 
 Take = Callable[..., Tensor]
@@ -189,27 +189,29 @@ def time_arm(base: nn.Module, rows: Rows, setting: Setting, arm: Arm) -> dict[st
     }  # fmt: skip
     found: dict[str, Any] = {}
 
-    def measured(before: int, count: int, **how: Any) -> dict[str, Any]:
+    def measured(before: int, count: int, most: float = 60.0, **how: Any) -> dict[str, Any]:
         release(device)
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by what the steps are copied from
         steps = Steps(base, way, rows.train, setting, **fitted, **how)
         began = time.perf_counter()
-        for _ in range(before):
+        while steps.number < before and time.perf_counter() - began < most:
             steps.take()
-            if time.perf_counter() - began > MOST_BEFORE:
-                break
-        wait(device)
-        warm = time.perf_counter() - began
-        told: dict[str, Any] = {"seconds": seconds_of(steps, count), "seconds_before": warm}
+            wait(device)
+        told: dict[str, Any] = {"before": steps.number, "seconds_before": time.perf_counter() - began}
+        if how.get("records_itself"):  # one by one: where a new number of slots comes, it is recorded in between
+            told["seconds"] = statistics.median(seconds_of(steps, 1) for _ in range(2 * count))
+        else:
+            told["seconds"] = seconds_of(steps, count)
         if device.type == "cuda":
             told["peak_bytes"] = torch.cuda.max_memory_allocated(device) - held
         return told
 
-    plans: dict[str, tuple[int, int, dict[str, Any]]] = {"eager": (2, EAGER, {})}
+    plans: dict[str, tuple[int, int, dict[str, Any]]] = {"eager": (2, 3, {})}
     if device.type == "cuda":
-        plans["recorded"] = (4, REPLAYED, {"recorded": True})
-        if not (arm.checkpointing or arm.micro_batch or way.margin):
-            plans["itself"] = (SETTLED, REPLAYED, {"records_itself": True})
+        plans["recorded"] = (4, TIMED, {"recorded": True})
+        if not (arm.checkpointing or arm.micro_batch or way.margin or way.late):
+            settled = {"records_itself": True, "most": MOST_BEFORE}
+            plans["itself"] = (24 if way.given else 6, TIMED, settled)
     for name, (before, count, how) in plans.items():
         try:
             found[name] = measured(before, count, **how)

@@ -141,6 +141,7 @@ class Study:
         self.pipes: list[Connection] = []
         self.doing: dict[Connection, dict[str, Any]] = {}
         self.walls: list[float] = []
+        self.failed: list[dict[str, Any]] = []
 
     @property
     def left(self) -> float:
@@ -175,10 +176,12 @@ class Study:
             (r for r in self.records if r["event"] == event and all(r.get(k) == v for k, v in fields.items())), None
         )
 
-    def give(self, pipe: Connection, event: str, fields: dict[str, Any], body: dict[str, Any]) -> None:
+    def give(
+        self, pipe: Connection, event: str, fields: dict[str, Any], body: dict[str, Any], *, again: bool = False
+    ) -> None:
         """Hand a task to a worker."""
         noted = {"rate": body["rate"]} if event == "run" else {}
-        self.doing[pipe] = {"event": event, "fields": fields, "noted": noted, "began": time.monotonic()}
+        self.doing[pipe] = {"event": event, "fields": fields, "noted": noted, "again": again, "began": time.monotonic()}
         pipe.send(body)
 
     def results(self, timeout: float) -> Iterator[tuple[Connection, dict[str, Any]]]:
@@ -195,8 +198,12 @@ class Study:
             record = {"event": task["event"], **task["fields"], **task["noted"], **result, "wall": round(wall, 2)}
             if "error" in result:
                 self.say(f"{task['event']} {task['fields']}: {result['error']}")
-                if task["event"] == "rate":
+                if task["event"] in ("rate", "run") and not task["again"]:
+                    self.failed.append({"event": task["event"], "fields": task["fields"], "again": True})
+                elif task["event"] == "rate":
                     self.records.append({**record, "points": [], "diverged": 0})
+                elif task["event"] == "run":
+                    self.records.append({**record, "event": "failed"})
             else:
                 self.log.write(**record)
                 self.records.append(record)
@@ -255,14 +262,19 @@ class Study:
                 if task is None:
                     break
                 self.free.remove(pipe)
-                self.give(pipe, task["event"], task["fields"], self._body(task))
+                self.give(pipe, task["event"], task["fields"], self._body(task), again="again" in task)
             if answering is not None and answering not in self.doing and answers:
                 task = answers.pop(0)
                 self.give(answering, "answers", task["fields"], {"do": "answer", "path": task["path"]})
-            if not self.doing:
+            if not (self.doing or self.failed):
                 break
-            for pipe, record in self.results(0.5):
-                if pipe is not answering and "lost" not in record:
+            found = list(self.results(0.5))
+            while self.failed:  # memory may have run out beside another run
+                waiting.insert(0, self.failed.pop())
+            for pipe, record in found:
+                if pipe is answering:
+                    answering = None if "lost" in record else answering
+                elif "lost" not in record:
                     self.free.append(pipe)
                 if record["event"] == "run" and "error" not in record:
                     self.walls.append(record["wall"])
