@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
 from cggr_core.targets import align_labels
@@ -133,6 +134,30 @@ def test_whether_documents_are_kept_apart_is_seen():
     """The two answers that the test above can take, for models on which all supported versions agree."""
     assert not attends_across_documents(ROUTABLE["llama"]())
     assert attends_across_documents(ROUTABLE["bloom"]())
+
+
+class HandsOn(LlamaForCausalLM):
+    """Names none of its arguments."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+def test_position_ids_reach_a_forward_that_does_not_name_them(gradient):
+    model, input_ids = ROUTABLE["llama"](), batch()
+    with torch.no_grad():
+        for layer in model.model.layers:  # so that positions count
+            layer.self_attn.q_proj.weight.mul_(20)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        without = model(**inputs).logits
+        inputs["position_ids"] = (torch.arange(LENGTH) * 5 % 11).expand(BATCH, -1)
+        assert relative_error({"": model(**inputs).logits}, {"": without}) > 0.05
+    model.__class__ = HandsOn
+    selection = random_selection(aligned(model, input_ids).countable)
+    wanted = reference(model, input_ids, selection, gradient=gradient, **inputs)
+    for engine in ENGINES:
+        assert_equal(routed(model, input_ids, selection, gradient=gradient, engine=engine, **inputs), wanted)
 
 
 def ordinary(model, input_ids, labels):

@@ -110,7 +110,7 @@ def test_layers_and_what_stands_around_them():
     model, description = described()
     assert description.layers is model.model.layers and description.head.module is model.lm_head
     assert description.head.fused and description.obstacle is None and description.position_maker is None
-    assert description.cache_name in ("past_key_values", "cache") and "input_ids" in description.forward_parameters
+    assert description.cache_name in ("past_key_values", "cache") and description.takes_positions
     assert set(description.checkpointing) == {
         part for part in model.modules() if hasattr(part, "gradient_checkpointing")
     }

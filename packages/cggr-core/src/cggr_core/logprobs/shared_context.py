@@ -138,7 +138,7 @@ class SharedRun:
         self.batch = replace(
             passes.inputs(**arguments),
             position_ids=repeated.position_ids[:, length:].contiguous(),
-            passes_positions="position_ids" in passes.architecture.forward_parameters,
+            passes_positions=passes.architecture.takes_positions,
             segment=None,
         )
 

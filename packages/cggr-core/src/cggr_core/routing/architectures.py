@@ -57,7 +57,7 @@ class Architecture:
         shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
         counts_padding: Whether the model's own loss counts labels of padding.
         obstacle: Why keys and values cannot be routed, or ``None`` where they can.
-        forward_parameters: Names that the model's forward accepts.
+        takes_positions: Whether the model's forward takes ``position_ids``, by name or among any further arguments.
         cache_name: What the model's forward calls its key/value cache, one of :data:`CACHE_NAMES`.
         configured: The modules that hold a config, in which the attention implementation stands.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
@@ -74,7 +74,7 @@ class Architecture:
     head: Head
     shifted: bool
     obstacle: str | None
-    forward_parameters: frozenset[str]
+    takes_positions: bool
     cache_name: str
     configured: tuple[nn.Module, ...]
     checkpointing: tuple[nn.Module, ...]
@@ -118,7 +118,7 @@ def describe(model: nn.Module) -> Architecture:
         )
     text_config = config.get_text_config()
     layers, owner = _find_layers(base, getattr(text_config, "num_hidden_layers", 0))
-    forward_parameters = frozenset(inspect.signature(base.forward).parameters)
+    parameters = inspect.signature(base.forward).parameters.values()
     # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
     modules = list(model.modules())
     numbers = _numbers(layers)
@@ -131,7 +131,8 @@ def describe(model: nn.Module) -> Architecture:
         if layers
         else f"the layers of {type(base).__name__} were not found: no list of modules in it is as long as "
         f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)} says",
-        forward_parameters=forward_parameters,
+        # Some forwards hand on whatever they are given.
+        takes_positions=any(each.name == "position_ids" or each.kind is each.VAR_KEYWORD for each in parameters),
         cache_name=_cache_name(base, owner),
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
         checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),

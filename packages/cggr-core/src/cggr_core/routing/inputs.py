@@ -161,7 +161,7 @@ def token_inputs(
         position_ids=position_ids,
         padding=attention_mask,
         segment=segment,
-        passes_positions=not own_positions and "position_ids" in architecture.forward_parameters,
+        passes_positions=not own_positions and architecture.takes_positions,
         passes_padding=not balancing,
         quiet={"output_router_logits": False} if balancing else {},
         options=options or {},
