@@ -10,34 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cggr_core.routing import Engine
+from cggr_train.grouped_attention import use_grouped_attention
 
 _CHECK_EVERY = 16  # steps between looking whether all rows have ended
-_ATTENTION = "grouped_queries"
-
-
-def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """Attention in which the queries of a group are rows of one matrix, so that keys and values are not repeated.
-
-    Args:
-        module: The attention layer.
-        query: ``[B, heads, Q, D]``.
-        key: ``[B, groups, L, D]``.
-        value: ``[B, groups, L, D]``.
-        attention_mask: bool ``[B, 1, Q, L]``.
-        scaling: Of the scores.
-    """
-    rows, heads, length, size = query.shape
-    groups = key.shape[1]
-    grouped = query.reshape(rows, groups, heads // groups * length, size)
-    mask = attention_mask.expand(rows, heads // groups, length, -1).reshape(rows, 1, heads // groups * length, -1)
-    found = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(rows, heads, length, size).transpose(1, 2).contiguous(), None
 
 
 class _FixedCache(Cache):
@@ -73,11 +51,10 @@ class Rollouts:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rows: int, prompt: int, new: int
     ) -> None:
-        AttentionInterface.register(_ATTENTION, grouped_attention)
         device = model.device
         dtype = torch.bfloat16 if device.type == "cuda" else model.dtype
         self.model: Any = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        self.model.set_attn_implementation(_ATTENTION)
+        use_grouped_attention(self.model)
         self.rows, self.prompt, self.new, self.length = rows, prompt, new, prompt + new
         self.end: Any = tokenizer.eos_token_id
         config = self.model.config.get_text_config()

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks._random_model import SEED, random_model
 from cggr_core import CGGRModel, Selection, create_truncated_router, linear_token_statistics, score, select
 from cggr_core.routing import fused_forwards, replaced_forwards, whole_rows
 
-SEED = 0
 # On a GPU a training loop queues the next step while the last one runs; a sample is this many steps in a row.
 STEPS_IN_A_ROW = 3
 STEPS_BEFORE_RECORDED = 6
@@ -36,21 +35,13 @@ class Shape:
     # Whether the step is bound by launches, so that capturing it as a graph is what its users would do.
     launch_bound: bool = False
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> Any:
         """A Llama of these sizes with random weights."""
-        torch.manual_seed(SEED)
-        config = LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.length,
-            tie_word_embeddings=self.tied,
-        )
-        with torch.device(self.device):
-            return LlamaForCausalLM(config).to(self.dtype).train()
+        return random_model(
+            "llama", layers=self.layers, hidden=self.hidden, intermediate=self.intermediate, heads=self.heads,
+            kv_heads=self.kv_heads, vocab=self.vocab, longest=self.length, dtype=self.dtype, device=self.device,
+            tied=self.tied,
+        )  # fmt: skip
 
     def tokens(self) -> Tensor:
         """Random token ids ``[B, S]``."""

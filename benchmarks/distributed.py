@@ -19,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import _record
-from benchmarks._steps import SEED, SHAPES, Shape
+from benchmarks._random_model import SEED
+from benchmarks._steps import SHAPES, Shape
 from cggr_core import CGGRModel
 
 RATIO = 0.25

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks import _record
-from benchmarks._steps import SEED, STEPS_IN_A_ROW
+from benchmarks._random_model import SEED
+from benchmarks._steps import STEPS_IN_A_ROW
 from benchmarks.step_time import peak_on_device
 from cggr_core import CGGRModel
 from cggr_moe import register_experts

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import PreTrainedModel
 
 from benchmarks import _record
+from benchmarks._random_model import SEED, random_model
 from benchmarks.step_time import resident_bytes
 from cggr_core import SharedContext, routed_logprobs
 from cggr_core.logprobs import linear_logprobs
 
-SEED = 0
 Step = Callable[[], None]
 
 
@@ -57,23 +57,11 @@ class Preset:
 
     def model(self) -> PreTrainedModel:
         """A model of these sizes with random weights."""
-        torch.manual_seed(SEED)
-        config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[self.config]
         longest = max(self.length, *(prompt + self.completion for prompt, _ in self.groups))
-        config = config_class(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=longest,
-            tie_word_embeddings=True,
-        )
-        from transformers import AutoModelForCausalLM
-
-        with torch.device(self.device):
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).train()
+        return random_model(
+            self.config, layers=self.layers, hidden=self.hidden, intermediate=self.intermediate, heads=self.heads,
+            kv_heads=self.kv_heads, vocab=self.vocab, longest=longest, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
 
     def tasks(self) -> list[str]:
         """Names of the tasks."""

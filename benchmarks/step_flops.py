@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _record
-from benchmarks._steps import SEED, SHAPES, VARIANTS, Shape
+from benchmarks._random_model import SEED
+from benchmarks._steps import SHAPES, VARIANTS, Shape
 from cggr_core import CGGRModel, backends, create_truncated_router
 
 # Gradient mode and engine -> forward and backward in forwards F of the layers, at keep ratio r, router depth share d.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import _record
+from benchmarks._random_model import SEED
 from benchmarks._steps import (
-    SEED,
     SHAPES,
     STEPS_IN_A_ROW,
     GraphStep,

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from benchmarks import _record
-from benchmarks._steps import SEED, SHAPES, Shape
+from benchmarks._random_model import SEED
+from benchmarks._steps import SHAPES, Shape
 from cggr_core import CGGRModel
 from cggr_core.settings import RoutingSettings
 from cggr_train import CGGRConfig, CGGRTrainer

@@ -1,7 +1,8 @@
 """An update of TRL's trainers, routed and as it comes: SFT on long rows, GRPO on its high-entropy tokens, DPO's pairs.
 
-``python -m benchmarks.trl_trainers cpu`` (two cores, a minute), ``... 1b`` and ``... 0.5b`` (one CUDA device), with
-``--task`` for one of the tasks and ``--seconds`` for how long each is timed. Needs ``trl``.
+``python -m benchmarks.trl_trainers cpu`` (two cores, a minute), ``... 1b 0.5b`` (one CUDA device, nothing else on the
+host: routed updates of small models wait for it), with ``--task`` for one of the tasks, ``--seconds`` for how long each
+is timed and ``--briefly`` for the rows of the tables alone. Needs ``trl``.
 
 An update is the forwards and backward of TRL's own ``compute_loss`` over the micro-batches of one optimizer step,
 without generation, rewards and the optimizer, which are the same for all. The control is the trainer as it comes: with
@@ -20,6 +21,7 @@ tokens that has a backward.
 
 import argparse
 import copy
+import gc
 import os
 import tempfile
 import time
@@ -35,11 +37,13 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks import _record
-from benchmarks._steps import SEED, Shape
+from benchmarks._random_model import SEED
+from benchmarks._steps import Shape
 from cggr_train import CGGRConfig, CGGRMixin
 from cggr_train.tokenizer import train_tokenizer
 
 CONTROL, PLAIN = "TRL, checkpointing", "TRL"
+OTHER_BATCHES = ("CGGR, kv, twice the micro-batch", "CGGR, kv, groups together")
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ def cases(sizes: Sizes, tasks: list[str]) -> list[tuple[str, str, Callable[..., 
 
 
 def time_variants(
-    variants: dict[str, Variant], *, device: str, seconds: float
+    variants: dict[str, Variant], *, device: str, seconds: float, least: int = 3
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Rows of a result, and the names of what does not fit into the device's memory."""
     deadline = time.monotonic() + seconds
@@ -303,7 +307,7 @@ def time_variants(
         if isinstance(call, _record.PeakOf):
             call.forget()
     control = CONTROL if CONTROL in updates else next(iter(updates))
-    rows = _record.measure_until(calls, control=control, deadline=deadline, rounds=20, device=device)
+    rows = _record.measure_until(calls, control=control, deadline=deadline, rounds=20, least=least, device=device)
     for name, call in calls.items():
         rows[name]["keep"] = updates[name].kept()
         if isinstance(call, _record.PeakOf):
@@ -327,14 +331,40 @@ def report(name: str, task: str, rows: dict[str, dict[str, Any]]) -> None:
         print(f"  bar {over_checkpointed}x and {over_plain}x: {'met' if met else 'missed'}")
 
 
+def measure_shape(shape: str, options: argparse.Namespace) -> None:
+    """All tasks of a shape; each leaves its JSON and its plot when it is over."""
+    changes = {name: getattr(options, name) for name in ("plain", "routed", "completion")}
+    changes["prompts"] = options.prompts and tuple(options.prompts)
+    sizes = replace(SIZES[shape], **{name: value for name, value in changes.items() if value})
+    device = sizes.model.device
+    for name, task, make, size in cases(sizes, options.task):
+        model = sizes.model.model()
+        with make(sizes, model, size) as variants:
+            print(f"{name}, {shape}", flush=True)
+            wanted = {row: one for row, one in variants.items() if not (options.briefly and row in OTHER_BATCHES)}
+            rows, too_large = time_variants(wanted, device=device, seconds=options.seconds, least=options.least)
+        settings = sizes.model.settings() | {key: value for key, value in vars(sizes).items() if key != "model"}
+        settings |= {"task": task, "size": size, "seed": SEED, "backend": os.environ.get("CGGR_BACKEND", "auto")}
+        settings |= {"out_of_memory": too_large}
+        control = CONTROL if CONTROL in rows else next(iter(rows))
+        file = f"{options.name}_{name}_{shape}"
+        path = _record.write(file, rows, settings=settings, control=control, device=device, folder=options.output)
+        _record.plot(_record.load(file, folder=options.output), path.with_suffix(".png"), label="seconds per update")
+        report(name, task, rows)
+        del model, variants, wanted
+        gc.collect()  # trainers hold each other in circles
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main() -> None:
-    """Run a shape's tasks, and write a JSON and a plot for each."""
+    """Run the tasks of the shapes, and write a JSON and a plot for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SIZES)
+    parser.add_argument("shape", choices=SIZES, nargs="+")
     parser.add_argument("--task", nargs="*", choices=("sft", "grpo", "dpo"), default=["sft", "grpo", "dpo"])
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="for each measurement; three rounds are timed whatever it says"
-    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each measurement")
+    parser.add_argument("--least", type=int, default=3, help="rounds that are timed whatever --seconds says")
+    parser.add_argument("--briefly", action="store_true", help="leave out what GRPO's other micro-batches do")
     parser.add_argument("--prompts", type=int, nargs="*", help="lengths of GRPO's prompts, instead of the shape's own")
     parser.add_argument("--completion", type=int, help="length of GRPO's completions, instead of the shape's own")
     parser.add_argument("--plain", type=int, help="tokens of a plain micro-batch, instead of the shape's own")
@@ -344,27 +374,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     disable_progress_bars()
-    sizes = SIZES[options.shape]
-    changes = {name: getattr(options, name) for name in ("plain", "routed", "completion")}
-    changes["prompts"] = options.prompts and tuple(options.prompts)
-    sizes = replace(sizes, **{name: value for name, value in changes.items() if value})
-    device = sizes.model.device
-    for name, task, make, size in cases(sizes, options.task):
-        model = sizes.model.model()
-        with make(sizes, model, size) as variants:
-            print(f"{name}, {options.shape}", flush=True)
-            rows, too_large = time_variants(variants, device=device, seconds=options.seconds)
-        settings = sizes.model.settings() | {key: value for key, value in vars(sizes).items() if key != "model"}
-        settings |= {"task": task, "size": size, "seed": SEED, "backend": os.environ.get("CGGR_BACKEND", "auto")}
-        settings |= {"out_of_memory": too_large}
-        control = CONTROL if CONTROL in rows else next(iter(rows))
-        file = f"{options.name}_{name}_{options.shape}"
-        path = _record.write(file, rows, settings=settings, control=control, device=device, folder=options.output)
-        _record.plot(_record.load(file, folder=options.output), path.with_suffix(".png"), label="seconds per update")
-        report(name, task, rows)
-        del model
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    for shape in options.shape:
+        measure_shape(shape, options)
 
 
 if __name__ == "__main__":

@@ -50,20 +50,33 @@ def attend(
     return (scores.softmax(-1).to(value.dtype) @ value).reshape(rows, 1, heads, -1), None
 
 
-@contextmanager
-def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model that attends through SDPA decode with :func:`attend` in the block; any other stays as it is."""
+def use_grouped_attention(model: PreTrainedModel) -> bool:
+    """Let a model that attends through SDPA decode with :func:`attend`; any other stays as it is.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether it does.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if own != "sdpa" or not getattr(model, "_supports_attention_backend", False):
-        yield
-        return
+        return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+    return True
+
+
+@contextmanager
+def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
+    """:func:`use_grouped_attention` in the block."""
+    used = use_grouped_attention(model)
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        if used:
+            model.set_attn_implementation("sdpa")

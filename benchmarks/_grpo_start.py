@@ -1,0 +1,81 @@
+"""The policy that all runs of :mod:`benchmarks.grpo_gsm8k` start from: pretrained, and used to the form of answers."""
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks._grpo_run import END_OF_START, encode, form, with_end_of_turn
+from benchmarks.gsm8k import read_problems
+from cggr_train.presets import load_model
+from cggr_train.tokenizer import load_tokenizer
+
+_BATCH = 16
+_RATE = 1e-5
+_WARMUP = 10
+
+
+def policy(options: argparse.Namespace) -> Path:
+    """Folder of the policy, made where it is not there: a GGUF file is read once, not by every run.
+
+    The model is trained on the answers of the first training problems, which no run trains on, so that it answers
+    briefly and in the form that is rewarded: a reward that is never given teaches nothing.
+
+    Args:
+        options: Of the command.
+    """
+    steps = options.start_steps
+    written = options.output / "models" / f"{options.model.name}_{steps}"
+    if not written.exists():
+        temporary = written.with_suffix(".part")
+        tokenizer = with_end_of_turn(load_tokenizer(str(options.model)))
+        model: Any = load_model(str(options.model)).to("cuda" if torch.cuda.is_available() else "cpu")
+        if steps:
+            fine_tune(model, tokenizer, options.gsm8k, steps=steps)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(written)
+    return written
+
+
+def fine_tune(model: Any, tokenizer: Any, gsm8k: Path, *, steps: int) -> None:
+    """Cross-entropy of the answers, AdamW.
+
+    Args:
+        model: Trained in place.
+        tokenizer: Of the model.
+        gsm8k: Folder with ``train.jsonl``.
+        steps: Of 16 problems each.
+    """
+    problems = read_problems(gsm8k / "train.jsonl")[:END_OF_START]
+    rows = []
+    for problem in problems:
+        prompt, answer = form(problem, tokenizer)
+        said = [*encode(tokenizer, answer), tokenizer.eos_token_id]
+        rows.append((encode(tokenizer, prompt), said))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
+    generator = random.Random(0)
+    device = model.device
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP)
+        batch = generator.sample(rows, min(_BATCH, len(rows)))
+        ids = pad_sequence([torch.tensor(prompt + said) for prompt, said in batch], batch_first=True)
+        labels = pad_sequence(
+            [torch.tensor([-100] * len(prompt) + said) for prompt, said in batch], batch_first=True, padding_value=-100
+        )
+        sizes = torch.tensor([len(prompt) + len(said) for prompt, said in batch])
+        mask = (torch.arange(ids.shape[1]) < sizes[:, None]).long()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0 or step + 1 == steps:
+            print(f"start, step {step}: loss of answers {loss.item():.3f}", flush=True)
