@@ -15,7 +15,7 @@ from cggr_train.presets import load_model
 from cggr_train.tokenizer import load_tokenizer
 
 _BATCH = 16
-_RATE = 1e-5
+_RATE = 2e-5
 _WARMUP = 10
 
 
