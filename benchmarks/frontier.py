@@ -105,6 +105,7 @@ class Plan:
         last = self.setting.shares[-1]
         most = max(max(self.steps[last][name], self.usual_steps[last][name]) for name in arms)
         spread = {max(1, round(most * share)) for share in CURVE}
+        spread = {point for point in spread if all(abs(point - other) > 0.2 * other for other in read)}
         return sorted(point for point in read | spread if point <= most)
 
     def answered_at(self, way: str) -> dict[str, int]:

@@ -185,6 +185,18 @@ def test_an_arm_that_diverged_is_named_and_compared_with_nothing(tmp_path):
     assert re.search(r"<td[^>]*>diverged</td>", (tmp_path / "a.html").read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(("supervised", "which"), [(1.0, ""), (0.06, "supervised ")])
+def test_shares_are_of_what_is_supervised(tmp_path, supervised, which):
+    found = outcome()
+    study = {"devices": ["x"], "workers": 1, "threads": 1, "versions": {}, "supervised": supervised}
+    page = tmp_path / "page.html"
+    write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
+    text = page.read_text(encoding="utf-8")
+    assert f"Trains on 25% of the {which}tokens, at random" in text
+    assert f"Ordinary training on every {which}token, 8 sequences" in text
+    assert f"the loss counts every {which}token, kept or not" in text
+
+
 def test_an_arm_whose_control_diverged_is_not_recommended():
     good = {STANDARD: 5.0, EQUAL: 5.0, RANDOM: 4.5, ASKED: 4.0}
     found = outcome(diverged={RANDOM: 7}, **good)

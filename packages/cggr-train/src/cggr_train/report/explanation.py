@@ -30,25 +30,27 @@ SCORES = {
 }
 
 
-def explain(arm: Arm, arms: Sequence[Arm]) -> str:
+def explain(arm: Arm, arms: Sequence[Arm], *, supervised: float = 1.0) -> str:
     """What an arm does and what it is for, in one sentence.
 
     Args:
         arm: The arm.
         arms: All arms of the study.
+        supervised: Share of all tokens that are supervised; a keep ratio is of these.
 
     Example:
         >>> from cggr_train.study.arms import Arm
         >>> explain(Arm("standard", "standard, batch 8", "standard", "standard", 8), [])
         'Ordinary training on every token, 8 sequences a step: the baseline of every comparison.'
     """
+    kind = "token" if supervised == 1.0 else "supervised token"
     if arm.method != "standard":
         routing = arm.routing
         if routing.selection == "supervised":
             which = "the supervised tokens"
         else:
             how = SELECTIONS[routing.selection].format(score=SCORES[routing.scoring])
-            which = f"{routing.ratio:.0%} of the tokens, {how}"
+            which = f"{routing.ratio:.0%} of the {kind}s, {how}"
         purpose = "; the control that shows what a score is worth" if arm.role == "random" else ""
         return f"Trains on {which}: {MODES[routing.gradient]}{purpose}."
     rivals = [other.title for other in arms if other.equal_cost == arm.name]
@@ -59,4 +61,4 @@ def explain(arm: Arm, arms: Sequence[Arm]) -> str:
         "equal_memory": "as many sequences at a time as fit into the memory of a routed step",
         "batch": "another batch size, as requested",
     }[arm.role]
-    return f"Ordinary training on every token, {arm.batch_size} sequences a step: {purpose}."
+    return f"Ordinary training on every {kind}, {arm.batch_size} sequences a step: {purpose}."

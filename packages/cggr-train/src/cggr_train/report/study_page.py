@@ -41,7 +41,10 @@ def write_study_page(
         what=Path(train.model).name if train.model else f"a {train.config} model from scratch",
         answer=verdict[0],
         findings=verdict[1:],
-        explained=[(arm.title, colour(arm, outcome), explain(arm, outcome.arms)) for arm in outcome.arms],
+        explained=[
+            (arm.title, colour(arm, outcome), explain(arm, outcome.arms, supervised=study.get("supervised", 1.0)))
+            for arm in outcome.arms
+        ],
         colours={arm.name: colour(arm, outcome) for arm in outcome.arms},
         tables=study_cells(outcome),
         labels={arm.name: arm.title for arm in outcome.arms},
