@@ -205,7 +205,7 @@ def test_the_verdict_says_what_the_rows_say(data, tmp_path_factory):
         label, value = re.fullmatch(r"Lowest held-out loss in the same time: (.*) \((.*)\)\.", lowest).groups()
         assert value == f"{min(means.values()):.3f}"
         assert value == f"{means[label]:.3f}"
-        chosen = next(name for name in means if first.startswith(f"Use {name}"))
+        chosen = max((name for name in means if first.startswith(f"Use {name}: ")), default="", key=len)
         assert f"{means[chosen]:.3f}" in first
 
 
