@@ -240,13 +240,11 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
         return make_step(with_compiled_parts(model), tokens, variant.removesuffix(COMPILED), ratio)
     if variant == "scoring and selection alone":
         return scoring_step(model, tokens, ratio)
-    if variant == "standard, compiled":
-        return standard_step(torch.compile(model), tokens)
     inputs = {"attention_mask": torch.ones_like(tokens)} if variant.endswith(MASKED) else {}
     variant = variant.removesuffix(MASKED)
     plain, labels = variant.removesuffix(SUPERVISED), end_labels(tokens) if variant.endswith(SUPERVISED) else None
-    if plain == "standard":
-        return standard_step(model, tokens, labels, **inputs)
+    if plain in ("standard", "standard, compiled"):
+        return standard_step(model if plain == "standard" else torch.compile(model), tokens, labels, **inputs)
     if plain == FUSED:
         return fused_step(model, standard_step(model, tokens, labels))
     if plain in (CHECKPOINTED, CHECKPOINTED_FUSED):
@@ -258,8 +256,9 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     more["context_precision"] = "fp8" if variant.endswith(LOW) else None
     variant = variant.removesuffix(LOW)
     if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
-        return supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
-    step = cggr_step(model, tokens, variant, ratio, inputs, **more)
+        step = supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
+    else:
+        step = cggr_step(model, tokens, variant, ratio, inputs, **more)
     return RecordedByItself(step) if recorded else step
 
 
@@ -291,12 +290,15 @@ def variants_of(shape: Shape) -> list[str]:
     # Every recording holds the memory of its step, so that the largest models have few of them.
     by_themselves = [name + RECORDED for name in (main_variants[2], *low[1:3])]
     by_themselves += [slots, slots + LOW, slots + GRAPH, slots + LOW + GRAPH]
+    by_themselves += ["kv" + SUPERVISED + LOW + RECORDED]
+    controls = ["kv" + SUPERVISED + RECORDED, "standard, compiled" + SUPERVISED]
     return [
         FUSED,
         CHECKPOINTED,
         *main_variants,
         *([*low[:4], *by_themselves] if cuda and not shape.launch_bound else []),
         *supervised,
+        *(controls if cuda else []),
         *(compiled if cuda else []),
         CHECKPOINTED_FUSED,
         *(low[4:] if cuda and not shape.launch_bound else []),

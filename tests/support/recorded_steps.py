@@ -16,9 +16,14 @@ def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRM
     router = None if depth is None else create_truncated_router(base, depth)
     model = CGGRModel(base, router, cuda_graph="auto", **settings).train()
     if next(base.parameters()).device.type == "cpu":
-        parts = (model._outcome, model._passes, model.schedule, model._draws)
-        model._recorder = Recorder(*parts, device_type="cpu", graphs=Reenacted)
+        record_by_doing_again(model)
     return model
+
+
+def record_by_doing_again(model: CGGRModel) -> None:
+    """Let a model on the CPU record its steps."""
+    parts = (model._outcome, model._passes, model.schedule, model._draws)
+    model._recorder = Recorder(*parts, device_type="cpu", graphs=Reenacted)
 
 
 def replayed(model: CGGRModel) -> bool:

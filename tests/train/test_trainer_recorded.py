@@ -1,0 +1,69 @@
+"""A Trainer's steps recorded on the CPU: what training did to the weights, with and without recordings."""
+
+import pytest
+
+from cggr_core.recording import recorder
+from cggr_train import CGGRConfig
+from tests.support.recorded_steps import record_by_doing_again, replayed, worth_it
+from tests.support.trainer_kit import change, examples, relative_error, tiny_model, trainer
+
+
+@pytest.fixture(autouse=True)
+def kept_whatever_they_save(monkeypatch):
+    worth_it(monkeypatch)
+    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+
+
+def trained(folder, cggr: CGGRConfig, *, recorded: bool, **values):
+    """What training did, how many steps were replayed, and how many recordings there are."""
+    made = trainer(folder, cggr, **values)
+    before, routed, replays = tiny_model(), made.routed_model(), []
+    if recorded:
+        record_by_doing_again(routed)
+        take = routed._recorder.take
+
+        def noted(*args):
+            taken = take(*args)
+            replays.append(taken is not None)
+            return taken
+
+        routed._recorder.take = noted
+    made.train()
+    return change(before, made.model), replays, routed._recorder.recordings if recorded else 0
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"selection": "random"},
+        {"selection": "supervised"},
+        {"gradient": "exact", "selection": "random"},
+        {"gradient": "exact", "selection": "supervised"},
+        {"gradient": "sequence", "selection": "random", "min_tokens_ratio": 0.5},
+        {"router": "truncated", "router_depth": 1, "selection": "sampled"},
+    ],
+)
+def test_accumulation_and_clipping(settings, precision, tmp_path):
+    """Four micro-batches a step, of other numbers of items: one recording serves them all."""
+    values = {"max_steps": 4, "gradient_accumulation_steps": 4, "max_grad_norm": 0.1, "data": examples(64, length=24)}
+    values |= {"per_device_train_batch_size": 4, **precision}
+    wanted, *_ = trained(tmp_path / "plain", CGGRConfig(cuda_graph=False, **settings), recorded=False, **values)
+    found, replays, recordings = trained(tmp_path / "own", CGGRConfig(**settings), recorded=True, **values)
+    assert replays == [False, False, *[True] * 14]  # the first step also looks at the model
+    assert recordings == 1
+    assert relative_error(found, wanted) <= (2e-2 if precision else 1e-5)
+
+
+def test_the_last_batch_is_shorter_and_rows_are_of_several_lengths(tmp_path):
+    """Shapes that come once run as they are; those that come again are replayed."""
+    data = examples(16, length=24) + examples(16, length=16) + examples(16, length=24) + examples(2, length=16)
+    values = {"max_steps": 26, "per_device_train_batch_size": 4, "data": data}
+    values |= {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    settings = {"selection": "supervised"}
+    wanted, *_ = trained(tmp_path / "plain", CGGRConfig(cuda_graph=False, **settings), recorded=False, **values)
+    found, replays, recordings = trained(tmp_path / "own", CGGRConfig(**settings), recorded=True, **values)
+    assert recordings == 3
+    assert sum(replays) == len(replays) - 3
+    assert replayed is not None
+    assert relative_error(found, wanted) <= 1e-5
