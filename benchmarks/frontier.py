@@ -18,6 +18,7 @@ the end of ``--seconds`` it reports on the seeds that all arms have done.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -242,7 +243,10 @@ class Study:
                 self.give(timer, "timing", {"arm": name}, {"do": "time", "arm": name})
             for _, record in self.results(1.0):
                 if record["event"] == "timing" and time_of(record, "eager") is None:
-                    raise SystemExit(f"{record['arm']} has no step: {record}")
+                    self._leave_out(record["arm"])
+                if record["event"] == "timing" and ("error" in record or "CUDA error" in str(record)):
+                    self.processes[-1].kill()  # nothing runs in it any more
+                    timer = self.start()
                 if record["event"] == "weights" and "error" in record:
                     raise SystemExit("the model cannot be loaded")
         if timer is not None:
@@ -251,6 +255,15 @@ class Study:
         if None not in timings.values():
             self.plan = Plan(self.setting, timings, seconds=self.arguments.time, steps=self.arguments.steps)
             self.say(f"every arm gets {self.plan.budget:.1f} s: {self.plan.steps}, usual: {self.plan.usual_steps}")
+
+    def _leave_out(self, arm: str) -> None:
+        """Go on without an arm that has no step, and without its way where no other arm has it."""
+        if arm in (self.setting.clock, next(iter(self.setting.arms))):
+            raise SystemExit(f"{arm} has no step, and every other arm is compared with it")
+        arms = {name: found for name, found in self.setting.arms.items() if name != arm}
+        left = {found.way for found in arms.values()}
+        ways = {name: way for name, way in self.setting.ways.items() if name in left}
+        self.setting = dataclasses.replace(self.setting, arms=arms, ways=ways)
 
     def _train(self, workers: list[Connection], answering: Connection | None) -> None:
         waiting = [*self._trials(), *self._runs()]
@@ -308,6 +321,8 @@ class Study:
     def _rate(self, way: str) -> float | None:
         """The best of those tried; None while trials are out."""
         whose = self.setting.ways[way].rate_of or way
+        if whose not in self.setting.ways:  # it was left out
+            return self._rates(way)[0]
         rates = self._rates(whose)
         if len(rates) == 1:
             return rates[0]
