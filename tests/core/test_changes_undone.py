@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cggr_core.routing import patches
 from cggr_core.routing.architectures import describe
@@ -146,13 +146,19 @@ def test_noise_that_is_off():
     assert vars(model) == before
 
 
+class Sharded(Tensor):
+    """Stands for a kind of tensor whose values are elsewhere."""
+
+
 def test_grown_parameters():
     model = nn.Module()
     values = {"zeros": torch.zeros(64, 256), "small": torch.full((512,), 0.05), "ones": torch.ones(4)}
     values |= {"one": torch.zeros(1), "some": torch.tensor([0.0, 0.0, 1.0]), "below": torch.full((3, 64), -0.05)}
+    values |= {"two": torch.zeros(2), "kernels": torch.zeros(64, 4, 256)}
     for name, value in values.items():
         model.register_parameter(name, nn.Parameter(value.clone()))
     model.register_parameter("whole", nn.Parameter(torch.zeros(4, dtype=torch.int64), requires_grad=False))
+    model.register_parameter("sharded", nn.Parameter(torch.zeros(4).as_subclass(Sharded)))
     model.register_parameter("meta", nn.Parameter(torch.zeros(4, device="meta")))
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     state = torch.get_rng_state()
@@ -160,9 +166,10 @@ def test_grown_parameters():
         assert grown is True
         # Of variance 1 / columns where there are any, else 1.
         assert 0.9 < model.zeros.std() * 16 < 1.1 and 0.9 < model.small.std() < 1.1 and model.below.std() > 0.05
+        assert 0.9 < model.kernels.std() * 16 < 1.1 and model.two.all()
         for name in ("ones", "one", "some"):
             assert model.get_parameter(name).equal(values[name])
-        assert not model.whole.any()
+        assert not model.whole.any() and not model.sharded.any()
         first = model.zeros.detach().clone()
     for name, value in values.items():
         assert model.get_parameter(name).equal(value)

@@ -152,6 +152,14 @@ def flat(q, k, cos, sin):
     return q.flatten(1, 2), k
 
 
+def queries_alone(q, k, cos, sin):
+    return halves(q, k, cos, sin)[0]
+
+
+def one_more(q, k, cos, sin):
+    return *halves(q, k, cos, sin), None
+
+
 def other_order(k, q, cos, sin):
     return halves(k, q, cos, sin)
 
@@ -193,7 +201,18 @@ def test_an_attention_that_turns_halves_does_so_in_the_kernel(calls):
 
 
 @pytest.mark.parametrize(
-    "rotary", [other_direction, neighbours, slightly_larger, flat, other_order, whole_heads_alone, None]
+    "rotary",
+    [
+        other_direction,
+        neighbours,
+        slightly_larger,
+        flat,
+        queries_alone,
+        one_more,
+        other_order,
+        whole_heads_alone,
+        None,
+    ],
 )
 def test_a_rotary_embedding_of_another_formula_is_left_as_it_is(rotary):
     assert fused_forwards([attention_with(rotary)]) == {}
@@ -295,10 +314,33 @@ def test_a_gated_mlp_runs_its_product_in_the_kernel(calls):
 @pytest.mark.parametrize("kind", [OtherHalf, Summed, SlightlyLarger, WithNoise, ReturnsMore, AsksForMore])
 def test_gated_mlps_that_differ_in_one_thing_are_left_as_they_are(kind):
     assert fused_forwards([fake_mlp(kind)]) == {}
+    assert fused_forwards([fake_mlp(kind).eval()]) == {}, "noise is there in training"
+
+
+def test_gated_mlps_of_others_and_of_other_activations_are_left_as_they_are():
     assert fused_forwards([fake_mlp(GatedMLP, "somewhere.else")]) == {}
+    kind = type(fake_mlp(GatedMLP))
+    ours, other, without = kind(), kind(), kind()
+    other.act_fn = nn.GELU()
+    del without.act_fn
+    assert set(fused_forwards([ours, other, without])) == {ours}, "modules of one class are told apart"
 
 
-@pytest.mark.parametrize("changed", ["gate", "both", "width"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_it_is_tried_out_in_float32_on_numbers_of_its_own(dtype, monkeypatch):
+    modules = [*ROUTABLE["llama"]().modules(), fake_mlp(SlightlyLarger), attention_with(slightly_larger)]
+    wanted, state = set(fused_forwards(modules)), torch.get_rng_state()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert set(fused_forwards(modules)) == wanted
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.get_rng_state().equal(state)
+    assert len(wanted) == 13  # seven norms, and an attention and an MLP in each of three layers
+
+
+@pytest.mark.parametrize("changed", ["gate", "up", "both", "width"])
 def test_a_product_that_the_kernel_was_not_made_for_runs_the_models_own_code(changed, calls):
     class Cast(nn.Linear):
         def forward(self, x):
@@ -309,11 +351,9 @@ def test_a_product_that_the_kernel_was_not_made_for_runs_the_models_own_code(cha
             return super().forward(x)[..., :1]
 
     mlp, x = fake_mlp(GatedMLP), torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
-    if changed in ("gate", "both"):
-        mlp.gate_proj.__class__ = Cast
+    for name in {"both": ("gate", "up"), "width": ()}.get(changed, (changed,)):
+        mlp.get_submodule(f"{name}_proj").__class__ = Cast
         mlp.down_proj.double()
-    if changed == "both":
-        mlp.up_proj.__class__ = Cast
     if changed == "width":
         mlp.up_proj.__class__ = Narrow
     found = fused_forwards([mlp])[mlp](x)

@@ -8,7 +8,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 
 from cggr_core import CGGRModel
-from cggr_core.routing import whole_rows
+from cggr_core.routing import patches, whole_rows
 from cggr_core.routing.masks import routed_masks
 from tests.support.model_steps import tokens
 from tests.support.reference_routing import gradients, relative_error
@@ -98,6 +98,7 @@ def test_blocks_nest_and_leave_what_they_found():
         with routed_masks(visibility):
             inner = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         assert inner is not without and ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is without
+        assert masking_utils.find_packed_sequence_indices(repeated) is None
         with routed_masks(visibility):
             raise RuntimeError("in the inner block")
     assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
@@ -133,3 +134,16 @@ def test_torch_uses_no_weight_that_was_cast_without_its_graph():
             layer(x)
         layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
+def test_what_was_told_of_documents_ends_with_its_block():
+    """Also while an outer block is still there, which told nothing of them."""
+    visibility = CGGRModel(ROUTABLE["llama"]())._passes.inputs(input_ids=tokens()).visibility()
+    repeated = torch.tensor([[0, 1, 0, 1]])
+    with routed_masks(visibility):
+        outer = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        with whole_rows():
+            assert masking_utils.find_packed_sequence_indices(repeated) is None
+        assert masking_utils.find_packed_sequence_indices(repeated).tolist() == [[0, 0, 1, 1]]
+        assert patches._some_pass_runs and ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is not outer is not sdpa_mask
+    assert not patches._some_pass_runs, "compiled code sees transformers' own again"

@@ -80,7 +80,7 @@ def sliding_and_full() -> Any:
 
 
 def alora() -> Any:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES))
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj", "k_proj", "v_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"
@@ -148,6 +148,24 @@ def test_whole_rows_count(
     inputs = given()
     model = grown(make())
     check_exact(model, inputs, inputs["input_ids"], gradient=gradient, engine=engine)
+
+
+def with_plain_lora(active: str) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = alora()
+    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter(active)
+    return model
+
+
+@pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
+@pytest.mark.parametrize("active", ["default", "plain"])
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_rows_and_adapters_without_an_invocation(active: str, engine: str) -> None:
+    inputs = batch()
+    inputs["input_ids"][1, 20] = 7  # the second row invokes nothing
+    model = grown(with_plain_lora(active))
+    check_exact(model, inputs, inputs["input_ids"], gradient="kv", engine=engine)
 
 
 def multimodal() -> Any:

@@ -93,6 +93,8 @@ def _turns_in_halves(own: Callable[..., Any]) -> bool:
         found = own(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
+    if not isinstance(found, tuple) or len(found) != 2:
+        return False
     pairs = zip(found, rotary_reference(q, k, cos, sin), strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
 
