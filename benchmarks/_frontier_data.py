@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,8 @@ def prepare(path: Path, setting: Setting, gsm8k: Path, tokenizer: PreTrainedToke
     sides = {side: read_problems(gsm8k / f"{side}.jsonl") for side in SIDES}
     others = sides["train"]
     end: int = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
-    head, blobs = {}, []
+    head: dict[str, Any] = {"length": setting.length}
+    blobs: list[bytes] = []
     for seed, (side, problems) in enumerate(sides.items()):
         if side == "train":
             problems = problems[: setting.problems]
@@ -63,13 +64,13 @@ def prepare(path: Path, setting: Setting, gsm8k: Path, tokenizer: PreTrainedToke
             for prompt, answer in zip(prompts, answers, strict=True)
             if len(answer) < most and len(prompt) + len(answer) < setting.length
         ]
-        ids = np.full((len(whole), setting.length), end, dtype="<u2")
+        largest = max(max(max(prompt), max(answer)) for prompt, answer in whole)
+        ids = np.full((len(whole), setting.length), end, dtype="<u2" if max(largest, end) < 2**16 else "<u4")
         for row, (prompt, answer) in zip(ids, whole, strict=True):
             row[: len(prompt) + len(answer)] = [*prompt, *answer]
         places = np.array([[len(prompt), len(prompt) + len(answer)] for prompt, answer in whole], dtype="<u2")
-        head[side] = {"rows": len(whole), "left_out": len(problems) - len(whole)}
+        head[side] = {"rows": len(whole), "left_out": len(problems) - len(whole), "dtype": ids.dtype.str}
         blobs += [ids.tobytes(), places.tobytes()]
-    head["length"] = setting.length
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_bytes(lzma.compress(json.dumps(head).encode() + b"\n" + b"".join(blobs), preset=6))
@@ -82,7 +83,7 @@ def load(path: Path) -> tuple[Rows, dict[str, int | float]]:
     head, offset, found = json.loads(line), 0, {}
     for side in SIDES:
         count, length = head[side]["rows"], head["length"]
-        ids = np.frombuffer(data, "<u2", count * length, offset).reshape(count, length)
+        ids = np.frombuffer(data, head[side].get("dtype", "<u2"), count * length, offset).reshape(count, length)
         offset += ids.nbytes
         places = np.frombuffer(data, "<u2", count * 2, offset).reshape(count, 2)
         offset += places.nbytes

@@ -124,20 +124,23 @@ class _Words:
         return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
 
-def test_rows_come_back_from_the_file(tmp_path):
+@pytest.mark.parametrize("end", [0, 151643], ids=["small vocabulary", "large vocabulary"])
+def test_rows_come_back_from_the_file(tmp_path, end):
     problems = [{"question": f"q {'a' * n} b", "answer": " ".join(["cc"] * (1 + n % 3))} for n in range(TUNING + 5)]
     problems.append({"question": "long", "answer": "d " * 300})
     for side in ("train", "test"):
         lines = "".join(json.dumps(problem) + "\n" for problem in problems)
         (tmp_path / f"{side}.jsonl").write_text(lines, encoding="utf-8")
-    path = prepare(tmp_path / "rows.xz", TOY, tmp_path, _Words())
+    tokenizer = _Words()
+    tokenizer.eos_token_id = end
+    path = prepare(tmp_path / "rows.xz", TOY, tmp_path, tokenizer)
     found, noted = load(path)
     assert (len(found.train), len(found.tuning), noted["left_out"]) == (5, TUNING, 1)
     input_ids, labels = split_supervised(found.train)
-    assert input_ids[4, :6].tolist() == [1, 4, 1, 2, 2, 0]
-    assert labels[4, :7].tolist() == [-100, -100, -100, 2, 2, 0, -100]
+    assert input_ids[4, :6].tolist() == [1, 4, 1, 2, 2, end]
+    assert labels[4, :7].tolist() == [-100, -100, -100, 2, 2, end, -100]
     before = path.stat().st_mtime_ns
-    assert prepare(path, TOY, tmp_path, _Words()).stat().st_mtime_ns == before
+    assert prepare(path, TOY, tmp_path, tokenizer).stat().st_mtime_ns == before
 
 
 times = st.floats(0.01, 1.0)
