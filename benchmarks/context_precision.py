@@ -6,11 +6,14 @@
 ``finetune``  the same model fine-tuned on GSM8K behind other questions, loss and gradients on the answers
 ``scratch``   a small model trained from scratch on the standard library's source, a quarter of the tokens kept
 
-The trainings run the same batches and selections in both precisions, and give held-out losses.
+The trainings run the same batches and selections in both precisions, ``--parallel`` of them at a time, and give held-out
+losses.
 """
 
 import argparse
 import copy
+import itertools
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import _record
+from benchmarks import _frontier_data, _record
 from benchmarks._language_model import Size, training
 from benchmarks._steps import SHAPES
 from benchmarks.gsm8k import among_others, read_problems, write_problems
@@ -109,6 +112,9 @@ def measure_errors(arguments: argparse.Namespace, until: float) -> Iterator[tupl
 
 def examples(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """GSM8K behind other questions: training and held-out rows, of which the answers are supervised."""
+    if arguments.rows is not None:
+        rows = _frontier_data.load(arguments.rows)[0]
+        return tuple(side.flatten().numpy() for side in (rows.train, rows.test))
     tokenizer = load_tokenizer(str(arguments.model))
     train, test = (read_problems(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test"))
     length, folder = arguments.length, arguments.work / f"context_{arguments.length}"
@@ -181,22 +187,53 @@ def heldout_of(wrapped: CGGRModel, size: Size, held: np.ndarray, sequences: int)
     return float(torch.stack(losses).sum() / len(rows))
 
 
-def measure_training(
-    run: Callable[[str, str | None, int], float], seeds: int, until: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
+Run = tuple[str, str, int]
+"""Gradient mode, name of the precision, seed."""
+
+
+def all_at_once(arguments: argparse.Namespace, runs: list[Run], until: float) -> Iterator[tuple[Run, float]]:
+    """Held-out loss of every run, ``--parallel`` of them at a time, each as soon as it is there."""
+    threads = max(1, torch.get_num_threads() // arguments.parallel)
+    with multiprocessing.get_context("spawn").Pool(arguments.parallel, _begin, (arguments, threads, until)) as pool:
+        for run, loss in pool.imap_unordered(_one, runs):
+            if loss is not None:
+                yield run, loss
+
+
+_here: dict[str, Any] = {}
+
+
+def _begin(arguments: argparse.Namespace, threads: int, until: float) -> None:
+    torch.set_num_threads(threads)
+    _here.update(train=MAKERS[arguments.what](arguments), until=until, runs=0)
+
+
+def _one(run: Run) -> tuple[Run, float | None]:
+    if _here["runs"] and _record.is_over(_here["until"]):
+        return run, None
+    _here["runs"] += 1
+    mode, name, seed = run
+    return run, _here["train"](mode, PRECISIONS[name], seed)
+
+
+def measure_training(arguments: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Held-out losses of every mode and precision, seed by seed, as far as the time goes."""
-    losses: dict[str, list[float]] = {f"{mode}, context {name}": [] for mode in MODES for name in PRECISIONS}
-    for seed in range(seeds):
-        for mode in MODES:
-            for name, precision in PRECISIONS.items():
-                if seed and _record.is_over(until):
-                    return
-                row = f"{mode}, context {name}"
-                losses[row].append(run(mode, precision, seed))
-                control = losses[f"{mode}, context {OWN}"]
-                apart = [value - own for value, own in zip(losses[row], control, strict=False)]
-                numbers = _record.summary(losses[row]) | {"unit": "nat", "losses": list(losses[row])}
-                yield row, numbers | {"more_than_own": apart}
+    losses: dict[tuple[str, str], dict[int, float]] = {}
+    runs = [(mode, name, seed) for seed in range(arguments.seeds) for mode in arguments.modes for name in PRECISIONS]
+    for (mode, name, seed), loss in all_at_once(arguments, runs, until):
+        losses.setdefault((mode, name), {})[seed] = loss
+        rows = [(row, losses[row]) for row in itertools.product([mode], PRECISIONS) if row in losses]
+        control = losses.get((mode, OWN), {})
+        for (_, precision), found in rows:
+            apart = {seed: value - control[seed] for seed, value in found.items() if seed in control}
+            numbers = _record.summary(list(found.values())) | {"unit": "nat", "losses": found, "more_than_own": apart}
+            yield f"{mode}, context {precision}", numbers
+
+
+MAKERS: dict[str, Callable[[argparse.Namespace], Callable[[str, str | None, int], float]]] = {
+    "finetune": finetuned,
+    "scratch": from_scratch,
+}
 
 
 def main() -> None:
@@ -205,6 +242,9 @@ def main() -> None:
     parser.add_argument("what", choices=("error", "finetune", "scratch"))
     parser.add_argument("--model", type=Path, help="folder of a pretrained model; finetune needs one")
     parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl, for a pretrained model")
+    parser.add_argument("--rows", type=Path, help="rows that benchmarks.frontier tokenized, instead of --gsm8k")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("context_precision_work"), help="folder for tokens")
     parser.add_argument("--problems", type=int, default=4000, help="of GSM8K, at most")
     parser.add_argument("--batch-size", type=int)
@@ -216,28 +256,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
     _record.add_seconds(parser)
     arguments = parser.parse_args()
-    if arguments.model is not None and arguments.gsm8k is None:
-        parser.error("--model needs --gsm8k")
+    if arguments.model is not None and arguments.gsm8k is None and arguments.rows is None:
+        parser.error("--model needs --gsm8k or --rows")
+    if arguments.rows is not None:
+        arguments.length = _frontier_data.load(arguments.rows)[0].train.shape[1]
     if arguments.what == "finetune" and arguments.model is None:
         parser.error("finetune needs --model")
     arguments.batch_size = arguments.batch_size or (4 if arguments.what == "error" else 16)
     until = _record.deadline(arguments.seconds)
-    if arguments.what == "error":
-        found = measure_errors(arguments, until)
-    else:
-        make = finetuned if arguments.what == "finetune" else from_scratch
-        found = measure_training(make(arguments), arguments.seeds, until)
+    found = (measure_errors if arguments.what == "error" else measure_training)(arguments, until)
     rows: dict[str, dict[str, Any]] = {}
     settings = {
         "seed": SEED, "ratio": RATIO, "model": arguments.model and arguments.model.name, "steps": arguments.steps,
         "batch": arguments.batch_size, "length": arguments.length, "seeds": arguments.seeds,
+        "rows": arguments.rows and arguments.rows.name, "parallel": arguments.parallel,
     }  # fmt: skip
     name = "_".join(["context_precision", arguments.what, *([] if arguments.device == "cuda" else ["cpu"])])
     where = {"device": arguments.device, "folder": arguments.output}
     for row, numbers in found:
         rows[row] = numbers
         print(f"{row:50} {numbers['median']:.4g} {numbers.get('gradient_cosine', '')}", flush=True)
-        path = _record.write(name, rows, settings=settings, control=next(iter(rows)), **where)
+        path = _record.write(name, rows, settings=settings, control=min(rows, key=lambda row: OWN not in row), **where)
     _record.plot(_record.load(name, folder=arguments.output), path.with_suffix(".png"))
 
 
