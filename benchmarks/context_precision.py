@@ -6,8 +6,7 @@
 ``finetune``  the same model fine-tuned on GSM8K behind other questions, loss and gradients on the answers
 ``scratch``   a small model trained from scratch on the standard library's source, a quarter of the tokens kept
 
-The trainings run the same batches and selections in both precisions, ``--parallel`` of them at a time, and give held-out
-losses.
+The trainings run the same batches and selections in both precisions, ``--parallel`` at a time, and give held-out losses.
 """
 
 import argparse
@@ -198,6 +197,8 @@ def all_at_once(arguments: argparse.Namespace, runs: list[Run], until: float) ->
         for run, loss in pool.imap_unordered(_one, runs):
             if loss is not None:
                 yield run, loss
+        pool.close()
+        pool.join()
 
 
 _here: dict[str, Any] = {}
