@@ -6,7 +6,7 @@
 ``finetune``  the same model fine-tuned on GSM8K behind other questions, loss and gradients on the answers
 ``scratch``   a small model trained from scratch on the standard library's source, a quarter of the tokens kept
 
-The trainings run the same batches and selections in both precisions, ``--parallel`` at a time, and give held-out losses.
+The trainings run the same batches and selections in both precisions, several at a time, and give held-out losses.
 """
 
 import argparse
