@@ -158,6 +158,37 @@ def test_what_was_refused_is_not_run_again(given):
     assert look(model, routing=False)[0].architecture.obstacle is None
 
 
+def test_placeholders_of_images_are_other_tokens_in_a_trial_of_text(given):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    model.config.image_token_id = int(input_ids[0, 2])
+    look(model, input_ids=input_ids, routing=False)
+    others = input_ids[:2, :8] != model.config.image_token_id
+    assert not others[0, 2]
+    for call in given:
+        assert (call["input_ids"] != model.config.image_token_id).all()
+        assert call["input_ids"][others].equal(input_ids[:2, :8][others])
+
+
+def test_embeddings_in_place_of_tokens(given):
+    embeds = torch.randn(ROWS, LENGTH, 32, generator=torch.Generator().manual_seed(1))
+    assert look(ROUTABLE["llama"](), own_loss=True, inputs_embeds=embeds)[0].architecture.obstacle is None
+    assert given[0]["inputs_embeds"].equal(embeds[:2, :8])
+
+
+def test_documents_that_mix_once_a_model_has_learned_to():
+    """Attention whose output is multiplied by 0 at first."""
+    positions = torch.tensor([[*range(5), *range(7)]]).expand(ROWS, -1)
+    model = ROUTABLE["bloom"]()
+    for layer in model.transformer.h:
+        nn.init.zeros_(layer.self_attention.dense.weight)
+    found, packed = look(model, input_ids=tokens(), position_ids=positions)
+    assert found.architecture.obstacle is None and "attends across" in found.packing_obstacle
+    unpacked, _ = look(model, input_ids=tokens())
+    assert unpacked.packing_obstacle is None
+    assert probe_whole_rows(model, unpacked, packed).packing_obstacle == found.packing_obstacle
+    assert not any(layer.self_attention.dense.weight.any() for layer in model.transformer.h)
+
+
 class Lengths(transformers.LlamaForCausalLM):
     """Runs on rows of ``multiple`` tokens alone."""
 

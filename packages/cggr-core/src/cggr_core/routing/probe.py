@@ -109,8 +109,7 @@ def _probe(
         obstacle = _layer_drop(model)
     if routing and obstacle is None:
         architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
-    with without_checkpointing(architecture):
-        own = own_alignment(model, architecture, inputs, tokens=tokens) if own_loss else None
+    own = own_alignment(model, architecture, inputs, tokens=tokens) if own_loss else None
     architecture = replace(architecture, obstacle=obstacle)
     if own is not None:
         architecture = replace(architecture, shifted=own.shifted, counts_padding=own.counts_padding)
