@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks._grpo_run import END_OF_START, encode, form, with_end_of_turn
+from benchmarks._grpo_run import END_OF_START, encode, form, right, task, with_end_of_turn
 from benchmarks.gsm8k import read_problems
 from cggr_train.presets import load_model
 from cggr_train.tokenizer import load_tokenizer
@@ -17,6 +17,7 @@ from cggr_train.tokenizer import load_tokenizer
 _BATCH = 16
 _RATE = 2e-5
 _WARMUP = 10
+_CHECKED = 64
 
 
 def policy(options: argparse.Namespace) -> Path:
@@ -36,6 +37,7 @@ def policy(options: argparse.Namespace) -> Path:
         model: Any = load_model(str(options.model)).to("cuda" if torch.cuda.is_available() else "cpu")
         if steps:
             fine_tune(model, tokenizer, options.gsm8k, steps=steps)
+        check(model, tokenizer, options)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.rename(written)
@@ -69,13 +71,44 @@ def fine_tune(model: Any, tokenizer: Any, gsm8k: Path, *, steps: int) -> None:
         labels = pad_sequence(
             [torch.tensor([-100] * len(prompt) + said) for prompt, said in batch], batch_first=True, padding_value=-100
         )
-        sizes = torch.tensor([len(prompt) + len(said) for prompt, said in batch])
-        mask = (torch.arange(ids.shape[1]) < sizes[:, None]).long()
+        # Padding comes after the text, where nothing that has a label attends to it: no mask is needed.
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).loss
+            loss = model(ids.to(device), labels=labels.to(device)).loss
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        if not norm.isfinite():
+            raise SystemExit(f"start, step {step}: the gradient's norm is {norm.item()}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0 or step + 1 == steps:
             print(f"start, step {step}: loss of answers {loss.item():.3f}", flush=True)
+
+
+@torch.no_grad()
+def check(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
+    """Stop where the policy, decoded by transformers, earns next to no reward: nothing could be learned from it.
+
+    Args:
+        model: The policy.
+        tokenizer: Of the model.
+        options: Of the command.
+    """
+    heldout = task(read_problems(options.gsm8k / "test.jsonl"), tokenizer, options.prompt)
+    prompts, answers = heldout.prompts[:_CHECKED], heldout.answers[:_CHECKED]
+    tokenizer.padding_side = "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    model.eval()
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
+        said = model.generate(
+            **batch, max_new_tokens=options.completion, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    texts = tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    share = sum(right(texts, answers)) / len(texts)
+    for text, answer in zip(texts[:3], answers, strict=False):
+        print(f"start, an answer ({answer} is right): {text!r}", flush=True)
+    print(f"start: {share:.1%} of {len(texts)} answers are right", flush=True)
+    if share < options.least_right:
+        raise SystemExit(
+            f"the policy that runs start from answers {share:.1%} right, less than {options.least_right:.1%}"
+        )

@@ -41,7 +41,11 @@ def write_result(
     if not seeds:
         print("no seed has come to its second evaluation in every arm", flush=True)
         return
-    at = {seed: min(of[arm, seed]["evaluations"][-1]["step"] for arm in arms) for seed in seeds}
+    at = {seed: max(set.intersection(*(_evaluated(of[arm, seed]) for arm in arms))) for seed in seeds}
+    seeds = [seed for seed in seeds if at[seed]]
+    if not seeds:
+        print("no seed has an evaluation in common between its arms", flush=True)
+        return
     control = CONTROL if CONTROL in arms else arms[0]
     rows = {arm: _row([of[arm, seed] for seed in seeds], [of[control, seed] for seed in seeds], at) for arm in arms}
     for arm, row in rows.items():
@@ -82,6 +86,10 @@ def _row(runs: list[dict[str, Any]], control: list[dict[str, Any]], at: dict[int
         "update_seconds": _record.summary(seconds),
         "runs": runs,
     }
+
+
+def _evaluated(run: dict[str, Any]) -> set[int]:
+    return {one["step"] for one in run["evaluations"]}
 
 
 def _right(run: dict[str, Any], step: int) -> list[float]:

@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--per-device", type=int, help="runs at a time on one device; as its memory allows if left out")
     parser.add_argument("--gigabytes", type=float, default=24.0, help="memory of a run, for that")
     parser.add_argument("--start-steps", type=int, default=60, help="of fine-tuning on answers, before all runs")
+    parser.add_argument("--least-right", type=float, default=0.05, help="of that policy's answers; stops below it")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps")
     parser.add_argument("--rollouts", type=int, default=128, help="of a generation; half of them make an update")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--run", nargs=3, metavar=("ARM", "SEED", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gradients of masked rows have been NaN
     if options.run:
         arm, seed, until = options.run
         options.until = float(until)
