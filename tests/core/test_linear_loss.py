@@ -330,3 +330,14 @@ def test_float16_gradients_under_a_loss_scale(reduction):
 
     for half, true in zip(found(torch.float16, 65536.0), found(torch.float64, 1.0), strict=True):
         assert (half - true).norm() < 2e-3 * true.norm()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_derivatives_are_refused_not_zero(reduction):
+    hidden, weight, targets, _ = operands()
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True asks for second derivatives"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    first = torch.autograd.grad(loss, hidden)[0]
+    wanted = torch.autograd.grad(by_autograd(hidden, weight, targets, reduction).sum(), hidden)[0]
+    torch.testing.assert_close(first, wanted)

@@ -263,3 +263,22 @@ def test_a_model_that_stays_as_it_is_is_looked_at_once(gradient, in_place, monke
             (model if in_place else wrapped)(input_ids=tokens(), labels=tokens())
         wrapped(tokens(), labels=tokens())
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize("stepped", [False, True], ids=["before", "after"])
+def test_parts_that_are_set_on_the_wrapper_are_the_models(gradient, stepped):
+    model = ROUTABLE["llama"]()
+    wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
+    if stepped:
+        wrapped(tokens(), labels=tokens())
+    head, config = nn.Linear(32, VOCAB, bias=False), copy.deepcopy(model.config)
+    wrapped.lm_head, wrapped.config, wrapped.generation_config = head, config, None
+    assert model.lm_head is head and model.config is config and model.generation_config is None
+    assert set(dict(wrapped.named_children())) == {"model"}
+    own = model(input_ids=tokens(), labels=tokens()).loss
+    torch.testing.assert_close(wrapped(tokens(), labels=tokens()), own, rtol=1e-5, atol=1e-6)
+    wrapped.note = nn.Linear(1, 1)  # of its own
+    assert not hasattr(model, "note") and set(dict(wrapped.named_children())) == {"model", "note"}
+    wrapped.model = other = ROUTABLE["gpt2"]()
+    assert wrapped.model is other

@@ -97,6 +97,14 @@ def test_the_graph_of_a_sum_is_walked_once(device):
         loss.backward()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_second_derivatives_are_refused_not_zero(reduction, device):
+    hidden, weight, targets, _ = problem(5, 8, 50, torch.float32, device)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True asks for second derivatives"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_rows_without_weight_may_hold_anything(device):
     hidden, weight, targets, _ = problem(6, 8, 100, torch.float32, device)
     hidden[0], hidden[4] = float("nan"), float("inf")

@@ -124,12 +124,16 @@ def _aligned(model: PreTrainedModel, case: Case) -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(**case.inputs, labels=case.labels)
+    # At starting weights both alignments give nearly the same loss: the nearer one is the model's.
+    found = []
     for shifted in (True, False):
         targets = align_labels(case.labels, shifted=shifted, vocab_size=10**6)
         nll = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), targets.tokens, reduction="none")
         loss = (nll * targets.countable).sum() / targets.countable.sum()
         if torch.allclose(loss, output.loss, rtol=1e-4):
-            return targets, describe(model)
+            found.append((float((loss - output.loss).abs()), targets))
+    if found:
+        return min(found, key=lambda pair: pair[0])[1], describe(model)
     raise ValueError("the model's own loss is not the mean cross-entropy of its logits, shifted or not")
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "check_at_least",
@@ -30,6 +33,7 @@ __all__ = [
     "check_shape",
     "check_targets",
     "count_bad_targets",
+    "first_derivatives_only",
     "values_are_free",
 ]
 
@@ -230,3 +234,23 @@ def bad_targets_message(
         f"{name} holds {count} value(s) outside the vocabulary{first}: "
         f"accepted are 0 to {vocab_size - 1} and ignore_index={ignore_index}"
     )
+
+
+def first_derivatives_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a backward raise where second derivatives are wanted (``create_graph=True``), which it does not have.
+
+    torch's ``once_differentiable`` raises later, and only if the upstream gradient has a graph: that of a loss has
+    none, and its gradients would count as constants.
+    """
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives, which this loss does not have; compute it from the "
+                "model's logits"
+            )
+        return once(ctx, *upstream)
+
+    return run

@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cggr_core.backends import register_reference, resolve
-from cggr_core.checks import check_choice, check_float, check_same_device, check_shape, check_targets, values_are_free
+from cggr_core.checks import (
+    check_choice,
+    check_float,
+    check_same_device,
+    check_shape,
+    check_targets,
+    first_derivatives_only,
+    values_are_free,
+)
 from cggr_core.head import accumulation_dtype, check_head, head_operands, product_dtype
 from cggr_core.head_chunks import HeadChunks, HeadGradients, row_chunks, scatter_rows, without_autocast
 
@@ -98,7 +105,7 @@ class _SumLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, row_index = ctx.saved_tensors
         if hidden is not None:
@@ -137,7 +144,7 @@ class _RowLoss(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, coefficient, row_index = ctx.saved_tensors
         head = HeadChunks(hidden, weight, bias, targets, row_index, ctx.softcap, ctx.scale, ctx.product_dtype)

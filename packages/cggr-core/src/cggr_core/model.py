@@ -381,6 +381,14 @@ class CGGRModel(nn.Module):
             return None  # what is wrong with them is told where they are checked
         return supervised_slots(counted, self.settings.ignore_index)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is read off the wrapped model is set on it, or it would be read off this one from then on, and not count.
+        model = self.__dict__.get("_modules", {}).get("model")
+        if model is not None and name not in self._modules and _is_part(model, name):
+            setattr(model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _run(self, call: StepCall, router: Router) -> StepResult:
         batch = StepBatch.checked(self.settings, self._passes, arguments=dict(call.arguments), **call.given)
         router.prepare(batch)
@@ -408,3 +416,9 @@ class CGGRModel(nn.Module):
         self._deferred.raise_deferred_errors(
             self.schedule, vocab_size=self._passes.vocab_size, ignore_index=self.settings.ignore_index, wait=wait
         )
+
+
+def _is_part(model: nn.Module, name: str) -> bool:
+    """Whether a name is one of a model's own modules, parameters, buffers or configs."""
+    parts = (model._modules, model._parameters, model._buffers)
+    return any(name in part for part in parts) or (name in ("config", "generation_config") and hasattr(model, name))

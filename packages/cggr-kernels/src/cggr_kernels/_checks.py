@@ -83,3 +83,11 @@ def check_vocabulary(name: str, size: int) -> None:
     """
     if not 1 <= size <= MAX_VOCABULARY:
         raise ValueError(f"the vocabulary of {name} must have 1 to {MAX_VOCABULARY} entries, got {size}")
+
+
+def check_first_derivatives() -> None:
+    """Raise ``RuntimeError`` in a backward pass that is to have a graph: the kernels' would count as a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph=True asks for second derivatives, which these kernels do not have; use plain torch operations"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_float, check_index, check_vocabulary
+from cggr_kernels._checks import check_device, check_first_derivatives, check_float, check_index, check_vocabulary
 from cggr_kernels._library import register
 from cggr_kernels._linear_cross_entropy_chunks import (
     fake_forward,
@@ -71,6 +71,7 @@ class _SumLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivatives()
         # In place: a second gradient of the weight would double the memory. Autograd notices a second backward.
         grads = ctx.saved_tensors
         for grad in grads:
@@ -105,6 +106,7 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivatives()
         needs = list(ctx.needs_input_grad[:3])
         upstream = upstream.contiguous()
         grads = _gradient(*ctx.saved_tensors, upstream, *ctx.factors, needs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_float, check_index
+from cggr_kernels._checks import check_device, check_first_derivatives, check_float, check_index
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._dispatch import SEGMENT
 from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan
@@ -124,6 +124,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivatives()
         needs = list(ctx.needs_input_grad[:4])
         grads = _gradient(d_out.contiguous(), *ctx.saved_tensors, needs)
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_float
+from cggr_kernels._checks import check_device, check_first_derivatives, check_float
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._route import route_gradient_kernel, route_kernel, route_statistics_kernel
 
@@ -172,6 +172,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_weight: Tensor, d_balance: Tensor, d_z: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivatives()
         upstream = (d_weight.contiguous(), d_balance.contiguous(), d_z.contiguous())
         return _gradient(*ctx.saved_tensors, *upstream, ctx.norm_topk_prob), *[None] * 7
 

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_float
+from cggr_kernels._checks import check_device, check_first_derivatives, check_float
 from cggr_kernels._library import register
 from cggr_kernels.rotary_details._rotary import rotary_kernel
 
@@ -68,6 +68,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivatives()
         d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
         return *_rotary(d_q, d_k, *ctx.saved_tensors, True), None, None
 

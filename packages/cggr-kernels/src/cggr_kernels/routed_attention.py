@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_float, check_index
+from cggr_kernels._checks import check_device, check_first_derivatives, check_float, check_index
 from cggr_kernels._library import register
 from cggr_kernels._routed_attention_launch import (
     fake_forward,
@@ -65,6 +65,7 @@ class _RoutedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivatives()
         q, k, v, q_position, segment, out, lse = ctx.saved_tensors
         d_out = d_out.contiguous()
         dq, delta = _query_gradient(q, k, v, q_position, segment, out, d_out, lse, *ctx.numbers)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cggr_kernels._checks import FLOATS, check_device
+from cggr_kernels._checks import FLOATS, check_device, check_first_derivatives
 from cggr_kernels._library import register
 from cggr_kernels.silu_mul_details._silu_mul import silu_mul_gradient_kernel, silu_mul_kernel
 
@@ -52,6 +52,7 @@ class _SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        check_first_derivatives()
         return _gradient(*ctx.saved_tensors, d_out.contiguous())
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cggr_core.checks import check_same_device, check_targets
+from cggr_core.checks import check_same_device, check_targets, first_derivatives_only
 from cggr_core.head import accumulation_dtype, check_head, head_operands, product_dtype
 from cggr_core.head_chunks import HeadChunks, HeadGradients, row_chunks, without_autocast
 from cggr_core.linear_loss import linear_cross_entropy
@@ -90,7 +89,7 @@ class _LogprobsAndEntropies(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, logprob_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, dead, entropy = ctx.saved_tensors
         head = HeadChunks(hidden, weight, bias, targets, None, ctx.softcap, ctx.scale, ctx.product_dtype)

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from cggr_core.checks import first_derivatives_only
 from cggr_core.recording.calls import FixedInputs, StepCall, StepOutcome
 
 Run = Callable[[StepCall], StepOutcome]
@@ -259,7 +259,7 @@ class _Replayed(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.recording.backward(upstream, ctx.awaited)
 
