@@ -154,6 +154,24 @@ def test_supervised_steps_read_the_count_and_nothing_else(monkeypatch):
     assert torch.isfinite(loss)
 
 
+def test_captures_that_nobody_holds_are_not_taken_away_within_another():
+    """Models that are garbage in a circle, which Python collects whenever it likes."""
+    base = model()
+
+    class Collects(torch.nn.Module):
+        def forward(self, x):
+            # As many objects as make a collection due, where collections are not held off.
+            return torch.nn.functional.silu(x) if [[] for _ in range(100_000)] else x
+
+    base.model.layers[1].mlp.act_fn = Collects()
+    for _ in range(3):
+        cggr = recording_model(base, selection="random")
+        cggr.__dict__["itself"] = cggr
+        for step in range(ENOUGH):
+            cggr(**batch(step)).backward()
+        assert replayed(cggr)
+
+
 def test_captures_that_are_dropped_do_not_disturb_the_others(monkeypatch):
     monkeypatch.setattr(recorder, "MOST_RECORDINGS", 2)
     lengths = [130, 257, 190]

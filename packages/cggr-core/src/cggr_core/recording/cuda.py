@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,16 @@ class CudaGraphs:
         """See :class:`~cggr_core.recording.replay.Graphs`."""
         self.wait()
         torch.clear_autocast_cache()
+        collects = gc.isenabled()
+        gc.collect()
+        gc.disable()  # a graph that is taken away within a capture ends it
+        try:
+            return self._captured(run)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _captured(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
         torch.cuda.empty_cache()  # what a pool is to hold has to be free
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
