@@ -74,8 +74,9 @@ def make_step(call: Callable[[], Any], model: torch.nn.Module) -> Callable[[], N
 
 
 def make_steps(shape: dict[str, Any], tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """The step of every arm."""
+    """The step of every arm; the compiled one last, since it may take all the time that is left."""
     steps: dict[str, Callable[[], None]] = {}
+    compiled: dict[str, Callable[[], None]] = {}
     for implementation in ("grouped_mm", register_experts()):
         model = make_model(shape, implementation)
 
@@ -84,12 +85,12 @@ def make_steps(shape: dict[str, Any], tokens: Tensor) -> dict[str, Callable[[], 
 
         steps[f"standard, {implementation}"] = make_step(standard, model)
         if implementation == "grouped_mm" and shape["device"] == "cuda":
-            compiled = torch.compile(copy.deepcopy(model))
-            steps[COMPILED] = make_step(lambda compiled=compiled: standard(compiled), compiled)
+            copied = torch.compile(copy.deepcopy(model))
+            compiled[COMPILED] = make_step(lambda copied=copied, standard=standard: standard(copied), copied)
         for name, settings in ROUTED.items():
             routed = CGGRModel(model, gradient="kv", min_tokens_ratio=RATIO, seed=SEED, **settings).train()
             steps[f"{name}, {implementation}"] = make_step(lambda routed=routed: routed(tokens, labels=tokens), model)
-    return steps
+    return steps | compiled
 
 
 def main() -> None:
@@ -106,18 +107,44 @@ def main() -> None:
     tokens = torch.randint(0, shape["vocab"], (shape["batch"], shape["length"]), generator=generator)
     tokens = tokens.to(shape["device"])
     steps = make_steps(shape, tokens)
-    peaks = {}
-    for name, step in steps.items():
-        step()  # compiles
-        if cuda:
-            peaks[name] = peak_on_device(step)
-        print(f"{name}: ready", flush=True)
     calls = STEPS_IN_A_ROW if cuda else 1
     timing = {"rounds": options.rounds, "deadline": until, "calls": calls}
-    rows = _record.measure_until(steps, control=CONTROL, device=shape["device"], **timing)
+    ready: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    for name, step in steps.items():
+        if ready and _record.is_over(until):
+            left_out[name] = "the time was over"
+            continue
+        try:
+            step()
+            if cuda:
+                peaks[name] = peak_on_device(step)
+        except RuntimeError as error:  # out of memory, or what cannot be compiled here: the others go on
+            left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            continue
+        ready[name] = step
+        print(f"{name}: ready", flush=True)
+        if len(ready) == len(steps) - 1 and cuda:
+            # What is there before the compiled step, which may be cut.
+            write(shape, _record.measure_until(ready, control=CONTROL, device="cuda", **timing), peaks, {}, options)
+    rows = _record.measure_until(ready, control=CONTROL, device=shape["device"], **timing)
+    write(shape, rows, peaks, left_out, options)
+
+
+def write(
+    shape: dict[str, Any],
+    rows: dict[str, dict[str, Any]],
+    peaks: dict[str, int],
+    left_out: dict[str, str],
+    options: argparse.Namespace,
+) -> None:
+    """The JSON, the plot and the table of what was measured."""
     for name, peak in peaks.items():
         rows[name]["peak_extra_bytes"] = peak
+    calls = STEPS_IN_A_ROW if shape["device"] == "cuda" else 1
     settings = {**shape, "dtype": str(shape["dtype"]), "ratio": RATIO, "seed": SEED, "steps_in_a_row": calls}
+    settings["left_out"] = left_out
     where = {"control": CONTROL, "device": shape["device"], "folder": options.output}
     name = f"moe_step_{options.shape}"
     path = _record.write(name, rows, settings=settings, **where)

@@ -1,0 +1,162 @@
+"""Attention of a few kept tokens of very long rows: time and memory of forward and backward, beside what else there is.
+
+``python -m benchmarks.long_attention`` (one CUDA device, about a minute; ``--tiny`` on a CPU, to try it). One row of
+32,768 and of 131,072 tokens, 32 query heads on 8 key heads of 128, bfloat16, 5% to 25% of the queries kept, gradients
+of queries, keys and values. Beside it SDPA's flash kernel on all queries (what a standard step runs), SDPA with a dense
+mask of the kept queries, and compiled flex attention with their block mask. Memory is the peak above what q, k, v and
+the output's gradient hold; what does not fit or does not run stands in the settings with its reason.
+"""
+
+import argparse
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import _record
+from cggr_core.backends import resolve
+from cggr_core.routed_attention import routed_attention_reference
+
+HEADS, KEY_HEADS, SIZE = 32, 8, 128
+LENGTHS = (32768, 131072)
+KEPT = (0.05, 0.125, 0.25)
+OURS, ALL, MASK, FLEX = "routed attention", "SDPA, all queries", "SDPA, dense mask", "flex attention, compiled"
+SEED = 0
+
+
+def arms(length: int, share: float, device: str) -> dict[str, Callable[[], Any]]:
+    """A call of forward and backward for each name; made one at a time, so that none holds another's memory."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    kept = max(1, round(length * share))
+
+    def leaf(count: int, heads: int) -> Tensor:
+        made = torch.randn(1, count, heads, SIZE, device=device, dtype=torch.bfloat16, generator=generator)
+        return made.requires_grad_()
+
+    position = torch.rand(1, length, device=device, generator=generator).argsort(1)[:, :kept].sort(1).values
+
+    def both(count: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+        q, k, v = leaf(count, HEADS), leaf(length, KEY_HEADS), leaf(length, KEY_HEADS)
+        gradient = torch.randn(q.shape, device=device, dtype=q.dtype, generator=generator)
+        return lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attend = resolve("routed_attention", device)
+        assert device == "cpu" or attend is not routed_attention_reference, "cggr-kernels is not installed"
+        return attend(q, k, v, position)
+
+    def heads_first(*parts: Tensor) -> list[Tensor]:
+        return [part.transpose(1, 2) for part in parts]
+
+    def everything(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(*heads_first(q, k, v), is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        visible = torch.arange(length, device=device) <= position[:, :, None]
+        repeated = (part.repeat_interleave(HEADS // KEY_HEADS, 2) for part in (k, v))
+        return scaled_dot_product_attention(*heads_first(q, *repeated), attn_mask=visible[:, None]).transpose(1, 2)
+
+    made = {
+        ALL: lambda: both(length, everything),
+        OURS: lambda: both(kept, ours),
+        MASK: lambda: both(kept, masked),
+    }
+    if device == "cuda":
+        made[FLEX] = lambda: both(kept, _flex(position, length))
+    return made
+
+
+def _flex(position: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def mask(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return position[b, query] >= key
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    # Compiled, or it would make the dense mask first.
+    blocks = torch.compile(create_block_mask)(mask, 1, None, position.shape[1], length, device=position.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return compiled(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+def peak_of(call: Callable[[], Any], device: str) -> int:
+    """Bytes above what is held before the call; 0 where they cannot be counted."""
+    if device == "cpu":
+        call()
+        return 0
+    call()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main() -> None:
+    """Measure length by length and share by share; the file is written after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="short rows, to see that everything runs")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
+    _record.add_seconds(parser)
+    options = parser.parse_args()
+    deadline = _record.deadline(options.seconds)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for length in (64,) if options.tiny else options.lengths:
+        for share in options.kept:
+            where = f"{length} tokens, {share:g} kept"
+            calls: dict[str, Callable[[], Any]] = {}
+            peaks: dict[str, int] = {}
+            for name, make in arms(length, share, device).items():
+                if _record.is_over(deadline):
+                    left_out[f"{where}: {name}"] = "the time was over"
+                    continue
+                try:
+                    calls[name] = make()
+                    peaks[name] = peak_of(calls[name], device)
+                except RuntimeError as error:
+                    calls.pop(name, None)
+                    left_out[f"{where}: {name}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                    gc.collect()
+                    if device == "cuda":
+                        torch.cuda.empty_cache()
+            if ALL not in calls or OURS not in calls:
+                continue
+            timing = {"rounds": options.rounds, "deadline": deadline, "calls": 1}
+            for name, row in _record.measure_until(calls, control=ALL, device=device, **timing).items():
+                rows[f"{where}: {name}"] = row | {"peak_extra_bytes": peaks[name]}
+                times, size = row["median"] * 1e3, peaks[name] / 1e9
+                print(f"{where:32} {name:26} {times:9.2f} ms {row['ratio']['median']:6.2f}x {size:7.2f} GB", flush=True)
+            settings = {
+                "heads": HEADS, "key_heads": KEY_HEADS, "head_dim": SIZE, "batch": 1, "dtype": "bfloat16", "seed": SEED,
+                "rounds": options.rounds, "left_out": left_out,
+            }  # fmt: skip
+            _record.write(
+                "long_attention",
+                rows,
+                settings=settings,
+                control=next(iter(rows)),
+                device=device,
+                folder=options.output,
+            )
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()
