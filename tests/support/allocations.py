@@ -1,6 +1,9 @@
-"""The largest tensor that a piece of code makes."""
+"""The largest tensor that a piece of code makes, and what is held of all that it made."""
+
+import gc
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,3 +28,25 @@ def largest_allocation(function):
     with LargestAllocation() as mode:
         function()
     return mode.elements
+
+
+class Held(TorchDispatchMode):
+    """Notes the storages that ops make, for what is alive of them later."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self._made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    @property
+    def bytes(self):
+        """Bytes that are held now."""
+        gc.collect()
+        return sum(size for storage, size in self._made.values() if not storage.expired())

@@ -63,6 +63,8 @@ class Architecture:
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
         checkpoint_wrappers: torch's own wrappers (``checkpoint_wrapper``) around modules, with what they wrap.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
+        norms: The norms of every layer.
+        linears: The plain linear layers of every layer.
         whole_after_layers: Whether the model expects rows of their whole length from its layers, whatever of them it
             reads after that; not known until it was looked at.
         fused: Norms, attentions and gated MLPs, each with the forward that the passes run in its place; none until the
@@ -80,6 +82,8 @@ class Architecture:
     checkpointing: tuple[nn.Module, ...]
     checkpoint_wrappers: Mapping[nn.Module, nn.Module]
     position_maker: Any
+    norms: tuple[tuple[nn.Module, ...], ...]
+    linears: tuple[tuple[nn.Linear, ...], ...]
     counts_padding: bool = True
     whole_after_layers: bool = False
     fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
@@ -143,7 +147,14 @@ def describe(model: nn.Module) -> Architecture:
             and (wrapped := module._modules.get("_checkpoint_wrapped_module")) is not None
         },
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
+        norms=tuple(tuple(module for module in layer.modules() if _is_norm(module)) for layer in layers),
+        linears=tuple(tuple(module for module in layer.modules() if type(module) is nn.Linear) for layer in layers),
     )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    alone = not module._modules and not module._buffers
+    return alone and "norm" in type(module).__name__.lower()
 
 
 def head_rows(base: Any) -> int:

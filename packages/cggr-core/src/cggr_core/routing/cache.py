@@ -14,10 +14,21 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cggr_core.routing.ordering import backward_in_turn
+from cggr_core.routing.remade import saved_tensors_are_hooked
 from cggr_core.routing.rows import Places, merge_rows, replace_rows, stop_gradient
 from cggr_core.routing.shared import KeyValue, RemadeForBackward, Shared
 
 OptionalKeyValue = tuple[Tensor | None, Tensor | None]
+
+
+def taken(recorded: dict[int, KeyValue], layer: int) -> KeyValue:
+    """A layer's recorded keys and values, let go of where the layer will not come again.
+
+    Else full-length keys and values would add to what is held when the loss is computed. A layer comes again where it
+    is checkpointed by whatever means: then it runs without gradients, or in hooks around saved tensors.
+    """
+    comes_again = saved_tensors_are_hooked() or not torch.is_grad_enabled()
+    return recorded[layer] if comes_again else recorded.pop(layer)
 
 
 class PassCache(Cache):
@@ -163,7 +174,8 @@ class RoutedCache(PassCache):
         index: Kept positions, ``[B, K]``.
         valid: ``[B, K]``; where false, the slot is filled with another token.
         length: Positions ``S``.
-        recorded: Full-length keys and values of the layers that a context pass has run through.
+        recorded: Full-length keys and values of the layers that a context pass has run through; taken out as layers
+            come to them.
         other_index: Positions of the other tokens, ``[B, S - K]``; ``None`` if every layer was recorded.
         others: ``(layer, kept key and value)`` to the other tokens' key and value, and the two put together if they
             are at hand, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
@@ -199,6 +211,7 @@ class RoutedCache(PassCache):
         self._merging = Places(index, length, None if keep_graph else valid)
         self._other_places = None if other_index is None else Places(other_index, length)
         self._recorded = recorded
+        self._recorded_layers = frozenset(recorded)
         self._others = others
         self.updated: set[int] = set()
 
@@ -222,8 +235,8 @@ class RoutedCache(PassCache):
 
     def _own(self, layer_idx: int, fresh: KeyValue) -> tuple[KeyValue, KeyValue | None]:
         """Keys and values of the rows' own positions, and of all positions if they were put together already."""
-        if layer_idx in self._recorded:
-            recorded = self._recorded[layer_idx]
+        if layer_idx in self._recorded_layers:
+            recorded = taken(self._recorded, layer_idx)
             if self._in_turn:
                 recorded = backward_in_turn(recorded, before=fresh[0])
             keys, values = (

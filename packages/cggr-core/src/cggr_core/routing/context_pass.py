@@ -20,6 +20,7 @@ from cggr_core.routing.patches import (
     without_checkpointing,
     without_hooks,
 )
+from cggr_core.routing.remade import remade_norms, saved_tensors_are_hooked
 from cggr_core.routing.shared import KeyValue
 
 
@@ -28,7 +29,7 @@ class Context:
     """What a context pass leaves behind.
 
     Attributes:
-        recorded: Full-length keys and values of the layers below ``depth``.
+        recorded: Full-length keys and values of the layers below ``depth``, until a gradient pass takes them.
         hidden: Input of layer ``depth`` at every position ``[B, S, H]``; ``None`` at full depth.
         depth: Layers that were run.
         logits: ``[B, S, V]`` where the model's own head was run, else ``None``.
@@ -85,10 +86,16 @@ def context_pass(
     )
     resume: list[Tensor] = []
 
-    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    remakes = keep_graph and not saved_tensors_are_hooked()
+    device_type = inputs.position_ids.device.type
+
+    def run(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = with_layer_input(args, kwargs, layer_input(args, kwargs).detach())
         # The cache's update switches gradients off again: only keys and values keep their graph.
-        with torch.set_grad_enabled(keep_graph):
+        with (
+            torch.set_grad_enabled(keep_graph),
+            remade_norms(architecture, number, device_type) if remakes else nullcontext(),
+        ):
             return forward(*args, **kwargs)
 
     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +107,7 @@ def context_pass(
     replacements: dict[nn.Module, Callable[..., Any]] = {**architecture.fused, **architecture.checkpoint_wrappers}
     for number, layer in enumerate(architecture.layers):
         replacements[layer] = (
-            partial(run, architecture.checkpoint_wrappers.get(layer, layer.forward)) if number < depth else skip
+            partial(run, number, architecture.checkpoint_wrappers.get(layer, layer.forward)) if number < depth else skip
         )
     with (
         without_checkpointing(architecture),

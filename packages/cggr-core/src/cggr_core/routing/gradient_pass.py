@@ -59,7 +59,8 @@ def gradient_pass(
         architecture: Its description.
         inputs: The whole batch.
         selection: The kept tokens, one row of the selection for each row of the batch.
-        context: What a context pass of any depth left; depth 0 stands for none.
+        context: What a context pass of any depth left; depth 0 stands for none. Its keys and values are taken out of
+            it, so that it serves one gradient pass.
         keep_graph: Mode ``kv``: keys and values of other tokens carry gradients to their projections.
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.

@@ -50,6 +50,11 @@ def _forward(module: nn.Module, epsilon: float, hidden_states: Tensor) -> Tensor
     return rms_norm(hidden_states, weight.shape, weight, epsilon)
 
 
+def is_fused(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is one of :func:`fused_norms`."""
+    return isinstance(forward, partial) and forward.func is _forward
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module runs its class's forward, replaced or compiled by nobody."""
     return "forward" not in module.__dict__ and module._compiled_call_impl is None

@@ -3,18 +3,19 @@
 import contextvars
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cggr_core.routing.adapters import InvokedAdapters
 from cggr_core.routing.architectures import Architecture, has_hooks, is_of_distributed
-from cggr_core.routing.cache import LastLayerReachedError, OtherTokensCache
+from cggr_core.routing.cache import LastLayerReachedError, OtherTokensCache, taken
 from cggr_core.routing.context_pass import Context
 from cggr_core.routing.inputs import TokenInputs, other_positions
 from cggr_core.routing.layer_rows import LayerCall, LayerRows
 from cggr_core.routing.patches import without_checkpoint_wrappers
+from cggr_core.routing.remade import remade_norms
 from cggr_core.routing.shared import KeyValue
 
 
@@ -50,6 +51,7 @@ class OtherTokens:
             places=architecture.places,
         )
         self._rows = LayerRows(self.index, length)
+        self._ran = False
         self._calls: dict[int, tuple[int, Any, LayerCall]] = {}
         self._hidden = context.hidden if context.hidden is None else self._rows.hidden(context.hidden)
 
@@ -71,7 +73,7 @@ class OtherTokens:
                 args, kwargs, replace={hidden: self._hidden.detach(), id(cache): self._cache}
             )
             hooked = self._hooked.get(layer)
-            if hooked is not None and self._cache.recorded:  # else the hooks were around what was noted
+            if hooked is not None and self._ran:  # else the hooks were around what was noted
                 args, kwargs = _before(hooked, args, kwargs)
             # The layer's forward, not the layer: this runs inside its call, in which its parameters are gathered.
             # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
@@ -79,19 +81,20 @@ class OtherTokens:
             # as those of the outer call.
             with (
                 torch.set_grad_enabled(self._keep_graph),
-                _unhooked_saved_tensors(),
                 self._adapters.at(self.index),
                 without_checkpoint_wrappers(self._architecture),
                 nullcontext() if self._precision is None else self._precision(layer),
+                remade_norms(self._architecture, layer, self.index.device.type) if self._keep_graph else nullcontext(),
                 suppress(LastLayerReachedError),
             ):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
                 if hooked is not None:
                     output = _after(hooked, args, kwargs, output)
                 self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            self._ran = True
             self._cache.kept = None
             merged, self._cache.merged = self._cache.merged, None
-            return self._cache.recorded[layer], merged
+            return taken(self._cache.recorded, layer), merged
         # A checkpointed layer is being recomputed.
         return self._cache.recorded[layer], None
 
@@ -118,9 +121,3 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         changed = hook(layer, *given, output)
         output = output if changed is None else changed
     return output
-
-
-def _unhooked_saved_tensors() -> AbstractContextManager[Any]:
-    if cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is None:
-        return nullcontext()  # hooks that do nothing are called all the same, for every tensor
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

@@ -171,6 +171,20 @@ def replaced_parameters(model: nn.Module, replacements: Mapping[nn.Parameter, nn
 
 
 @contextmanager
+def own_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> Iterator[None]:
+    """Let a module have the parameters that it had in an earlier call.
+
+    Reach: this module's own parameters, whoever calls it.
+    """
+    before = module._parameters
+    module.__dict__["_parameters"] = parameters
+    try:
+        yield
+    finally:
+        module.__dict__["_parameters"] = before
+
+
+@contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Call a module inside its own call: its forward hooks have run around the outer one, once.
 

@@ -1,0 +1,237 @@
+"""What other tokens keep for the gradients of their keys and values: the input of every layer, and no norm of it.
+
+The gradient of a projection's weight needs the projection's input, which is a norm of the layer's. Kept as autograd
+keeps it, that is the input and its norm, under autocast the norm once for every projection, and with norms that are
+spelled out whatever they made on the way. The norm is cheap next to all that, so it is run once more in the backward
+pass.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.head import autocast_active
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.norms import is_fused
+from cggr_core.routing.patches import own_parameters, replaced_forwards
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def remade_norms(architecture: Architecture, layer: int, device_type: str) -> Iterator[None]:
+    """Keep no norm of a layer's input for the backward pass of what is computed in the block.
+
+    The numbers of both passes stay the same. Hooks around saved tensors that were entered before see none of the
+    block's.
+
+    Reach: the norms and linear layers of this layer, whoever calls them.
+
+    Args:
+        architecture: Of the model.
+        layer: Number of the layer that is called in the block, on hidden states without a graph.
+        device_type: Of the hidden states.
+    """
+    segment = _Segment()
+    forwards: dict[nn.Module, Forward] = {
+        norm: partial(segment.norm, norm, norm.forward) for norm in architecture.norms[layer] if not _is_watched(norm)
+    }
+    if forwards and autocast_active(device_type) and not any(map(_is_compiled, architecture.layers[layer].modules())):
+        forwards |= {linear: partial(segment.linear, linear.forward) for linear in architecture.linears[layer]}
+    with (
+        replaced_forwards(forwards),
+        torch.autograd.graph.saved_tensors_hooks(segment.pack, _unpack),
+    ):
+        try:
+            yield
+        finally:
+            segment.forget()
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether somebody sees to what is saved for the backward pass (moves it to another device, for one)."""
+    return cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    # What a hook does to a norm, gathering its weights for one, is not done when it is run once more.
+    return bool(module._forward_hooks or module._forward_pre_hooks) or _is_compiled(module)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None
+
+
+class _Norm:
+    """A norm of a layer's input, to be made again.
+
+    Args:
+        module: The norm.
+        forward: Its forward in this pass.
+        x: Its input, without a graph.
+
+    Attributes:
+        parameters: Of the module.
+        in_turn: Whether its graph is made in the backward pass too.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, x: Tensor) -> None:
+        self._module, self._forward, self._x = module, forward, x
+        self._named = dict(module._parameters)
+        self.parameters = [parameter for parameter in self._named.values() if parameter is not None]
+        self.in_turn = any(parameter.requires_grad for parameter in self.parameters) and not _keeps_little(forward, x)
+        self._versions = self._seen()
+        kind = x.device.type
+        self._autocast = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": False,
+        }
+        self._again: Tensor | None = None
+        self._made: dict[torch.dtype | None, Tensor] = {}
+
+    def __call__(self) -> Tensor:
+        """The norm."""
+        return self._forward(self._x)
+
+    def again(self) -> Tensor:
+        """The norm made again, with the graph to its parameters where that is made in the backward pass."""
+        if self._again is not None:
+            return self._again
+        if self._seen() != self._versions:
+            raise RuntimeError(
+                "a hidden state or a norm's weight was changed in place between the forward and the backward pass, "
+                "which needs it as it was"
+            )
+        with (
+            own_parameters(self._module, self._named),
+            torch.set_grad_enabled(self.in_turn),
+            torch.autocast(**self._autocast),
+        ):
+            made = self()
+        if self.in_turn:
+            self._again = made
+        return made
+
+    def take(self, dtype: torch.dtype | None) -> Tensor:
+        """The norm made again, without a graph, in its own dtype or another; held until nothing needs it."""
+        if dtype not in self._made:
+            whole = self.again().detach()
+            self._made[dtype] = whole if dtype is None else whole.to(dtype)
+        return self._made[dtype]
+
+    def forget(self) -> None:
+        """Let go of what was made again."""
+        self._again = None
+        self._made.clear()
+
+    def _seen(self) -> list[int]:
+        return [tensor._version for tensor in (self._x, *self.parameters)]
+
+
+class _Part(NamedTuple):
+    """A saved tensor that is a norm, or a cast or a view of one."""
+
+    norm: _Norm
+    dtype: torch.dtype | None
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    return packed.norm.take(packed.dtype).as_strided(packed.size, packed.stride, packed.offset)
+
+
+class _Segment:
+    """A layer's call on other tokens, up to where it hands its keys and values over."""
+
+    def __init__(self) -> None:
+        # Held meanwhile, so that no other tensor can have their memory: tensor, its norm, and the dtype it was cast to.
+        self._norms: list[tuple[Tensor, _Norm, torch.dtype | None]] = []
+
+    def forget(self) -> None:
+        """Let go of the norms."""
+        self._norms.clear()
+
+    def norm(self, module: nn.Module, forward: Forward, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A norm's forward."""
+        if not torch.is_grad_enabled():
+            self.forget()  # keys and values were handed over
+            return forward(x, *args, **kwargs)
+        if args or kwargs or not isinstance(x, Tensor) or x.requires_grad:
+            return forward(x, *args, **kwargs)
+        norm = _Norm(module, forward, x)
+        made = _NormInTurn.apply(norm, *norm.parameters) if norm.in_turn else norm()
+        self._norms.append((made, norm, None))
+        return made
+
+    def linear(self, forward: Forward, x: Tensor) -> Tensor:
+        """A linear layer's forward under autocast: those of one norm share one cast of it."""
+        if torch.is_grad_enabled():
+            for made, norm, _ in self._norms:
+                if made is x:
+                    return forward(_CastOf.apply(x, self._cast(x, norm)))
+        return forward(x)
+
+    def _cast(self, x: Tensor, norm: _Norm) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype == dtype or x.dtype == torch.float64:
+            return x.detach()
+        for made, of, to in self._norms:
+            if of is norm and to == dtype:
+                return made
+        made = x.detach().to(dtype)
+        self._norms.append((made, norm, dtype))
+        return made
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What to keep of a tensor that the backward pass needs."""
+        place = tensor.untyped_storage().data_ptr()
+        for made, norm, dtype in self._norms:
+            if made.untyped_storage().data_ptr() == place:
+                return _Part(norm, dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return tensor
+
+
+def _keeps_little(forward: Forward, x: Tensor) -> bool:
+    """Whether a norm keeps its input and a few numbers of each token, in its own graph."""
+    return x.is_cuda and is_fused(forward)
+
+
+class _NormInTurn(torch.autograd.Function):
+    """A norm whose graph is made in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, norm: _Norm, *parameters: Tensor) -> Tensor:
+        ctx.norm = norm
+        return norm()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        norm: _Norm = ctx.norm
+        needs = ctx.needs_input_grad[1:]
+        needed = [parameter for parameter, need in zip(norm.parameters, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(norm.again(), needed, grad))
+        norm.forget()
+        return None, *(next(found) if need else None for need in needs)
+
+
+class _CastOf(torch.autograd.Function):
+    """``x.to(cast.dtype)`` where that is at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None

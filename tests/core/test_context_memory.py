@@ -1,0 +1,151 @@
+"""What is kept of a context token for the backward pass in mode ``kv``: its layers' inputs, keys and values."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from cggr_core import CGGRModel, Selection
+from cggr_core.routing import context_pass, other_tokens, remade
+from tests.support.allocations import Held
+from tests.support.model_steps import backward, checkpoint_activations, routed, tokens
+from tests.support.reference_routing import gradients
+from tests.support.tiny_models import ROUTABLE
+
+BF16, F32 = torch.bfloat16, torch.float32
+ENGINES = ("interleaved", "two_pass")
+KEPT = 4
+
+
+def autocast(on):
+    return torch.autocast("cpu", BF16) if on else nullcontext()
+
+
+def at_the_end(input_ids):
+    labels = input_ids.clone()
+    labels[:, :-KEPT] = -100
+    return labels
+
+
+def held(name, layers, length, *, dtype, mixed, engine):
+    """Bytes that are held after the forward."""
+    model = ROUTABLE[name](num_hidden_layers=layers).to(dtype).train()
+    wrapped = CGGRModel(model, gradient="kv", selection="supervised", engine=engine)
+    input_ids = tokens(2, length)
+    with autocast(mixed):
+        wrapped(input_ids, labels=at_the_end(input_ids)).backward()
+    model.zero_grad(set_to_none=True)
+    with Held() as mode, autocast(mixed):
+        loss = wrapped(input_ids, labels=at_the_end(input_ids))
+        assert loss.requires_grad
+        return mode.bytes
+
+
+def per_token_and_layer(name, **settings):
+    """Of the tokens that a batch has more, in the layers that a model has more: nothing else counts."""
+    slopes = [held(name, layers, 32, **settings) - held(name, layers, 16, **settings) for layers in (1, 2)]
+    return (slopes[1] - slopes[0]) / (2 * (32 - 16))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "mixed"),
+    [
+        ("llama", F32, False),
+        ("llama", BF16, False),
+        ("llama", F32, True),
+        ("gemma", BF16, False),  # its norms are spelled out, and add 1 to their weight
+        ("gpt-neox", F32, True),  # torch's own norms
+    ],
+)
+def test_a_context_token_keeps_a_layers_input_its_key_and_its_value(name, dtype, mixed, engine):
+    config = ROUTABLE[name]().config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    products = BF16 if mixed else dtype
+    floor = config.hidden_size * dtype.itemsize + 2 * heads * head_dim * products.itemsize
+    assert per_token_and_layer(name, dtype=dtype, mixed=mixed, engine=engine) == floor
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "falcon-rotary", "olmo2"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_gradients_are_those_of_what_autograd_keeps(name, engine, mixed, monkeypatch):
+    def step():
+        with autocast(mixed):
+            return backward(routed(ROUTABLE[name](), engine=engine, seed=1), tokens())
+
+    loss, found = step()
+    for module in (context_pass, other_tokens):
+        monkeypatch.setattr(module, "remade_norms", lambda *_: nullcontext())
+    wanted_loss, wanted = step()
+    assert torch.equal(loss, wanted_loss)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_second_backward_finds_what_the_first_did():
+    model = ROUTABLE["llama"]()
+    loss = routed(model, seed=1)(tokens(), labels=tokens())
+    loss.backward(retain_graph=True)
+    first = gradients(model)
+    loss.backward()
+    second = gradients(model)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_weight_that_changes_in_between_is_noticed():
+    model = ROUTABLE["llama"]()
+    loss = routed(model, engine="two_pass")(tokens(), labels=tokens())
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_a_hook_on_a_norm_sees():
+    model, calls = ROUTABLE["llama"](), []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda _, args, out: calls.append(out.shape[1]))
+    wrapped = routed(model, engine="two_pass")
+    backward(wrapped, tokens())
+    calls.clear()
+    backward(wrapped, tokens())
+    assert len(calls) == 2, "each pass calls it once, and the backward pass does not"
+    assert calls[0] == 12
+
+
+def test_whoever_sees_to_saved_tensors_sees_those_of_a_context_pass():
+    seen = []
+
+    def step():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+            return routed(ROUTABLE["llama"](), engine="two_pass", seed=1)(tokens(), labels=tokens())
+
+    step().backward()
+    assert torch.Size([36, 32]) in seen  # a norm of all tokens
+    assert not remade.saved_tensors_are_hooked()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_keys_and_values_are_let_go_of_as_layers_have_them(engine):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    wrapped = routed(model, "detached", engine)
+    backward(wrapped, input_ids)
+    passes = wrapped._passes
+    batch = passes.inputs(input_ids=input_ids)
+    keep = torch.zeros_like(input_ids, dtype=torch.bool)
+    keep[:, 3:5] = True
+    context, _ = passes.context(batch, depth=3 if engine == "two_pass" else 1, keep_graph=False, head=False)
+    assert context.recorded
+    passes.gradient(batch, Selection.from_mask(keep), context, keep_graph=False)
+    assert not context.recorded
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_they_are_kept_for_layers_that_are_run_again(engine):
+    wanted = backward(routed(ROUTABLE["llama"](), engine=engine, seed=1), tokens())
+    model = ROUTABLE["llama"]()
+    checkpoint_activations(model)
+    loss, found = backward(routed(model, engine=engine, seed=1), tokens())
+    assert torch.equal(loss, wanted[0])
+    assert all(torch.equal(found[name], value) for name, value in wanted[1].items())
