@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ COLOURS = {"standard": "0.25", "checkpointed": "0.25", "equal_memory": "0.25", "
 TITLES = {"recorded": "every step recorded as one CUDA graph", "usual": "steps as they run by default"}
 
 
-def draw(path: Path) -> Path:
+def draw(path: Path, bases: Sequence[str] = tuple(TITLES), *, suffix: str = "") -> Path:
     """Held-out loss after the same time against the peak memory of a step, beside the JSON file.
 
     A point for each arm with its 95% interval over seeds; the arms than which none is better in one respect and no
     worse in the other are joined.
+
+    Args:
+        path: Of the JSON file.
+        bases: A panel for each.
+        suffix: Of the plot's name.
     """
     result = _record.load(path.stem, folder=path.parent)
-    bases = [basis for basis in TITLES if any(basis in row for row in result["rows"].values())]
-    figure = Figure(figsize=(5.6 * len(bases), 4.4), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(bases) + 1.6 * (len(bases) == 1), 4.4), layout="constrained")
     panels = figure.subplots(1, len(bases), squeeze=False, sharey=True)[0]
     for axes, basis in zip(panels, bases, strict=True):
         _panel(axes, result["rows"], basis)
@@ -34,10 +39,11 @@ def draw(path: Path) -> Path:
     settings = result["settings"]
     figure.suptitle(
         f"{settings['model']}, {settings['length']:,} tokens, {settings['supervised']:.0%} supervised: loss after "
-        f"{settings['seconds']:.1f} s, {settings['seeds']} seeds, 95% intervals. {result['environment']['device']}",
+        f"{settings['seconds']:.1f} s, {settings['seeds']} seeds,{' ' if len(bases) > 1 else chr(10)}95% intervals. "
+        f"{result['environment']['device']}",
         fontsize=9, x=0.01, ha="left",
     )  # fmt: skip
-    target = path.with_suffix(".png")
+    target = path.with_name(f"{path.stem}{suffix}.png")
     figure.savefig(target, dpi=150)
     return target
 
@@ -80,3 +86,4 @@ if __name__ == "__main__":
     for found in sorted(_record.RESULTS.glob("frontier_*.json")):
         if "trials" in _record.load(found.stem)["settings"]:
             print(draw(found))
+            print(draw(found, ("recorded",), suffix="_recorded"))
