@@ -341,20 +341,42 @@ def offload(base):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("spoil", "gradient", "reason"),
     [
-        (hook, "a LlamaDecoderLayer has hooks"),
-        (offload, "a LlamaDecoderLayer has hooks"),
-        (checkpoint_activations, "activations are checkpointed"),
+        (hook, "kv", "a LlamaDecoderLayer has hooks"),
+        (offload, "kv", "a LlamaDecoderLayer has hooks"),
+        (checkpoint_activations, "exact", "activations are checkpointed"),
+        (checkpoint_activations, "sequence", "activations are checkpointed"),
     ],
 )
-def test_models_that_stand_against_it(spoil, reason):
+def test_models_that_stand_against_it(spoil, gradient, reason):
     base = ROUTABLE["llama"]()
     spoil(base)
-    model = recording_model(base, selection="random")
+    model = recording_model(base, gradient=gradient, selection="random")
     for seed in range(ENOUGH):
         backward(model, tokens(seed=seed))
     assert reason in model._recorder.reason
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"selection": "random"}, {"selection": "sampled"}, {"gradient": "detached", "selection": "topk", "depth": 1}],
+)
+def test_checkpointed_layers(settings):
+    """Recomputed by the backward pass of the recording, without the random state that the host would keep."""
+    base = ROUTABLE["llama"]()
+    checkpoint_activations(base)
+    steps = [[batch(2 * step), batch(2 * step + 1)] for step in range(4)]
+    assert hold_to_eager(base, steps, **settings)[1:] == [True] * 3
+
+
+def test_checkpointed_layers_with_dropout_are_left_as_they_are():
+    base = ROUTABLE["llama"](attention_dropout=0.3)
+    checkpoint_activations(base)
+    model = recording_model(base, selection="random")
+    for seed in range(ENOUGH):
+        backward(model, tokens(seed=seed))
+    assert "draw random numbers" in model._recorder.reason
 
 
 def test_a_step_that_waits_for_the_device_is_left_as_it_is_and_said_once(caplog, monkeypatch):

@@ -9,6 +9,7 @@ from cggr_core import CGGRModel
 from cggr_core.recording import recorder, replay
 from tests.support.gpu_models import gradients, model, tokens, varied
 from tests.support.host_reads import no_host_reads
+from tests.support.model_steps import checkpoint_activations
 from tests.support.recorded_steps import hold_to_eager, recording_model, replayed, worth_it
 
 pytestmark = pytest.mark.gpu
@@ -152,6 +153,26 @@ def test_supervised_steps_read_the_count_and_nothing_else(monkeypatch):
         loss.backward()
     assert replayed(cggr)
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("precision", [{}, {"autocast": torch.bfloat16}])
+@pytest.mark.parametrize("settings", [{"selection": "supervised"}, {"selection": "sampled"}, {"selection": "random"}])
+def test_checkpointed_layers(settings, precision):
+    """Recomputed within the captured backward pass, as TRL's trainers have them by default."""
+    base = varied()
+    checkpoint_activations(base)
+    steps = [[answers(n, (40, 30, 9)), answers(n + 9, (1, 2, 45))] for n in range(7)]
+    found = hold_to_eager(base, steps, tolerance=3e-3 if precision else 1e-4, **precision, **settings)
+    assert found[-2:] == [True] * 2
+
+
+def test_checkpointed_layers_with_dropout_run_as_they_are():
+    base = model(attention_dropout=0.2)
+    checkpoint_activations(base)
+    cggr = recording_model(base, selection="random")
+    for step in range(ENOUGH):
+        cggr(**batch(step)).backward()
+    assert "draw random numbers" in cggr._recorder.reason
 
 
 def test_captures_that_nobody_holds_are_not_taken_away_within_another():
@@ -336,6 +357,22 @@ def test_memory_is_given_back():
     cggr._recorder._forget()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before - held // 2
+
+
+def test_a_capture_leaves_room_for_a_step_as_it_is(monkeypatch, caplog):
+    cggr = recording_model(model(), selection="random")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1 << 40))
+    with caplog.at_level(logging.INFO, "cggr_core.recording.recorder"):
+        for step in range(ENOUGH):
+            cggr(**batch(step)).backward()
+    assert not replayed(cggr)
+    (said,) = [record.message for record in caplog.records]
+    assert "less than a step needs that runs as it is" in said
+    monkeypatch.undo()
+    worth_it(monkeypatch)
+    for step in range(ENOUGH):
+        cggr(**batch(step, 130)).backward()
+    assert replayed(cggr)
 
 
 def test_one_kind_is_refused_and_another_captured(monkeypatch):

@@ -22,7 +22,7 @@ def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRM
 
 def record_by_doing_again(model: CGGRModel) -> None:
     """Let a model on the CPU record its steps."""
-    parts = (model._outcome, model._passes, model.schedule, model._draws)
+    parts = (model._outcome, model.settings, model._passes, model.schedule, model._draws)
     model._recorder = Recorder(*parts, device_type="cpu", graphs=Reenacted)
 
 

@@ -5,7 +5,7 @@ import pytest
 from cggr_core.recording import recorder
 from cggr_train import CGGRConfig
 from tests.support.recorded_steps import record_by_doing_again, worth_it
-from tests.support.trainer_kit import change, examples, relative_error, tiny_model, trainer
+from tests.support.trainer_kit import CHECKPOINTING, change, examples, relative_error, tiny_model, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,16 @@ def test_accumulation_and_clipping(settings, precision, tmp_path):
     assert replays == [False, False, *[True] * 14]  # the first step also looks at the model
     assert recordings == 1
     assert relative_error(found, wanted) <= (2e-2 if precision else 1e-5)
+
+
+def test_checkpointed_layers(tmp_path):
+    """As TRL's trainers have them by default."""
+    values = {"max_steps": 4, "gradient_accumulation_steps": 2, "data": examples(32, length=24), CHECKPOINTING: True}
+    settings = {"selection": "supervised"}
+    wanted, *_ = trained(tmp_path / "plain", CGGRConfig(cuda_graph=False, **settings), recorded=False, **values)
+    found, replays, _ = trained(tmp_path / "own", CGGRConfig(**settings), recorded=True, **values)
+    assert replays == [False, False, *[True] * 6]
+    assert relative_error(found, wanted) <= 1e-5
 
 
 def test_the_last_batch_is_shorter_and_rows_are_of_several_lengths(tmp_path):

@@ -400,7 +400,7 @@ class CGGRModel(nn.Module):
         if not self.settings.cuda_graph:
             return None
         if self._recorder is None:
-            self._recorder = Recorder(self._outcome, self._passes, self.schedule, self._draws)
+            self._recorder = Recorder(self._outcome, self.settings, self._passes, self.schedule, self._draws)
         return self._recorder.take(call, self._router)
 
     def _outcome(self, call: StepCall) -> StepOutcome:

@@ -65,6 +65,12 @@ class CudaGraphs:
                 torch.clear_autocast_cache()  # of copies whose memory is the pool's
         self.wait()
         self.held_bytes += torch.cuda.memory_reserved(self._device) - before
+        left, _ = torch.cuda.mem_get_info(self._device)
+        if left < self.held_bytes:
+            raise NotRecordedError(
+                f"recordings would hold {self.held_bytes / 1e9:.1f} GB of the device's memory and leave "
+                f"{left / 1e9:.1f} GB, less than a step needs that runs as it is"
+            )
 
         def replay() -> None:
             stream = torch.cuda.current_stream(self._device)

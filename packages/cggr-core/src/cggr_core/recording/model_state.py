@@ -12,6 +12,8 @@ from torch.nn.modules import module as module_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # transformers collects outputs that were asked for; nothing asks within a step.
 _INERT_HOOKS = "transformers.utils.output_capturing"
+# What PEFT and checkpointing put on embeddings: whether a tensor requires gradients is built into a recording.
+_INERT_HOOK = "make_inputs_require_grad"
 _TENSORS = ("_parameters", "_buffers")
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 
@@ -67,6 +69,14 @@ def _plain_values(named: dict[Any, Any]) -> Iterator[Hashable]:
             yield from _plain_values(value)
 
 
+def checkpoints(model: nn.Module) -> bool:
+    """Whether some module's activations are recomputed in the backward pass."""
+    return any(
+        module.__dict__.get("gradient_checkpointing") is True or hasattr(module, "checkpoint_fn")
+        for module in model.modules()
+    )
+
+
 def obstacle_in(model: nn.Module, device: torch.device) -> str | None:
     """Why steps of a model cannot be recorded; ``None`` where nothing is seen that stands against it.
 
@@ -83,10 +93,8 @@ def obstacle_in(model: nn.Module, device: torch.device) -> str | None:
     for module in model.modules():
         name = type(module).__name__
         for hook in _hooks(module):
-            if getattr(hook, "__module__", None) != _INERT_HOOKS:
+            if not _inert(hook):
                 return f"a {name} has hooks, and a replay would run none"
-        if module.__dict__.get("gradient_checkpointing") is True or hasattr(module, "checkpoint_fn"):
-            return "activations are checkpointed, under a random state that the host keeps"
         for tensor in _tensors(module):
             if tensor.device != device:
                 return f"a {name} has a tensor on {tensor.device}, and the batch is on {device}"
@@ -100,6 +108,10 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         for tensor in tensors.values():
             if tensor is not None:
                 yield tensor
+
+
+def _inert(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == _INERT_HOOKS or getattr(hook, "__name__", "").startswith(_INERT_HOOK)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cggr_core.recording.calls import StepCall, StepOutcome
 from cggr_core.recording.cuda import CudaGraphs
-from cggr_core.recording.model_state import ModelState, obstacle_in
+from cggr_core.recording.model_state import ModelState, checkpoints, obstacle_in
 from cggr_core.recording.obstacles import obstacle_now, obstacle_of
 from cggr_core.recording.replay import Graphs, NotRecordedError, Recording, Run, SharedPlaces
 from cggr_core.schedule import Schedule
+from cggr_core.settings import SUPERVISED, RoutingSettings
 from cggr_core.step import Draws
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Recorder:
 
     Args:
         run: Takes a step as it is.
+        settings: Of the steps.
         engine: The passes over the model.
         schedule: Their keep ratio.
         draws: Numbers their random choices.
@@ -49,6 +51,7 @@ class Recorder:
     def __init__(
         self,
         run: Run,
+        settings: RoutingSettings,
         engine: Engine,
         schedule: Schedule,
         draws: Draws,
@@ -56,7 +59,7 @@ class Recorder:
         device_type: str = "cuda",
         graphs: Callable[[torch.device], Graphs] = CudaGraphs,
     ) -> None:
-        self._run, self._engine = run, engine
+        self._run, self._settings, self._engine = run, settings, engine
         self._schedule, self._draws = schedule, draws
         self._device_type, self._graphs = device_type, graphs
         self._attempts = self._replays = self._eager_in_a_row = 0
@@ -119,7 +122,10 @@ class Recorder:
         if self._attempts >= MOST_ATTEMPTS + self._replays // REPLAYS_THAT_PAY:
             return None, f"{self._attempts} recordings were made, and the model or its steps keep changing"
         model = self._engine.model
+        checkpointed = checkpoints(model)
         reason = obstacle_in(model, call.device)
+        if checkpointed and not self._routed:
+            reason = "activations are checkpointed, under a random state that the host keeps"
         if reason is not None:
             return None, reason
         self._attempts += 1
@@ -128,12 +134,13 @@ class Recorder:
         draw = call.given["draw"]
         try:
             made = Recording(
-                self._without_looks,
+                self._capturable,
                 lambda fixed: self._run(fixed.with_slots(slots)),
                 call,
                 0 if draw is None else draw,
                 model,
                 self._places,
+                may_draw=not checkpointed,
             )
         except NotRecordedError as refusal:
             self._refused[kind] = str(refusal)
@@ -161,8 +168,14 @@ class Recorder:
         )
         return made, ""
 
-    def _without_looks(self, call: StepCall) -> StepOutcome:
-        with self._engine.without_looks():
+    @property
+    def _routed(self) -> bool:
+        """Whether layers with gradients run in routed passes, which have a checkpointing of their own."""
+        keeps_all = self._schedule.ratio == 1.0 and self._settings.selection != SUPERVISED
+        return self._settings.routes_keys_and_values and not keeps_all
+
+    def _capturable(self, call: StepCall) -> StepOutcome:
+        with self._engine.capturable():
             return self._run(call)
 
     def _obstacle(self, call: StepCall, router: Any) -> str | None:

@@ -104,6 +104,7 @@ class Recording:
         draw: Number of its random draw.
         model: Whose parameters are trained.
         places: Shared with the model's other recordings.
+        may_draw: Whether the step may draw random numbers besides those of ``draw``.
 
     Raises:
         NotRecordedError: If the step is better not recorded.
@@ -118,6 +119,8 @@ class Recording:
         draw: int | Tensor,
         model: nn.Module,
         places: SharedPlaces,
+        *,
+        may_draw: bool,
     ) -> None:
         self._run, self._model, self._places = run, model, places
         self._inputs = FixedInputs(call, draw)
@@ -132,6 +135,8 @@ class Recording:
             seconds = self._time(as_it_is)
             graphs.set_random_state(state)
             expected = self._rehearse()
+            if not may_draw and not torch.equal(graphs.random_state(), state):
+                raise NotRecordedError("checkpointed layers draw random numbers, and a replay cannot draw them again")
             graphs.set_random_state(state)
             self._replay_forward, (self._loss, self._findings, *self._numbers) = graphs.capture(self._forward)
             self._upstream = torch.ones_like(self._loss)

@@ -46,7 +46,7 @@ class Engine:
         self.model: Any = model  # its attributes depend on its class
         self._verified_every = verification_interval()
         self._gradient_passes = self._looks = 0
-        self._looks_at_masks = True
+        self._capturable = False
         self._look()
 
     def _look(self) -> None:
@@ -274,20 +274,21 @@ class Engine:
         return unwrapped(self.model).get_input_embeddings()(tokens)
 
     @contextmanager
-    def without_looks(self) -> Iterator[None]:
-        """Let ordinary forwards of the block build their masks without a look at them on the host.
+    def capturable(self) -> Iterator[None]:
+        """Let the passes of the block do nothing that a CUDA graph cannot capture.
 
-        transformers leaves a mask out where it finds no padding in it; here it is built, whatever is in it.
+        transformers leaves a mask out where the host finds no padding in it; here it is built, whatever is in it.
+        Checkpointed layers are recomputed without going back to a random state, which the host would keep.
         """
-        self._looks_at_masks = False
+        self._capturable = True
         try:
             yield
         finally:
-            self._looks_at_masks = True
+            self._capturable = False
 
     def _forward(self, arguments: dict[str, Any]) -> Any:
         known_whole = arguments.get("attention_mask") is None and arguments.get("position_ids") is None
-        around = nullcontext() if self._looks_at_masks else unseen_masks()
+        around = unseen_masks() if self._capturable else nullcontext()
         with whole_rows() if known_whole else around:
             return self.model(**arguments, use_cache=False)
 
@@ -379,6 +380,7 @@ class Engine:
             read_head=seen.append if fused else None,
             note=note,
             precision=None if precision is None else self._in_low_precision().at,
+            preserve_rng_state=not self._capturable,
         )
         self._gathered.after_gradient_pass()
         self._verify(inputs, selection, context)

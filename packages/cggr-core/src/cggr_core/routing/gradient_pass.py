@@ -51,6 +51,7 @@ def gradient_pass(
     read_head: HeadReader | None,
     note: dict[int, KeyValue] | None = None,
     precision: Callable[[int], AbstractContextManager[None]] | None = None,
+    preserve_rng_state: bool = True,
 ) -> Any:
     """Run the kept tokens through all layers with gradients.
 
@@ -67,6 +68,8 @@ def gradient_pass(
         note: Where to note the kept tokens' keys and values ``[B, H, K, D]`` of every layer, with their graph.
         precision: From a layer's number to a block in which that layer computes other tokens in another precision than
             its own.
+        preserve_rng_state: Whether checkpointed layers are recomputed under the random state of their forward; only
+            without dropout are they the same without it.
 
     Returns:
         What the model returned; its logits are the kept tokens' where the head was run.
@@ -95,6 +98,7 @@ def gradient_pass(
         note=note,
     )
     kept = _KeptTokens(architecture, inputs, selection, cache, adapters, attention, keep_graph=keep_graph)
+    kept.preserve_rng_state = preserve_rng_state
     # Which layers are recomputed is read before their switch is turned off.
     forwards = kept.forwards(others, recorded=context.depth, own_head=read_head is None)
     with (
@@ -132,6 +136,7 @@ class _KeptTokens:
         self._adapters = adapters
         self._attention = attention
         self._keep_graph = keep_graph
+        self.preserve_rng_state = True
         beyond_kept = keep_graph or (inputs.shared is not None and inputs.shared.takes_gradients)
         key_gradient = "all" if beyond_kept else "kept"
         self._rows = LayerRows(selection.index, inputs.shape[1], key_gradient=key_gradient)
@@ -192,7 +197,8 @@ class _KeptTokens:
         return forward(self._rows.hidden(hidden), *args, **kwargs)
 
     def _checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(checkpoint, partial(self._recomputable, forward), use_reentrant=False)
+        recomputable = partial(self._recomputable, forward)
+        return partial(checkpoint, recomputable, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
 
     def _recomputable(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Recomputed during backward, when the changes around the pass have been undone.
