@@ -40,7 +40,7 @@ def hold_to_reference(model: CGGRModel, gradient: str) -> None:
     coefficients = torch.zeros(mask.shape).scatter_(1, selection.index, loss_coefficients(selection, targets.countable))
     wanted, _ = reference_loss(
         model.model,
-        model.model.base_model.layers,
+        model._passes.architecture.layers,
         mask,
         coefficients,
         targets.tokens,
@@ -207,6 +207,21 @@ def before_the_first(model: PreTrainedModel) -> None:
     model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] * 1.3, *args[1:]))
 
 
+def before_one_without_a_tuple(model: PreTrainedModel) -> None:
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: args[0] * 1.3)
+
+
+def looking_on(model: PreTrainedModel) -> None:
+    """Hooks that change nothing, around one that does."""
+    layer, seen = model.model.layers[1], []
+    layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    before_one(model)
+    layer.register_forward_hook(lambda module, args, output: output * 0.7)
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    layer.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
+
+
 def after_all(model: PreTrainedModel) -> None:
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, output: output * 0.7)
@@ -220,7 +235,10 @@ def learning(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("change", [before_all, before_one, before_the_first, after_all, learning])
+@pytest.mark.parametrize(
+    "change",
+    [before_all, before_one, before_one_without_a_tuple, before_the_first, looking_on, after_all, learning],
+)
 @pytest.mark.parametrize(("gradient", "engine"), [("exact", None), *ROUTED])
 def test_hooks_on_layers_are_run_on_all_tokens(
     change: Callable[[PreTrainedModel], None], gradient: str, engine: str | None, stepped: bool
@@ -332,3 +350,61 @@ def test_classes_that_are_ruled_out_are_no_difference(gradient: str, engine: str
     ruled_out = torch.ones(VOCAB, dtype=torch.bool).scatter(0, tokens().flatten(), False)
     model.lm_head.bias.data.masked_fill_(ruled_out, -torch.inf)
     hold_to_reference(wrap(model, gradient, engine), gradient)
+
+
+class OfWholeRows(nn.Module):
+    """A norm before which something is added that is as long as a row."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own = own
+        self.table = nn.Parameter(torch.randn(12, 32, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.own(hidden + self.table[None])
+
+
+def own_head(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(3)
+    head = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, VOCAB))
+    for parameter in head.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 5)
+    model.lm_head = head
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize("head", [None, own_head], ids=["a matrix", "its own"])
+@pytest.mark.parametrize("name", ["llama", "bloom"])  # whose layers return a tensor, and a tuple
+@pytest.mark.parametrize(("gradient", "engine"), ROUTED)
+def test_what_comes_after_the_layers_may_expect_whole_rows(
+    name: str, head: Callable[[PreTrainedModel], None] | None, gradient: str, engine: str
+) -> None:
+    model = ROUTABLE[name]()
+    if name == "llama":
+        model.model.norm = OfWholeRows(model.model.norm)
+    else:
+        model.transformer.ln_f = OfWholeRows(model.transformer.ln_f)
+    if head is not None:
+        head(model)
+    wrapped = wrap(model, gradient, engine)
+    hold_to_reference(wrapped, gradient)
+    assert wrapped._passes.architecture.whole_after_layers
+    assert wrapped._passes.architecture.head.fused is (head is None)
+
+
+@pytest.mark.parametrize(("gradient", "engine"), ROUTED)
+def test_a_config_that_switches_caches_off_does_not_switch_routing_off(gradient: str, engine: str) -> None:
+    model = ROUTABLE["llama"]()
+    model.config.use_cache = False
+    hold_to_reference(wrap(model, gradient, engine), gradient)
+    assert model.config.use_cache is False
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_layer_that_hands_over_no_keys_is_named(place: int) -> None:
+    """Also one that needs none: whether it looks at other tokens cannot be told."""
+    model = ROUTABLE["llama"]()
+    layer = model.model.layers[place]
+    layer.forward = lambda hidden, **_: hidden + layer.mlp(hidden)
+    with pytest.raises(ValueError, match=rf"layers \[{place}\] did not pass their keys and values through the cache"):
+        wrap(model)(tokens(), labels=tokens())

@@ -60,7 +60,7 @@ class OtherTokens:
         if not self.exist:
             return
         if self._hidden is None:
-            self._hidden = self._rows.hidden(hidden.detach())
+            self._hidden = self._rows.hidden(hidden)
         self._calls[layer] = id(hidden), cache, (args, kwargs)
 
     def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, KeyValue | None]:
@@ -90,7 +90,7 @@ class OtherTokens:
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)
                 if hooked is not None:
                     output = _after(hooked, args, kwargs, output)
-                self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
+                self._hidden = output[0] if isinstance(output, tuple) else output
             self._ran = True
             self._cache.kept = None
             merged, self._cache.merged = self._cache.merged, None
