@@ -8,14 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from cggr_train.errors import InputError
+from cggr_train.errors import InputError, RunError
 from cggr_train.log import read_log
 from cggr_train.option_checks import parse_bytes
 from cggr_train.presets import build_config, build_model
 from cggr_train.study import context as context_module
-from cggr_train.study import fitting, resume_study, stages, start_study
+from cggr_train.study import fitting, resume_study, stages, start_study, worker
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
+from cggr_train.study.estimators import compare_gradients
 from cggr_train.study.frontier import measured_by_accuracy
 from cggr_train.study.run import prepare_study
 from cggr_train.study.stages import RESULTS
@@ -226,3 +227,99 @@ def test_bytes_that_are_none(text):
 def test_the_title_of_an_arm_says_how_it_fits():
     arm = Arm("a", "standard, batch 8", "standard", "standard", 8, micro_batch=2, checkpointing=True)
     assert arm.title == "standard, batch 8, 2 at a time, checkpointed"
+
+
+CPU_ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+    "bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+def run_out(monkeypatch, during, arm, error=None):
+    """Let memory run out in one kind of measurement of one arm."""
+    real = getattr(worker, during)
+
+    def out(context, measured, *arguments, **options):
+        if arm in (getattr(measured, "name", None), None):
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return real(context, measured, *arguments, **options)
+
+    monkeypatch.setattr(worker, during, out)
+
+
+@pytest.mark.parametrize(("during", "rates"), [("time_steps", ()), ("train_run", ()), ("train_run", (1e-3,))])
+def test_an_arm_that_memory_does_not_last_for_is_left_out_and_the_others_go_on(
+    monkeypatch, data, tmp_path, during, rates
+):
+    wanted = asked(
+        data, seeds=1 if rates else 2, controls=("equal_memory",), selections=("supervised", "stratified"), rates=rates,
+        timing_turns=1, train={"eval_sequences": 4, "steps": 2},
+    )  # fmt: skip
+    run_out(monkeypatch, during, "kv-supervised")
+    outcome, text = run(wanted, tmp_path / "study")
+    assert outcome.left_out["kv-supervised"] == ("supervised tokens, kv: ran out of memory (CUDA out of memory)")
+    names = [arm.name for arm in outcome.arms]
+    assert "kv-supervised" not in names and {"standard", "kv-0.25-stratified-gradnorm"} <= set(names)
+    assert set(outcome.losses["time"]) == set(names)
+    assert text.count("supervised tokens, kv ran out of memory (CUDA out of memory); the study goes on") == 1
+    assert "Left out: supervised tokens, kv: ran out of memory (CUDA out of memory)." in text
+    if during == "time_steps":
+        assert "standard-equal-memory" in outcome.left_out, "which had that step's memory"
+    monkeypatch.undo()
+    monkeypatch.setattr(stages, "Pool", OwnPool)
+    monkeypatch.setattr("cggr_train.report.study_page.write_study_page", lambda path, **values: None)
+    monkeypatch.setattr(worker, "_measure", None)
+    again = resume_study(tmp_path / "study", Console(file=io.StringIO()))
+    assert (again.outcome.losses, again.outcome.left_out) == (outcome.losses, outcome.left_out), "and not tried again"
+
+
+@pytest.mark.parametrize("during", ["time_steps", "train_run"])
+def test_without_memory_for_the_standard_step_there_is_no_study(monkeypatch, data, tmp_path, during):
+    run_out(monkeypatch, during, "standard", RuntimeError(CPU_ALLOCATOR))
+    with pytest.raises(RunError, match=r"^standard, batch 4 ran out of memory \(\[enforce.*give --memory-limit, which"):
+        run(asked(data, controls=(), selections=("supervised",)), tmp_path / "study")
+
+
+def test_gradients_that_memory_does_not_last_for_are_not_shown(monkeypatch, data, tmp_path):
+    wanted = asked(data, draws=2, controls=(), selections=("stratified",))
+    run_out(monkeypatch, "compare_gradients", "kv-0.25-random")
+    run_out(monkeypatch, "kept_shares", None)
+    outcome, text = run(wanted, tmp_path / "study")
+    assert set(outcome.gradients["end"]) == {"kv-0.25-stratified-gradnorm"} and not outcome.kept
+    assert not outcome.left_out and "kv-0.25-random" in outcome.losses["time"]
+    assert "memory ran out where gradients were looked at (CUDA out of memory); the page goes without" in text
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch, data, tmp_path):
+    run_out(monkeypatch, "time_steps", "kv-supervised", RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(asked(data, controls=(), selections=("supervised",)), tmp_path / "study")
+
+
+def test_sizes_that_the_host_has_no_memory_for_do_not_fit(monkeypatch, data, tmp_path):
+    prepare_study(asked(data, controls=(), selections=("supervised",)), tmp_path / "study", Console(file=io.StringIO()))
+    context = StudyContext(tmp_path / "study", CPU)
+    real = StudyContext.session
+
+    def session(self, arm, *arguments, **options):
+        if arm.forward_size > 1:
+            raise RuntimeError(CPU_ALLOCATOR)
+        return real(self, arm, *arguments, **options)
+
+    monkeypatch.setattr(StudyContext, "session", session)
+    found = fitting.fit_arm(context, context.arms["standard"], limit=2**50)
+    assert (found["micro_batch"], found["checkpointing"]) == (1, False)
+
+
+@pytest.mark.parametrize("name", ["standard", "kv-0.25-stratified-gradnorm", "exact-0.25-stratified-gradnorm"])
+def test_gradients_are_compared_in_the_parts_that_fit(data, tmp_path, name):
+    """A limit of memory holds there too, and changes no number."""
+    wanted = asked(data, draws=2, controls=(), gradients=("kv", "exact"))
+    prepare_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
+    context, found = StudyContext(tmp_path / "study", CPU), []
+    for changed in ({}, {"micro_batch": 1}, {"micro_batch": 2, "checkpointing": True}):
+        arm = dataclasses.replace(context.arms[name], **changed)
+        found.append(compare_gradients(context, arm, weights=None, seed=0))
+    for other in found[1:]:
+        for key, values in found[0].items():
+            assert other[key] == pytest.approx(values, abs=1e-4), key

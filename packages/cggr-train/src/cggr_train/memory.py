@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+_ALLOCATOR_FAILURES = ("can't allocate memory", "not enough memory", "out of memory")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,6 +45,25 @@ def reset_peak_memory(device: torch.device) -> None:
         if trim is not None:
             trim(0)
         _CLEAR.write_text("5", encoding="ascii")  # sets VmHWM to VmRSS, see proc(5)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of an accelerator or of the host (torch has no class for the latter).
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_FAILURES)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, as after an error that ended a step."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 def _from_status(key: str) -> int | None:

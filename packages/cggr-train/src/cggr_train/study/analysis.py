@@ -120,7 +120,12 @@ def analyse(
         left_out: Why an arm that was planned is not among them.
     """
     times = step_times(records)
-    runs = {(record["arm"], record["seed"]): record for record in records if record["event"] == "run"}
+    present = {arm.name for arm in arms}
+    runs = {
+        (record["arm"], record["seed"]): record
+        for record in records
+        if record["event"] == "run" and record["arm"] in present
+    }
     seed_numbers = sorted({seed for _, seed in runs})
     curves = {
         arm.name: [

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cggr_train.data import count_targets
 from cggr_train.data.batches import in_order
 from cggr_train.learner import Learner, build_learner
+from cggr_train.session import checkpoint_activations
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 
@@ -22,7 +24,8 @@ def compare_gradients(context: StudyContext, arm: Arm, *, weights: Path | None, 
 
     Args:
         context: The study; its settings say how many batches and draws.
-        arm: The arm; not one that scores by what its own run observed.
+        arm: The arm; not one that scores by what its own run observed. Gradients are made as its steps make them: so
+            many sequences at a time, and checkpointed where those are.
         weights: Folder of the model at which gradients are taken; None takes the start of ``seed``.
         seed: Of the draws.
 
@@ -39,29 +42,34 @@ def compare_gradients(context: StudyContext, arm: Arm, *, weights: Path | None, 
     )  # fmt: skip
     whole = [batch for batch in batches if len(batch) == train.batch_size]
     model = context.model(seed, folder=weights).train()
+    if arm.checkpointing:
+        checkpoint_activations(model)
     found: dict[str, list[float]] = {"cosine": [], "variance": [], "bias": []}
     full = build_learner(model, "standard", arm.routing, seed=seed)
     learner = build_learner(model, arm.method, arm.routing, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    for batch in whole:
-        truth = _gradient(context, full, batch)
+    for number, batch in enumerate(whole):
+        truth = _gradient(context, full, batch, at_a_time=arm.forward_size, draw=0)
         drawn = _Draws(truth)
-        for _ in range(settings.draws):
+        for draw in range(settings.draws):
             rows = batch
             if arm.method == "standard" and arm.batch_size < len(batch):
                 rows = batch[torch.randperm(len(batch), generator=generator)[: arm.batch_size]]
-            drawn.add(_gradient(context, learner, rows))
+            number_of_draw = number * settings.draws + draw
+            drawn.add(_gradient(context, learner, rows, at_a_time=arm.forward_size, draw=number_of_draw))
         for name, value in drawn.result().items():
             found[name] += value
     return found
 
 
-def _gradient(context: StudyContext, learner: Learner, batch: Tensor) -> Tensor:
+def _gradient(context: StudyContext, learner: Learner, batch: Tensor, *, at_a_time: int, draw: int) -> Tensor:
     """All gradients of the model in one float32 vector ``[N]``."""
-    input_ids = batch.to(context.device)
-    with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.bfloat16):
-        loss = learner.loss(input_ids)
-    loss.backward()
+    items = float(count_targets(batch))
+    for first in range(0, len(batch), at_a_time):
+        rows = batch[first : first + at_a_time].to(context.device)
+        with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.bfloat16):
+            loss = learner.loss(rows, num_items=items, draw=draw, first_row=first)
+        loss.backward()
     parts = []
     for parameter in learner.model.parameters():
         if parameter.requires_grad:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from typing import Any
 
-import torch
-
-from cggr_train.memory import peak_memory, reset_peak_memory
+from cggr_train.memory import free_memory, is_out_of_memory, peak_memory, reset_peak_memory
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 
@@ -46,9 +43,7 @@ def peak_of_steps(context: StudyContext, arm: Arm) -> int | None:
     """Peak memory of a few steps of an arm; None where the device itself ran out of it."""
     reset_peak_memory(context.device)
     peak = _take_steps(context, arm)
-    gc.collect()  # what the steps held
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(context.device)  # what the steps held
     return peak
 
 
@@ -57,6 +52,8 @@ def _take_steps(context: StudyContext, arm: Arm) -> int | None:
     try:
         session = context.session(arm, seed, steps=10**6, warmup_steps=1, eval_sequences=1, still=True)
         session.train(lambda loss, rate: None, stop=lambda: session.progress.step >= STEPS)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     return peak_memory(context.device)

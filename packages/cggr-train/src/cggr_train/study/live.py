@@ -88,6 +88,9 @@ class LiveTable:
             self._running.pop((record["arm"], -1), None)
             where = f"{self.arms[record['arm']].label}, learning rate {record['rate']:g}"
             self._say(f"{where}: " + _loss_reached(record))
+        elif record["event"] == "out_of_memory":
+            for key in [key for key in self._running if key[0] == record["arm"]]:
+                del self._running[key]
         elif record["event"] == "timing":
             self._times[record["arm"]] += record["step_seconds"]
             self._memory.setdefault(record["arm"], record["peak_bytes"])

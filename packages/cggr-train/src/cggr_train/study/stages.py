@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,22 +11,33 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from cggr_core.settings import SUPERVISED
 from cggr_train.data import TokenStore
 from cggr_train.display import mute
-from cggr_train.errors import DivergedError, InputError
+from cggr_train.errors import DivergedError, InputError, RunError
 from cggr_train.interrupt import StopRequest
 from cggr_train.log import JsonlLog, read_log
-from cggr_train.study.analysis import PLACES, Outcome, analyse, step_times
+from cggr_train.study.analysis import Outcome, analyse, step_times
 from cggr_train.study.arms import Arm, load_arms
 from cggr_train.study.live import LiveTable
 from cggr_train.study.plan import Plan, make_plan
 from cggr_train.study.pool import Pool, Request
+from cggr_train.study.requests import (
+    fit_requests,
+    gradient_requests,
+    kept_requests,
+    rate_requests,
+    run_requests,
+    timing_requests,
+)
 from cggr_train.study.settings import StudySettings
 
 RESULTS, REPORT = "results.jsonl", "report.html"
-TUNING_SEED = 1000
-"""Added to the first seed where learning rates are tried: none of the runs that are compared has it."""
+OUT_OF_MEMORY = "out_of_memory"
+"""Kind of the record of a measurement that memory did not last for; ``during`` is the kind it would have been."""
+
+
+COMPARED = ("fit", "timing", "rate", "run")
+"""Measurements without which an arm cannot be compared."""
 
 
 class StudyResult(NamedTuple):
@@ -88,17 +99,54 @@ class Stages:
     def _do(self, requests: Iterable[Request], *, alone: bool = False) -> None:
         """Run what is not on record yet, and put it there."""
         known = {_identity(record["event"], record) for record in self.records}
-        missing = [request for request in requests if _identity(request.event, request.fields) not in known]
+        failed = {(r["during"], r["arm"]) for r in self.records if r["event"] == OUT_OF_MEMORY}
+        missing = [
+            request for request in requests
+            if _identity(request.event, request.fields) not in known
+            and (request.event, request.fields.get("arm")) not in failed
+        ]  # fmt: skip
         if not missing:
             return
         for request, result in self.pool.run(
             missing, on_progress=self.table.progress, stop=lambda: self.stop.requested, alone=alone
         ):
+            if OUT_OF_MEMORY in result:
+                self._note_out_of_memory(request, result[OUT_OF_MEMORY])
+                continue
             record = {"event": request.event, **request.fields, **result}
             self.log.write(**record)
             self.records.append(record)
             self.table.take(record)
             self._check_standard(record)
+
+    def _note_out_of_memory(self, request: Request, words: str) -> None:
+        """Other arms go on without one that memory does not last for; without the standard one there is no study."""
+        arm = next((arm for arm in self.arms if arm.name == request.fields.get("arm")), None)
+        advice = "give --memory-limit, which finds a micro-batch that fits, or a smaller --batch-size or --length"
+        if arm is self.arms[0] and request.event in COMPARED:
+            raise RunError(f"{arm.label} ran out of memory ({words}), and every arm is compared with it; {advice}")
+        if "seed" in request.fields and arm is not None:
+            shutil.rmtree(self.folder / "runs" / f"{arm.name}-seed{request.fields['seed']}", ignore_errors=True)
+        record = {"event": OUT_OF_MEMORY, "during": request.event, "arm": arm and arm.name, "reason": words}
+        if any((r["event"], r.get("during"), r.get("arm")) == tuple(record.values())[:3] for r in self.records):
+            return
+        self.log.write(**record)
+        self.records.append(record)
+        self.table.take(record)
+        if request.event in COMPARED:
+            line = f"{arm and arm.title} ran out of memory ({words}); the study goes on without it"
+        else:
+            line = f"memory ran out where {request.event} were looked at ({words}); the page goes without"
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _drop_out_of_memory(self, *during: str) -> None:
+        """Go on without the arms that ran out of memory in these measurements."""
+        found = {r["arm"]: r["reason"] for r in self.records if r["event"] == OUT_OF_MEMORY and r["during"] in during}
+        for arm in self.arms:
+            if arm.name in found:
+                self.left_out[arm.name] = f"{arm.title}: ran out of memory ({found[arm.name]})"
+        if found:
+            self._set_arms([arm for arm in self.arms if arm.name not in found])
 
     def _check_standard(self, record: Mapping[str, Any]) -> None:
         """Other arms may diverge, and are reported so; without this one there is nothing to compare with."""
@@ -127,14 +175,7 @@ class Stages:
 
     def _fit(self, arms: Sequence[Arm], limits: Mapping[str, int]) -> None:
         self.table.stage("finding how many sequences of each arm fit into memory at a time")
-        self._do(
-            (
-                Request("fit", {"arm": arm.name},
-                        {"do": "fit", "arms": [arm.name], "changes": changes(arm), "limit": limits[arm.name]})
-                for arm in arms
-            ),
-            alone=True,
-        )  # fmt: skip
+        self._do(fit_requests(arms, limits), alone=True)
 
     def _take_fits(self) -> None:
         """Give each arm the sizes that fit; one that does not fit at all is left out, which is said."""
@@ -142,9 +183,11 @@ class Stages:
         fitted: list[Arm] = []
         for arm in self.arms:
             found = fits.get(arm.name)
+            if arm.memory_of in self.left_out:
+                self.left_out[arm.name] = f"{arm.label}: the routed step that it is compared with was left out"
+                continue
             if found is None:
-                if arm.memory_of is None or arm.memory_of not in self.left_out:
-                    fitted.append(arm)
+                fitted.append(arm)
                 continue
             if found["micro_batch"] is None:
                 self._exclude_arm(arm)
@@ -183,44 +226,18 @@ class Stages:
 
     def _time(self, arms: Sequence[Arm]) -> None:
         self.table.stage("timing every arm's step, alone on its device")
-        turns = self.settings.timing_turns
-        seconds = self.settings.calibration_seconds / turns
-        self._do(
-            (
-                Request("timing", {"arm": arm.name, "turn": turn},
-                        {"do": "time", "arms": [arm.name], "changes": changes(arm), "seconds": seconds})
-                for turn in range(turns)
-                for arm in arms
-            ),
-            alone=True,
-        )  # fmt: skip
+        self._do(timing_requests(self.settings, arms), alone=True)
+        if not self.stop.requested:
+            self._drop_out_of_memory("timing")
 
     def _tune(self, plan: Plan) -> None:
         """Give each arm the learning rate that does best for it."""
         if not self.settings.rates:
             return
         self.table.stage("trying learning rates")
-        seed, share = self.seeds[0] + TUNING_SEED, self.settings.rate_share
-        self._do(
-            Request(
-                "rate",
-                {"arm": arm.name, "rate": rate},
-                {
-                    "do": "train",
-                    "arms": [arm.name],
-                    "changes": changes(arm) | {"learning_rate": rate},
-                    "seed": seed,
-                    "points": [max(1, round(share * plan.readings[arm.name]["time"]))],
-                    "warmup_steps": share * plan.warmup_steps,
-                    "eval_sequences": self.settings.train.eval_sequences,
-                    "save_model": False,
-                    "tuning": True,
-                },
-            )
-            for arm in self.arms
-            for rate in self.settings.rates
-        )
+        self._do(rate_requests(self.settings, self.arms, plan))
         if not self.stop.requested:
+            self._drop_out_of_memory("rate")
             best = best_rates(self.records)
             self._set_arms([dataclasses.replace(arm, learning_rate=best.get(arm.name)) for arm in self.arms])
 
@@ -228,51 +245,17 @@ class Stages:
         self.table.stage("training")
         for record in self.records:
             self._check_standard(record)
-        self._do(
-            Request(
-                "run",
-                {"arm": arm.name, "seed": seed},
-                {
-                    "do": "train",
-                    "arms": [arm.name],
-                    "changes": changes(arm),
-                    "seed": seed,
-                    "points": plan.points[arm.name],
-                    "warmup_steps": plan.warmup_steps,
-                    "eval_sequences": plan.eval_sequences,
-                    "save_model": arm is self.arms[0] and seed == self.seeds[0],
-                    "accuracy_at": {
-                        reading: plan.readings[arm.name][reading]
-                        for reading in self.settings.accuracy_readings
-                        if self.settings.accuracy and arm.name in (self.settings.accuracy_of or {arm.name})
-                    },
-                },
-            )
-            for seed in self.seeds
-            for arm in self.arms
-        )
+        self._do(run_requests(self.settings, self.arms, plan, self.seeds))
+        if not self.stop.requested:
+            self._drop_out_of_memory("run")
 
     def _compare_gradients(self) -> None:
         """Gradients at the start and at the end of the standard run, and what each arm keeps there."""
         self.table.stage("comparing gradients and kept tokens")
-        seed, weights = self.seeds[0], str(self.weights)
         requests = []
         if self.settings.draws and self._has_whole_batches():
-            drawn = [
-                arm.name for arm in self.arms
-                if arm.role in ("equal_cost", "random", "asked") and not arm.scores_from_own_run
-            ]  # fmt: skip
-            for (at, place), name in itertools.product(zip(PLACES, (None, weights), strict=True), drawn):
-                body = {"do": "gradients", "arms": [name], "weights": place, "seed": seed}
-                requests.append(Request("gradients", {"at": at, "arm": name}, body))
-        routed = [
-            arm.name for arm in self.arms
-            if arm.method != "standard" and arm.routing.gradient != "sequence" and not arm.scores_from_own_run
-            and arm.routing.selection != SUPERVISED
-        ]  # fmt: skip
-        if routed:
-            requests.append(Request("kept", {}, {"do": "kept", "arms": routed, "weights": weights, "seed": seed}))
-        self._do(requests)
+            requests += gradient_requests(self.arms, self.weights, self.seeds[0])
+        self._do([*requests, *kept_requests(self.arms, self.weights, self.seeds[0])])
 
     def _has_whole_batches(self) -> bool:
         train = self.settings.train
@@ -304,11 +287,6 @@ class Stages:
         where = f"report: {page.resolve()}\nrecords: {(self.folder / RESULTS).resolve()}"
         self.console.print(where, highlight=False, soft_wrap=True)
         return outcome
-
-
-def changes(arm: Arm) -> dict[str, Any]:
-    """What was found out about an arm since the study was planned, for the workers."""
-    return {"micro_batch": arm.micro_batch, "checkpointing": arm.checkpointing, "learning_rate": arm.learning_rate}
 
 
 def same_training(one: Arm, other: Arm) -> bool:

@@ -22,6 +22,7 @@ import torch
 
 from cggr_train.errors import InputError, RunError
 from cggr_train.interrupt import StopRequest
+from cggr_train.memory import free_memory, is_out_of_memory
 from cggr_train.study.context import StudyContext
 from cggr_train.study.estimators import compare_gradients
 from cggr_train.study.fitting import fit_arm
@@ -52,7 +53,20 @@ def serve(context: StudyContext, requests: TextIO, tell: Tell, stop: Callable[[]
 def answer(
     context: StudyContext, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
-    """Do what one request asks for."""
+    """Do what one request asks for; where memory runs out, the result is ``out_of_memory``, in words."""
+    try:
+        return _measure(context, request, tell, stop)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        words = str(error).split(". ")[0].splitlines()
+    free_memory(context.device)  # the error, and with it the step's tensors, is gone by now
+    return {"out_of_memory": words[0] if words else "memory ran out"}
+
+
+def _measure(
+    context: StudyContext, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     arms = [dataclasses.replace(context.arms[name], **request.get("changes", {})) for name in request["arms"]]
     weights = Path(request["weights"]) if request.get("weights") else None
     match request["do"]:
