@@ -3,8 +3,8 @@
 import argparse
 import copy
 import json
+import math
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import _record
+from benchmarks._grpo_problems import END_OF_START, Task, encode, right, task, with_end_of_turn
 from benchmarks._rollouts import Rollouts
-from benchmarks.gsm8k import MARK, read_problems
+from benchmarks.gsm8k import read_problems
 from cggr_core.stopwatch import Stopwatch
 from cggr_train import CGGRConfig, CGGRMixin
 from cggr_train.presets import load_model
@@ -30,18 +32,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "top 20%, kv": {"top_entropy_quantile": 0.2, "cggr": {}},
     "random 20%, kv": {"cggr": {"selection": "random", "min_tokens_ratio": 0.2}},
 }
-_NUMBER = re.compile(rf"{MARK}\s*\$?(-?[\d,]*\.?\d+)")
-END_OF_START = 1000
-"""So many training problems are for the policy that the runs start from; they train on the others."""
+_SETTINGS = (
+    "start_steps", "rollouts", "group", "prompt", "completion", "rows", "routed_rows", "rate", "steps", "questions",
+)  # fmt: skip
 _RESERVE = 25.0  # seconds for the last evaluation and writing
-
-
-@dataclass(frozen=True)
-class Task:
-    """Problems as prompts, and their answers."""
-
-    prompts: list[str]
-    answers: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,52 +47,6 @@ class Setup:
     problems: Task
     heldout: Task
     rollouts: Rollouts
-
-
-def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 for a completion whose last number after the mark is the answer, else 0."""
-    return [float(number_of(text) == float(wanted)) for text, wanted in zip(completions, answer, strict=True)]
-
-
-def number_of(text: str) -> float | None:
-    """The last number after the mark."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def form(problem: dict[str, str], tokenizer: Any) -> tuple[str, str]:
-    """A problem as the turn of a user, and its answer without GSM8K's notes for a calculator."""
-    turns = [{"role": "user", "content": problem["question"]}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return prompt, re.sub("<<.*?>>", "", problem["answer"])
-
-
-def task(problems: list[dict[str, str]], tokenizer: Any, longest: int) -> Task:
-    """The problems whose prompts have at most so many tokens.
-
-    Args:
-        problems: Of GSM8K.
-        tokenizer: With a chat template.
-        longest: Tokens.
-    """
-    made = [(form(problem, tokenizer)[0], number_of(problem["answer"])) for problem in problems]
-    sizes = map(len, tokenizer([prompt for prompt, _ in made], add_special_tokens=False)["input_ids"])
-    kept = [(prompt, str(number)) for (prompt, number), size in zip(made, sizes, strict=True) if size <= longest]
-    return Task([prompt for prompt, _ in kept], [answer for _, answer in kept])
-
-
-def with_end_of_turn(tokenizer: Any) -> Any:
-    """The tokenizer, its end-of-sequence token that which ends an answer; a GGUF file may name another."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(encode(tokenizer, text.rpartition("answer")[2])[0])
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
-
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt that has its special tokens already."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def set_up(options: argparse.Namespace) -> Setup:
@@ -214,7 +162,11 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
     setup = set_up(options)
     asked = [encode(setup.tokenizer, prompt) for prompt in setup.heldout.prompts]
     print(f"{arm}, seed {seed}: model and data after {time.monotonic() - began:.0f} s", flush=True)
-    found: dict[str, Any] = {"arm": arm, "seed": seed, "steps": [], "evaluations": [], "done": False}
+    found: dict[str, Any] = {
+        "arm": arm, "seed": seed, "steps": [], "evaluations": [], "done": False,
+        "settings": {"model": options.model.name, **{name: getattr(options, name) for name in _SETTINGS}},
+        "environment": _record.environment("cuda" if torch.cuda.is_available() else "cpu"),
+    }  # fmt: skip
     spent = {"evaluations": 0.0}
 
     class Follow(TrainerCallback):
@@ -226,8 +178,10 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
             setup.rollouts.load(trainer.accelerator.unwrap_model(trainer.model))
             answers = setup.rollouts(asked, temperature=0.0, seed=0)
             texts = setup.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            found["evaluations"].append({"step": step, "right": right(texts, setup.heldout.answers)})
-            accuracy = statistics.fmean(found["evaluations"][-1]["right"])
+            scores = right(texts, setup.heldout.answers)
+            # By problem, as one word: "0110".
+            found["evaluations"].append({"step": step, "right": "".join(str(int(score)) for score in scores)})
+            accuracy = statistics.fmean(scores)
             spent["evaluations"] += time.monotonic() - started
             note(trainer.state.log_history)
             print(f"{arm}, seed {seed}, step {step}: {accuracy:.1%} after {time.monotonic() - began:.0f} s", flush=True)
@@ -239,7 +193,10 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
             late = time.time() > options.until - _RESERVE
             control.should_training_stop = state.global_step >= options.steps or late
 
-        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            norm = (logs or {}).get("grad_norm", 0.0)
+            if not math.isfinite(norm):
+                raise SystemExit(f"{arm}, seed {seed}, step {state.global_step}: the gradient's norm is {norm}")
             if state.global_step % options.evaluate_every == 0 and found["evaluations"][-1]["step"] < state.global_step:
                 self.evaluate(state.global_step)
 
@@ -270,7 +227,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
 def time_alone(options: argparse.Namespace, path: Path) -> None:
     """Seconds of an update of every arm with the device to itself: ``{arm: [seconds, ...]}``.
 
-    Each arm makes three generations of two updates each; the first two, which tune kernels, are not among the seconds.
+    Each arm makes four generations of two updates each; the first two, which tune kernels, are not among the seconds.
     """
     quiet()
     setup = set_up(options)
@@ -278,7 +235,7 @@ def time_alone(options: argparse.Namespace, path: Path) -> None:
     for arm in options.arms:
         own = Setup(setup.tokenizer, copy.deepcopy(setup.model), setup.problems, setup.heldout, setup.rollouts)
         with tempfile.TemporaryDirectory() as folder:
-            trainer, _ = trainer_of(own, arm, 0, options, folder, steps=6, callbacks=[])
+            trainer, _ = trainer_of(own, arm, 0, options, folder, steps=8, callbacks=[])
             trainer.train()
         seconds[arm] = [row["update_seconds"] for row in trainer.state.log_history if "update_seconds" in row][2:]
         print(f"{arm}: {statistics.median(seconds[arm]):.3f} s per update, alone on the device", flush=True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks._grpo_run import END_OF_START, encode, form, right, task, with_end_of_turn
+from benchmarks._grpo_problems import END_OF_START, encode, form, right, task, with_end_of_turn
 from benchmarks.gsm8k import read_problems
 from cggr_train.presets import load_model
 from cggr_train.tokenizer import load_tokenizer

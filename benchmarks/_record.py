@@ -232,6 +232,7 @@ def write(
     settings: Mapping[str, Any],
     control: str,
     device: str | torch.device = "cpu",
+    made_in: Mapping[str, Any] | None = None,
     folder: Path = RESULTS,
 ) -> Path:
     """Write one result file; a reader never sees half of it, and an earlier file stays until the new one is whole.
@@ -242,6 +243,7 @@ def write(
         settings: Shapes, dtype, seed, keep ratio: all that is needed to run it again.
         control: The row that the others are compared with.
         device: Device that the benchmark ran on.
+        made_in: The :func:`environment` of the runs, where they were made before; of this process if None.
         folder: Where to write.
 
     Returns:
@@ -256,7 +258,7 @@ def write(
         raise ValueError(f"settings has no 'seed', only {sorted(settings)}; note the seed of the run")
     result = {
         "benchmark": name,
-        "environment": environment(device),
+        "environment": environment(device) if made_in is None else dict(made_in),
         "settings": dict(settings),
         "control": control,
         "rows": {row: dict(values) for row, values in rows.items()},

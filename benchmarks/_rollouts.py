@@ -5,6 +5,7 @@ has the same shapes: on a GPU it is captured once and replayed. Where capturing 
 """
 
 import copy
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,6 +165,7 @@ class Rollouts:
                 self._forward(self._tokens, self._positions, self._allowed)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # a graph that is collected during the capture would end it
         # Another thread may pin memory meanwhile, which is no part of the graph.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._forward(self._tokens, self._positions, self._allowed)

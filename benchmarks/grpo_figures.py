@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import _record
 from benchmarks._grpo_run import ARMS, CONTROL
 
@@ -20,18 +18,17 @@ def write_result(
     runs: Sequence[dict[str, Any]],
     *,
     alone: dict[str, list[float]],
-    settings: dict[str, Any],
     folder: Path,
 ) -> None:
     """Write the JSON and the plot of the seeds that every arm has run, and print the table.
 
-    Arms are compared at the last evaluation that all runs of a seed have come to.
+    Arms are compared at the last evaluation that all runs of a seed have come to; where time was over before any, each
+    at its own last one, whose step is noted.
 
     Args:
         name: Of the files.
         runs: What :func:`benchmarks._grpo_run.train` leaves, finished or not.
         alone: Seconds of single updates of each arm with the device to itself.
-        settings: Of the runs.
         folder: For the files.
     """
     runs = [run for run in runs if len(run["evaluations"]) > 1]
@@ -41,51 +38,61 @@ def write_result(
     if not seeds:
         print("no seed has come to its second evaluation in every arm", flush=True)
         return
-    at = {seed: max(set.intersection(*(_evaluated(of[arm, seed]) for arm in arms))) for seed in seeds}
-    seeds = [seed for seed in seeds if at[seed]]
-    if not seeds:
-        print("no seed has an evaluation in common between its arms", flush=True)
-        return
+    at: dict[tuple[str, int], int] = {}
+    for seed in seeds:
+        shared = max(set.intersection(*(_evaluated(of[arm, seed]) for arm in arms)))
+        at |= {(arm, seed): shared or of[arm, seed]["evaluations"][-1]["step"] for arm in arms}
     control = CONTROL if CONTROL in arms else arms[0]
     rows = {arm: _row([of[arm, seed] for seed in seeds], [of[control, seed] for seed in seeds], at) for arm in arms}
     for arm, row in rows.items():
         row["update_seconds_alone"] = _record.summary(alone[arm]) if alone.get(arm) else None
-    settings = settings | {"seeds": seeds, "arms": {arm: ARMS[arm] for arm in arms}}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = _record.write(name, rows, settings=settings, control=control, device=device, folder=folder)
+    first = of[control, seeds[0]]
+    settings = first["settings"] | {"seed": 0, "seeds": seeds, "arms": {arm: ARMS[arm] for arm in arms}}
+    path = _record.write(
+        name, rows, settings=settings, control=control, made_in=first["environment"], folder=folder
+    )  # fmt: skip
     draw(_record.load(name, folder=folder), path.with_suffix(".png"))
     report(rows)
 
 
-def _row(runs: list[dict[str, Any]], control: list[dict[str, Any]], at: dict[int, int]) -> dict[str, Any]:
+def _row(runs: list[dict[str, Any]], control: list[dict[str, Any]], at: dict[tuple[str, int], int]) -> dict[str, Any]:
     """The numbers of an arm, beside the control's runs of the same seeds."""
-    before = [run["evaluations"][0]["right"] for run in runs]
-    after = [_right(run, at[run["seed"]]) for run in runs]
+    before = [_right(run, 0) for run in runs]
+    steps = [at[run["arm"], run["seed"]] for run in runs]
+    after = [_right(run, step) for run, step in zip(runs, steps, strict=True)]
     gains = [
         mine - theirs
-        for run, other in zip(runs, control, strict=True)
-        for mine, theirs in zip(_right(run, at[run["seed"]]), _right(other, at[run["seed"]]), strict=True)
+        for one, other in zip(after, control, strict=True)
+        for mine, theirs in zip(one, _right(other, at[other["arm"], other["seed"]]), strict=True)
     ]
     rewards = [
         statistics.fmean(
-            step["reward"]
-            for step in run["steps"]
-            if "reward" in step and at[run["seed"]] - _LAST < step["step"] <= at[run["seed"]]
+            step["reward"] for step in run["steps"] if "reward" in step and last - _LAST < step["step"] <= last
         )
-        for run in runs
+        for run, last in zip(runs, steps, strict=True)
     ]
     seconds = [statistics.median(step["update_seconds"] for step in run["steps"]) for run in runs]
+    ahead = [gap for run, other in zip(runs, control, strict=True) for gap in _reward_gaps(run, other)]
     return {
         **_record.summary([statistics.fmean(one) for one in after]),
         "unit": "accuracy",
-        "steps": [at[run["seed"]] for run in runs],
+        "steps": steps,
         "before": statistics.fmean(map(statistics.fmean, before)),
         "interval": interval([value for one in after for value in one]),
         "over_control": {"mean": statistics.fmean(gains), "interval": interval(gains)},
         "reward": _record.summary(rewards),
+        "reward_over_control": {"mean": statistics.fmean(ahead), "interval": interval(ahead)},
         "update_seconds": _record.summary(seconds),
         "runs": runs,
     }
+
+
+def _reward_gaps(run: dict[str, Any], control: dict[str, Any]) -> list[float]:
+    """Differences of the rewards of the generations that both have made, which are of the same prompts."""
+    mine, theirs = (
+        {step["step"]: step["reward"] for step in one["steps"] if "reward" in step} for one in (run, control)
+    )
+    return [mine[step] - theirs[step] for step in sorted(mine.keys() & theirs.keys())]
 
 
 def _evaluated(run: dict[str, Any]) -> set[int]:
@@ -93,7 +100,7 @@ def _evaluated(run: dict[str, Any]) -> set[int]:
 
 
 def _right(run: dict[str, Any], step: int) -> list[float]:
-    return next(one["right"] for one in run["evaluations"] if one["step"] == step)
+    return list(map(float, next(one["right"] for one in run["evaluations"] if one["step"] == step)))
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -106,17 +113,25 @@ def interval(values: Sequence[float]) -> list[float]:
 
 def report(rows: dict[str, dict[str, Any]]) -> None:
     """Print the table in Markdown."""
-    print("| | runs | steps | reward at the end | accuracy before | after | over the full update | s per update |")
+    print(
+        "| | steps | accuracy before | after | over the full update | reward over the full update's "
+        "| s per update, alone | beside other runs |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for arm, row in rows.items():
-        gain = row["over_control"]
-        difference = f"{gain['mean']:+.1%} [{gain['interval'][0]:+.1%}, {gain['interval'][1]:+.1%}]"
-        seconds = (row["update_seconds_alone"] or row["update_seconds"])["median"]
+        gains = [_signed(row[name]) for name in ("over_control", "reward_over_control")]
+        steps = ", ".join(map(str, row["steps"]))
+        alone = row["update_seconds_alone"]
         print(
-            f"| {arm} | {row['samples']} | {min(row['steps'])} | {row['reward']['median']:.3f} | {row['before']:.1%} "
-            f"| {row['median']:.1%} | {difference} | {seconds:.3f} |",
+            f"| {arm} | {steps} | {row['before']:.1%} | {row['median']:.1%} | {gains[0]} | {gains[1]} "
+            f"| {alone['median'] if alone else math.nan:.2f} | {row['update_seconds']['median']:.2f} |",
             flush=True,
         )
+
+
+def _signed(gain: dict[str, Any]) -> str:
+    low, high = gain["interval"]
+    return f"{gain['mean']:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -131,7 +146,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         rewards = [
             {step["step"]: step["reward"] for step in run["steps"] if "reward" in step} for run in row["runs"]
         ]  # fmt: skip
-        answers = [{one["step"]: one["right"] for one in run["evaluations"]} for run in row["runs"]]
+        answers = [{step: _right(run, step) for step in _evaluated(run)} for run in row["runs"]]
         for column, factor in enumerate((per_step, seconds)):
             for found in rewards:
                 at = [step * factor for step in found]
@@ -141,11 +156,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
             shared = sorted(set.intersection(*map(set, rewards)))
             mean = running_mean([statistics.fmean(found[step] for found in rewards) for step in shared], 5)
             panels[0][column].plot([step * factor for step in shared], mean, color=_COLOURS[arm], lw=1.6, label=arm)
-            shared = sorted(set.intersection(*map(set, answers)))
-            pooled = [[value for found in answers for value in found[step]] for step in shared]
-            errors = [statistics.fmean(one) - interval(one)[0] for one in pooled]
+            places = _together(answers)
+            errors = [statistics.fmean(right) - interval(right)[0] for _, right in places]
             panels[1][column].errorbar(
-                [step * factor for step in shared], list(map(statistics.fmean, pooled)), yerr=errors,
+                [step * factor for step, _ in places], [statistics.fmean(right) for _, right in places], yerr=errors,
                 color=_COLOURS[arm], lw=1.6, marker="o", ms=3, capsize=3,
             )  # fmt: skip
     panels[0][0].set_ylabel("reward (mean of five updates)")
@@ -160,6 +174,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
     title = f"GRPO on GSM8K, {settings['model']}, {len(settings['seeds'])} seeds: {result['environment']['device']}"
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def _together(answers: list[dict[int, list[float]]]) -> list[tuple[float, list[float]]]:
+    """Mean steps of the evaluations of several runs, and all their answers.
+
+    Runs that were evaluated a different number of times have their first and last evaluation in common.
+    """
+    numbered = [sorted(found.items()) for found in answers]
+    if len({len(one) for one in numbered}) > 1:
+        numbered = [[one[0], one[-1]] for one in numbered]
+    return [
+        (statistics.fmean(step for step, _ in one), [value for _, right in one for value in right])
+        for one in zip(*numbered, strict=True)
+    ]
 
 
 def running_mean(values: list[float], width: int) -> list[float]:

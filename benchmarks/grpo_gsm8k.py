@@ -138,20 +138,8 @@ def result(options: argparse.Namespace) -> None:
     paths = sorted((options.output / "runs").glob(f"{options.name}_*_seed*.json"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     alone = alone_path(options)
-    settings = {
-        name: getattr(options, name)
-        for name in (
-            "start_steps", "rollouts", "group", "prompt", "completion", "rows", "routed_rows", "rate", "steps",
-            "questions",
-        )
-    }  # fmt: skip
-    write_result(
-        options.name,
-        runs,
-        alone=json.loads(alone.read_text(encoding="utf-8")) if alone.exists() else {},
-        settings={"seed": 0, "model": options.model.name, "per_device": per_device(options), **settings},
-        folder=options.output,
-    )
+    seconds = json.loads(alone.read_text(encoding="utf-8")) if alone.exists() else {}
+    write_result(options.name, runs, alone=seconds, folder=options.output)
 
 
 def visible_devices() -> list[str | None]:
