@@ -64,7 +64,7 @@ class Learner:
         self.records_itself = records_itself
         self.routed = CGGRModel(
             model, gradient=way.gradient, selection=way.selection, min_tokens_ratio=way.ratio, block_size=way.block,
-            seed=seed, cuda_graph="auto" if records_itself else False,
+            context_margin=way.margin, seed=seed, cuda_graph="auto" if records_itself else False,
         )  # fmt: skip
         self.wrapped: nn.Module = self.routed
         self._fused = ExitStack()
@@ -83,14 +83,10 @@ class Learner:
         """Of rows ``[B, S]``."""
         input_ids, labels = split_supervised(rows)
         given: dict[str, Any] = {"num_items": num_items}
-        if self.way.given and not (self.records_itself and not self.way.margin):
+        if self.way.given and not self.records_itself:
             predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-            kept = predicts
-            if self.way.margin:
-                kept = functional.pad(predicts.float(), (0, self.way.margin)).unfold(1, self.way.margin + 1, 1)
-                kept = kept.amax(-1) > 0
             given["selection"] = Selection.from_mask(
-                kept, weight=predicts.float(), countable=predicts, capacity=self.slots
+                predicts, countable=predicts, capacity=self.slots, margin=self.way.margin
             )
         else:
             given |= {"draw": draw, "first_row": first_row}
@@ -209,7 +205,7 @@ def time_arm(base: nn.Module, rows: Rows, setting: Setting, arm: Arm) -> dict[st
     plans: dict[str, tuple[int, int, dict[str, Any]]] = {"eager": (2, 3, {})}
     if device.type == "cuda":
         plans["recorded"] = (4, TIMED, {"recorded": True})
-        if not (arm.checkpointing or arm.micro_batch or way.margin or way.late):
+        if not (arm.checkpointing or arm.micro_batch or way.late):
             settled = {"records_itself": True, "most": MOST_BEFORE}
             plans["itself"] = (24 if way.given else 6, TIMED, settled)
     for name, (before, count, how) in plans.items():

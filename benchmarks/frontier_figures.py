@@ -86,4 +86,5 @@ if __name__ == "__main__":
     for found in sorted(_record.RESULTS.glob("frontier_*.json")):
         if "trials" in _record.load(found.stem)["settings"]:
             print(draw(found))
-            print(draw(found, ("recorded",), suffix="_recorded"))
+        if found.stem.startswith("frontier_context_smollm2") and "trials" in _record.load(found.stem)["settings"]:
+            print(draw(found, ("recorded",), suffix="_recorded"))  # of the README

@@ -51,8 +51,7 @@ def gradients(model):
     return found
 
 
-@pytest.mark.parametrize("margin", [0, 5])
-@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize(("gradient", "margin"), [("exact", 0), ("kv", 0), ("kv", 5)])
 def test_a_way_is_what_its_name_says(gradient, margin):
     model, batch = llama(), rows(3, 24)
     way = Way("", 3, gradient=gradient, margin=margin)

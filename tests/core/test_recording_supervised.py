@@ -98,7 +98,9 @@ def test_labels_are_counted_once_and_before_anything_is_run(settings, monkeypatc
     backward(model, **batch(0, (5, 5, 5)))
     seen.clear()
     count, from_mask = selecting.supervised_slots, Selection.from_mask
-    monkeypatch.setattr("cggr_core.model.supervised_slots", lambda *args: seen.append("count") or count(*args))
+    monkeypatch.setattr(
+        "cggr_core.model.supervised_slots", lambda *args, **more: seen.append("count") or count(*args, **more)
+    )
 
     def told(mask, *, capacity, **given):
         seen.append(capacity)

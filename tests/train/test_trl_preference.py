@@ -83,6 +83,40 @@ def test_it_is_trls_loss_with_the_gradient_of_the_labelled_tokens(make, name, gr
         assert error(ours, step(plain, inputs)[1]) >= 1e-3
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+def test_a_margin_before_the_labelled_tokens_is_reached(make, name, gradient):
+    kind, config, values = CASES[name]
+    plain = make(kind, config, **values)
+    made = make(
+        kind, config, CGGRConfig(gradient=gradient, selection="supervised", context_margin=3), **values
+    )  # fmt: skip
+    inputs = batch_of(plain)
+    labels = labelled(inputs)
+    keep = labels.clone()
+    for row, place in labels.nonzero().tolist():
+        keep[row, max(0, place - 3) : place] = True
+    assert keep.sum() > labels.sum()
+    with stopped_by_hand(plain.model, keep, detached=gradient == "detached"):
+        wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+    assert made._task_loss.metrics["kept_tokens"] == labels.sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"gradient": "exact"}, "gradient='exact' reaches all tokens"),
+        ({"selection": "random"}, "it goes with selection='supervised', and selection is 'random'"),
+    ],
+)
+def test_a_margin_that_nothing_reads_is_refused(make, settings, why):
+    with pytest.raises(ValueError, match=f"context_margin=3 would have no effect: {why}"):
+        make(DPOTrainer, DPOConfig, CGGRConfig(context_margin=3, **settings))
+
+
 def test_the_prompt_of_a_pair_is_run_once(make, monkeypatch):
     made = make(DPOTrainer, DPOConfig, CGGRConfig())
     engine, seen = made._task_loss.forward()._engine, []

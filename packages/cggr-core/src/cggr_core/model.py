@@ -68,6 +68,9 @@ class CGGRModel(nn.Module):
             tokens that need no gradient; keys and values of mode ``"kv"`` and the head stay in the model's precision.
             Kept tokens attend to what it makes, with an error of a few per cent. It is faster on NVIDIA GPUs from
             compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the model's own precision.
+        context_margin: For ``selection="supervised"`` in modes ``"kv"`` and ``"detached"``: so many tokens before each
+            stretch of supervised ones are kept as well. They have no loss, but gradients of the supervised tokens' loss
+            reach them, and the step misses less of the full gradient.
         seed: Seed of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.
         cuda_graph: ``"auto"``, the default, captures steps of equal shapes as CUDA graphs where a replay is faster, and
@@ -117,6 +120,7 @@ class CGGRModel(nn.Module):
         ignore_index: int = RoutingSettings.ignore_index,
         engine: str | None = RoutingSettings.engine,
         context_precision: str | None = RoutingSettings.context_precision,
+        context_margin: int = RoutingSettings.context_margin,
         cuda_graph: CudaGraph = RoutingSettings.cuda_graph,
     ) -> None:
         super().__init__()
@@ -129,6 +133,7 @@ class CGGRModel(nn.Module):
             gradient=gradient,
             engine=engine,
             context_precision=context_precision,
+            context_margin=context_margin,
             scoring=scoring,
             selection=selection,
             num_strata=num_strata,
@@ -379,7 +384,7 @@ class CGGRModel(nn.Module):
         counted = arguments.get("shift_labels", labels)
         if self.settings.selection != SUPERVISED or not isinstance(counted, Tensor) or counted.dim() != 2:
             return None  # what is wrong with them is told where they are checked
-        return supervised_slots(counted, self.settings.ignore_index)
+        return supervised_slots(counted, self.settings.ignore_index, margin=self.settings.context_margin)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What is read off the wrapped model is set on it, or it would be read off this one from then on, and not count.

@@ -64,6 +64,20 @@ def slots_in_buckets(count: int, length: int) -> int:
     return min(length, -(-count // step) * step)
 
 
+def with_margin(mask: Tensor, margin: int) -> Tensor:
+    """A mask ``[B, S]`` that is also True at the ``margin`` positions before every True entry.
+
+    Example:
+        >>> with_margin(torch.tensor([[False, False, False, True, True, False]]), 2).long()
+        tensor([[0, 1, 1, 1, 1, 0]])
+    """
+    if not margin:
+        return mask
+    so_far, length = mask.cumsum(1), mask.shape[1]
+    ahead = so_far[:, (torch.arange(length, device=mask.device) + margin).clamp(max=length - 1)]
+    return mask | (ahead > so_far)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The kept tokens of a batch, in a shape that does not depend on the data.
@@ -118,6 +132,8 @@ class Selection:
         weight: Tensor | None = None,
         countable: Tensor | None = None,
         capacity: int | None = None,
+        margin: int = 0,
+        within: Tensor | None = None,
     ) -> Selection:
         """The selection of the True entries of a mask.
 
@@ -129,35 +145,46 @@ class Selection:
             capacity: Slots K of each row. None reads the largest row count from the device (a synchronisation) and
                 rounds it up so that shapes repeat, by an eighth or 8, at most by 64 and to S. If the capacity is too
                 small, the last tokens of a row are dropped.
+            margin: Positions before every True entry that are kept as well, with a weight of 0: no loss, but gradients
+                reach them.
+            within: [B, S] bool, where such positions may be (not on padding); None for anywhere.
 
         Raises:
-            TypeError: If ``mask`` or ``countable`` is not bool.
+            TypeError: If ``mask``, ``countable`` or ``within`` is not bool.
             ValueError: If shapes or devices disagree.
 
         Example:
             >>> mask = torch.tensor([[True, False, True, False]])
             >>> Selection.from_mask(mask, capacity=2).index
             tensor([[0, 2]])
+            >>> wide = Selection.from_mask(mask, capacity=3, margin=1)
+            >>> wide.index, wide.weight
+            (tensor([[0, 1, 2]]), tensor([[2., 0., 2.]]))
         """
         check_mask("mask", mask)
         countable = torch.ones_like(mask) if countable is None else countable
         check_mask("countable", countable, mask, "mask")
+        wide = with_margin(mask, check_at_least("margin", margin, 0))
+        if within is not None:
+            check_mask("within", within, mask, "mask")
+            wide = wide & (mask | within)
         B, S = mask.shape
         if capacity is None:
-            largest = int(mask.sum(1).max()) if mask.numel() else 0
+            largest = int(wide.sum(1).max()) if mask.numel() else 0
             capacity = slots_in_steps(largest, mask.shape[1])
         # One slot at least, empty where nothing is kept: a pass over no token at all is more than models take.
         capacity = min(S, max(check_at_least("capacity", capacity, 0), 1))
-        keep = mask & (mask.cumsum(1) <= capacity)
+        keep = wide & (wide.cumsum(1) <= capacity)
         index, valid = compact(keep, capacity)
-        kept, n = keep.sum(), countable.sum()
+        kept, n = (keep & mask).sum(), countable.sum()
         if weight is None:
             slot_weight = (n / kept.clamp(min=1)).expand(B, capacity)
         else:
             check_shape("weight", check_float("weight", weight), mask.shape, "that of mask")
             check_same_device("weight", weight, "mask", mask)
             slot_weight = weight.gather(1, index)
-        slot_weight = slot_weight.to(torch.float32).masked_fill(~valid, 0.0)
+        weighs = valid & mask.gather(1, index) if margin else valid
+        slot_weight = slot_weight.to(torch.float32).masked_fill(~weighs, 0.0)
         return cls(index, valid, slot_weight, (kept / n.clamp(min=1)).to(torch.float32), (B, S))
 
 

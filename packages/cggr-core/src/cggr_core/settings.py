@@ -195,6 +195,7 @@ class RoutingSettings(SelectionSettings):
         engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
         context_precision: One of :data:`CONTEXT_PRECISIONS`, of the linear layers where they run on tokens that need no
             gradient; ``None`` for the model's own.
+        context_margin: Tokens before each stretch of supervised ones that gradients reach as well, without a loss.
         cuda_graph: One of :data:`CUDA_GRAPHS`: ``"auto"`` records steps of equal shapes as CUDA graphs where that saves
             time, and says why where it does not; without effect on other devices.
 
@@ -210,6 +211,7 @@ class RoutingSettings(SelectionSettings):
     gradient: str = "kv"
     engine: str | None = None
     context_precision: str | None = None
+    context_margin: int = 0
     cuda_graph: CudaGraph = "auto"
 
     _selections: ClassVar[tuple[str, ...]] = MODEL_SELECTIONS
@@ -227,6 +229,13 @@ class RoutingSettings(SelectionSettings):
                     f"{self.gradient!r}; leave engine=None"
                 )
         check_context_precision(self.context_precision, "gradient", self.gradient)
+        check_at_least("context_margin", self.context_margin, 0)
+        if self.context_margin and not (self.selection == SUPERVISED and self.routes_keys_and_values):
+            raise ValueError(
+                f"context_margin={self.context_margin} adds tokens to those of selection='supervised' in gradient='kv' "
+                f"and 'detached', but selection is {self.selection!r} and gradient {self.gradient!r}; leave "
+                "context_margin=0"
+            )
         if self.selection == SUPERVISED:
             self._check_supervised()
         if self.dynamic_threshold and not self.reads_scores:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cggr_core.schedule import Schedule
-from cggr_core.selection import Selection, plain_weight, select, slots_in_steps
+from cggr_core.selection import Selection, plain_weight, select, slots_in_steps, with_margin
 from cggr_core.settings import SUPERVISED, RoutingSettings
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.draws import Draws
@@ -27,7 +27,7 @@ def _warn_of_single_row() -> None:
     )
 
 
-def supervised_slots(labels: Tensor, ignore_index: int) -> int:
+def supervised_slots(labels: Tensor, ignore_index: int, *, margin: int = 0) -> int:
     """Slots that hold the labelled tokens of every row, rounded up so that shapes repeat.
 
     Labels on a device are read here, the one time that a step waits for it. A step that counted its labels later would
@@ -36,8 +36,9 @@ def supervised_slots(labels: Tensor, ignore_index: int) -> int:
     Args:
         labels: int64 ``[B, S]``. How the model aligns them does not matter: a row has no more targets than labels.
         ignore_index: Label of what is not countable.
+        margin: Tokens before each stretch of them that are kept as well.
     """
-    largest = int((labels != ignore_index).sum(1).max()) if labels.numel() else 0
+    largest = int(with_margin(labels != ignore_index, margin).sum(1).max()) if labels.numel() else 0
     return slots_in_steps(largest, labels.shape[1])
 
 
@@ -57,7 +58,14 @@ def select_tokens(
     if batch.selection is not None:
         return batch.selection, batch.selection.weight
     if settings.selection == SUPERVISED:
-        selection = Selection.from_mask(countable, countable=countable, capacity=batch.slots)
+        padding = batch.tokens.padding
+        selection = Selection.from_mask(
+            countable,
+            countable=countable,
+            capacity=batch.slots,
+            margin=settings.context_margin,
+            within=None if padding is None else padding.bool(),
+        )
         return selection, selection.weight
     if score is None:
         score = torch.zeros(countable.shape, device=countable.device)

@@ -82,6 +82,13 @@ class CGGRConfig:
             "own if not given."
         },
     )
+    context_margin: int = field(
+        default=RoutingSettings.context_margin,
+        metadata={
+            "help": "Tokens before each stretch of supervised ones that gradients reach as well (selection "
+            "supervised); rows of TRL's preference and policy trainers then do not share their prompts."
+        },
+    )
     num_strata: int = field(
         default=RoutingSettings.num_strata, metadata={"help": "Score buckets of the stratified selection."}
     )
@@ -141,6 +148,7 @@ class CGGRConfig:
             "scoring": given(self.scoring, RoutingSettings.scoring),
             "engine": self.engine,
             "context_precision": self.context_precision,
+            "context_margin": self.context_margin,
             "cuda_graph": self.cuda_graph,
             "num_strata": self.num_strata,
             "min_tokens_per_sequence": self.min_tokens_per_sequence,

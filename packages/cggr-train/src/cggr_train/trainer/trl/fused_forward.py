@@ -80,6 +80,7 @@ class RoutedForward:
         model: The model as the trainer holds it, with TRL's fused head, possibly wrapped by PEFT.
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
         context_precision: ``"fp8"`` or ``None``.
+        context_margin: Tokens before each stretch of kept ones that gradients reach as well.
         scoring: Adds up the time of measuring.
         autocast: The trainer's mixed precision.
 
@@ -92,6 +93,7 @@ class RoutedForward:
         model: nn.Module,
         gradient: str,
         context_precision: str | None,
+        context_margin: int,
         scoring: Stopwatch,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
@@ -100,6 +102,7 @@ class RoutedForward:
         self._engine = Engine(model)
         self._gradient = gradient
         self._precision = context_precision
+        self._margin = context_margin
         self._scoring = scoring
         self._autocast = autocast
 
@@ -184,7 +187,8 @@ class RoutedForward:
         arguments = without_needless_mask(take_rows(arguments, rows, len(targets)))
         keep_graph, engine = self._gradient == "kv", self._engine
         with self._router_losses(wanted=bool(inputs.get("output_router_logits"))):
-            shares = plan.shares_prompts and not self._sharded
+            # The end of a prompt is what a margin is made of: rows that have one run whole.
+            shares = plan.shares_prompts and not (self._sharded or self._margin)
             prompts = shared_prompts(arguments, part != IGNORED) if shares else None
             start = 0 if prompts is None else prompts.input_ids.shape[1]
             batch = self._inputs(arguments, prompts)
@@ -203,13 +207,14 @@ class RoutedForward:
                     measured = self._measured(plan, inputs, targets, rows, hidden, start)
             keep, weight = _chosen(plan, countable, measured)
             kept = (keep if rows is None else keep[rows])[:, start:]
-            selection = Selection.from_mask(kept)
+            within = None if batch.padding is None else batch.padding[:, -kept.shape[1] :].bool()
+            selection = Selection.from_mask(kept, margin=self._margin, within=within)
             if not selection.index.shape[1]:  # nothing is kept: one slot that holds nothing connects the graph
                 selection = Selection.from_mask(kept, capacity=1)
             hidden, auxiliary = engine.gradient(
                 batch, selection, context, keep_graph=keep_graph, hidden=True, precision=self._precision
             )
-        index, valid = selection.index + start, selection.valid
+        index, valid = selection.index + start, selection.valid & kept.gather(1, selection.index)
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
             below = self._below(name, value, targets, plan, measured)

@@ -39,6 +39,8 @@ class TaskLoss:
     selections: tuple[str, ...] = ("supervised", "random")
     scorings: tuple[str, ...] = ()
     default_ratio = RoutingSettings.min_tokens_ratio
+    has_margin = False
+    """Whether tokens before the kept ones can be kept without a loss."""
 
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
         self.trainer = trainer
@@ -72,6 +74,14 @@ class TaskLoss:
                 "use 'kv', 'detached' or 'exact'"
             )
         check_context_precision(config.context_precision, "gradient", config.gradient)
+        if config.context_margin:
+            idle = None if self.has_margin else f"{name} does not read it"
+            if config.gradient == "exact":
+                idle = "gradient='exact' reaches all tokens"
+            elif self.selection != "supervised":
+                idle = f"it goes with selection='supervised', and selection is {self.selection!r}"
+            if idle is not None:
+                raise ValueError(f"context_margin={config.context_margin} would have no effect: {idle}; leave it at 0")
         if self.selection not in self.selections:
             known = " or ".join(map(repr, self.selections))
             raise ValueError(
@@ -123,6 +133,8 @@ class LabelledLoss(TaskLoss):
     A random share of the labelled tokens needs the values of all of them, for the sums that preference losses are of.
     """
 
+    has_margin = True
+
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
         super().__init__(trainer, config, scoring)
         check_fused_head(trainer, unwrapped(trainer.model))
@@ -152,6 +164,11 @@ class LabelledLoss(TaskLoss):
         if self._forward is None or self._forward.model is not model:
             autocast = self.trainer.accelerator.autocast
             self._forward = RoutedForward(
-                model, self.config.gradient, self.config.context_precision, self.scoring, autocast
+                model,
+                self.config.gradient,
+                self.config.context_precision,
+                self.config.context_margin,
+                self.scoring,
+                autocast,
             )
         return self._forward
