@@ -177,3 +177,22 @@ def test_doctor_reports():
     result = cggr("doctor")
     assert result.exit_code == 0
     assert "Operations" in result.output
+
+
+def test_a_wrong_field_is_reported_before_the_model_is_read(tmp_path, monkeypatch):
+    from cggr_train.presets import build_config, build_model
+
+    build_model(build_config("nano", vocab_size=300, length=64), seed=0).save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+
+    def read(path):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("cggr_train.prepare.load_tokenizer", read)
+    monkeypatch.setattr("cggr_train.prepare.load_model", read)
+    result = cggr(
+        "train", tmp_path / "data.jsonl", "--model", tmp_path / "model", "--field", "question,other", "--steps", 1,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "'other' should be text, got no such key (it has question, answer" in " ".join(result.output.split())

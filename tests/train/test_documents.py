@@ -128,3 +128,28 @@ def test_parquet_null_is_named_with_its_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
     with pytest.raises(InputError, match=r"a\.parquet, row 2: 'text' should be text, got null"):
         list(Documents([path]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_the_first_line_shows_a_wrong_field_before_the_rest_is_read(tmp_path, name):
+    import pyarrow.parquet
+
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"question": ["one", "two"]}), path)
+    else:
+        path.write_text('{"question": "one"}\n{"question": "two"}\n')
+    with pytest.raises(InputError, match=r"'?answer'?.*question"):
+        Documents([path], field="answer").check_first()
+    Documents([path], field="question").check_first()
+
+
+def test_only_the_first_line_is_read_and_text_is_not(tmp_path):
+    later = tmp_path / "later.jsonl"
+    later.write_text('{"text": "one"}\nnot JSON\n')
+    documents = Documents([later], skip_bad=True)
+    documents.check_first()
+    assert documents.skipped == 0
+    raw = tmp_path / "raw.txt"
+    raw.write_bytes(b"\xff\xfe\x00")
+    Documents([raw]).check_first()

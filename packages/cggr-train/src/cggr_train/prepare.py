@@ -58,10 +58,12 @@ def prepare(
             raise InputError(
                 f"{option} {named!r} is a key of JSON Lines or Parquet files, and {plain[0]} is plain text"
             )
+    documents.check_first()
     if settings.config is not None:
         build_config(settings.config, vocab_size=settings.vocab_size, length=settings.length)
     if settings.model is not None:
         check_model_folder(settings.model)
+        console.print(f"loading {settings.model} …", highlight=False)
     tokenizer = _tokenizer(settings, documents, console)
     if settings.messages is not None:
         check_chat_template(tokenizer)

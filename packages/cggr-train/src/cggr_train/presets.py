@@ -106,11 +106,12 @@ def check_model_folder(path: str) -> None:
     if not Path(path).is_dir():
         raise InputError(
             f"the model directory {path} does not exist; to train from scratch, give --config instead; for a model on "
-            "the "
-            "Hugging Face hub, give its full name (OWNER/NAME)"
+            "the Hugging Face hub, give its full name (OWNER/NAME)"
         )
+    if gguf_argument(path):
+        return  # its configuration stands among its weights, and takes seconds to read
     try:
-        AutoConfig.from_pretrained(path, local_files_only=True, **gguf_argument(path))
+        AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
 
@@ -161,8 +162,7 @@ def load_model(path: str) -> PreTrainedModel:
     if missing:
         raise InputError(
             f"the model directory {path} lacks {len(missing):,} of the weights required by its configuration, the "
-            "first "
-            f"being {missing[0]}; save the whole causal language model there"
+            f"first being {missing[0]}; save the whole causal language model there"
         )
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]

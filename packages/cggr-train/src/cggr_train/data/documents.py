@@ -69,6 +69,16 @@ class Documents:
         """Yield every document that is not empty, in file order."""
         yield from filter(None, map("\n".join, self.records()))
 
+    def check_first(self) -> None:
+        """Read the first line or row, so that a wrong field is reported before slower work begins.
+
+        Raises:
+            InputError: If it cannot be used.
+        """
+        if has_fields(self.paths[0]):
+            next(self.records(), None)
+            self.skipped = 0
+
     def records(self) -> Iterator[tuple[str, ...]]:
         """Yield the text of each field of every document, in file order; a whole file is one text."""
         self.skipped = 0
