@@ -196,3 +196,22 @@ def test_hidden_states_at_positions_and_back():
     assert everything.spread(hidden) is hidden and everything.hidden(hidden) is hidden
     with pytest.raises(ValueError, match=r"^hidden states \[2, 4, 4\] have no dimension for the 5 tokens$"):
         rows.hidden(torch.randn(2, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["position_embeddings", "position_ids", "hidden_states", "cos"])
+def test_as_many_kinds_of_position_as_rows(name):
+    value = torch.randn(2, 2, LENGTH, 4)
+    _, kwargs = LayerRows(KEPT, LENGTH).call((), {name: value}, replace={})
+    for kind in range(2):
+        for row in range(2):
+            assert torch.equal(kwargs[name][kind, row], value[kind, row, KEPT[row]])
+
+
+def test_as_many_heads_as_rows_is_refused():
+    rows = LayerRows(KEPT, LENGTH)
+    with pytest.raises(ValueError, match=r"alibi has shape \[2, 2, 5, 5\], of which either .* the batch of 2 rows"):
+        rows.call((), {"alibi": torch.randn(2, 2, LENGTH, LENGTH)}, replace={})
+    with pytest.raises(ValueError, match="position_bias has shape"):
+        rows.call((), {"position_bias": torch.randn(2, 2, LENGTH, LENGTH)}, replace={})
+    _, kwargs = rows.call((), {"attention_mask": torch.randn(2, 2, LENGTH, LENGTH)}, replace={})
+    assert kwargs["attention_mask"].shape == (2, 2, KEPT.shape[1], LENGTH)

@@ -102,6 +102,11 @@ class LayerRows:
             return None
         if not is_mask and shape[1] in (1, batch) and (shape[1] == batch or shape[0] not in (1, batch)):
             # Several kinds of position (``[3, B, S, D]``), or streams of hidden states.
+            if shape[0] == batch > 1 and not _is_of_tokens(name):
+                raise ValueError(
+                    f"a layer's argument {name or 'without a name'} has shape {list(shape)}, of which either of the "
+                    f"first two dimensions may be the batch of {batch} rows; give batches of another number of rows"
+                )
             return torch.stack([self._take_rows(part) for part in value])
         if shape[0] in (1, batch):  # with a dimension for heads
             return self._take_rows(value.transpose(1, 2)).transpose(1, 2)
@@ -111,3 +116,8 @@ class LayerRows:
         batch, slots = self.index.shape
         rows = value.expand(batch, *value.shape[1:]).reshape(batch * self._length, -1)
         return rows.index_select(0, self._places.flat).view(batch, slots, *value.shape[2:])
+
+
+def _is_of_tokens(name: str) -> bool:
+    """Whether an argument of this name has no dimension for heads."""
+    return name in ("hidden_states", "rotary_pos_emb", "cos", "sin") or ("position" in name and "bias" not in name)
