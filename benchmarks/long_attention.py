@@ -49,16 +49,14 @@ def arms(length: int, share: float, device: str) -> dict[str, Callable[[], Any]]
         assert device == "cpu" or attend is not routed_attention_reference, "cggr-kernels is not installed"
         return attend(q, k, v, position)
 
-    def heads_first(*parts: Tensor) -> list[Tensor]:
-        return [part.transpose(1, 2) for part in parts]
-
     def everything(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(*heads_first(q, k, v), is_causal=True, enable_gqa=True).transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         visible = torch.arange(length, device=device) <= position[:, :, None]
-        repeated = (part.repeat_interleave(HEADS // KEY_HEADS, 2) for part in (k, v))
-        return scaled_dot_product_attention(*heads_first(q, *repeated), attn_mask=visible[:, None]).transpose(1, 2)
+        k, v = (part.repeat_interleave(HEADS // KEY_HEADS, 2).transpose(1, 2) for part in (k, v))
+        return scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible[:, None]).transpose(1, 2)
 
     made = {
         ALL: lambda: both(length, everything),

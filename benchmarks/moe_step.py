@@ -85,7 +85,7 @@ def make_steps(shape: dict[str, Any], tokens: Tensor) -> dict[str, Callable[[], 
 
         steps[f"standard, {implementation}"] = make_step(standard, model)
         if implementation == "grouped_mm" and shape["device"] == "cuda":
-            copied = torch.compile(copy.deepcopy(model))
+            copied: Any = torch.compile(copy.deepcopy(model))
             compiled[COMPILED] = make_step(lambda copied=copied, standard=standard: standard(copied), copied)
         for name, settings in ROUTED.items():
             routed = CGGRModel(model, gradient="kv", min_tokens_ratio=RATIO, seed=SEED, **settings).train()
