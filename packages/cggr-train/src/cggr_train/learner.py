@@ -37,6 +37,7 @@ class Routing:
         context_precision: ``fp8``, or None for the model's own precision.
         router_depth: Layers of a truncated or learned router; None takes an eighth of the model's.
         block_size: Neighbouring tokens that are chosen together.
+        context_margin: Tokens before each stretch of supervised ones that gradients reach as well.
         ratio_warmup_steps: Steps over which the ratio goes from 1 to ``ratio``.
     """
 
@@ -49,6 +50,7 @@ class Routing:
     router: str | None = None
     context_precision: str | None = RoutingSettings.context_precision
     block_size: int = RoutingSettings.block_size
+    context_margin: int = RoutingSettings.context_margin
 
     @property
     def scorer(self) -> str:
@@ -142,6 +144,7 @@ class RoutedLearner:
                 block_size=routing.block_size,
                 warmup_steps=routing.ratio_warmup_steps,
                 context_precision=routing.context_precision,
+                context_margin=routing.context_margin,
                 seed=seed,
                 cuda_graph=False,  # --cuda-graph captures the whole optimizer step, of every method alike
             )

@@ -70,6 +70,7 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
     from cggr_core.checks import check_choice, check_ratio
     from cggr_core.settings import (
         GRADIENT_MODES,
+        KEY_VALUE_MODES,
         MODEL_SELECTIONS,
         ROUTERS,
         SCORINGS,
@@ -101,6 +102,12 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
     if routing.router_depth is not None:
         check_number("--router-depth", routing.router_depth, least=1)
     check_number("--ratio-warmup-steps", routing.ratio_warmup_steps, least=0)
+    check_number("--context-margin", routing.context_margin, least=0)
+    if routing.context_margin and (routing.selection != "supervised" or routing.gradient not in KEY_VALUE_MODES):
+        raise InputError(
+            f"--context-margin {routing.context_margin} adds tokens to those of --selection supervised in --gradient "
+            f"kv and detached, but they are {routing.selection} and {routing.gradient}; leave it out"
+        )
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -53,6 +53,13 @@ ContextPrecision = Annotated[
         show_default=False,
     ),
 ]
+ContextMargin = Annotated[
+    int,
+    typer.Option(
+        help="Tokens before each stretch of supervised ones that gradients reach as well (kv and detached, selection "
+        "supervised)."
+    ),
+]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences per batch.")]
 LearningRate = Annotated[

@@ -56,6 +56,7 @@ def train(
         int, typer.Option(help="Steps over which the keep ratio falls from 1 to --ratio.")
     ] = 0,
     context_precision: options.ContextPrecision = None,
+    context_margin: options.ContextMargin = 0,
     length: options.Length = 512,
     batch_size: options.BatchSize = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
@@ -129,6 +130,7 @@ def train(
                     ratio_warmup_steps,
                     router,
                     context_precision,
+                    context_margin=context_margin,
                 ),
                 length=length,
                 batch_size=batch_size,
