@@ -63,7 +63,7 @@ class FocalTrainer(Trainer):
 
 class TestClasses:
     def test_another_loss_is_refused_when_the_class_is_made(self):
-        with pytest.raises(TypeError, match="FocalTrainer has a loss of its own"):
+        with pytest.raises(TypeError, match="FocalTrainer computes its own loss"):
             type("Routed", (CGGRMixin, FocalTrainer), {})
 
     @pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer])

@@ -165,7 +165,7 @@ def test_gkd_trains(gkd):
 
 
 def test_settings_that_do_not_go_with_it(distillation):
-    with pytest.raises(ValueError, match="selection='stratified' picks tokens by a score"):
+    with pytest.raises(ValueError, match="selection='stratified' selects tokens by a cross-entropy score"):
         distillation(CGGRConfig(selection="stratified"))
-    with pytest.raises(ValueError, match="scoring='gradnorm' is not for the loss of DistillationTrainer"):
+    with pytest.raises(ValueError, match="scoring='gradnorm' does not apply to the loss of DistillationTrainer"):
         distillation(CGGRConfig(scoring="gradnorm"))

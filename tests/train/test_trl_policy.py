@@ -332,9 +332,9 @@ class TestBadInput:
         ("cggr", "message"),
         [
             (CGGRConfig(gradient="sequence"), "gradient='sequence' keeps whole sequences"),
-            (CGGRConfig(selection="topk"), "selection='topk' picks tokens by a score"),
-            (CGGRConfig(scoring="loss"), "scoring='loss' is not for the loss of GRPOTrainer"),
-            (CGGRConfig(router="truncated"), "router='truncated' goes with tokens picked by a score"),
+            (CGGRConfig(selection="topk"), "selection='topk' selects tokens by a cross-entropy score"),
+            (CGGRConfig(scoring="loss"), "scoring='loss' does not apply to the loss of GRPOTrainer"),
+            (CGGRConfig(router="truncated"), "router='truncated' applies to tokens selected by a score"),
             (CGGRConfig(min_tokens_ratio=0.2), "min_tokens_ratio=0.2 with selection='supervised', which keeps every"),
             (CGGRConfig(min_tokens_ratio=0.0), r"min_tokens_ratio must be in \(0, 1\], got 0.0"),
         ],
@@ -344,7 +344,7 @@ class TestBadInput:
             grpo(cggr)
 
     def test_two_selections(self, grpo):
-        with pytest.raises(ValueError, match="both pick tokens"):
+        with pytest.raises(ValueError, match="both select tokens"):
             grpo(CGGRConfig(selection="random"), top_entropy_quantile=0.5)
 
     def test_another_trl(self, grpo, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_margin_before_the_labelled_tokens_is_reached(make, name, gradient):
     ("settings", "why"),
     [
         ({"gradient": "exact"}, "gradient='exact' reaches all tokens"),
-        ({"selection": "random"}, "it goes with selection='supervised', and selection is 'random'"),
+        ({"selection": "random"}, "it needs selection='supervised', but selection is 'random'"),
     ],
 )
 def test_a_margin_that_nothing_reads_is_refused(make, settings, why):

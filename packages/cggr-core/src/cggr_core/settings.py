@@ -173,8 +173,7 @@ class SelectionSettings:
         if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, type(self).threshold_sensitivity):
             raise ValueError(
                 f"threshold_sensitivity={self.threshold_sensitivity} has an effect with dynamic_threshold=True only; "
-                "switch "
-                "that on, or leave the sensitivity out"
+                "switch that on, or leave the sensitivity out"
             )
 
     @property
@@ -267,8 +266,7 @@ class RoutingSettings(SelectionSettings):
         if self.dynamic_threshold and not gives_confidence:
             raise ValueError(
                 f"dynamic_threshold needs the model's confidence at every token, but {type(router).__name__} gives "
-                "only "
-                "scores; use a truncated router or none"
+                "only scores; use a truncated router or none"
             )
         if self.engine == "interleaved" and router is None and self.reads_scores:
             raise ValueError(
@@ -294,8 +292,7 @@ class RoutingSettings(SelectionSettings):
         if self.selection == "sequence_aware":
             raise ValueError(
                 "selection='sequence_aware' keeps tokens of every sequence, but gradient='sequence' drops whole "
-                "sequences; "
-                "use selection='topk'"
+                "sequences; use selection='topk'"
             )
         if self.block_size != type(self).block_size:
             raise ValueError(

@@ -151,8 +151,7 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tens
             multiple = ALIGNMENT // x.element_size()
             raise ValueError(
                 f"the {name} dimension must be a multiple of {multiple} in {x.dtype}, because rows start at multiples "
-                "of "
-                f"16 bytes, got {size}. Use CGGR_BACKEND=torch for other sizes"
+                f"of 16 bytes, got {size}. Use CGGR_BACKEND=torch for other sizes"
             )
     check_index("index", index, tuple(index.shape[:2]) or (0,))
     if index.shape[0] != T or tuple(weight.shape) != tuple(index.shape) or weight.dtype != torch.float32:

@@ -81,8 +81,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"gate and up must have the same shape and dtype, got {tuple(gate.shape)} {gate.dtype} and "
-            f"{tuple(up.shape)} "
-            f"{up.dtype}"
+            f"{tuple(up.shape)} {up.dtype}"
         )
     check_device(gate=gate, up=up)
     return _SiluMul.apply(gate.contiguous(), up.contiguous())

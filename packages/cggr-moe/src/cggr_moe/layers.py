@@ -271,8 +271,7 @@ class PersistentTRMLP(nn.Module):
         if counts and counts[0]:
             raise ValueError(
                 f"the router logits of {int(counts[0])} token(s) have no softmax (from {where}): hidden_states or "
-                "gate.weight "
-                "holds NaN or infinities; look for the earlier layer that produces them"
+                "gate.weight holds NaN or infinities; look for the earlier layer that produces them"
             )
 
 

@@ -153,7 +153,6 @@ def local_model(name: str) -> str:
     if answer.status_code >= 400:
         raise InputError(
             f"{name} is not a directory, and the Hugging Face hub answers {answer.status_code} for that name: the "
-            "model "
-            f"does not exist or requires a login; {advice}"
+            f"model does not exist or requires a login; {advice}"
         )
     return snapshot_download(name, allow_patterns=FILES)

@@ -81,8 +81,7 @@ class CGGRModule(lightning.LightningModule):
         if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"strategy must be a single device or DDP (strategy='ddp'), got {type(strategy).__name__}; for FSDP2 "
-                "use "
-                "cggr_train.CGGRTrainer or Accelerate"
+                "use cggr_train.CGGRTrainer or Accelerate"
             )
 
     def forward(self, **batch: Any) -> Any:

@@ -81,8 +81,7 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
     if routing.scoring == "excess":
         raise InputError(
             "--scoring excess needs a reference model, which the command does not support in training; give another "
-            "score "
-            "(cggr inspect --reference shows this one)"
+            "score (cggr inspect --reference shows this one)"
         )
     if routing.selection == "supervised" and not labelled:
         raise InputError(

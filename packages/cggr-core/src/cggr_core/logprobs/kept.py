@@ -95,8 +95,7 @@ def kept_tokens(keep: Tensor | Selection, batch: TokenInputs, targets: Tensor | 
     if tuple(keep.shape) != batch.shape:
         raise ValueError(
             f"keep must have shape {list(batch.shape)}, one entry for each input token, got {list(keep.shape)}; extend "
-            "a "
-            "mask of the completions with keep_tokens(torch.cat([zeros_for_the_prompts, mask], dim=1))"
+            "a mask of the completions with keep_tokens(torch.cat([zeros_for_the_prompts, mask], dim=1))"
         )
     check_same_device("keep", keep, "the input", batch.position_ids)
     counts = torch.cat([count_bad(keep, batch, targets), keep.sum(1)]).tolist()

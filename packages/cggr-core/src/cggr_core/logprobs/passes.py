@@ -62,8 +62,7 @@ def check_mode(
     if unwanted:
         raise ValueError(
             f"{', '.join(unwanted)}: not an input of tokens, and not used here; leave it out (targets= takes the token "
-            "that "
-            "each position predicts)"
+            "that each position predicts)"
         )
 
 

@@ -68,8 +68,7 @@ class SharedContext:
             if batch % count:
                 raise ValueError(
                     f"{batch} rows cannot be divided evenly among {count} contexts; give context.rows, the context of "
-                    "each "
-                    "row"
+                    "each row"
                 )
             return
         check_shape("context.rows", check_integers("context.rows", self.rows), (batch,), "one for each row")
@@ -179,8 +178,7 @@ class SharedRun:
             if auxiliary_loss is not None:
                 raise ValueError(
                     "gradient_mode='exact' with a context cannot compute the expert routers' balancing loss over all "
-                    "tokens; set "
-                    "the config's output_router_logits=False, repeat the context, or use gradient_mode='kv'"
+                    "tokens; set the config's output_router_logits=False, repeat the context, or use gradient_mode='kv'"
                 )
         else:
             keep_graph = gradient_mode == "kv"

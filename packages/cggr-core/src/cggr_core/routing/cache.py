@@ -62,8 +62,7 @@ class PassCache(Cache):
         if layer_idx is not None:
             raise RuntimeError(
                 f"layer {layer_idx} derives positions from the number of cached tokens, which does not tell the "
-                "positions "
-                "of kept tokens"
+                "positions of kept tokens"
             )
         # Layers derive the number of keys as this plus the number of queries (ALiBi).
         return self._length - self._queries

@@ -153,8 +153,7 @@ def check_reads_shift_labels(model: nn.Module, architecture: Architecture, input
     if own is None or logits is None or own.numel() != 1 or not _same(own, found, logits):
         raise ValueError(
             f"shift_labels: the loss of {type(base).__name__} does not use them; pass labels instead, in the model's "
-            "own "
-            "convention"
+            "own convention"
         )
 
 

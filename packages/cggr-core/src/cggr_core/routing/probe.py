@@ -87,8 +87,7 @@ def _probe(
         if nan.any():
             raise ValueError(
                 f"logits are NaN at {int(nan.sum())} of the first {nan.numel()} positions of a trial forward; look for "
-                "NaN "
-                "in the model's weights"
+                "NaN in the model's weights"
             )
         head = architecture.head
         if head.fused:

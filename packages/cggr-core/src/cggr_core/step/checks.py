@@ -93,8 +93,7 @@ def _check_selection_fits(
     if not isinstance(selection, Selection):
         raise TypeError(
             f"selection must be a Selection, got {type(selection).__name__}; Selection.from_mask(mask) creates one "
-            "from "
-            "a mask"
+            "from a mask"
         )
     if settings.gradient == "sequence":
         raise ValueError(

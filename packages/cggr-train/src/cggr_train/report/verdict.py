@@ -45,8 +45,7 @@ def verdict(outcome: Outcome) -> list[str]:
     if len(compared) > MANY:
         lines.append(
             f"Picking the best of {len(compared)} settings on the same figures flatters it: confirm it in a study of "
-            "its "
-            "own, with other seeds."
+            "its own, with other seeds."
         )
     return lines
 
@@ -96,8 +95,7 @@ def _recommendation(outcome: Outcome) -> str:
     else:
         why = (
             f"its {what} in the same time, {_quality(outcome, chosen)}, is statistically indistinguishable from the "
-            f"{most}, "
-            f"{_quality(outcome, best)} of {outcome.arm(best.name).title}, and it "
+            f"{most}, {_quality(outcome, best)} of {outcome.arm(best.name).title}, and it "
             + ("takes less memory" if chosen.peak_bytes < best.peak_bytes else "is simpler")
         )
     less = [f"{outcome.arm(p.name).title} ({_quality(outcome, p)} at {format_bytes(p.peak_bytes)})"

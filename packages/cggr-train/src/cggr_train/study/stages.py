@@ -264,8 +264,7 @@ class Stages:
             return True
         self.console.print(
             f"gradients are not compared: the held-out text has {sequences} sequences of {train.length} tokens, fewer "
-            "than "
-            f"a batch of {train.batch_size}; give more text, shorter sequences or a smaller batch",
+            f"than a batch of {train.batch_size}; give more text, shorter sequences or a smaller batch",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         return False
@@ -313,8 +312,7 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     if kinds[:1] != ["study"] or None in kinds:
         raise InputError(
             f"{folder / RESULTS} was changed after the study wrote it: the first record must be the study's own, and "
-            "every "
-            "line an object with an event; undo the change, or start another study"
+            "every line an object with an event; undo the change, or start another study"
         )
     return records
 

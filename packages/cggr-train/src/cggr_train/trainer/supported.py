@@ -37,20 +37,20 @@ def check_class(kind: type, mixin: type) -> None:
         if (base.__module__, base.__name__) not in _KNOWN_LOSSES:
             known = ", ".join(sorted(name for _, name in _KNOWN_LOSSES))
             raise TypeError(
-                f"{base.__name__} has a loss of its own, and which tokens it is about is not known; {mixin.__name__} "
-                f"goes with {known} and subclasses that leave compute_loss alone (what is to be done around it "
-                f"belongs in {kind.__name__}, which calls super().compute_loss)"
+                f"{base.__name__} computes its own loss, and CGGR cannot tell which tokens enter it; {mixin.__name__} "
+                f"works with {known} and with subclasses that do not override compute_loss (to wrap it, override it in "
+                f"{kind.__name__} and call super().compute_loss)"
             )
 
 
 def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: bool) -> None:
-    """Raise where the Trainer would train on something else than it was asked to.
+    """Raise if the Trainer would train on something other than what was asked for.
 
     Args:
         trainer: A Hugging Face Trainer that has been set up.
         config: The settings of CGGR.
         router: A router of the caller's own, or None.
-        own_loss: Whether the trainer's own loss is routed, rather than the cross-entropy of tokens picked by a score.
+        own_loss: Whether the trainer's own loss is routed, rather than the cross-entropy of tokens selected by a score.
 
     Raises:
         ValueError: Naming the argument, and what to use instead.
@@ -58,16 +58,17 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
     arguments, accelerator = trainer.args, trainer.accelerator
     if own_loss and router is not None:
         raise ValueError(
-            "router scores tokens for their cross-entropy, but this trainer's loss determines its own; leave it out"
+            "router scores tokens by their cross-entropy, but this trainer selects tokens for its own loss; leave "
+            "router out"
         )
     if isinstance(router, RememberedScores):
         raise ValueError(
-            "router is RememberedScores, which needs the examples of a batch on the host, and whose scores the Trainer "
-            "does not save; use cggr train --router remembered, or your own loop"
+            "router is RememberedScores, which must know the examples of a batch on the host, and the Trainer would "
+            "not save its scores; use cggr train --router remembered, or your own loop"
         )
     if arguments.label_smoothing_factor:
         raise ValueError(
-            f"label_smoothing_factor={arguments.label_smoothing_factor}: the loss of the kept tokens is the plain "
+            f"label_smoothing_factor={arguments.label_smoothing_factor}: kept tokens are trained on plain "
             "cross-entropy; leave it at 0"
         )
     if callable(trainer.compute_loss_func):
@@ -76,7 +77,7 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
         )
     if not own_loss and getattr(arguments, "loss_type", "nll") not in ("nll", "chunked_nll"):
         raise ValueError(
-            f"loss_type={arguments.loss_type!r}: tokens picked by a score learn from the plain cross-entropy; use "
+            f"loss_type={arguments.loss_type!r}: tokens selected by a score are trained on plain cross-entropy; use "
             "loss_type='nll', or selection='supervised'"
         )
     if arguments.torch_compile:
@@ -84,8 +85,8 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
     if arguments.neftune_noise_alpha and config.gradient in ("kv", "detached"):
         raise ValueError(
             f"neftune_noise_alpha={arguments.neftune_noise_alpha}: its noise depends on the number of tokens in a "
-            "forward, "
-            f"but gradient={config.gradient!r} computes kept tokens separately; use gradient='exact' or leave it out"
+            f"forward, but gradient={config.gradient!r} computes kept tokens separately; use gradient='exact' or "
+            "leave it out"
         )
     if arguments.n_gpu > 1:
         raise ValueError(

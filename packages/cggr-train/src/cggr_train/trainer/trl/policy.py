@@ -41,11 +41,11 @@ class PolicyLoss(LabelledLoss):
         )
         self._kl = bool(trainer.beta) and hasattr(trainer, "get_high_entropy_mask")  # RLOO puts it into the reward
         self._skips_rows = self._may_skip_rows()
-        # The KL term is about all tokens of the completion, so that they stay.
+        # The KL term covers every token of the completion, so all of them stay.
         self._narrows = self._quantile < 1 and not self._kl
         if self._quantile < 1 and self.selection == "random":
             raise ValueError(
-                f"top_entropy_quantile={self._quantile} and selection='random' both pick tokens; leave one of them out"
+                f"top_entropy_quantile={self._quantile} and selection='random' both select tokens; use only one of them"
             )
         if self._quantile < 1:
             check_methods(
@@ -128,8 +128,8 @@ class PolicyLoss(LabelledLoss):
             reasons.append("the expert routers' auxiliary loss (router_aux_loss_coef) acts on them")
         if reasons and asked:
             raise ValueError(
-                f"skip_zero_advantage=True would change the gradient: {' and '.join(reasons)}; switch that off, or "
-                "leave skip_zero_advantage out, which keeps such rows where they count"
+                f"skip_zero_advantage=True would change the gradient: {' and '.join(reasons)}; turn that off, or "
+                "leave skip_zero_advantage unset, which keeps such rows when they matter"
             )
         if reasons:
             _log.warning("rows whose advantage is zero stay in the update: %s", " and ".join(reasons))

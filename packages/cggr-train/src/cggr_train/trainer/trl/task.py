@@ -70,7 +70,7 @@ class TaskLoss:
         config, name = self.config, self._name()
         if config.gradient == "sequence":
             raise ValueError(
-                f"gradient='sequence' keeps whole sequences by their scores, and {name} says itself which rows count; "
+                f"gradient='sequence' keeps whole sequences by their scores, but {name} decides which rows count; "
                 "use 'kv', 'detached' or 'exact'"
             )
         check_context_precision(config.context_precision, "gradient", config.gradient)
@@ -79,22 +79,22 @@ class TaskLoss:
             if config.gradient == "exact":
                 idle = "gradient='exact' reaches all tokens"
             elif self.selection != "supervised":
-                idle = f"it goes with selection='supervised', and selection is {self.selection!r}"
+                idle = f"it needs selection='supervised', but selection is {self.selection!r}"
             if idle is not None:
                 raise ValueError(f"context_margin={config.context_margin} would have no effect: {idle}; leave it at 0")
         if self.selection not in self.selections:
             known = " or ".join(map(repr, self.selections))
             raise ValueError(
-                f"selection={self.selection!r} picks tokens by a score of their cross-entropy, and {name} has a loss "
-                f"of its own; use {known}"
+                f"selection={self.selection!r} selects tokens by a cross-entropy score, but {name} has its own loss; "
+                f"use {known}"
             )
         if config.scoring is not None and config.scoring not in self.scorings:
             known = f"use {' or '.join(map(repr, self.scorings))}" if self.scorings else "leave it out"
-            raise ValueError(f"scoring={config.scoring!r} is not for the loss of {name}; {known}")
+            raise ValueError(f"scoring={config.scoring!r} does not apply to the loss of {name}; {known}")
         for setting, idle in _OF_SCORES.items():
             if getattr(config, setting) != idle:
                 raise ValueError(
-                    f"{setting}={getattr(config, setting)!r} goes with tokens picked by a score, and {name} names "
+                    f"{setting}={getattr(config, setting)!r} applies to tokens selected by a score, but {name} selects "
                     f"its own; leave it at {idle!r}"
                 )
         if not 0 < self.ratio <= 1:
@@ -102,8 +102,8 @@ class TaskLoss:
         if self.selection == "supervised" and config.min_tokens_ratio is not None:
             others = " or ".join(repr(kind) for kind in self.selections if kind != "supervised")
             raise ValueError(
-                f"min_tokens_ratio={config.min_tokens_ratio} with selection='supervised', which keeps every token that "
-                f"the loss of {name} is about; use selection={others} for a share of them, or leave it out"
+                f"min_tokens_ratio={config.min_tokens_ratio} with selection='supervised', which keeps every token in "
+                f"the loss of {name}; for a share of them use selection={others}, else leave min_tokens_ratio unset"
             )
 
     def _name(self) -> str:
