@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -246,10 +247,11 @@ class CGGRModel(nn.Module):
                 "draw": draw,
                 "first_row": first_row,
                 "example_ids": example_ids,
-                "slots": self._slots(labels, arguments) if selection is None else None,
+                "slots": None,
             },
         )
-        replayed = self._replayed(call)
+        slots = cache(lambda: self._slots(labels, arguments) if selection is None else None)
+        replayed = self._replayed(call, slots)
         if replayed is not None:
             self.schedule.note_forward()
             self._deferred.send(replayed.findings)
@@ -258,7 +260,7 @@ class CGGRModel(nn.Module):
         router: Router = self._router
         if self.scoring_stopwatch is not None:
             router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
-        result = self._run(call, router)
+        result = self._run(call.with_slots(slots()), router)
         self.schedule.note_forward()
         self._deferred.post(result, self.schedule)
         self._metrics = result.metrics
@@ -400,13 +402,13 @@ class CGGRModel(nn.Module):
         with self._passes.step():
             return run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
 
-    def _replayed(self, call: StepCall) -> StepOutcome | None:
+    def _replayed(self, call: StepCall, slots: Callable[[], int | None]) -> StepOutcome | None:
         """The step by a recording of it, where there is one or one is due."""
         if not self.settings.cuda_graph:
             return None
         if self._recorder is None:
             self._recorder = Recorder(self._outcome, self.settings, self._passes, self.schedule, self._draws)
-        return self._recorder.take(call, self._router)
+        return self._recorder.take(call, self._router, slots)
 
     def _outcome(self, call: StepCall) -> StepOutcome:
         result = self._run(call, self._router)

@@ -70,12 +70,14 @@ class Recorder:
         self._places: SharedPlaces | None = None
         self._forget()
 
-    def take(self, call: StepCall, router: Any) -> StepOutcome | None:
+    def take(self, call: StepCall, router: Any, slots: Callable[[], int | None]) -> StepOutcome | None:
         """The step by replay; ``None`` where it is to run as it is.
 
         Args:
             call: The arguments.
             router: What scores.
+            slots: Counts those of the supervised tokens, if they are what is kept, which may wait for the device: asked
+                after all that can be done before.
 
         Raises:
             ValueError: As the step itself does.
@@ -88,11 +90,12 @@ class Recorder:
         stamp = self._engine.seen
         if self._recordings and (stamp != self._stamp or self._state is None or not self._state.holds()):
             self._forget()
-        slots, call = call.given["slots"], call.in_bucket()
+        usual = call.with_slots(slots())
+        call = usual.in_bucket()
         kind = (stamp, self._schedule.ratio, call.key())
         recording = self._recordings.pop(kind, None)
         if recording is None:
-            recording, reason = self._recorded(kind, call, slots)
+            recording, reason = self._recorded(kind, call, usual.given["slots"])
             if recording is None:
                 return self._as_it_is(reason)
         self._recordings[kind] = recording  # the last one, which is the one used last
