@@ -121,7 +121,7 @@ def describe(model: nn.Module) -> Architecture:
             "train it with its own forward"
         )
     text_config = config.get_text_config()
-    layers, owner = _find_layers(base, getattr(text_config, "num_hidden_layers", 0))
+    layers, owner = _find_layers(base, text_config)
     parameters = inspect.signature(base.forward).parameters.values()
     # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
     modules = list(model.modules())
@@ -168,23 +168,23 @@ def head_rows(base: Any) -> int:
     return base.config.get_text_config().vocab_size  # a packed weight has another shape
 
 
-def _find_layers(base: Any, count: int) -> tuple[nn.ModuleList, nn.Module]:
-    if not count:
-        return nn.ModuleList(), base
+def _find_layers(base: Any, config: Any) -> tuple[nn.ModuleList, nn.Module]:
     # Vision towers can have as many layers as the text model, so the text decoder is searched first.
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    for root in (decoder, base):
-        if not isinstance(root, nn.Module):
-            continue
-        found = [
-            (name.count("."), name, module)
-            for name, module in root.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count
-        ]
-        if found:
-            _, name, layers = min(found, key=lambda item: item[:2])
-            owner = root.get_submodule(name.rpartition(".")[0])
-            return layers, owner
+    # What decoders of encoder-decoder models call num_hidden_layers is the number of the encoder's.
+    for setting in ("decoder_layers", "num_hidden_layers"):
+        count = getattr(config, setting, 0)
+        for root in (decoder, base):
+            if not isinstance(root, nn.Module) or not count:
+                continue
+            found = [
+                (name.count("."), name, module)
+                for name, module in root.named_modules()
+                if isinstance(module, nn.ModuleList) and len(module) == count
+            ]
+            if found:
+                _, name, layers = min(found, key=lambda item: item[:2])
+                return layers, root.get_submodule(name.rpartition(".")[0])
     return nn.ModuleList(), base
 
 

@@ -10,7 +10,7 @@ from cggr_core.routing.architectures import is_plain_matrix, unwrapped
 
 # What a description reads of a model or its config, and what changes a model's own loss.
 _OF_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-_OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation", "num_hidden_layers")
+_OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation", "num_hidden_layers", "decoder_layers")
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 
 
