@@ -93,7 +93,7 @@ class TestBadInput:
             ({"labels": torch.full((3, 12), VOCAB)}, ValueError, "labels holds 33 value.s. outside the vocabulary"),
             ({"labels": torch.zeros(3, 12, dtype=torch.long, device="meta")}, ValueError, "labels is on meta"),
             ({"attention_mask": torch.ones(3, 11)}, ValueError, "attention_mask must have shape"),
-            ({"attention_mask": torch.ones(3, 12, 12)}, ValueError, "attention_mask must be"),
+            ({"attention_mask": torch.ones(3, 12, 11)}, ValueError, "attention_mask must have shape"),
             ({"position_ids": torch.arange(11)[None]}, ValueError, "position_ids must have shape"),
             ({"token_weight": torch.ones(3)}, ValueError, "token_weight must have shape"),
             ({"reference_nll": torch.ones(3, 12)}, ValueError, "scoring='excess' only"),

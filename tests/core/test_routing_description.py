@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from cggr_core.routing.architectures import describe, has_hooks, head_rows, is_plain_matrix, unwrapped
@@ -235,7 +236,8 @@ def test_what_queries_of_a_batch_may_attend_to():
         ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6)}, ValueError, r"^inputs_embeds must be \[B, S, H\]"),
         ({"attention_mask": [[1]]}, TypeError, "^attention_mask must be a tensor, got list"),
         ({"attention_mask": torch.ones(2, 5)}, ValueError, r"^attention_mask must have shape \[2, 6\] like the input"),
-        ({"attention_mask": torch.ones(2, 6, 6)}, ValueError, r"^attention_mask must be \[B, S\] \(1 = token, 0 = "),
+        ({"attention_mask": torch.ones(2, 6, 5)}, ValueError, r"^attention_mask must have .* or \[2, 1, 6, 6\], got"),
+        ({"position_ids": IDS[None, :, :5]}, ValueError, r"^position_ids must have shape \[2, 6\] or \[3, ...\] of it"),
         (
             {"attention_mask": torch.ones(2, 6, device="meta")},
             ValueError,
@@ -298,3 +300,11 @@ def test_logits_that_are_those_of_the_head(name, softcap):
     assert not with_logits(lambda logits: logits[:, :-1])
     model.final_logits_bias = torch.zeros(VOCAB)
     assert not gives_the_logits(model, description, few)
+
+
+@pytest.mark.parametrize("encoder_layers", [1, 3, 6])
+def test_a_decoder_is_found_whatever_its_encoder_would_have(encoder_layers):
+    sizes = {"vocab_size": 97, "d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "is_decoder": True}
+    config = transformers.BartConfig(**sizes, decoder_layers=3, encoder_layers=encoder_layers)
+    found = describe(transformers.BartForCausalLM(config))
+    assert len(found.layers) == 3 and found.obstacle is None

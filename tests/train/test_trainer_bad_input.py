@@ -20,7 +20,6 @@ def _quiet(capsys):
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"torch_compile": True}, "torch_compile=True"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0.*gradient='kv'"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(tmp_path, values, message):

@@ -22,7 +22,7 @@ from cggr_core.routing.loss_agreement import (
     taken_apart,
 )
 from cggr_core.routing.masks import unseen_masks, whole_rows
-from cggr_core.routing.patches import kept_buffers
+from cggr_core.routing.patches import nothing_left
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
@@ -153,7 +153,7 @@ class Engine:
     def check_reads_shift_labels(self, inputs: TokenInputs) -> None:
         """Raise unless the model's own loss reads ``shift_labels``; seen once, on the first batch that has them."""
         if "shift_labels" not in self._probed:
-            with kept_buffers(self.model):
+            with nothing_left(self.model, inputs.position_ids.device):
                 check_reads_shift_labels(self.model, self.architecture, inputs)
             self._probed.add("shift_labels")
 
@@ -173,6 +173,13 @@ class Engine:
         packed = routing and inputs.segment is not None
         wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
         wanted |= {"own_loss"} if own_loss else set()
+        of_queries = inputs.options.get("attention_mask")
+        if routing and of_queries is not None:
+            raise ValueError(
+                f"attention_mask must be {list(inputs.shape)} (1 = token, 0 = padding) for gradient='kv' and "
+                f"'detached', got {list(of_queries.shape)}: masks of another form cannot be asked about other queries; "
+                "use gradient='exact' or gradient='sequence'"
+            )
         length, form = inputs.shape[1], inputs.form
         new = length > self._probed_lengths.get(form, 0)
         if new and self._probed_lengths and shards_layers(self._description.layers):
@@ -180,7 +187,7 @@ class Engine:
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
             self._looks += 1
-            with kept_buffers(self.model):
+            with nothing_left(self.model, inputs.position_ids.device):
                 self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
             self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
             if routing:
@@ -194,7 +201,7 @@ class Engine:
                     stacklevel=3,
                 )
         elif routing and new:
-            with kept_buffers(self.model):
+            with nothing_left(self.model, inputs.position_ids.device):
                 self._probe = probe_whole_rows(self.model, self._probe, inputs)
             self._probed_lengths[form] = length
         if routing and self.architecture.obstacle is not None:
@@ -398,7 +405,10 @@ class Engine:
         if not due or inputs.shared is not None:  # a shared context is not among the inputs
             return
         assert self._probe is not None, "prepare() comes first"
-        with kept_buffers(self.model), comparable(self.model, self.architecture, inputs) as expected:
+        with (
+            nothing_left(self.model, inputs.position_ids.device),
+            comparable(self.model, self.architecture, inputs) as expected,
+        ):
             apart = difference(
                 self.model,
                 self.architecture,

@@ -61,9 +61,7 @@ def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: Token
     head = architecture.head
     if getattr(model, "final_logits_bias", None) is not None:  # a buffer that is 0 until a checkpoint brings another
         return False
-    device = inputs.position_ids.device
     with (
-        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
         without_checkpointing(architecture),
         large_random_logits(head.module, traced=True) as given,
     ):

@@ -107,9 +107,11 @@ def token_inputs(
         architecture: Its description.
         input_ids: int64 ``[B, S]``, or ``None`` with ``inputs_embeds``.
         inputs_embeds: ``[B, S, H]``, or ``None`` with ``input_ids``.
-        attention_mask: ``[B, S]``, 1 = token, 0 = padding, or ``None``.
+        attention_mask: ``[B, S]``, 1 = token, 0 = padding; or ``[B, 1, S, S]``, which keys every query sees, for passes
+            over whole rows alone; or ``None``.
         position_ids: int64 ``[B, S]`` or ``[1, S]``, or ``None``. Without an attention mask, positions that start
-            anew mark packed documents, as in transformers.
+            anew mark packed documents, as in transformers. Of several kinds, ``[3, B, S]``, or ``[4, B, S]`` with the
+            text's first.
         token_type_ids: int64 ``[B, S]``, or ``None``.
         options: Other arguments of the model's forward.
 
@@ -135,13 +137,14 @@ def token_inputs(
         elif not isinstance(tensor, Tensor):
             raise TypeError(f"attention_mask must be a tensor, got {type(tensor).__name__}")
         check_same_device(name, tensor, "the input", like)
-        if name != "position_ids" and tuple(tensor.shape[:2]) != shape:
+        if name == "token_type_ids" and tuple(tensor.shape[:2]) != shape:
             raise ValueError(f"{name} must have shape {list(shape)} like the input tokens, got {list(tensor.shape)}")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask must be [B, S] (1 = token, 0 = padding), got shape {list(attention_mask.shape)}; masks of "
-            "another form cannot be asked about other queries"
-        )
+    options = dict(options or {})
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        _check_mask_of_queries(attention_mask, shape)
+        options["attention_mask"], attention_mask = attention_mask, None
+    if position_ids is not None and position_ids.dim() == 3:
+        options["position_ids"], position_ids = position_ids, _text_positions(position_ids, shape)
     segment, own_positions = None, position_ids is None
     if position_ids is None:
         position_ids = default_position_ids(model, architecture, input_ids, like, attention_mask)
@@ -149,12 +152,12 @@ def token_inputs(
         if tuple(position_ids.shape) not in (shape, (1, shape[1])):
             raise ValueError(f"position_ids must have shape {list(shape)}, got {list(position_ids.shape)}")
         position_ids = position_ids.expand(shape)
-        if attention_mask is None:
+        if attention_mask is None and "attention_mask" not in options:
             segment = packed_segments(position_ids)
     # With it, Mixtral's kind of balancing loss would expect router logits of all S tokens in every pass.
     # An argument goes before the config, as in the model.
     configured = getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False)
-    asked = (options or {}).get("output_router_logits")
+    asked = options.get("output_router_logits")
     balancing = bool(configured if asked is None else asked)
     return TokenInputs(
         per_token=per_token,
@@ -164,8 +167,28 @@ def token_inputs(
         passes_positions=not own_positions and architecture.takes_positions,
         passes_padding=not balancing,
         quiet={"output_router_logits": False} if balancing else {},
-        options=options or {},
+        options=options,
     )
+
+
+def _check_mask_of_queries(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a mask that is not ``[B, S]`` says for every query which keys it sees."""
+    batch, length = shape
+    if mask.dim() not in (3, 4) or mask.shape[0] not in (1, batch) or tuple(mask.shape[-2:]) != (length, length):
+        raise ValueError(
+            f"attention_mask must have shape {list(shape)} like the input tokens (1 = token, 0 = padding), or "
+            f"[{batch}, 1, {length}, {length}], got {list(mask.shape)}"
+        )
+
+
+def _text_positions(position_ids: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The text's among positions of several kinds, which models of images and text take; ``None`` where it has none."""
+    kinds, *rest = position_ids.shape
+    if tuple(rest) not in (shape, (1, shape[1])):
+        raise ValueError(
+            f"position_ids must have shape {list(shape)} or [3, ...] of it, got {list(position_ids.shape)}"
+        )
+    return position_ids[0] if kinds == 4 else None
 
 
 def _checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

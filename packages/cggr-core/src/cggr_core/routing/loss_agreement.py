@@ -88,13 +88,9 @@ def own_alignment(
     if not takes_labels or inputs.shape[1] < 2:
         return None
     arguments, labels = _few_labelled_tokens(base, inputs, tokens)
-    device = labels.device
     name = type(base).__name__
     try:
-        with (
-            torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
-            without_checkpointing(architecture),
-        ):
+        with without_checkpointing(architecture):
             output, logits = _loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
     except MODEL_ERRORS as error:
         raise ValueError(
@@ -140,11 +136,9 @@ def check_reads_shift_labels(model: nn.Module, architecture: Architecture, input
     base = unwrapped(model)
     arguments, labels = _few_labelled_tokens(base, inputs, _TOKENS)
     other = labels.flip(1)  # aligned in no way with the labels that go with them
-    device = labels.device
     own, logits, found = None, None, 0.0
     with (
         suppress(*MODEL_ERRORS),
-        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
         without_checkpointing(architecture),
     ):
         arguments |= {"use_cache": False, "shift_labels": other}

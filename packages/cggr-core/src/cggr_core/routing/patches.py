@@ -321,10 +321,14 @@ def grown_parameters(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Let forwards in the block leave nothing behind: running statistics, power iterations, ranges of observers.
+def nothing_left(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let forwards in the block leave nothing behind: running statistics, power iterations, random numbers drawn.
 
-    Reach: the buffers of this model; one that a module has put in a buffer's place stays.
+    Reach: the buffers of this model, but for those that a module puts in their place; the random generators.
+
+    Args:
+        model: The model.
+        device: Where it runs.
     """
     before = [
         (module._buffers, name, buffer, buffer.clone())
@@ -333,7 +337,8 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         if buffer is not None and not buffer.is_meta and not buffer.is_inference()
     ]
     try:
-        yield
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            yield
     finally:
         for buffers, name, buffer, values in before:
             if buffers.get(name) is buffer:

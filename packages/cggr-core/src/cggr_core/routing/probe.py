@@ -199,9 +199,12 @@ def _whole_rows(inputs: TokenInputs) -> TokenInputs:
     """The first rows of a batch at their whole length; all of them where something in it is not by row."""
     batch = inputs.shape[0]
     by_row = {name: value for name, value in inputs.options.items() if isinstance(value, Tensor) and value.dim() > 0}
+    kinds = by_row.pop("position_ids", None)  # of several kinds, with the rows after them
     if batch <= _ROWS or any(value.shape[0] not in (1, batch) for value in by_row.values()):
         return inputs
     cut = {name: value[:_ROWS] for name, value in by_row.items()}
+    if kinds is not None:
+        cut["position_ids"] = kinds[:, :_ROWS]
     return replace(
         inputs,
         per_token={name: tensor[:_ROWS] for name, tensor in inputs.per_token.items()},

@@ -118,12 +118,10 @@ class StepBatch:
 
     def rows(self, index: Tensor) -> dict[str, Any]:
         """The arguments for the rows ``index`` ``[R]`` alone."""
-        count = self.shape[0]
-        return {
-            name: value.index_select(0, index) if _has_rows(value, count) else value
-            for name, value in self.arguments.items()
-        }
+        return {name: self._of_rows(name, value, index) for name, value in self.arguments.items()}
 
-
-def _has_rows(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+    def _of_rows(self, name: str, value: Any, index: Tensor) -> Any:
+        place = 1 if name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3 else 0
+        if not isinstance(value, Tensor) or value.dim() <= place or value.shape[place] != self.shape[0]:
+            return value
+        return value.index_select(place, index)

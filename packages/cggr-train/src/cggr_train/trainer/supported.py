@@ -82,12 +82,6 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
         )
     if arguments.torch_compile:
         raise ValueError("torch_compile=True compiles a forward that CGGR does not run; set it to False")
-    if arguments.neftune_noise_alpha and config.gradient in ("kv", "detached"):
-        raise ValueError(
-            f"neftune_noise_alpha={arguments.neftune_noise_alpha}: its noise depends on the number of tokens in a "
-            f"forward, but gradient={config.gradient!r} computes kept tokens separately; use gradient='exact' or "
-            "leave it out"
-        )
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs in one process mean DataParallel; start one process per GPU with torchrun or "
