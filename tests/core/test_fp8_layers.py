@@ -126,7 +126,8 @@ def test_dtypes_that_the_layer_refuses_are_refused(rows, weight):
 def test_results_have_the_dtype_of_the_layers_own(dtype):
     module, x = linear().to(dtype), numbers(3, 32).to(dtype)
     with low_precision(parts(o_proj=module)).at(0):
-        assert module(x).dtype == dtype
+        found = module(x)
+        assert found.dtype == dtype and found.equal(in_fp8(module, x))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert module(x).dtype == torch.bfloat16
 

@@ -125,6 +125,11 @@ class WithABias(AfterTheHead):
         return logits + self.bias
 
 
+class WithAScaledBias(AfterTheHead):
+    def changed(self, logits):
+        return logits + self.bias * torch.full((), 0.5)
+
+
 class WithATemperature(AfterTheHead):
     def changed(self, logits):
         return logits * self.temperature.exp()
@@ -135,6 +140,7 @@ class WithATemperature(AfterTheHead):
     ("kind", "gradient"),
     [
         *product([InTraining, WithABias, WithATemperature], ["exact", "kv", "detached", "sequence"]),
+        (WithAScaledBias, "kv"),
         (InPlace, "exact"),
         (InPlace, "sequence"),
     ],

@@ -24,12 +24,15 @@ POSITIONS = torch.tensor([[*range(5), *range(8)], [*range(9), *range(4)]])
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The reference, offered as a kernel for the CPU; counts its calls."""
+    """The reference, offered as a kernel for the CPU that gives no gradient it is not asked for; counts its calls."""
     calls = []
 
-    def routed_attention(*args):
-        calls.append(args)
-        return routed_attention_reference(*args)
+    def routed_attention(q, k, v, q_position, *args):
+        calls.append((q, k, v, q_position, *args))
+        if args[-1] == "kept":
+            kept = torch.zeros(k.shape[:2], dtype=torch.bool).scatter_(1, q_position, True)[:, :, None, None]
+            k, v = (torch.where(kept, part, part.detach()) for part in (k, v))
+        return routed_attention_reference(q, k, v, q_position, *args)
 
     monkeypatch.setitem(_registry.kernels, ("routed_attention", "cpu"), ("test", routed_attention))
     return calls
@@ -63,6 +66,9 @@ def test_equals_attention_with_a_mask(name, case, gradient, engine, kernel, monk
     CGGRModel(model, **settings)(labels=labels, **given).backward()
     found = gradients(model)
     assert len(kernel) > 0
+    # In the gradient pass, whose queries are fewer than the keys, what the other tokens' keys learn from is the mode.
+    asked = {args[-1] for args in kernel if args[0].requires_grad}
+    assert asked == {"all" if gradient == "kv" else "kept"}
     monkeypatch.undo()
     CGGRModel(model, **settings)(labels=labels, **given).backward()
     assert relative_error(found, gradients(model)) <= 1e-5

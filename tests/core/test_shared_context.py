@@ -220,3 +220,25 @@ def test_kernels_are_asked_for_the_contexts_gradients(gradient, wanted, monkeypa
     monkeypatch.setattr(gradient_pass, "LayerRows", Noting)
     step(model, kept(), shared, gradient=gradient, context=context)
     assert asked[-1] == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [None, [1, 0, 1, 1, 0, 1]])
+def test_rows_add_up_their_contexts_gradients_in_their_own_precision(dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 3, 4, 5, generator=generator, dtype=dtype).requires_grad_() for _ in range(2))
+    own = tuple(torch.randn(6, 3, 7, 5, generator=generator, dtype=dtype).requires_grad_() for _ in range(2))
+    of_row = torch.tensor([0, 0, 0, 1, 1, 1] if rows is None else rows)
+    shared = Shared({0: (key, value)}, 4, None if rows is None else of_row, None)
+    weight = torch.randn(6, 3, 11, 5, generator=generator, dtype=dtype)
+    found = shared.before(0, own, constant=False, in_turn=False, made=None)
+    wanted = [torch.cat([part[of_row], rest], dim=2) for part, rest in zip((key, value), own, strict=True)]
+    operands = (key, value, *own)
+    of_found, of_wanted = (
+        torch.autograd.grad(sum((part * weight).sin().sum() for part in parts), operands) for parts in (found, wanted)
+    )
+    for one, other in zip((*found, *of_found), (*wanted, *of_wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13 if dtype == torch.float64 else 1e-5, atol=1e-12)
+    again = shared.before(0, own, constant=True, in_turn=False, made=None)
+    reached = torch.autograd.grad(again[0].sum(), operands, allow_unused=True)
+    assert [grad is not None for grad in reached] == [False, False, True, False]

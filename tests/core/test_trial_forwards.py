@@ -248,15 +248,46 @@ def test_outputs_that_are_not_logits_for_each_token_are_refused(change, said):
         look(replaced(change))
 
 
-class InTuples(nn.Module):
-    """A layer's own forward, its hidden state first of three."""
+def times(factor: float, *, tokens: int = 8):
+    """Logits of the first tokens of each row that are multiplied after the head."""
 
-    def __init__(self, own: nn.Module) -> None:
-        super().__init__()
-        self.own = own
+    def change(output):
+        output.logits = torch.cat([output.logits[:, :tokens] * factor, output.logits[:, tokens:]], dim=1)
+        return output
 
-    def forward(self, *args, **kwargs):
-        return self.own(*args, **kwargs), "weights", None
+    return change
+
+
+def ruled_out(output):
+    output.logits = output.logits.index_fill(2, torch.tensor([5]), -torch.inf)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "fused"),
+    [
+        (times(1.0), torch.float32, True),
+        (times(1.005), torch.float32, True),
+        (times(1.02), torch.float32, False),
+        (times(1.02, tokens=1), torch.float32, True),  # fewer than a quarter of the tokens
+        (times(1.02, tokens=3), torch.float32, False),
+        (times(1.00001), torch.float64, False),
+        (times(1.03), torch.bfloat16, True),
+        (times(1.08), torch.bfloat16, False),
+        (ruled_out, torch.float32, False),
+    ],
+)
+def test_logits_are_compared_where_a_head_is_sharded(change, dtype, fused, monkeypatch):
+    """What comes after such a head cannot be tried on logits that stand in for its own."""
+    monkeypatch.setattr("cggr_core.routing.probe.gives_the_logits", lambda model, architecture, inputs: True)
+    found, _ = look(replaced(change).to(dtype), routing=False)
+    assert found.architecture.head.fused is fused
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "gptj", "gemma2"])
+def test_scales_softcaps_and_biases_belong_to_a_head_that_is_sharded_too(name, monkeypatch):
+    monkeypatch.setattr("cggr_core.routing.probe.gives_the_logits", lambda model, architecture, inputs: True)
+    assert look(ROUTABLE[name](), routing=False)[0].architecture.head.fused is True
 
 
 def test_hidden_states_are_wrapped_as_layers_return_them():
