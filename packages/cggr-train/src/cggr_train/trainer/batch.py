@@ -1,26 +1,26 @@
-"""What a data collator made, as CGGRModel takes it."""
+"""Turns a batch from a data collator into the arguments of CGGRModel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# What padding-free collators say about packed documents besides position_ids, for one kind of attention each.
+# Other ways in which padding-free collators describe packed documents, each for one attention backend.
 _ATTENTION_HINTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
-# State-space layers know documents by nothing else.
+# State-space layers have no other way to tell documents apart.
 _PACKING_HINTS = _ATTENTION_HINTS | {"seq_idx"}
 
 
-# What a training forward takes besides the model's own arguments.
+# Arguments of a training forward that the model itself does not have.
 STEP_COLUMNS = ("reference_nll", "token_weight")
 
 
 def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a training forward.
 
-    Packed documents are told apart by position ids that start anew, which every padding-free collator gives; what it
-    gives besides for attention is about all tokens of the batch as queries, and left out. ``seq_idx`` is passed on:
-    layers that keep a state instead of keys and values are told documents apart by it.
+    Packed documents are recognised by position ids that restart, which every padding-free collator provides. Its other
+    attention arguments assume that every token of the batch is a query, so they are dropped. ``seq_idx`` is passed on:
+    state-space layers use it to separate documents.
 
     Args:
         inputs: A batch of the Trainer, labels included.
@@ -38,7 +38,7 @@ def routed_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the model's own forward: the full loss knows no weights and no reference.
+    """The arguments of the model's own forward; the full loss uses no weights and no reference.
 
     Args:
         inputs: A batch of the Trainer.

@@ -1,4 +1,4 @@
-"""The state of the routing, moved on with the optimizer and kept in the Trainer's checkpoints."""
+"""Advances the routing schedule with the optimizer and saves its state in the Trainer's checkpoints."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ STATE_NAME = "cggr_state"
 
 
 class RoutedTrainer(Protocol):
-    """The side of a Trainer that the callback sees."""
+    """The part of a Trainer that the callback uses."""
 
     resumed_from: Path | None
 
     def routed_model(self) -> CGGRModel:
-        """The model whose schedule is moved on and saved."""
+        """The model whose schedule is advanced and saved."""
         ...
 
     def forget_steps(self) -> None:
-        """Begin counting anew."""
+        """Reset the counters."""
         ...
 
     def step_routing(self) -> None:
-        """Move the keep ratio on by one optimizer step."""
+        """Advance the keep ratio by one optimizer step."""
         ...
 
 
 class CGGRCallback(TrainerCallback):
-    """Moves the schedule of the keep ratio and saves it; added by :class:`~cggr_train.trainer.CGGRMixin`.
+    """Advances the schedule of the keep ratio and saves it; added by :class:`~cggr_train.trainer.CGGRMixin`.
 
-    A checkpoint gets ``cggr_state.json`` and ``cggr_state.safetensors``, from which a resumed run makes the selections
-    of the uninterrupted one. Without them (a checkpoint of a plain Trainer) the schedule starts at the checkpoint's
-    step.
+    A checkpoint gets ``cggr_state.json`` and ``cggr_state.safetensors``, so that a resumed run makes the same
+    selections as an uninterrupted one. Without them (a checkpoint of a plain Trainer) the schedule starts at the
+    checkpoint's step.
     """
 
     def __init__(self, trainer: RoutedTrainer) -> None:
@@ -50,7 +50,7 @@ class CGGRCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the schedule, or continue it where the checkpoint left it."""
+        """Start the schedule, or continue it from the checkpoint."""
         routed = self._trainer.routed_model()
         self._trainer.forget_steps()
         checkpoint = self._trainer.resumed_from
@@ -60,13 +60,13 @@ class CGGRCallback(TrainerCallback):
             routed.load_routing_state_dict({**routed.routing_state_dict(), "steps": state.global_step})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the keep ratio on by one optimizer step."""
+        """Advance the keep ratio by one optimizer step."""
         self._trainer.step_routing()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the state into the checkpoint that was just saved."""
+        """Add the state to the checkpoint that was just saved."""
         routing = self._trainer.routed_model().routing_state_dict()
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        # The trials of a hyperparameter search save elsewhere; none of them is resumed.
+        # Trials of a hyperparameter search are saved elsewhere and never resumed.
         if state.is_world_process_zero and not state.is_hyper_param_search:
             save_state(folder, STATE_NAME, routing)

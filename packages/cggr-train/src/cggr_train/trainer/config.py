@@ -1,4 +1,4 @@
-"""The settings of CGGR as a dataclass: for code, command lines (``HfArgumentParser``) and YAML."""
+"""CGGR's settings as a dataclass, for code, command lines (``HfArgumentParser``) and YAML."""
 
 from __future__ import annotations
 
@@ -176,5 +176,5 @@ class CGGRConfig:
 
 
 def given(value: Any, default: Any) -> Any:
-    """A setting, or what stands for it where it is left out."""
+    """A setting, or its default where it is left out."""
     return default if value is None else value

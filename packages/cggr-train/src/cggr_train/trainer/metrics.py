@@ -1,4 +1,4 @@
-"""What the steps since the last log record did, added up on the device and read once."""
+"""Metrics accumulated on the device between log records and read once per record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A metric that is a mean over tokens, and the number of tokens that it is a mean over.
+# Each per-token mean, with the metric that holds its number of tokens.
 _MEANS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "score_kept": lambda metrics: metrics["kept_tokens"],
     "score_dropped": lambda metrics: metrics["countable_tokens"] - metrics["kept_tokens"],
@@ -20,10 +20,10 @@ _FOLD_AFTER = 256
 
 
 class MetricsWindow:
-    """Adds up the metrics of training forwards.
+    """Accumulates the metrics of training forwards.
 
-    A forward costs no more than keeping references to numbers that exist anyway; they are added up when they are read
-    (or every 256 forwards), on their device.
+    A forward only stores references to tensors that exist anyway; they are summed on their device when they are read,
+    or every 256 forwards.
     """
 
     def __init__(self) -> None:
@@ -31,21 +31,21 @@ class MetricsWindow:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Take note of the metrics of one forward; see :attr:`cggr_core.CGGRModel.metrics`."""
+        """Record the metrics of one forward; see :attr:`cggr_core.CGGRModel.metrics`."""
         self._waiting.append({name: metrics[name] for name in (*_COUNTS, *_MEANS) if name in metrics})
         if len(self._waiting) == _FOLD_AFTER:
             self._add_to_sums()
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """Everything since the last reading, as numbers; one wait for the device.
+        """The metrics since the last call, as numbers; synchronises with the device once.
 
         Args:
-            reduce: Adds a float64 tensor ``[n]`` up over all ranks.
+            reduce: Sums a float64 tensor ``[n]`` over all ranks.
 
         Returns:
-            ``kept_tokens`` and ``countable_tokens`` in all, ``keep_ratio``, ``rows_skipped`` where rows can be, and
-            the means over tokens of ``score_kept``, ``score_dropped``, ``gradnorm_kept`` and ``full_loss`` where they
-            are known; nothing if there was no forward.
+            The totals ``kept_tokens`` and ``countable_tokens``, ``keep_ratio``, ``rows_skipped`` where rows can be
+            skipped, and the per-token means ``score_kept``, ``score_dropped``, ``gradnorm_kept`` and ``full_loss``
+            where they are known; empty if there was no forward.
         """
         self._add_to_sums()
         sums, self._sums = self._sums, {}

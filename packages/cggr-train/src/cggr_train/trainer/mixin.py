@@ -87,15 +87,15 @@ class CGGRMixin(_Base):
         check_supported(self, self.cggr, router, own_loss=self._task_loss is not None)
         if self._by_task:
             return
-        # The Trainer counts the items of a step only for losses that are divided by them.
+        # The Trainer only counts the items of a step if the loss is divided by them.
         self._model_takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
         if self.model is not None:
-            self.routed_model()  # settings that do not go with this model fail here, not in the first step
+            self.routed_model()  # settings that do not suit this model fail here, not in the first step
         self.add_callback(CGGRCallback(self))
 
     def routed_model(self) -> CGGRModel:
-        """The :class:`~cggr_core.CGGRModel` around the Trainer's present model."""
+        """The :class:`~cggr_core.CGGRModel` around the Trainer's current model."""
         if self._routed is not None and self._routed_for is self.model:
             return self._routed
         self._routed_for = self.model
@@ -107,7 +107,7 @@ class CGGRMixin(_Base):
         return self._routed
 
     def forget_steps(self) -> None:
-        """Begin counting rows and adding up metrics anew: before a run, and after a batch that did not fit."""
+        """Reset the row counter and the metrics: before a run, and after a batch that ran out of memory."""
         self._metrics_window = MetricsWindow()
         self._scoring.read()
         self._updating.read()
@@ -119,7 +119,7 @@ class CGGRMixin(_Base):
         self.routed_model().step()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; a resumed run makes the selections of the uninterrupted one."""
+        """Train as the Trainer does; a resumed run makes the same selections as an uninterrupted one."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             output = Path(str(self.args.output_dir))
@@ -176,10 +176,10 @@ class CGGRMixin(_Base):
         return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, forwards and backward; the time of both is measured, what comes before them is not."""
+        """Forward and backward of one micro-batch; only these two are timed, not the preparation of inputs."""
         if self._last_record is None:
             self._last_record = self.state.global_step, time.perf_counter()
-        with self._update:  # entered where the loss begins
+        with self._update:  # started in compute_loss
             return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -220,7 +220,7 @@ class CGGRMixin(_Base):
         return total
 
     def first_row(self) -> int:
-        """Number of this micro-batch's first row in its optimizer step, over all micro-batches and ranks."""
+        """Index of this micro-batch's first row in its optimizer step, counted over all micro-batches and ranks."""
         step, micro_batch = self._micro_batch
         micro_batch = micro_batch + 1 if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, micro_batch)

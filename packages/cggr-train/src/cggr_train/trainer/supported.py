@@ -1,4 +1,4 @@
-"""What cannot be combined with CGGR in a Trainer, said before anything is trained."""
+"""Refuses what cannot be combined with CGGR in a Trainer, before training starts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from cggr_train.trainer.config import CGGRConfig
 
 
-# Trainers whose loss is known: the cross-entropy of the labels, or one that is routed as it stands.
+# Trainers with a known loss: the cross-entropy of the labels, or a loss that is routed unchanged.
 _KNOWN_LOSSES = {("transformers.trainer", "Trainer"), *KNOWN}
 
 
 def check_class(kind: type, mixin: type) -> None:
-    """Raise where the mixin would not be asked for the loss, or would take the place of another one.
+    """Raise if the mixin's loss would never be called, or would replace a loss of another kind.
 
     Args:
         kind: A subclass of the mixin.
         mixin: :class:`~cggr_train.trainer.CGGRMixin`.
 
     Raises:
-        TypeError: Naming the class, and what to write instead.
+        TypeError: With the class's name and what to write instead.
     """
     order = kind.__mro__
     losses = [base for base in order if {"compute_loss", "_compute_loss"} & vars(base).keys()]
@@ -47,7 +47,7 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
     """Raise if the Trainer would train on something other than what was asked for.
 
     Args:
-        trainer: A Hugging Face Trainer that has been set up.
+        trainer: A Hugging Face Trainer after ``__init__``.
         config: The settings of CGGR.
         router: A router of the caller's own, or None.
         own_loss: Whether the trainer's own loss is routed, rather than the cross-entropy of tokens selected by a score.

@@ -1,4 +1,4 @@
-"""Distillation on part of the tokens: the student's entropy, or its divergence from the teacher, says which."""
+"""Distillation on part of the tokens, chosen by the student's entropy or its divergence from the teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cggr_core.stopwatch import Stopwatch
     from cggr_train.trainer.config import CGGRConfig
 
-# What TRL hands to its forwards besides tokens and masks.
+# Arguments that TRL passes to its forwards besides tokens and masks.
 _BESIDE = (
     "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
     "mm_token_type_ids", "image_position_ids",
@@ -29,9 +29,9 @@ _BESIDE = (
 
 
 class DivergenceLoss(TaskLoss):
-    """What the trainers with a teacher share: which tokens are kept, and the means over those.
+    """Shared by the trainers with a teacher: chooses the kept tokens and averages over them.
 
-    The loss is the mean over the kept tokens: what the trainer divides by is taken times the kept share.
+    The loss is the mean over the kept tokens: the trainer's denominator is multiplied by the kept share.
     """
 
     selections = ("topk", "random", "supervised")
@@ -51,18 +51,18 @@ class DivergenceLoss(TaskLoss):
 
     @property
     def scored(self) -> bool:
-        """Whether the choice looks at the student."""
+        """Whether the choice depends on the student's outputs."""
         return self.selection == "topk"
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the choice looks at the teacher."""
+        """Whether the choice depends on the teacher's outputs."""
         return self.scored and self.scores == "divergence"
 
     def engine(self, model: Any) -> Engine:
         """The engine of the student or the teacher."""
         if id(model) not in self._engines:
-            self._engines[id(model)] = Engine(model)  # which holds the model, so that no other one gets its id
+            self._engines[id(model)] = Engine(model)  # the engine holds the model, so its id is not reused
         return self._engines[id(model)]
 
     def head(self, model: Any) -> LogitsHead:
@@ -72,14 +72,14 @@ class DivergenceLoss(TaskLoss):
     def chosen(
         self, student: Any, hidden: Tensor | None, countable: Tensor, teacher: Any, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The kept tokens, and the entropies of all where they were looked at.
+        """The kept tokens, and the entropies of all tokens if they were computed.
 
         Args:
             student: The student.
             hidden: Its states ``[B, S, H]``, without gradients; None where nothing is scored.
             countable: bool ``[B, S]``.
             teacher: The teacher.
-            teacher_hidden: Its states ``[B, S, H']``; None where they are not looked at.
+            teacher_hidden: Its states ``[B, S, H']``; None where they are not needed.
 
         Returns:
             bool ``[B, S]``, and float32 ``[N]`` or None.
@@ -115,7 +115,7 @@ class DivergenceLoss(TaskLoss):
         return self._metrics["kept_tokens"] / self._metrics["countable_tokens"].clamp(min=1)
 
     def temperature(self) -> float:
-        """What the loss divides logits by."""
+        """The temperature that the loss divides logits by."""
         return self.trainer.temperature
 
 
@@ -134,7 +134,7 @@ class DistillationLoss(DivergenceLoss):
         )
 
     def loss(self, own: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
-        """The trainer's own loss, its backward spent on the kept tokens."""
+        """The trainer's own loss, with a backward pass through the kept tokens only."""
         with (
             uncached_autocast(),
             overridden(self.trainer, _compute_loss=partial(self._compute, self.trainer._compute_loss)),
@@ -142,7 +142,7 @@ class DistillationLoss(DivergenceLoss):
             return own(model, inputs, **options)
 
     def _compute(self, own: Callable[..., Any], student: Any, inputs: dict[str, Any], num_items: Any) -> Any:
-        # Inside the student's own call, whatever it is wrapped in.
+        # Runs inside the student's own call, so its wrappers (DDP, FSDP) take part.
         if self.config.gradient != "exact":
             check_no_images(inputs, self.config.gradient)
         trainer = self.trainer

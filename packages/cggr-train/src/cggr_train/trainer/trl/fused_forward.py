@@ -1,8 +1,8 @@
-"""TRL's fused forward, ``model(..., labels=labels, fused_lm_head=True)``, with a backward of the kept tokens alone.
+"""TRL's fused forward, ``model(..., labels=labels, fused_lm_head=True)``, where only kept tokens have a backward.
 
-TRL's trainers make every loss of the per-token log-probabilities that this call returns; labels of -100 get no logits
-there, and all tokens go through the layers with gradients. Here they are forward-only in every layer too. The losses,
-their normalisers and the head stay TRL's own.
+TRL's trainers compute every loss from the per-token log-probabilities that this call returns. TRL skips the logits of
+labels of -100, but runs all tokens through the layers with gradients; here those tokens are forward-only in every layer
+too. The losses, their normalisation and the head remain TRL's.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from cggr_train.trainer.trl.rows import (
 
 IGNORED = -100
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# Not for the passes: no cache of the caller's is filled, and router losses are asked for in their own way.
+# Not passed on: the caller's cache is never filled, and router losses are requested separately.
 _INERT = frozenset({"use_cache", "output_router_logits", "return_dict"})
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient")
 
-# Of countable [B, S] and, where the plan measures, the values of all labelled tokens by name [B, S]: the kept tokens
-# [B, S], and factors on their gradients [B, S] or None.
+# Maps countable tokens [B, S] and, if the plan measures, values of all labelled tokens by name [B, S] to the kept
+# tokens [B, S] and factors on their gradients [B, S] (or None).
 Choose = Callable[[Tensor, "Mapping[str, Tensor] | None"], "tuple[Tensor, Tensor | None]"]
 
 

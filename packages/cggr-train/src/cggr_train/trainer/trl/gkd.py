@@ -1,4 +1,4 @@
-"""GKD on part of the tokens, with the logits of a chunk of them at a time."""
+"""GKD on part of the tokens, with logits computed one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from cggr_core.stopwatch import Stopwatch
     from cggr_train.trainer.config import CGGRConfig
 
-_CHUNK = 512  # tokens whose logits are there at once, twice over: the student's and the teacher's
+_CHUNK = 512  # tokens whose logits exist at once, for the student and the teacher each
 
 
 class GKDLoss(DivergenceLoss):
     """TRL's GKDTrainer.
 
-    Its loss takes logits ``[B, S, V]`` of two models. Both models give the hidden states of the kept tokens instead,
-    and the loss is added up over chunks of them.
+    Its loss takes the logits ``[B, S, V]`` of two models. Here both models return the hidden states of the kept tokens
+    instead, and the loss is summed over chunks of them.
     """
 
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
@@ -39,11 +39,11 @@ class GKDLoss(DivergenceLoss):
         )
 
     def temperature(self) -> float:
-        """GKD's temperature is that of its generation; the loss has none."""
+        """GKD's temperature applies to generation; the loss has none."""
         return 1.0
 
     def loss(self, own: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
-        """The trainer's own loss, its backward spent on the kept tokens."""
+        """The trainer's own loss, with a backward pass through the kept tokens only."""
         trainer = self.trainer
         student = trainer.accelerator.unwrap_model(trainer.model)
         teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
@@ -92,7 +92,7 @@ class GKDLoss(DivergenceLoss):
 
 
 def _packed(values: Tensor, valid: Tensor) -> Tensor:
-    """The valid ones of ``[B, K, H]``, one after the other, ``[1, N + 1, H]``: GKD leaves the last position out."""
+    """The valid slots of ``[B, K, H]``, concatenated to ``[1, N + 1, H]``: GKD drops the last position."""
     return pad(values[valid], (0, 0, 0, 1))[None]
 
 
@@ -119,9 +119,9 @@ def _chunked(
             **options,
         )
 
-    del labels  # of all tokens; these are the kept ones
+    del labels  # TRL's denominator counts all tokens; this one counts the kept ones
     students, teachers = student_logits[0].split(_CHUNK), teacher_logits[0].split(_CHUNK)
-    total = student_logits.sum() * 0.0  # connected where nothing is kept
+    total = student_logits.sum() * 0.0  # keeps the graph connected where nothing is kept
     for student, teacher in zip(students, teachers, strict=True):
         total = total + checkpoint(of_chunk, student, teacher, use_reentrant=False)
     count = kept[0].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch * share()

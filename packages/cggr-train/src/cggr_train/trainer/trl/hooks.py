@@ -1,4 +1,4 @@
-"""What is taken hold of in TRL, looked for before anything is trained."""
+"""The parts of TRL that are overridden, checked before training starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTED = "TRL 1.16"
 
 @contextmanager
 def overridden(trainer: Any, **methods: Any) -> Iterator[None]:
-    """Give a trainer other methods for the length of the block."""
+    """Replace methods of a trainer inside the block."""
     before = {name: vars(trainer)[name] for name in methods if name in vars(trainer)}
     try:
         vars(trainer).update(methods)
@@ -28,7 +28,7 @@ def overridden(trainer: Any, **methods: Any) -> Iterator[None]:
 
 @contextmanager
 def uncached_autocast() -> Iterator[None]:
-    """Cast weights at every use: one cast where gradients are off would be reused, without, where they are on."""
+    """Disable autocast's weight cache, which would reuse weights cast under ``no_grad`` where gradients are on."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -38,7 +38,7 @@ def uncached_autocast() -> Iterator[None]:
 
 
 def check_fused_head(trainer: Any, model: Any) -> None:
-    """Raise unless the model's forward returns per-token log-probabilities as TRL's trainers make it.
+    """Raise unless TRL has patched the model's forward to return per-token log-probabilities.
 
     Args:
         trainer: The trainer, for its name.
@@ -54,11 +54,11 @@ def check_fused_head(trainer: Any, model: Any) -> None:
 
 
 def check_methods(trainer: Any, names: dict[str, tuple[str, ...]]) -> None:
-    """Raise unless the trainer has the methods that are called or overridden, with the arguments that are named.
+    """Raise unless the trainer has the methods that are called or overridden, with the arguments that they are given.
 
     Args:
         trainer: The trainer.
-        names: Methods, and arguments of each.
+        names: Names of methods, with the arguments that each must have.
 
     Raises:
         RuntimeError: Saying what was found, and which versions work.

@@ -1,4 +1,4 @@
-"""Which of TRL's trainers are known, and by what their losses are routed."""
+"""The supported TRL trainers and the kind of loss that each of them has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from cggr_train.trainer.config import CGGRConfig
     from cggr_train.trainer.trl.task import TaskLoss
 
-# The classes whose losses are known, by the module and the name that TRL gives them.
+# The supported classes, by module and name in TRL.
 KNOWN = {
     ("trl.trainer.sft_trainer", "SFTTrainer"): "sft",
     ("trl.trainer.dpo_trainer", "DPOTrainer"): "preference",
@@ -22,7 +22,7 @@ KNOWN = {
 
 
 def kind_of(trainer_class: type) -> str | None:
-    """What the class's loss is routed by, or None for the cross-entropy of a plain Trainer."""
+    """The kind of the trainer's loss, a value of :data:`KNOWN`; None for the cross-entropy of a plain Trainer."""
     for base in trainer_class.__mro__:
         found = KNOWN.get((base.__module__, base.__name__))
         if found is not None:
@@ -31,15 +31,15 @@ def kind_of(trainer_class: type) -> str | None:
 
 
 def trains_by_task(trainer_class: type) -> bool:
-    """Whether the trainer has a loss of its own, which says by itself which tokens it is about."""
+    """Whether the trainer has its own loss, which determines its own tokens."""
     return kind_of(trainer_class) not in (None, "sft")
 
 
 def task_loss(trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> TaskLoss | None:
-    """What routes a trainer's own loss.
+    """Build the object that routes a trainer's own loss.
 
     Args:
-        trainer: The trainer, set up.
+        trainer: The trainer, after ``__init__``.
         config: The settings of CGGR.
         scoring: Adds up the time of scoring.
 
@@ -47,8 +47,8 @@ def task_loss(trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> TaskLoss 
         None where the loss is the cross-entropy of tokens picked by a score.
 
     Raises:
-        ValueError: If a setting does not go with the trainer's loss.
-        RuntimeError: If TRL is of a version without what is taken hold of.
+        ValueError: If a setting does not suit the trainer's loss.
+        RuntimeError: If this version of TRL lacks a method that is overridden.
     """
     kind = kind_of(type(trainer))
     if kind is None or (kind == "sft" and config.selection != "supervised"):

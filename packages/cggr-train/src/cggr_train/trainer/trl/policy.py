@@ -1,4 +1,4 @@
-"""GRPO and RLOO: the update on the tokens that carry an advantage, and of those on the ones with high entropy."""
+"""GRPO and RLOO: updates on the tokens with an advantage or, optionally, on those of them with high entropy."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class PolicyLoss(LabelledLoss):
     """A clipped policy gradient on completions.
 
     Tokens that the loss leaves out (prompts, observations of tools, those below ``top_entropy_quantile``) and rows
-    without an advantage are skipped. Entropies come from the pass that makes the old log-probabilities where TRL runs
-    it, else from a pass without gradients that the update goes on from.
+    without an advantage are skipped. Entropies come from the pass that computes the old log-probabilities if TRL runs
+    one, otherwise from a pass without gradients whose results the update reuses.
     """
 
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
@@ -39,7 +39,7 @@ class PolicyLoss(LabelledLoss):
             or getattr(trainer, "off_policy_mask_threshold", None) is not None
             or getattr(trainer, "loss_type", None) == "vespo"
         )
-        self._kl = bool(trainer.beta) and hasattr(trainer, "get_high_entropy_mask")  # RLOO puts it into the reward
+        self._kl = bool(trainer.beta) and hasattr(trainer, "get_high_entropy_mask")  # RLOO adds KL to the reward
         self._skips_rows = self._may_skip_rows()
         # The KL term covers every token of the completion, so all of them stay.
         self._narrows = self._quantile < 1 and not self._kl
@@ -68,12 +68,12 @@ class PolicyLoss(LabelledLoss):
                 )
 
     def loss(self, own: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
-        """The trainer's own loss, its backward spent on the kept tokens."""
+        """The trainer's own loss, with a backward pass through the kept tokens only."""
         if not self._narrows:
             return super().loss(own, model, inputs, **options)
         found: list[Tensor] = []
         plan = self._plan(inputs, found)
-        # TRL asks again, with the entropies that the update's forward gave.
+        # TRL calls this again with the entropies from the update's forward.
         with self.forward().installed(plan), overridden(self.trainer, get_high_entropy_mask=lambda *_, **__: found[0]):
             return own(model, inputs, **options)
 
@@ -95,7 +95,7 @@ class PolicyLoss(LabelledLoss):
                 return inside, None
             known = entropies
             if known is None:
-                assert measured is not None  # the plan measures
+                assert measured is not None  # present, since the plan measures
                 known = measured["entropy"][:, before:-1]
             found.append(type(self.trainer).get_high_entropy_mask(self.trainer, known, mask, 1 - self._quantile))
             return inside & pad(found[0], (before, 1)), None
@@ -136,7 +136,7 @@ class PolicyLoss(LabelledLoss):
         return not reasons
 
     def _generated(self, own: Callable[..., Any], inputs: Any) -> dict[str, Any]:
-        """A generation batch, with the entropies of the pass that made its old log-probabilities."""
+        """A generation batch, with the entropies from the pass that computed its old log-probabilities."""
         trainer = self.trainer
         passes: list[tuple[Tensor, Tensor]] = []
         log_probs_of = trainer._get_per_token_logps_and_entropies
@@ -158,9 +158,9 @@ class PolicyLoss(LabelledLoss):
 
 
 def _old_log_probs(inputs: dict[str, Any], before: int) -> Tensor | None:
-    """``[B, S]``: with them a skipped token has a ratio of 1, so that nothing of it is clipped or overflows."""
+    """``[B, S]``: they give a skipped token a ratio of 1, so that it is never clipped and cannot overflow."""
     old = inputs.get("old_per_token_logps")
-    if old is None and "old_logps" in inputs:  # RLOO keeps their sum
+    if old is None and "old_logps" in inputs:  # RLOO stores their sum
         completion = inputs["completion_mask"]
         old = completion * (inputs["old_logps"] / completion.sum(1).clamp(min=1))[:, None]
     return None if old is None else pad(old, (before, 1))

@@ -1,4 +1,4 @@
-"""Rows of a batch that take part in an update, and values put back where they belong."""
+"""Selects the rows of a batch that take part in an update, and scatters their values back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cggr_core import SharedContext
 
-# What is given once for each row; images and the like are counted otherwise, and keep all rows in.
+# Arguments with one entry per row. Images and the like have no such layout, so their batches keep all rows.
 _PER_ROW = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"})
 
 
@@ -20,7 +20,7 @@ _OF_IMAGES = frozenset(
 
 
 def check_no_images(inputs: Mapping[str, Any], gradient: str) -> None:
-    """Raise where tokens would be run apart from the images that they belong to.
+    """Raise if tokens would be processed separately from their images.
 
     Args:
         inputs: A batch.
@@ -38,10 +38,10 @@ def check_no_images(inputs: Mapping[str, Any], gradient: str) -> None:
 
 
 def rows_of(wanted: Tensor | None, countable: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-    """The rows to run, which costs one value from the device; None for all.
+    """The rows to run, or None for all; reads one value from the device.
 
-    Rows without a labelled token leave too. One row stays where none would, so that every rank runs its passes, and
-    their number is rounded up so that shapes repeat.
+    Rows without a labelled token are dropped too. At least one row stays, so that every rank runs its passes, and the
+    number of rows is rounded up so that shapes repeat.
 
     Args:
         wanted: bool ``[B]``; None for all.
@@ -60,7 +60,7 @@ def rows_of(wanted: Tensor | None, countable: Tensor, inputs: Mapping[str, Any])
     count = min(size, max(1, -(-count // step) * step))
     if count == size:
         return None
-    # Rows that take part first, then whatever comes; ascending again.
+    # Participating rows come first, padded with others; then sorted again.
     return taking_part.to(torch.int8).argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -81,9 +81,9 @@ def take_rows(inputs: Mapping[str, Any], rows: Tensor | None, size: int) -> dict
 
 
 def shared_prompts(arguments: Mapping[str, Any], countable: Tensor) -> SharedContext | None:
-    """What rows begin with, once for all rows that begin alike; None where less than half would be saved.
+    """The shared prompts of the rows, each stored once; None if that saves less than half.
 
-    The prompts are cut where the first label of the batch is predicted, so that every position stays as it is.
+    Prompts end where the batch's first label is predicted, so positions do not change.
 
     Args:
         arguments: Of a forward.
@@ -106,10 +106,10 @@ def shared_prompts(arguments: Mapping[str, Any], countable: Tensor) -> SharedCon
 
 
 def without_needless_mask(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward without an attention mask that masks nothing, which costs one value from the device.
+    """Drop an attention mask that masks nothing; reads one value from the device.
 
-    Rows of one document without padding have faster attention. Beside position ids a mask stays: without one, they
-    would be looked through for packed documents.
+    Attention is faster for unpadded rows of one document. The mask stays if there are position ids, which transformers
+    would otherwise search for packed documents.
 
     Args:
         arguments: Of a forward.
@@ -128,20 +128,20 @@ def is_in(rows: Tensor | None, size: int, device: torch.device) -> Tensor:
 
 
 def spread(values: Tensor, index: Tensor, valid: Tensor, rows: Tensor | None, below: Tensor) -> Tensor:
-    """Values of some positions of some rows, and others elsewhere.
+    """Scatter the values of some positions of some rows into a full tensor.
 
     Args:
         values: ``[b, K]``, may carry a graph.
         index: int64 ``[b, K]``, their positions.
-        valid: bool ``[b, K]``; slots that are not are left out.
+        valid: bool ``[b, K]``; other slots are ignored.
         rows: int64 ``[b]``, their rows; None for all.
-        below: ``[B, S]``, what stands elsewhere.
+        below: ``[B, S]``, the values at all other positions.
 
     Returns:
         ``[B, S]``.
     """
     width = below.shape[1]
-    # Slots that hold nothing go to a column of their own, so that no position is written twice.
+    # Invalid slots are written to an extra column, so that no position is written twice.
     padded = torch.nn.functional.pad(below if rows is None else below.index_select(0, rows), (0, 1))
     placed = padded.scatter(1, index.masked_fill(~valid, width), values.to(below.dtype))[:, :width]
     return placed if rows is None else below.index_copy(0, rows, placed)

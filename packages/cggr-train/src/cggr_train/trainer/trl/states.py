@@ -1,4 +1,4 @@
-"""Final hidden states of kept tokens, chosen from a pass without gradients, and what two heads make of such states."""
+"""Final hidden states of tokens chosen in a pass without gradients, and statistics of the heads' logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cggr_core.routing import Head
     from cggr_core.stopwatch import Stopwatch
 
-_CHUNK = 1024  # tokens whose logits are there at once
+_CHUNK = 1024  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ def kept_states(
     scored: bool,
     scoring: Stopwatch,
 ) -> KeptStates:
-    """Run a model so that its backward is spent on the tokens that are chosen.
+    """Run a model with a backward pass through the chosen tokens only.
 
     Args:
-        engine: Of the model; called inside the model's own call.
+        engine: The model's engine; call this inside the model's own forward.
         arguments: Of its forward.
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
         context_precision: ``"fp8"`` or ``None``.
         choose: From the hidden states of all tokens ``[B, S, H]``, without gradients (None where ``scored`` is false),
             to the kept tokens, bool ``[B, S]``.
         scored: Whether the choice needs them.
-        scoring: Adds up the time that it takes.
+        scoring: Accumulates the time spent on scoring.
     """
     arguments = {name: value for name, value in routed_batch(arguments).items() if name != "use_cache"}
     with without_hooks(engine.model):
@@ -87,7 +87,7 @@ def kept_states(
 
 def _slots(keep: Tensor) -> Selection:
     selection = Selection.from_mask(keep)
-    # One slot that holds nothing connects the graph where nothing is kept.
+    # An empty slot keeps the graph connected where nothing is kept.
     return selection if selection.index.shape[1] else Selection.from_mask(keep, capacity=1)
 
 
@@ -96,7 +96,7 @@ def _wide(index: Tensor, hidden: Tensor) -> Tensor:
 
 
 class LogitsHead:
-    """A language-model head that is applied to some hidden states at a time.
+    """A language-model head, applied to a chunk of hidden states at a time.
 
     Args:
         head: The head.
@@ -108,7 +108,7 @@ class LogitsHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[N, V]`` of hidden states ``[N, H]``."""
         head, module = self._head, self._head.module
-        if isinstance(module, nn.Linear) and not head.fused:  # an adapter, say
+        if isinstance(module, nn.Linear) and not head.fused:  # for example a LoRA layer
             logits = module(hidden)
         else:
             weight = module.weight
@@ -130,7 +130,7 @@ def token_scores(
     beta: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Entropies of the student, and its divergences from a teacher, with the logits of a chunk of tokens at a time.
+    """Entropies of the student and its divergences from a teacher, with logits computed one chunk of tokens at a time.
 
     The divergence is the generalised Jensen-Shannon one of Agarwal et al. (2024, arXiv 2306.13649): 0 is the forward
     KL, 1 the reverse one.

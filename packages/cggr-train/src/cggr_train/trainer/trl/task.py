@@ -1,4 +1,4 @@
-"""A trainer's own loss on the tokens that its task names."""
+"""A trainer's own loss on the tokens that it covers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from cggr_core.stopwatch import Stopwatch
     from cggr_train.trainer.config import CGGRConfig
 
-# Settings that pick tokens by a score, which these losses do not have; each with the value that asks for nothing.
+# Settings that only matter where tokens are picked by a score, each with its neutral value.
 _OF_SCORES = {"router": "full_depth", "ratio_warmup_steps": 0, "dynamic_threshold": False, "block_size": 1}
 
 
 class TaskLoss:
-    """What routes a trainer's own loss; made once, after the trainer.
+    """Routes a trainer's own loss; created once, after the trainer.
 
     Args:
-        trainer: The trainer, set up.
+        trainer: The trainer, after ``__init__``.
         config: The settings of CGGR.
-        scoring: Adds up the time of scoring.
+        scoring: Accumulates the time spent on scoring.
 
     Raises:
-        ValueError: If a setting does not go with this loss.
-        RuntimeError: If TRL is of a version without what is taken hold of.
+        ValueError: If a setting does not suit this loss.
+        RuntimeError: If this version of TRL lacks a method that is overridden.
     """
 
     selections: tuple[str, ...] = ("supervised", "random")
@@ -110,7 +110,7 @@ class TaskLoss:
         return next(base.__name__ for base in type(self.trainer).__mro__ if base.__module__.split(".")[0] == "trl")
 
     def draw(self) -> dict[str, int]:
-        """Numbers of the next random draw: the same however the step is split."""
+        """Counters of the next random draw, independent of how the step is split."""
         trainer, seed = self.trainer, self.config.selection_seed
         return {
             "seed": trainer.args.seed if seed is None else seed,
@@ -119,7 +119,7 @@ class TaskLoss:
         }
 
     def _random(self, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-        """Every labelled token alike, with the inverse of its probability as a factor on its gradient."""
+        """Sample labelled tokens uniformly, with 1 / inclusion probability as a factor on their gradients."""
         selection = keep_random(countable, self.ratio, **self.draw())
         width = countable.shape[1]
         weight = torch.zeros((len(countable), width + 1), device=countable.device)
@@ -128,9 +128,10 @@ class TaskLoss:
 
 
 class LabelledLoss(TaskLoss):
-    """SFT on supervised tokens, DPO and KTO: what has a label keeps its gradient, prompts are forward-only.
+    """SFT on supervised tokens, DPO and KTO: labelled tokens keep their gradient, prompts are forward-only.
 
-    A random share of the labelled tokens needs the values of all of them, for the sums that preference losses are of.
+    If only a random share of the labelled tokens is kept, the values of all of them are computed too, since preference
+    losses sum over whole completions.
     """
 
     has_margin = True
@@ -138,7 +139,7 @@ class LabelledLoss(TaskLoss):
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
         super().__init__(trainer, config, scoring)
         check_fused_head(trainer, unwrapped(trainer.model))
-        # Chosen and rejected completions of a pair begin with the same prompt, and the completions of a group.
+        # The completions of a pair, or of a group, share their prompt.
         self.shares_prompts = hasattr(trainer, "loss_weights") or hasattr(trainer, "num_generations")
         self._forward: RoutedForward | None = None
 
@@ -159,7 +160,7 @@ class LabelledLoss(TaskLoss):
         return Plan(shares_prompts=self.shares_prompts)
 
     def forward(self) -> RoutedForward:
-        """What stands in for the forward of the trainer's present model."""
+        """The replacement for the forward of the trainer's current model."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if self._forward is None or self._forward.model is not model:
             autocast = self.trainer.accelerator.autocast
