@@ -1,18 +1,24 @@
 """The parts of a study that need no training: arms, plan, intervals, averages, analysis."""
 
+import dataclasses
+import io
 import statistics
 
 import pytest
 import torch
+from rich.console import Console
 
-from cggr_train.commands.study import split
+from cggr_train.commands.study import precisions, split
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
+from cggr_train.report.explanation import explain
 from cggr_train.settings import TrainSettings
+from cggr_train.study.analysis import controls
 from cggr_train.study.arms import Arm, plan_arms, relative_cost
 from cggr_train.study.average import DECAY, RunningAverage
 from cggr_train.study.intervals import Interval, interval, student_t
 from cggr_train.study.plan import make_plan
+from cggr_train.study.run import prepare_study
 from cggr_train.study.settings import StudySettings
 
 
@@ -52,6 +58,55 @@ def test_routers_are_arms_of_their_own():
     assert remembered.remembers
     assert not learned.remembers
     assert remembered.equal_cost == found["kv-0.25-random"].equal_cost, "nothing scores"
+
+
+def test_fp8_is_an_arm_beside_the_same_without():
+    found = {arm.name: arm for arm in arms(gradients=["kv", "exact"], context_precisions=[None, "fp8"],
+                                           selections=["stratified", "supervised"])}  # fmt: skip
+    low = {name: arm for name, arm in found.items() if arm.routing.context_precision == "fp8"}
+    assert {name: (arm.own_precision, arm.random) for name, arm in low.items()} == {
+        "kv-0.25-random-fp8": ("kv-0.25-random", None),
+        "kv-0.25-stratified-gradnorm-fp8": ("kv-0.25-stratified-gradnorm", "kv-0.25-random-fp8"),
+        "kv-supervised-fp8": ("kv-supervised", None),
+    }, "exact has no tokens that need no gradient"
+    assert low["kv-supervised-fp8"].label == "supervised tokens, kv, fp8 context"
+    assert controls(low["kv-supervised-fp8"])[-1] == "kv-supervised"
+    assert {"exact-0.25-random", "exact-0.25-stratified-gradnorm", "exact-supervised"} <= set(found)
+    assert all(arm.own_precision is None for arm in arms(context_precisions=["fp8"])), "nothing to compare with"
+    asked = "kv-0.25-stratified-gradnorm-fp8"
+    assert "those tokens, and for the keys and values of all, the rest in FP8." in explain(found[asked], [])
+    assert Arm.from_dict({**vars(found[asked]), "routing": vars(found[asked].routing)}) == found[asked]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"context_precisions": (None, "fp8"), "gradients": ("exact",)}, "--gradient kv and detached have, got exact"),
+        ({"context_precisions": ()}, "--context-precision is empty"),
+        ({"context_precisions": ("fp4",)}, "context_precision must be"),
+    ],
+)
+def test_precisions_that_do_not_go(values, message):
+    with pytest.raises(InputError, match=message):
+        settings(**values)
+
+
+def test_precisions_on_the_command_line(tmp_path):
+    assert precisions("own, fp8") == (None, "fp8")
+    with pytest.raises(InputError, match="--context-precision must be some of own, fp8, got 'bf16'"):
+        precisions("bf16")
+    made = settings(context_precisions=(None, "fp8"))
+    made.save(tmp_path)
+    assert StudySettings.load(tmp_path) == made
+
+
+def test_fp8_is_refused_where_it_would_be_emulated(tmp_path):
+    """Its time would say nothing, and arms are compared at equal time."""
+    made = settings(context_precisions=(None, "fp8"))
+    made = dataclasses.replace(made, train=dataclasses.replace(made.train, device="cpu"))
+    with pytest.raises(InputError, match=r"fp8 needs a GPU that multiplies in FP8 .* the device is cpu: emulated"):
+        prepare_study(made, tmp_path / "study", Console(file=io.StringIO()))
+    assert not (tmp_path / "study").exists(), "before anything is read"
 
 
 @pytest.mark.parametrize(

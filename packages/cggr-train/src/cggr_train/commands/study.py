@@ -12,6 +12,8 @@ from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors
 from cggr_train.errors import InputError
 
+OWN_PRECISION = "own"
+
 
 def study(
     context: typer.Context,
@@ -38,6 +40,10 @@ def study(
         str, typer.Option(help="Sources of the scores to study: full_depth,truncated,learned,remembered.")
     ] = "",
     router_depth: options.RouterDepth = None,
+    context_precision: Annotated[
+        str,
+        typer.Option(help="Precisions to study for tokens that need no gradient: own,fp8 (GPUs of Hopper and later)."),
+    ] = OWN_PRECISION,
     controls: Annotated[
         str, typer.Option(help="Standard controls to include: equal_cost,checkpointed,equal_memory.")
     ] = "equal_cost,checkpointed,equal_memory",
@@ -136,6 +142,7 @@ def study(
                 selections=split("--selection", selection),
                 scorings=split("--scoring", scoring),
                 routers=split("--router", router),
+                context_precisions=precisions(context_precision),
                 batch_sizes=split("--control-batch", control_batch, int),
                 seeds=seeds,
                 equal=split("--equal", equal),
@@ -174,6 +181,26 @@ def split(option: str, text: str, kind: Callable[[str], Any] = str) -> tuple[Any
         return tuple(dict.fromkeys(kind(part) for part in parts))
     except ValueError as error:
         raise InputError(f"{option} must be numbers separated by commas, got {text!r}") from error
+
+
+def precisions(text: str) -> tuple[str | None, ...]:
+    """The parts of ``--context-precision``, with None for the model's own.
+
+    Raises:
+        InputError: If one is unknown.
+
+    Example:
+        >>> precisions("own,fp8")
+        (None, 'fp8')
+    """
+    from cggr_core.settings import CONTEXT_PRECISIONS
+
+    names = split("--context-precision", text)
+    known = (OWN_PRECISION, *CONTEXT_PRECISIONS)
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise InputError(f"--context-precision must be some of {', '.join(known)}, got {strange[0]!r}")
+    return tuple(None if name == OWN_PRECISION else name for name in names)
 
 
 def exact_match_asked(evaluate: str) -> bool:

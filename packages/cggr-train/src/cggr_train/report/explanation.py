@@ -52,7 +52,8 @@ def explain(arm: Arm, arms: Sequence[Arm], *, supervised: float = 1.0) -> str:
             how = SELECTIONS[routing.selection].format(score=SCORES[routing.scoring])
             which = f"{routing.ratio:.0%} of the {kind}s, {how}"
         purpose = "; the control that shows what a score is worth" if arm.role == "random" else ""
-        return f"Trains on {which}: {MODES[routing.gradient]}{purpose}."
+        low = "" if routing.context_precision is None else f", the rest in {routing.context_precision.upper()}"
+        return f"Trains on {which}: {MODES[routing.gradient]}{low}{purpose}."
     rivals = [other.title for other in arms if other.equal_cost == arm.name]
     purpose = {
         "standard": "the baseline of every comparison",

@@ -22,8 +22,10 @@ COLOURS = (
     INK, "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7b4ab5", "#a0522d", "#b3a000", "#7f7f7f",
 )  # fmt: skip
 """One for each arm, most from the Okabe-Ito palette: told apart by colour-blind readers too."""
-DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (8, 2, 2, 2)))
-"""Where there are more arms than colours, those of one colour differ by their line."""
+SHADES = ((0.0, 1.0), (0.4, 0.0), (0.4, 1.0), (0.65, 0.0), (0.65, 1.0))
+"""Where there are more arms than colours, they come again with so much black (0) or white (1) in them."""
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (8, 2, 2, 2)), (0, (1, 1)))
+"""Lines of such shades differ too."""
 WIDE, NARROW = 10.0, 4.6
 """Inches across, for a page on a screen and on a phone: text keeps its size."""
 _BREAK = (": ", "\n")
@@ -123,7 +125,7 @@ def _groups(outcome: Outcome) -> list[tuple[str, list[Arm]]]:
         equal = dict.fromkeys(arm.equal_cost for arm in arms if arm.equal_cost != "standard")
         controls = [*standard, *(outcome.arm(name) for name in equal)]
         found.append((f"{gradient}, keep ratio {ratio:g}", [*controls, *arms]))
-    return found
+    return found or [("standard", outcome.arms)]
 
 
 def _draw_curves(
@@ -192,7 +194,10 @@ def _shares_differ(outcome: Outcome, what: str) -> bool:
 
 def colour(arm: Arm, outcome: Outcome) -> str:
     """The arm's own colour in every plot of the study."""
-    return COLOURS[_place(arm, outcome) % len(COLOURS)]
+    again, number = divmod(_place(arm, outcome), len(COLOURS))
+    share, towards = SHADES[again % len(SHADES)]
+    channels = (int(COLOURS[number][at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round((1 - share) * value + 255 * share * towards):02x}" for value in channels)
 
 
 def line(arm: Arm, outcome: Outcome) -> dict[str, Any]:

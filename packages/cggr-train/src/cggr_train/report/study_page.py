@@ -38,7 +38,7 @@ def write_study_page(
         path,
         "study.html.j2",
         title="Does training on part of the tokens pay?",
-        what=Path(train.model).name if train.model else f"a {train.config} model from scratch",
+        what=Path(train.model).name if train.model else f"A {train.config} model from scratch",
         answer=verdict[0],
         findings=verdict[1:],
         explained=[

@@ -154,23 +154,27 @@ def _differences(outcome: Outcome) -> Cells:
     rows = []
     present = {arm.name for arm in outcome.arms}
     further = {name: heading for name, heading in FURTHER.items() if name in present}
+    columns = ["standard", *further.values(), "batch of equal cost", "random, same ratio"]
+    if any(arm.own_precision for arm in outcome.arms):
+        columns.append("own precision")
     for arm in outcome.arms:
         if arm.method == "standard":
             continue
         equal = arm.equal_cost if arm.equal_cost != "standard" else None
         if arm.name in outcome.diverged:
-            rows.append((arm.name, [DIVERGED] * (3 + len(further))))
+            rows.append((arm.name, [DIVERGED] * len(columns)))
             continue
         found = outcome.comparisons["time"][arm.name].against
-        rows.append(
-            (arm.name, [CONTROL_DIVERGED if control in outcome.diverged else difference(found.get(control or ""))
-                        for control in ("standard", *further, equal, arm.random)])
-        )  # fmt: skip
+        cells = [
+            CONTROL_DIVERGED if control in outcome.diverged else difference(found.get(control or ""))
+            for control in ("standard", *further, equal, arm.random, arm.own_precision)
+        ]
+        rows.append((arm.name, cells[: len(columns)]))
     return Cells(
         "The same time: loss of each arm less that of its controls, seed by seed",
         "Below zero is better than the control. The 95% interval is in brackets; one that contains zero shows no "
         "difference.",
-        ["arm", "standard", *further.values(), "batch of equal cost", "random, same ratio"],
+        ["arm", *columns],
         rows,
         frozenset(),
     )

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from cggr_train.display import format_bytes
 from cggr_train.report.text import against, difference
 from cggr_train.study.analysis import controls
-from cggr_train.study.frontier import Point, measured_by_accuracy, points, recommended, with_less_memory
+from cggr_train.study.frontier import (
+    Point,
+    is_chosen_for_memory,
+    measured_by_accuracy,
+    points,
+    recommended,
+    with_less_memory,
+)
 
 if TYPE_CHECKING:
     from cggr_train.study.analysis import Outcome
@@ -36,7 +43,7 @@ def verdict(outcome: Outcome) -> list[str]:
         lines = [_recommendation(outcome), lowest, *_compare_with_controls(outcome, best, compared)]
     else:
         nothing = "None of the requested arms kept a finite loss at this learning rate."
-        lines = [_recommendation(outcome), nothing, lowest]
+        lines = [_recommendation(outcome), nothing if asked else "No routed arm is left to compare.", lowest]
     if outcome.diverged:
         lines.insert(1, _diverged(outcome))
     lines += [f"Left out: {reason}." for reason in outcome.left_out.values()]
@@ -63,9 +70,7 @@ def _compare_with_controls(outcome: Outcome, best: Arm, compared: list[Arm]) -> 
     ]
     if best.random in comparison.against and best.method != "random":
         lines.append(_scoring(outcome, best))
-    if outcome.gradients:
-        lines.append(_gradient(outcome, best))
-    return lines
+    return [*lines, *_gradient(outcome, best)]
 
 
 def _diverged(outcome: Outcome) -> str:
@@ -88,7 +93,10 @@ def _recommendation(outcome: Outcome) -> str:
     arm, best = outcome.arm(chosen.name), min(every, key=lambda point: point.mean_cost)
     gone = [outcome.arm(name).title for name in controls(arm) if name in outcome.diverged]
     if gone:
-        return f"Undecided: {arm.title} beats the controls that are left, but {' and '.join(gone)} diverged."
+        return (
+            f"Undecided: of the arms that are left it would be {arm.title}, but it must be compared with "
+            f"{' and '.join(gone)}, which diverged."
+        )
     what, most = ("accuracy", "highest") if measured_by_accuracy(outcome) else ("held-out loss", "lowest")
     if chosen is best:
         why = f"its {what} in the same time, {_quality(outcome, chosen)}, is the {most}"
@@ -96,7 +104,7 @@ def _recommendation(outcome: Outcome) -> str:
         why = (
             f"its {what} in the same time, {_quality(outcome, chosen)}, is statistically indistinguishable from the "
             f"{most}, {_quality(outcome, best)} of {outcome.arm(best.name).title}, and it "
-            + ("takes less memory" if chosen.peak_bytes < best.peak_bytes else "is simpler")
+            + ("takes less memory" if is_chosen_for_memory(every, chosen, best) else "is simpler")
         )
     less = [f"{outcome.arm(p.name).title} ({_quality(outcome, p)} at {format_bytes(p.peak_bytes)})"
             for p in with_less_memory(every, chosen)]  # fmt: skip
@@ -115,14 +123,12 @@ def _named(best: Arm, asked: list[Arm]) -> str:
 def _cost(outcome: Outcome, best: Arm) -> str:
     standard = outcome.arms[0].name
     time = outcome.step_seconds[best.name][0] / outcome.step_seconds[standard][0]
-    adds = {
-        name: max(1, outcome.memory[name]["peak_bytes"] - outcome.memory[name]["start_bytes"])
-        for name in (best.name, standard)
-    }
-    return (
-        f"Its step takes {time:.2f} of the standard step's time, scoring included, and adds "
-        f"{adds[best.name] / adds[standard]:.2f} of the memory."
+    own, its = (
+        outcome.memory[name]["peak_bytes"] - outcome.memory[name]["start_bytes"] for name in (best.name, standard)
     )
+    # on a CPU, the resident set of a small step may not grow at all
+    memory = f", and adds {max(0, own) / its:.2f} of the memory" if its > 0 else ""
+    return f"Its step takes {time:.2f} of the standard step's time, scoring included{memory}."
 
 
 def _scoring(outcome: Outcome, best: Arm) -> str:
@@ -135,13 +141,15 @@ def _scoring(outcome: Outcome, best: Arm) -> str:
     )
 
 
-def _gradient(outcome: Outcome, best: Arm) -> str:
-    place = "end" if "end" in outcome.gradients else next(iter(outcome.gradients))
-    found = outcome.gradients[place]
+def _gradient(outcome: Outcome, best: Arm) -> list[str]:
+    place = "end" if "end" in outcome.gradients else next(iter(outcome.gradients), "end")
+    found = outcome.gradients.get(place, {})
     cosines = {
         outcome.arm(name).title: statistics.fmean(found[name]["cosine"])
         for name in (best.name, best.random, best.equal_cost)
         if name is not None and name in found
     }
+    if not cosines:
+        return []
     text = ", ".join(f"{label} {value:.2f}" for label, value in cosines.items())
-    return f"Cosine of one step's gradient to the full gradient at the {place} of the standard run: {text}."
+    return [f"Cosine of one step's gradient to the full gradient at the {place} of the standard run: {text}."]

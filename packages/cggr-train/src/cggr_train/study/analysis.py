@@ -80,8 +80,8 @@ FURTHER_CONTROLS = ("standard-checkpointed", "standard-equal-memory")
 
 
 def controls(arm: Arm) -> list[str]:
-    """Names of the arms that an arm is held against, each once: the standard ones, and its random control."""
-    names = ["standard", *FURTHER_CONTROLS, arm.equal_cost, arm.random]
+    """Names of the arms that an arm is held against, each once: standard, random, and the same without FP8."""
+    names = ["standard", *FURTHER_CONTROLS, arm.equal_cost, arm.random, arm.own_precision]
     return [name for name in dict.fromkeys(names) if name is not None and name != arm.name]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cggr_core.settings import SCORELESS, SUPERVISED
+from cggr_core.settings import KEY_VALUE_MODES, SCORELESS, SUPERVISED
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
 
@@ -36,6 +36,7 @@ class Arm:
         routing: For the routed learners.
         equal_cost: Of an asked arm: name of the standard arm whose step costs as many operations.
         random: Of an asked arm: name of the random control.
+        own_precision: Of an arm whose context has another precision: name of the arm that does the same without.
         micro_batch: Sequences of one forward, whose gradients are added up to the batch's; None takes the whole batch.
         checkpointing: Whether activations are computed anew in the backward pass.
         learning_rate: Its own; None takes the study's.
@@ -50,6 +51,7 @@ class Arm:
     routing: Routing = dataclasses.field(default_factory=Routing)
     equal_cost: str = "standard"
     random: str | None = None
+    own_precision: str | None = None
     micro_batch: int | None = None
     checkpointing: bool = False
     learning_rate: float | None = None
@@ -146,6 +148,7 @@ def plan_arms(
     batch_size: int,
     batch_sizes: Sequence[int] = (),
     routers: Sequence[str] = (),
+    context_precisions: Sequence[str | None] = (None,),
     controls: Sequence[str] = ("equal_cost",),
     supervised: float = 1.0,
     num_layers: int,
@@ -161,6 +164,8 @@ def plan_arms(
         batch_size: Sequences per step of the standard arm and of every routed one.
         batch_sizes: Further standard arms.
         routers: What scores; empty takes what ``base`` says.
+        context_precisions: Of the tokens that need no gradient; None is the model's own. Modes that have no such tokens
+            are planned without.
         controls: Standard arms beside the first, of :data:`CONTROLS`.
         supervised: Share of all tokens that are supervised.
         num_layers: Layers of the model, for the batch of equal cost.
@@ -187,29 +192,34 @@ def plan_arms(
 
     random: dict[str, Arm] = {}
     asked: dict[str, Arm] = {}
-    for gradient, ratio in itertools.product(gradients, ratios):
+    for gradient, ratio, precision in itertools.product(gradients, ratios, context_precisions):
+        if precision is not None and gradient not in KEY_VALUE_MODES:
+            continue
         control = dataclasses.replace(
-            base, gradient=gradient, ratio=ratio, selection=RANDOM, router=None, router_depth=None
-        )
-        name = f"{gradient}-{ratio:g}-random"
+            base, gradient=gradient, ratio=ratio, selection=RANDOM, router=None, router_depth=None,
+            context_precision=precision,
+        )  # fmt: skip
+        random_arm = _named(Arm(f"{gradient}-{ratio:g}-random", f"random {ratio:g}, {gradient}", "random", "random",
+                                batch_size, control, equal_cost=equal_cost(control)))  # fmt: skip
         if any(selection != SUPERVISED for selection in selections):
-            random[name] = Arm(
-                name, f"random {ratio:g}, {gradient}", "random", "random", batch_size, control,
-                equal_cost=equal_cost(control),
-            )  # fmt: skip
+            random[random_arm.name] = random_arm
         for selection, scoring, router in itertools.product(selections, scorings, routers or (None,)):
             if selection == SUPERVISED:
                 routing = dataclasses.replace(control, ratio=base.ratio, selection=SUPERVISED)
-                asked[f"{gradient}-supervised"] = Arm(
-                    f"{gradient}-supervised", f"supervised tokens, {gradient}", "asked", "cggr", batch_size, routing,
-                    equal_cost=equal_cost(routing),
+                arm = Arm(f"{gradient}-supervised", f"supervised tokens, {gradient}", "asked", "cggr", batch_size,
+                          routing, equal_cost=equal_cost(routing))  # fmt: skip
+            elif selection in SCORELESS:
+                continue
+            else:
+                routing = dataclasses.replace(
+                    base, gradient=gradient, ratio=ratio, selection=selection, scoring=scoring,
+                    context_precision=precision,
                 )  # fmt: skip
-                continue
-            if selection in SCORELESS:
-                continue
-            routing = dataclasses.replace(base, gradient=gradient, ratio=ratio, selection=selection, scoring=scoring)
-            arm = _scored_arm(routing, router, batch_size=batch_size)
-            asked[arm.name] = dataclasses.replace(arm, equal_cost=equal_cost(arm.routing), random=name)
+                arm = _scored_arm(routing, router, batch_size=batch_size)
+                arm = dataclasses.replace(arm, equal_cost=equal_cost(arm.routing), random=random_arm.name)
+            arm = _named(arm)
+            asked[arm.name] = arm
+    random, asked = ({name: _with_own_precision(arm, arms) for name, arm in arms.items()} for arms in (random, asked))
     further = [
         Arm(f"standard-b{size}", f"standard, batch {size}", "batch", "standard", size)
         for size in dict.fromkeys(batch_sizes)
@@ -222,6 +232,20 @@ def plan_arms(
                 batch_size, memory_of=routed)
         )  # fmt: skip
     return [*standard, *further, *equal.values(), *random.values(), *asked.values()]
+
+
+def _named(arm: Arm) -> Arm:
+    """The arm, its name and label with the precision of its context."""
+    precision = arm.routing.context_precision
+    if precision is None:
+        return arm
+    return dataclasses.replace(arm, name=f"{arm.name}-{precision}", label=f"{arm.label}, {precision} context")
+
+
+def _with_own_precision(arm: Arm, arms: Mapping[str, Arm]) -> Arm:
+    precision = arm.routing.context_precision
+    own = arm.name.removesuffix(f"-{precision}")
+    return dataclasses.replace(arm, own_precision=own) if precision is not None and own in arms else arm
 
 
 def _scored_arm(routing: Routing, router: str | None, *, batch_size: int) -> Arm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
 from cggr_train.study.intervals import Interval, interval
@@ -21,7 +22,7 @@ class Point(NamedTuple):
     Attributes:
         name: Of the arm.
         quality: Held-out loss over seeds, or the accuracy where questions were asked.
-        cost: Of each seed, lower is better: the loss, or the share of wrong answers.
+        cost: Of each seed, lower is better: the loss, or the negated accuracy.
         peak_bytes: Peak memory of its step.
     """
 
@@ -33,7 +34,7 @@ class Point(NamedTuple):
     @property
     def mean_cost(self) -> float:
         """Over seeds."""
-        return sum(self.cost) / len(self.cost)
+        return statistics.fmean(self.cost)  # as intervals are made, so that equal means stay equal
 
 
 def measured_by_accuracy(outcome: Outcome) -> bool:
@@ -50,7 +51,7 @@ def points(outcome: Outcome) -> list[Point]:
         samples, cost = outcome.losses["time"][arm.name], outcome.losses["time"][arm.name]
         if measured_by_accuracy(outcome):
             samples = outcome.accuracy[arm.name]
-            cost = [1 - share for share in samples]
+            cost = [-share for share in samples]
         found.append(Point(arm.name, interval(samples), tuple(cost), outcome.memory[arm.name]["peak_bytes"]))
     return found
 
@@ -88,6 +89,19 @@ def recommended(every: Sequence[Point]) -> Point:
     unbeaten = [point for point in every if not any(_is_cheaper(other, point) for other in every)]
     least = min(point.peak_bytes for point in unbeaten)
     return next(point for point in unbeaten if LESS_MEMORY * point.peak_bytes <= least)
+
+
+def is_chosen_for_memory(every: Sequence[Point], chosen: Point, best: Point) -> bool:
+    """Whether ``chosen`` goes before ``best`` because it takes less memory; else, because it is simpler.
+
+    Args:
+        every: Simpler arms first.
+        chosen: The recommended one.
+        best: The one of the best quality.
+    """
+    if chosen.peak_bytes <= LESS_MEMORY * best.peak_bytes:
+        return True
+    return [point.name for point in every].index(chosen.name) > [point.name for point in every].index(best.name)
 
 
 def with_less_memory(every: Sequence[Point], chosen: Point) -> list[Point]:

@@ -67,6 +67,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
         raise InputError(f"{folder} holds a run of cggr train, whose files a study would overwrite; give another --out")
     where = places(settings.train.device, settings.parallel)
     device = where[0][0]
+    _check_fp8(settings, device)
     if settings.train.cuda_graph:  # before the text is read
         check_recordable(device, "standard", settings.train.routing)
     model, _, tokens = prepare(settings.train, folder, console)
@@ -74,8 +75,8 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     arms = plan_arms(
         settings.train.routing, gradients=settings.gradients, ratios=settings.ratios, selections=settings.selections,
         scorings=settings.scorings, batch_size=settings.train.batch_size, batch_sizes=settings.batch_sizes,
-        routers=settings.routers, controls=settings.controls, supervised=supervised,
-        num_layers=model.config.num_hidden_layers,
+        routers=settings.routers, context_precisions=settings.context_precisions, controls=settings.controls,
+        supervised=supervised, num_layers=model.config.num_hidden_layers,
     )  # fmt: skip
     for arm in arms:  # refuses what cannot be used before anything is measured
         memory = RememberedScores.empty(examples=1, length=settings.train.length) if arm.remembers else None
@@ -102,6 +103,17 @@ def resume_study(folder: Path, console: Console) -> StudyResult:
         runs = len(study.arms) * settings.seeds
         console.print(f"resuming {folder}: {done} of {runs} runs are done", highlight=False, soft_wrap=True)
         return study.run(places(settings.train.device, settings.parallel))
+
+
+def _check_fp8(settings: StudySettings, device: torch.device) -> None:
+    from cggr_core.fp8 import has_fp8_products
+
+    if "fp8" in settings.context_precisions and not has_fp8_products(device):
+        raise InputError(
+            f"--context-precision fp8 needs a GPU that multiplies in FP8 (compute capability 9.0 or higher), and the "
+            f"device is {device}: emulated, such a step is slower than the model's own, and arms are compared at equal "
+            "time; leave it out"
+        )
 
 
 def _supervised_share(tokens: TokenStore, length: int) -> float:

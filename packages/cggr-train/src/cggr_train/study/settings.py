@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cggr_core.settings import RoutingSettings
+from cggr_core.settings import KEY_VALUE_MODES, RoutingSettings
 from cggr_train.errors import InputError
 from cggr_train.option_checks import check_number, check_routing
 from cggr_train.settings import STUDY, TrainSettings
@@ -30,6 +30,7 @@ class StudySettings:
         selections: Their strategies.
         scorings: Their scores.
         routers: What scores, each of :data:`cggr_core.settings.ROUTERS`; empty takes what ``train.routing`` says.
+        context_precisions: Precisions of the linear layers on tokens that need no gradient; None is the model's own.
         batch_sizes: Further standard arms, in sequences per step.
         seeds: Runs of each arm.
         equal: What every run must reach: the standard arm's ``tokens``, its ``time``, or both.
@@ -62,6 +63,7 @@ class StudySettings:
     selections: tuple[str, ...] = (RoutingSettings.selection,)
     scorings: tuple[str, ...] = (RoutingSettings.scoring,)
     routers: tuple[str, ...] = ()
+    context_precisions: tuple[str | None, ...] = (None,)
     batch_sizes: tuple[int, ...] = ()
     seeds: int = 3
     equal: tuple[str, ...] = EQUAL
@@ -86,9 +88,9 @@ class StudySettings:
             raise InputError("give the length of the standard run with either --steps or --seconds")
         if self.train.accumulate != 1:
             raise InputError(f"--accumulate must be 1 in a study, got {self.train.accumulate}")
-        for name in ("gradients", "ratios", "selections", "scorings", "equal"):
+        for name in ("gradients", "ratios", "selections", "scorings", "context_precisions", "equal"):
             if not getattr(self, name):
-                raise InputError(f"--{name.removesuffix('s')} is empty; give at least one")
+                raise InputError(f"--{name.removesuffix('s').replace('_', '-')} is empty; give at least one")
         unknown = [name for name in self.equal if name not in EQUAL]
         if unknown:
             raise InputError(f"--equal must be {', '.join(EQUAL)} or both, got {unknown[0]!r}")
@@ -127,6 +129,7 @@ class StudySettings:
             raise InputError(f"--questions must be at least 1, got {self.questions}")
         if any(size < 1 for size in self.batch_sizes):
             raise InputError(f"--control-batch must be at least 1, got {min(self.batch_sizes)}")
+        self._check_context_precisions()
         given = {"gradient": self.gradients, "ratio": self.ratios, "selection": self.selections,
                  "scoring": self.scorings, "router": self.routers}  # fmt: skip
         for name, values in given.items():
@@ -134,6 +137,22 @@ class StudySettings:
                 check_routing(
                     dataclasses.replace(self.train.routing, **{name: value}), labelled=self.train.answer is not None
                 )
+
+    def _check_context_precisions(self) -> None:
+        low = [precision for precision in self.context_precisions if precision is not None]
+        if not low:
+            return
+        routed = [gradient for gradient in self.gradients if gradient in KEY_VALUE_MODES]
+        if not routed:
+            raise InputError(
+                f"--context-precision {low[0]} is of tokens that need no gradient, which --gradient "
+                f"{' and '.join(KEY_VALUE_MODES)} have, got {', '.join(self.gradients)}"
+            )
+        for precision in low:
+            check_routing(
+                dataclasses.replace(self.train.routing, gradient=routed[0], context_precision=precision),
+                labelled=self.train.answer is not None,
+            )
 
     def save(self, folder: Path) -> None:
         """Write both files into the study's folder."""

@@ -219,6 +219,7 @@ class Stages:
                 arm,
                 equal_cost=arm.equal_cost if arm.equal_cost in names else self.arms[0].name,
                 random=arm.random if arm.random in names else None,
+                own_precision=arm.own_precision if arm.own_precision in names else None,
             )
             for arm in arms
         ]
