@@ -97,8 +97,16 @@ def gradient_pass(
         places=architecture.places,
         note=note,
     )
-    kept = _KeptTokens(architecture, inputs, selection, cache, adapters, attention, keep_graph=keep_graph)
-    kept.preserve_rng_state = preserve_rng_state
+    kept = _KeptTokens(
+        architecture,
+        inputs,
+        selection,
+        cache,
+        adapters,
+        attention,
+        keep_graph=keep_graph,
+        preserve_rng_state=preserve_rng_state,
+    )
     # Which layers are recomputed is read before their switch is turned off.
     forwards = kept.forwards(others, recorded=context.depth, own_head=read_head is None)
     with (
@@ -129,6 +137,7 @@ class _KeptTokens:
         attention: Callable[[str], str],
         *,
         keep_graph: bool,
+        preserve_rng_state: bool,
     ) -> None:
         self._architecture = architecture
         self._selection = selection
@@ -136,7 +145,7 @@ class _KeptTokens:
         self._adapters = adapters
         self._attention = attention
         self._keep_graph = keep_graph
-        self.preserve_rng_state = True
+        self._preserve_rng_state = preserve_rng_state
         beyond_kept = keep_graph or (inputs.shared is not None and inputs.shared.takes_gradients)
         key_gradient = "all" if beyond_kept else "kept"
         self._rows = LayerRows(selection.index, inputs.shape[1], key_gradient=key_gradient)
@@ -198,7 +207,7 @@ class _KeptTokens:
 
     def _checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         recomputable = partial(self._recomputable, forward)
-        return partial(checkpoint, recomputable, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
+        return partial(checkpoint, recomputable, use_reentrant=False, preserve_rng_state=self._preserve_rng_state)
 
     def _recomputable(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Recomputed during backward, when the changes around the pass have been undone.
