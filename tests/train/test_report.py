@@ -151,7 +151,7 @@ def test_the_verdict_and_every_table_say_the_same(means, peaks, spread, seeds, a
 
 def test_one_seed_decides_nothing():
     lines = said(seeds=1, **{STANDARD: 5.0, EQUAL: 5.0, RANDOM: 4.5, ASKED: 4.0})
-    assert lines[0] == "Undecided: with one seed, a difference cannot be told from chance."
+    assert lines[0] == "Undecided: with one seed, a difference cannot be distinguished from chance."
     assert any("repeat with --seeds 3 or more" in line for line in lines)
     assert "one seed: no interval" in lines[2]
 

@@ -92,7 +92,7 @@ def test_verdict_and_tables_agree(found):
     assert f"Lowest held-out loss in the same time: {found.arm(lowest).title} (" in rest
 
     if found.seeds == 1:
-        assert first == "Undecided: with one seed, a difference cannot be told from chance."
+        assert first == "Undecided: with one seed, a difference cannot be distinguished from chance."
     elif not by_accuracy or not found.accuracy:
         _agrees_with_losses(found, first, titles, best if not found.accuracy else lowest)
     else:

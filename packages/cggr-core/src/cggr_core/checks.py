@@ -110,7 +110,7 @@ def check_number(name: str, value: int | Tensor, minimum: int | None = None) -> 
 
 
 def check_num_items(num_items: Tensor | float | None) -> None:
-    """Raise unless ``num_items`` is None or one number, 0 at least; a tensor's value is looked at where that is free.
+    """Raise unless ``num_items`` is None or one number, 0 at least; a tensor's value is checked where that is free.
 
     0 is what a step without a label has; see :func:`cggr_core.token_loss.divisor`.
     """
@@ -224,7 +224,7 @@ def check_targets(
 def bad_targets_message(
     name: str, count: int, vocab_size: int, ignore_index: int, targets: Tensor | None = None
 ) -> str:
-    """The text of the error about targets outside the vocabulary, the first of them named where it is at hand."""
+    """The text of the error about targets outside the vocabulary, naming the first of them if it is available."""
     first = ""
     if targets is not None:
         flat = targets.reshape(-1)

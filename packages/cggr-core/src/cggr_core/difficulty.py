@@ -49,7 +49,7 @@ def _top_two(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Buffers:
-    """Two scratch matrices that every chunk writes into, so that memory is asked for once."""
+    """Two scratch matrices that every chunk writes into, so that memory is allocated once."""
 
     def __init__(self, rows: int, like: Tensor, dtype: torch.dtype, second: bool) -> None:
         self.shifted = torch.empty(rows, like.shape[-1], dtype=dtype, device=like.device)

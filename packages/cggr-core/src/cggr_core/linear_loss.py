@@ -1,7 +1,7 @@
 """Cross-entropy of a head on chosen rows, without a tensor of all their logits.
 
 The reference of the op ``linear_cross_entropy`` is :func:`chunked_linear_cross_entropy`. With ``reduction="sum"`` the
-gradients are made in the forward pass while a chunk's logits are at hand: three matrix products per row instead of
+gradients are made in the forward pass while a chunk's logits are available: three matrix products per row instead of
 four, and nothing but the gradients is kept for the backward pass.
 :func:`linear_cross_entropy_by_autograd` is the plain form that the tests compare with.
 """

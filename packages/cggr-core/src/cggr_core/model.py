@@ -385,7 +385,7 @@ class CGGRModel(nn.Module):
         """Slots of the supervised tokens, counted before anything of the step is queued; ``None`` for no such step."""
         counted = arguments.get("shift_labels", labels)
         if self.settings.selection != SUPERVISED or not isinstance(counted, Tensor) or counted.dim() != 2:
-            return None  # what is wrong with them is told where they are checked
+            return None  # whatever is wrong with them is reported by the checks
         return supervised_slots(counted, self.settings.ignore_index, margin=self.settings.context_margin)
 
     def __setattr__(self, name: str, value: Any) -> None:

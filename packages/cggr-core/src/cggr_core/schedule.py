@@ -65,7 +65,7 @@ class Schedule:
         self.dynamic_threshold = dynamic_threshold
         self.threshold_sensitivity = float(threshold_sensitivity)
         self._steps = 0
-        # A tensor, because compiled code takes a changing Python number for a reason to compile anew.
+        # A tensor, because compiled code takes a changing Python number as a reason to recompile.
         self._draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self._confidence: float | None = None
         self._forwards_without_step = 0

@@ -68,7 +68,7 @@ def fields_for(scoring: str, has_targets: bool = True) -> frozenset[str]:
 
     Args:
         scoring: One of :data:`~cggr_core.settings.SCORINGS`.
-        has_targets: Whether targets are at hand; without them ``combined`` does without the nll.
+        has_targets: Whether targets are available; without them ``combined`` omits the nll.
 
     Returns:
         Field names of :class:`TokenStatistics`.

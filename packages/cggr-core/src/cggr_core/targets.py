@@ -59,7 +59,7 @@ def align_labels(labels: Tensor, *, shifted: bool, vocab_size: int, ignore_index
     """Turn Hugging Face labels into targets.
 
     Args:
-        labels: int64 ``[B, S]``, ``ignore_index`` where nothing is to be learned.
+        labels: int64 ``[B, S]``, ``ignore_index`` where there is nothing to learn.
         shifted: Whether position t predicts label t + 1 (causal models) or label t (masked models).
         vocab_size: Valid labels are 0 to ``vocab_size - 1``.
         ignore_index: Label that is never scored, selected or counted.

@@ -93,7 +93,7 @@ def load_model_with_flash_attention(
         model = _load(model_class, name, arguments)
         choose(model, backend)
         return model
-    # Such a model is built anew for each backend tried.
+    # Such a model is rebuilt for each backend tried.
     for candidate in candidates:
         try:
             model = _load(model_class, name, {**arguments, "attn_implementation": candidate})

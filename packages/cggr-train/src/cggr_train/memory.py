@@ -32,7 +32,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` start anew from what is in use; without effect on CPUs other than Linux's.
+    """Let :func:`peak_memory` restart from what is in use; without effect on CPUs other than Linux's.
 
     On a CPU, memory that was freed but is still held by the C library goes back to the system first: what a run uses of
     it would not show in the resident set.

@@ -126,7 +126,7 @@ class RecordedStep:
 
         graph = torch.cuda.CUDAGraph()
         try:
-            # A batch's rows are cut from a run of tokens: nothing is padding, and positions do not start anew.
+            # A batch's rows are cut from a run of tokens: nothing is padding, and positions do not restart.
             with whole_rows(), torch.cuda.graph(graph, stream=self._side):
                 self._loss = self._step(batches, rate=self._rate, draw=self._draw, num_items=self._items)
         except RuntimeError as error:

@@ -57,7 +57,7 @@ def routed_logprobs(
             :func:`keep_random`. A mask costs one read from the device, which decides how many slots a row has, in
             steps, and which rows are run; a selection costs none, and runs all rows.
         attention_mask: ``[B, S]``, 1 = token, 0 = padding, on any side.
-        position_ids: int64 ``[B, S]``. Without an attention mask, positions that start anew are packed documents, and
+        position_ids: int64 ``[B, S]``. Without an attention mask, positions that restart are packed documents, and
             nothing is attended to, or predicted, across them.
         gradient_mode: What a kept token's gradient reaches: ``"exact"`` everything, ``"kv"`` kept tokens at every layer
             and all tokens' key/value projections, ``"detached"`` kept tokens alone. Under ``torch.no_grad`` all are one

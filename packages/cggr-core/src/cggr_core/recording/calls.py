@@ -51,7 +51,7 @@ class StepCall:
                 try:
                     hash(value)
                 except TypeError:
-                    return f"the argument {name} is a {type(value).__name__}, which cannot be told from another"
+                    return f"the argument {name} is a {type(value).__name__}, which cannot be compared with another"
             elif value.requires_grad:
                 return f"the argument {name} requires gradients"
             elif value.device != self.device:

@@ -1,4 +1,4 @@
-"""What a recording has built in of a model: looked at before every replay, so it must cost next to nothing."""
+"""What a recording has baked in of a model: checked before every replay, so it must be nearly free."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelState:
         self._modules = list(model.modules())
         configs = [module.__dict__.get("config") for module in self._modules]
         self._configs = list({id(config): config for config in configs if hasattr(config, "__dict__")}.values())
-        self._held = [tensor for module in self._modules for tensor in _tensors(module)]  # so that no id is used anew
+        self._held = [tensor for module in self._modules for tensor in _tensors(module)]  # so that no id is reused
         self._seen = self._look()
 
     def holds(self) -> bool:

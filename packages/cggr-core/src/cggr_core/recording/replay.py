@@ -227,7 +227,7 @@ class Recording:
         return time.perf_counter() - began
 
     def _rehearse(self) -> tuple[float, list[float]]:
-        """The loss of the step that is to be recorded, and the norms of its gradients."""
+        """The loss of the step to be recorded, and the norms of its gradients."""
         loss, gradients = self._places.graphs.watched(lambda: self._take(self._run))
         return loss.item(), _norms(gradients)
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
 # What forwards call the cache: transformers before 5.24, and from then on.
 CACHE_NAMES = ("past_key_values", "cache")
-# What a model raises that does not run as it is asked to.
+# What a model raises when it does not run as asked.
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 # Layer types that keep a state of their own instead of keys and values.
 _STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
@@ -66,7 +66,7 @@ class Architecture:
         norms: The norms of every layer.
         linears: The plain linear layers of every layer.
         whole_after_layers: Whether the model expects rows of their whole length from its layers, whatever of them it
-            reads after that; not known until it was looked at.
+            reads after that; unknown until the model has been examined.
         fused: Norms, attentions and gated MLPs, each with the forward that the passes run in its place; none until the
             model was looked at.
     """
@@ -205,7 +205,7 @@ def _same_number(base: nn.Module, layers: nn.ModuleList, numbers: list[int]) -> 
         return f"layers {first} and {second} of {type(base).__name__} are one module, which runs twice in a forward"
     return (
         f"layers {first} and {second} of {type(base).__name__} give the cache one number, layer_idx={numbers[first]} "
-        "(were they copied?); number every layer's modules anew before training"
+        "(were they copied?); renumber every layer's modules before training"
     )
 
 

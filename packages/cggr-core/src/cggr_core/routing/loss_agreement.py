@@ -22,7 +22,7 @@ _ROWS, _TOKENS = 2, 8
 _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 # Settings that add a term to a loss or change it, by the words that are in their names.
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
-# What losses are known to read, beside what the model's own loss function says it does.
+# What losses are known to read, besides what the model's own loss function declares.
 _LOSS_ARGUMENTS = frozenset(
     {"num_items_in_batch", "ignore_index", "shift_labels", "label_smoothing", "reduction", "class_weights"}
 )

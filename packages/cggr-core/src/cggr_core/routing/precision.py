@@ -2,7 +2,7 @@
 
 Both factors of a product are quantised in the call, with a scale for every row. A call of a layer on a context happens
 once in a training step, so nothing would be gained by keeping quantised weights, and they are never out of date: not
-after an optimiser that writes past torch's version counters, not in a replayed graph, not where FSDP2 gathers anew.
+after an optimiser that writes past torch's version counters, not in a replayed graph, not where FSDP2 gathers again.
 """
 
 import warnings

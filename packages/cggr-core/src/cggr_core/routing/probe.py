@@ -162,7 +162,7 @@ def _routed_as_it_is(
     return (
         unpacked,
         None,
-        f"position_ids start anew inside a row, and {name} attends across such packed documents; pass an "
+        f"position_ids restart inside a row, and {name} attends across such packed documents; pass an "
         "attention_mask to say that rows are whole, or do not pack",
     )
 

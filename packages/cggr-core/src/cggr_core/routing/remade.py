@@ -225,7 +225,7 @@ class _NormInTurn(torch.autograd.Function):
 
 
 class _CastOf(torch.autograd.Function):
-    """``x.to(cast.dtype)`` where that is at hand."""
+    """``x.to(cast.dtype)`` if that is available."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cast: Tensor) -> Tensor:

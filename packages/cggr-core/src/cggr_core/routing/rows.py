@@ -130,7 +130,7 @@ def merge_rows(other: Tensor, kept: Tensor, *, others: Places, keeps: Places, me
         kept: ``[B, H, K, D]``.
         others: Places of ``other``.
         keeps: Places of ``kept``; slots that are not valid take no gradient.
-        merged: The result, where it is at hand; it then only gets its gradients.
+        merged: The result, if it is already available; then only its gradients are attached.
 
     Returns:
         ``[B, H, M + K, D]``, differentiable in ``other`` and ``kept``.

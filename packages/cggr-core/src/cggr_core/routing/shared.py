@@ -43,7 +43,7 @@ class Shared:
             own: Keys and values of the rows' own tokens, ``[B, H, S, D]``.
             constant: Let no gradient reach the shared tokens.
             in_turn: Have the shared tokens' backward inside the layer's.
-            made: The result, where it is at hand; it then only gets its gradients.
+            made: The result, if it is already available; then only its gradients are attached.
         """
         shared = self.recorded[layer]
         if constant:

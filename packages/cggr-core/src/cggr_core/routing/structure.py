@@ -1,4 +1,4 @@
-"""What was seen of a model holds while its structure is the same; looked at in every step, so it must cost nothing."""
+"""What was learned about a model holds while its structure stays the same; checked every step, so it must be cheap."""
 
 from collections.abc import Mapping
 from typing import Any

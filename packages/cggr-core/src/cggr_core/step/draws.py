@@ -1,4 +1,4 @@
-"""Numbers of the random draws: counted on the device, so that a replayed graph draws anew."""
+"""Numbers the random draws: counted on the device, so that a replayed graph draws again."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def first_pass(
     tap = router.depth if router is not None and router.reads_hidden else None
     own_head = router.depth if scored and router is not None and tap is None else None
     if mode == "sequence":
-        # What is kept is whole rows, which run anew: this pass is for the scores alone.
+        # What is kept is whole rows, which run again: this pass only gives scores.
         with torch.no_grad():
             if tap is not None:
                 return FirstPass(tap, hidden=passes.hidden(batch.arguments, depth=tap))

@@ -96,7 +96,7 @@ def _select(
     capacity: int | None,
     block_size: int,
 ) -> tuple[Selection, Tensor]:
-    # A router that observes is told the probabilities, also where the loss is the plain mean over the kept tokens.
+    # An observing router receives the probabilities even when the loss is the plain mean over the kept tokens.
     selection = select(
         score,
         countable,

@@ -16,7 +16,7 @@ def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def silu_mul_gradient_kernel(gate_ptr, up_ptr, d_out_ptr, d_gate_ptr, d_up_ptr, N, BLOCK: tl.constexpr):
-    """Gradients of ``silu(gate) * up``, whose sigmoid is made anew."""
+    """Gradients of ``silu(gate) * up``, whose sigmoid is recomputed."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < N
     gate = tl.load(gate_ptr + place, mask=mask, other=0.0).to(tl.float32)

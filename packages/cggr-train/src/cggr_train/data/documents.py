@@ -22,7 +22,7 @@ JSON_TYPES = {"NoneType": "null", "bool": "a truth value", "int": "a number", "f
 
 
 class Documents:
-    r"""The documents of some files, read anew by every iteration.
+    r"""The documents of some files, reread by every iteration.
 
     ``.jsonl``/``.ndjson`` files hold one JSON object per line and ``.parquet``/``.pq`` files one row per
     document; the text is their ``field``. Every other file is one document of UTF-8 text, but packed files and

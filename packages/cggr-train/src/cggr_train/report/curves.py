@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = {"standard": "#52606d", "half_batch": "#0072b2", "random": "#e69f00", "cggr": "#009e73"}
-"""One colour per method, from the Okabe-Ito palette: told apart by colour-blind readers too."""
+"""One colour per method, from the Okabe-Ito palette: which colour-blind readers can tell apart too."""
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,

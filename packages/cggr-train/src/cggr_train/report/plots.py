@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COLOURS = (
     INK, "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7b4ab5", "#a0522d", "#b3a000", "#7f7f7f",
 )  # fmt: skip
-"""One for each arm, most from the Okabe-Ito palette: told apart by colour-blind readers too."""
+"""One for each arm, most from the Okabe-Ito palette: which colour-blind readers can tell apart too."""
 SHADES = ((0.0, 1.0), (0.4, 0.0), (0.4, 1.0), (0.65, 0.0), (0.65, 1.0))
 """Where there are more arms than colours, they come again with so much black (0) or white (1) in them."""
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (8, 2, 2, 2)), (0, (1, 1)))

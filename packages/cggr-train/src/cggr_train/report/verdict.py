@@ -87,7 +87,7 @@ def _diverged(outcome: Outcome) -> str:
 
 def _recommendation(outcome: Outcome) -> str:
     if outcome.seeds == 1:
-        return "Undecided: with one seed, a difference cannot be told from chance."
+        return "Undecided: with one seed, a difference cannot be distinguished from chance."
     every = points(outcome)
     chosen = recommended(every)
     arm, best = outcome.arm(chosen.name), min(every, key=lambda point: point.mean_cost)

@@ -15,7 +15,7 @@ from cggr_train.errors import InputError
 from cggr_train.learner import Routing
 
 CONTROLS = ("equal_cost", "checkpointed", "equal_memory")
-"""Standard arms that a study may have beside the first."""
+"""Standard arms that a study may include besides the first."""
 RANDOM = "random"
 ARMS = "arms.json"
 
@@ -38,7 +38,7 @@ class Arm:
         random: Of an asked arm: name of the random control.
         own_precision: Of an arm whose context has another precision: name of the arm that does the same without.
         micro_batch: Sequences of one forward, whose gradients are added up to the batch's; None takes the whole batch.
-        checkpointing: Whether activations are computed anew in the backward pass.
+        checkpointing: Whether activations are recomputed in the backward pass.
         learning_rate: Its own; None takes the study's.
         memory_of: Of the equal-memory control: name of the arm whose peak memory it may have.
     """
@@ -166,7 +166,7 @@ def plan_arms(
         routers: What scores; empty takes what ``base`` says.
         context_precisions: Of the tokens that need no gradient; None is the model's own. Modes that have no such tokens
             are planned without.
-        controls: Standard arms beside the first, of :data:`CONTROLS`.
+        controls: Standard arms besides the first, of :data:`CONTROLS`.
         supervised: Share of all tokens that are supervised.
         num_layers: Layers of the model, for the batch of equal cost.
 

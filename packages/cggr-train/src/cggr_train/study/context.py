@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEPT_PARAMETERS = 10**9
-"""The most of a model that is not read anew for every run."""
+"""The most of a model that is not reread for each run."""
 WARMUP = 0.05
 """Share of the standard arm's steps over which every arm's learning rate comes up."""
 

@@ -192,7 +192,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Send a request; yield what is told until it is done. A process that fails tells an error."""
+        """Send a request; yield its messages until it is done. A process that fails reports an error."""
         process = self.start()
         assert process.stdin is not None and process.stdout is not None
         try:

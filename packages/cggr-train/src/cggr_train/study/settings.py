@@ -39,7 +39,7 @@ class StudySettings:
         gradient_batches: Held-out batches on which gradients are compared.
         parallel: Runs at a time on one device; None is one on an accelerator and one per core on a CPU.
         calibration_seconds: How long each arm's step is timed, in all turns together.
-        controls: Standard arms beside the first, each of :data:`cggr_train.study.arms.CONTROLS`.
+        controls: Standard arms besides the first, each of :data:`cggr_train.study.arms.CONTROLS`.
         memory_limit: Bytes that each arm's step must stay within: as many sequences at a time as fit, and checkpointing
             where none does without.
         rates: Learning rates of which each arm gets the one that does best for it, at a seed of its own and on

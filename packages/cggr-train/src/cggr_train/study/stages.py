@@ -136,7 +136,7 @@ class Stages:
         if request.event in COMPARED:
             line = f"{arm and arm.title} ran out of memory ({words}); the study goes on without it"
         else:
-            line = f"memory ran out where {request.event} were looked at ({words}); the page goes without"
+            line = f"memory ran out where {request.event} were being examined ({words}); the page omits them"
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _drop_out_of_memory(self, *during: str) -> None:

@@ -1,4 +1,4 @@
-"""A process that does a study's measurements one after the other, as it is told on its standard input.
+"""A process that does a study's measurements one after the other, as requested on its standard input.
 
 ``python -m cggr_train.study.worker FOLDER DEVICE THREADS PARENT`` reads one JSON object per line, each with ``do`` and
 the arguments of that measurement, and prints JSON objects: any number of ``{"event": "progress", …}``, then

@@ -49,7 +49,7 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
     Args:
         trainer: A Hugging Face Trainer after ``__init__``.
         config: The settings of CGGR.
-        router: A router of the caller's own, or None.
+        router: A custom router, or None.
         own_loss: Whether the trainer's own loss is routed, rather than the cross-entropy of tokens selected by a score.
 
     Raises:
