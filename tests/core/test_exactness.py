@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
+from cggr_core.routing import masks
 from cggr_core.targets import align_labels
 from tests.support.reference_routing import gradients, reference_loss, relative_error
 from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
@@ -240,3 +241,23 @@ def test_exact_and_sequence_work_without_keys_and_values(name, gradient):
     loss = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)(input_ids, labels=input_ids)
     loss.backward()
     assert_equal((loss.detach(), gradients(model)), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
+@pytest.mark.parametrize("form", ["whole", "padded", "packed"])
+def test_attention_in_stretches_of_queries(name, form, monkeypatch):
+    """As on long rows, where a stretch of queries is given the keys that it sees."""
+    monkeypatch.setattr(masks, "STRETCH", 2)
+    model, input_ids = ROUTABLE[name](), batch()
+    labels, inputs = input_ids.clone(), {}
+    if form == "padded":
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[0, -4:] = attention_mask[1, :3] = 0
+        labels, inputs = labels.masked_fill(attention_mask == 0, -100), {"attention_mask": attention_mask}
+    elif form == "packed":
+        labels, inputs = labels.masked_fill(PACKED == 0, -100), {"position_ids": PACKED}
+    selection = random_selection(aligned(model, labels).countable)
+    wanted = reference(model, labels, selection, gradient="kv", input_ids=input_ids, **inputs)
+    for engine in ENGINES:
+        settings = {"gradient": "kv", "engine": engine, "input_ids": input_ids}
+        assert_equal(routed(model, labels, selection, **settings, **inputs), wanted)

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cggr_core.backends import resolve
+from cggr_core.checks import values_are_free
 from cggr_core.head import autocast_active
 from cggr_core.routed_attention import routed_attention_reference
 from cggr_core.routing.architectures import unwrapped
@@ -58,18 +59,34 @@ def _attend(
             "attention does not support; load the model with attn_implementation='eager'"
         )
     if query.device.type == "cpu" and plain:
-        # Added rather than boolean, so that SDPA does not convert it in every layer; grouped keys are not repeated.
-        output = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask.added(query.dtype),
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output.transpose(1, 2).contiguous(), None
+        in_stretches = in_numbers and dropout == 0.0 and values_are_free(mask.position)
+        return _attend_on_cpu(query, key, value, mask, dropout, scaling, in_stretches=in_stretches), None
     return sdpa_attention_forward(module, query, key, value, mask.dense, dropout=dropout, scaling=scaling, **options)
+
+
+def _attend_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RoutedMask,
+    dropout: float,
+    scaling: float | None,
+    *,
+    in_stretches: bool,
+) -> Tensor:
+    # Added rather than boolean, so that SDPA does not convert it in every layer; grouped keys are not repeated.
+    added = mask.added(query.dtype)
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    # It computes every key that it is given, seen or not: stretches of queries are given those that some of them see.
+    stretches = mask.stretches if in_stretches else [(slice(None), slice(None))]
+    outputs = [
+        scaled_dot_product_attention(
+            query[:, :, own], key[:, :, seen], value[:, :, seen], attn_mask=added[:, :, own, seen], **options
+        )
+        for own, seen in stretches
+    ]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.transpose(1, 2).contiguous()
 
 
 def _attend_uncapped(*args: Any, softcap: float | None = None, **options: Any) -> tuple[Tensor, None]:

@@ -23,6 +23,8 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 # SDPA, which knows no softcap. transformers runs checks of its own on names that contain "sdpa" or "flash".
 ROUTED = "cggr_routed"
 ROUTED_UNCAPPED = "cggr_routed_uncapped"
+# Queries that are worth a call of SDPA of their own on a CPU.
+STRETCH = 192
 
 # Masks are left out as plain causal, or as full, after a look at the padding on the host.
 _BUILT = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -158,6 +160,18 @@ class RoutedMask(RowMask):
     def dense(self) -> Tensor:
         """The boolean mask ``[B, 1, Q, S]`` for SDPA."""
         return _routed_builder(sdpa_mask, self.visibility)(mask_function=self.mask_function, **self.arguments)
+
+    @cached_property
+    def stretches(self) -> list[tuple[slice, slice]]:
+        """Stretches of queries with the keys that some query of each may see; reads positions, so for a CPU alone."""
+        everything, window = self.position, self.pattern[1]
+        size = max(STRETCH, -(-everything.shape[1] // 4))
+        found = []
+        for start in range(0, everything.shape[1], size):
+            position = everything[:, start : start + size]
+            first = 0 if window is None else max(0, int(position.min()) - window + 1)
+            found.append((slice(start, start + size), slice(first, int(position.max()) + 1)))
+        return found
 
     @cached_property
     def _added(self) -> dict[torch.dtype, Tensor]:
