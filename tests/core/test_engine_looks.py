@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from cggr_core import Selection
 from cggr_core.routing import engine as engines
 from cggr_core.routing.engine import Engine
 from tests.support.model_steps import tokens
@@ -76,6 +77,29 @@ def test_a_longer_batch_that_is_looked_at_anew_counts_as_long(looks):
     assert looks(preparing(engine, length=20)) == []
 
 
+def test_rows_count_as_looked_at_where_they_were_routed(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    assert looks(preparing(engine, routing=False, length=20)) == [(False, False, 20)]
+    assert looks(preparing(engine, length=10)) == [(True, False, 10)]
+    assert looks(preparing(engine, length=20)) == [("longer", 20)]
+
+
+def test_every_look_is_seen_by_whoever_holds_something_of_the_last(looks):
+    """Recordings do; what is seen changes with the look itself, before the next batch."""
+    engine = Engine(ROUTABLE["llama"]())
+    seen = [engine.seen]
+    for change in (
+        preparing(engine, routing=False),
+        preparing(engine),
+        preparing(engine, packed=True),
+        lambda: engine.follow(ROUTABLE["llama"]()),
+        lambda: engine.model.load_state_dict(engine.model.state_dict()),
+    ):
+        change()
+        seen.append(engine.seen)
+    assert len(set(seen)) == len(seen)
+
+
 def test_what_a_batch_did_not_have_before_is_looked_at(looks):
     engine, ids = Engine(ROUTABLE["llama"]()), tokens(length=LENGTH)[:2]
     given = {
@@ -98,6 +122,8 @@ def test_what_a_batch_did_not_have_before_is_looked_at(looks):
     assert of(input_ids=None, inputs_embeds=torch.randn(2, LENGTH, 32), length=5) == [("longer", 5)]
     assert of(input_ids=None, inputs_embeds=torch.randn(2, LENGTH, 32)) == [("longer", 8)]
     assert of() == of(**given) == []
+    assert of(length=1, output_router_logits=None, attention_mask=given["attention_mask"]) == []
+    assert of(token_type_ids=torch.zeros(2, LENGTH, dtype=torch.int64), length=1) == [("longer", 1)]
 
 
 def test_a_loss_is_looked_at_until_it_was_seen(looks):
@@ -191,6 +217,29 @@ def test_values_of_a_plain_pass(name):
     torch.testing.assert_close(seen[0], wanted.hidden_states[1])
     # Left alone, the model is as it was.
     torch.testing.assert_close(model(**given).logits, wanted.logits)
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+def test_values_of_every_pass_with_a_head_of_its_own():
+    """The logits, or what reaches the head where that is asked for."""
+    model = ROUTABLE["llama"]().eval()
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.GELU(), torch.nn.Linear(24, 97))
+    engine = Engine(model)
+    given = {"input_ids": tokens(length=LENGTH)[:2]}
+    inputs = engine.inputs(**given)
+    engine.prepare(inputs, routing=True)
+    assert not engine.architecture.head.fused
+    wanted = {True: model.model(**given).last_hidden_state, False: model(**given).logits}
+    index = torch.tensor([[0, 3, 7], [1, 2, 5]])
+    mask = torch.zeros(2, LENGTH, dtype=torch.bool).scatter_(1, index, True)
+    kept = Selection.from_mask(mask, countable=torch.ones_like(mask), capacity=3)
+    for hidden, values in wanted.items():
+        torch.testing.assert_close(engine.plain(given, hidden=hidden)[0], values)
+        context, found = engine.context(inputs, depth=engine.depth, keep_graph=False, head=True, hidden=hidden)
+        torch.testing.assert_close(found, values)
+        found, _ = engine.gradient(inputs, kept, context, keep_graph=False, hidden=hidden)
+        torch.testing.assert_close(found, values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2])))
+    assert engine.context(inputs, depth=engine.depth, keep_graph=False, head=False)[1] is None
 
 
 def test_padding_counts_in_a_plain_pass():

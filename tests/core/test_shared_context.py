@@ -222,6 +222,15 @@ def test_kernels_are_asked_for_the_contexts_gradients(gradient, wanted, monkeypa
     assert asked[-1] == wanted
 
 
+def test_a_comparison_with_plain_forwards_leaves_contexts_out(monkeypatch):
+    """Rows behind a context are no whole rows, which a plain forward could be given."""
+    model, (context, shared, _) = ROUTABLE["llama"](), batch()
+    wanted = step(model, kept(), shared, gradient="kv", context=context)
+    monkeypatch.setenv("CGGR_VERIFY", "1")
+    found = step(model, kept(), shared, gradient="kv", context=context)
+    assert relative_error(found[-1], wanted[-1]) <= 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [None, [1, 0, 1, 1, 0, 1]])
 def test_rows_add_up_their_contexts_gradients_in_their_own_precision(dtype, rows):
