@@ -42,7 +42,8 @@ class Worker:
     def base(self) -> Any:
         from cggr_train.presets import load_model
 
-        return load_model(str(self.told["weights"])).to(self.device)
+        model: Any = load_model(str(self.told["weights"]))
+        return model.to(self.device)
 
     @cached_property
     def untrained(self) -> Any:

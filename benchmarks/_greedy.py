@@ -58,7 +58,8 @@ class Greedy:
         AttentionInterface.register(_ATTENTION, attend)
         device = model.device
         self.cuda = device.type == "cuda"
-        self.model: Any = copy.deepcopy(model).to(torch.bfloat16 if self.cuda else model.dtype).eval()
+        copied: Any = copy.deepcopy(model)
+        self.model = copied.to(torch.bfloat16 if self.cuda else model.dtype).eval()
         self.model.requires_grad_(False)
         self.end, self.rows, self.prompt, self.new, self.prefill = end, rows, prompt, new, prefill
         config = self.model.config.get_text_config()
@@ -125,14 +126,14 @@ class Greedy:
             return self._step()
         if self._graph is None:
             try:
-                self._capture()
+                self._graph = self._capture()
             except RuntimeError as error:
                 print(f"decoding is not recorded: {error}", flush=True)
                 self.cuda = False
                 return self._step()
         self._graph.replay()
 
-    def _capture(self) -> None:
+    def _capture(self) -> Any:
         """Record a step; the one before it, which compiles, is taken back."""
         places = (self._token, self._done, self._cache.place)
         saved = [place.clone() for place in places]
@@ -146,7 +147,7 @@ class Greedy:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
-        self._graph = graph
+        return graph
 
     def _step(self) -> None:
         """Write the latest token of every row into its place, and choose the one after it."""

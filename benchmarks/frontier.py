@@ -188,10 +188,11 @@ class Study:
 
     def results(self, timeout: float) -> Iterator[tuple[Connection, dict[str, Any]]]:
         """What workers have done since."""
-        for pipe in wait(list(self.doing), timeout=timeout):
-            task = self.doing.pop(pipe)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        ready: list[Any] = wait(list(self.doing), timeout=timeout)
+        for pipe in ready:
+            task = self.doing.pop(pipe)
             try:
-                result = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                result = pipe.recv()
             except (EOFError, OSError):
                 result, pipe_ended = {"error": "its process ended"}, True
             else:
@@ -213,7 +214,7 @@ class Study:
             if pipe_ended:
                 self.free = [other for other in self.free if other is not pipe]
                 record["lost"] = True
-            yield pipe, record  # pyright: ignore[reportReturnType]
+            yield pipe, record
 
     def run(self) -> None:
         """Everything, as far as the time goes."""

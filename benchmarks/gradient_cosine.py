@@ -175,8 +175,8 @@ def main() -> None:
     chosen = torch.linspace(0, len(rows.test) - 1, min(arguments.eval_sequences, len(rows.test))).round().long()
     order = Batches(stream, **size, seed=SEED)
     batches = [order.get(number).to(device) for number in range(arguments.batches)]
-    base: Any = load_model(str(arguments.model)).to(device)
-    base.eval()  # no dropout: both means are of the same network
+    base: Any = load_model(str(arguments.model))
+    base.to(device).eval()  # no dropout: both means are of the same network
     settings = {"seed": SEED, "model": arguments.model.name, **size, "batches": arguments.batches,
                 "train_steps": arguments.train, "learning_rate": arguments.learning_rate}  # fmt: skip
 

@@ -128,7 +128,7 @@ def train(
 ) -> nn.Module:
     """A copy of the model, trained."""
     model: Any = copy.deepcopy(base).train()
-    memory = RememberedScores.empty(examples=len(rows), length=rows.shape[1]) if arm.remembers else None
+    memory: Any = RememberedScores.empty(examples=len(rows), length=rows.shape[1]) if arm.remembers else None
     routed = CGGRModel(model, memory, seed=seed, **arm.options)
     steps = max(1, round(arguments.steps * 3 / arm.cost))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -178,7 +178,8 @@ def main() -> None:
     deadline = _record.deadline(arguments.seconds)
     device = pick_device(arguments.device)
     tokenizer = load_tokenizer(str(arguments.tokenizer or arguments.model))
-    base = load_model(str(arguments.model)).to(device)
+    base: Any = load_model(str(arguments.model))
+    base.to(device)
     settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     settings |= {"seed": 0, "model": arguments.model.name, "share_of_noise": SHARE}
     every = arms(arguments.ratio)
