@@ -37,6 +37,17 @@ def test_help_names_every_choice(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("command", [["train"], ["study"], ["inspect", "--model", "none", "--text", "a b"]])
+def test_a_command_says_at_once_that_it_is_loading(monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    result = cggr(*command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"cggr {command[0]}: loading PyTorch and transformers …\n")
+    assert not result.stdout
+    monkeypatch.setenv("RANK", "1")
+    assert "loading" not in cggr(*command).stderr, "one line from all processes of torchrun"
+
+
 def test_train_then_resume(tmp_path, data_files):
     out = tmp_path / "run"
     result = cggr("train", *data_files, *SMALL, "--steps", 2, "--out", out)

@@ -1,7 +1,7 @@
-"""Checkpoints that are either whole or absent.
+"""Atomic checkpoints.
 
-A checkpoint is written under a temporary name, flushed to the disk and then renamed to ``step-00000120``; what is
-not renamed does not count and is removed by the next one. Older ones are deleted only after that.
+A checkpoint is written under a temporary name, flushed to the disk and then renamed to ``step-00000120``; unfinished
+ones are ignored, and removed by the next save. Older ones are deleted only after that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TEMPORARY = "unfinished-"
 
 
 class TrainingState(NamedTuple):
-    """The contents of a checkpoint besides the model."""
+    """What a checkpoint holds besides the model."""
 
     progress: Progress
     optimizer: dict[str, Any]
@@ -61,7 +61,7 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        DivergedError: If a weight is no longer a finite number: no run could go on from there.
+        DivergedError: If a weight is not finite: no run could resume from it.
         SaveError: If anything cannot be written (a full disk, say); earlier checkpoints are untouched.
     """
     from safetensors import SafetensorError
@@ -129,13 +129,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def last_checkpoint_message(folder: Path) -> str:
-    """Which checkpoint there is after one could not be written, in words."""
+    """A sentence for error messages: which checkpoint is left after a failed save."""
     last = latest_checkpoint(folder)
     return f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
 
 
 def random_state(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """States of torch's generators, for dropout and the like; of several ranks, a list of each."""
+    """States of torch's generators (for dropout and the like), or a list of them if there are several ranks."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states["device"] = torch.get_device_module(device).get_rng_state(device)
@@ -144,7 +144,7 @@ def random_state(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device, ranks: Ranks = ALONE) -> None:
-    """Put back what :func:`random_state` took; another number of ranks goes on with its own."""
+    """Restore what :func:`random_state` returned; with a different number of ranks, generators are left alone."""
     states = {name: found if isinstance(found, list) else [found] for name, found in state.items()}
     if len(states["cpu"]) != ranks.size:
         return
@@ -161,7 +161,7 @@ def _remove_unfinished(folder: Path) -> None:
 def _flush(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which device and which precision a run uses."""
+"""The device and precision of a run."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def format_bytes(count: float) -> str:
 
 
 def mute(console: Console) -> None:
-    """Show nothing any more: the terminal is gone, and writing to it would end the run before it is saved."""
+    """Stop writing: the terminal is gone, and an error would end the run before it is saved."""
     console.quiet = True
 
 
@@ -64,7 +64,7 @@ class Display:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Display:
-        """Show the bar."""
+        """Start showing the bar."""
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=1.0, numbers="")
@@ -73,22 +73,22 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the bar as it is and give the terminal back."""
+        """Stop updating the bar and release the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, progress: TrainingProgress) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=min(1.0, self.budget.spent(progress)))
 
     def show(self, text: str) -> None:
-        """New figures: beside the bar, or as a line where there is no bar."""
+        """Show new figures, beside the bar or as a line if there is no bar."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, numbers=text)
         else:
             self.console.print(text, highlight=False)
 
     def note(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a permanent line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)

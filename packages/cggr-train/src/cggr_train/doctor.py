@@ -90,8 +90,8 @@ def attention_backends() -> list[tuple[str, bool, str, str]] | None:
 
 
 def operations() -> list[tuple[str, str, str, str]]:
-    """Operation, device type, what serves it, and why."""
-    # the modules that own an operation register its reference when they are imported
+    """Rows of operation, device type, implementation, and the reason for it."""
+    # importing these modules registers the reference of their operation
     from cggr_core import backends
 
     return [tuple(map(str, row)) for row in backends.report()]  # type: ignore[misc]

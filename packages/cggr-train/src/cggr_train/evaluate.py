@@ -1,4 +1,4 @@
-"""Held-out loss: the plain model on every token, whatever the training method."""
+"""Held-out loss of the plain model over all tokens, independent of the training method."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def heldout_loss(
             input_ids, labels = split_supervised(batch.to(device))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 logits = model(input_ids=input_ids, use_cache=False).logits
-            predicts = labels[:, 1:] != IGNORED  # few of them, where prompts are masked: the others are not widened
+            predicts = labels[:, 1:] != IGNORED  # few, if prompts are masked; only these are converted to float32
             losses = functional.cross_entropy(
                 logits[:, :-1][predicts].float(), labels[:, 1:][predicts], reduction="sum"
             )

@@ -1,4 +1,4 @@
-"""Share of a data set's questions that a model answers exactly, by greedy decoding."""
+"""Exact-match accuracy of greedy decoding on a data set of questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SLACK = 32
 TOKENS = 2**18
-"""Of a batch, whose keys and values are held: 6 GB of a model of 135M parameters."""
+"""Limit on a batch, for the sake of its key-value cache: 6 GB for a 135M model."""
 
 
 class Accuracy(NamedTuple):
@@ -34,7 +34,7 @@ class Accuracy(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the questions that were answered exactly."""
+        """Share of the questions that were answered exactly."""
         return self.right / self.questions
 
 
@@ -102,7 +102,7 @@ def exact_match(
 def _continue(
     model: PreTrainedModel, texts: Sequence[list[int]], *, end: int, tokens: int, device: torch.device, batch_size: int
 ) -> list[list[int]]:
-    """What a model says next, greedily: so many tokens, or fewer up to its end, which is included."""
+    """Decode greedily, up to that many tokens or to the end-of-text token, which is included."""
     from transformers import GenerationConfig
 
     decoding = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=end, pad_token_id=end)
@@ -122,7 +122,7 @@ def _continue(
 
 
 def final_answer(text: str, after: str | None) -> str | None:
-    """What is compared of an answer; None where the mark is missing.
+    """The part of an answer that is compared; None if the mark is missing.
 
     Separators of thousands, spaces and a full stop at the end do not count.
 

@@ -13,7 +13,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 HUB_SECONDS = 4.0
 """How long to wait for the hub's first answer, in seconds."""
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""What is downloaded: weights as safetensors, the configuration and the tokenizer; no code."""
+"""Files to download: safetensors weights, configuration and tokenizer; no code."""
 FROM_SCRATCH_RATE, FROM_SCRATCH_DECAY, FINE_TUNING_DECAY = 1e-3, 0.1, 0.01
 RATES = ((1e9, 5e-5), (8e9, 2e-5))
 """Up to so many parameters, this learning rate; 1e-5 beyond."""
@@ -38,7 +38,7 @@ class Defaults(NamedTuple):
 def defaults(
     model: str | None, *, learning_rate: float | None, weight_decay: float | None, field: str, answer: str | None
 ) -> Defaults:
-    """Fill in what was not given, for fine-tuning a model or for training from scratch.
+    """Fill in defaults for fine-tuning a model or for training from scratch.
 
     In fine-tuning, the last of several fields is the answer to the others, and prompts are masked.
 
@@ -84,7 +84,7 @@ def default_selection(answers: str | None, *, by_score: bool) -> str:
 
 
 def announce(chosen: Defaults, warmup: float, messages: str | None = None) -> str:
-    """One line about what fine-tuning will do."""
+    """One line that describes the fine-tuning run."""
     what = f"on {chosen.answer}, with {chosen.field} masked" if chosen.answer else "on every token of the text"
     what = "on the assistant's turns" if messages else what
     return f"fine-tuning {what}: learning rate {chosen.learning_rate:g}, warm-up over {warmup:.0%} of the budget"

@@ -1,4 +1,4 @@
-"""One process at a time writes a run's or a study's folder."""
+"""Locks the folder of a run or a study, so that only one process writes to it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FILE_NAME = ".lock"
 class FolderLock:
     """Holds a folder from :meth:`take` to the end of the ``with`` block.
 
-    The operating system lets go of the lock when a process ends, however it ends: nothing has to be cleaned up after a
-    kill. The file stays; a folder that was made for the lock and is still empty at the end is taken away again.
+    The operating system releases the lock when the process ends for any reason, so a kill leaves nothing to clean up.
+    The lock file stays; a folder that was created for the lock and is still empty at the end is removed.
 
     Args:
         folder: The folder; made by :meth:`take` if missing.
@@ -64,7 +64,7 @@ class FolderLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go."""
+        """Release the folder."""
         if self._lock is None:
             return
         if self._made and [path.name for path in self.folder.iterdir()] == [FILE_NAME]:
@@ -73,6 +73,6 @@ class FolderLock:
         self._remove_folders()
 
     def _remove_folders(self) -> None:
-        with contextlib.suppress(OSError):  # not empty: it is in use
+        with contextlib.suppress(OSError):  # not empty, so it is in use
             for path in self._made:
                 path.rmdir()

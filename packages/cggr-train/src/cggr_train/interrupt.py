@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
-"""Of a terminal that was closed; Windows has none."""
+"""Sent when the terminal closes; Windows lacks it."""
 SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 SHOW_CURSOR = b"\x1b[?25h"
 

@@ -1,4 +1,4 @@
-"""What the training loop trains: the plain model, or the model with its gradient routed by CGGR."""
+"""Training methods as the training loop sees them: the plain model, or the model routed by CGGR."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Routing:
 
 
 class Learner(Protocol):
-    """The side of a method that the training loop sees."""
+    """The interface of a method to the training loop."""
 
     model: PreTrainedModel
     wrapped: nn.Module
@@ -97,7 +97,7 @@ class Learner(Protocol):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Of the latest loss: tensors on the device, numbers and strings, among them ``keep_ratio``."""
+        """Metrics of the latest loss, ``keep_ratio`` among them: device tensors, numbers and strings."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,11 +167,11 @@ class RoutedLearner:
         try:
             with self._with_fused_layers(), self.routed.routed_forward():
                 return self.wrapped(input_ids=input_ids, labels=labels, num_items=num_items, **place)
-        except ValueError as error:  # a mode that this architecture cannot have, or logits that are NaN
+        except ValueError as error:  # a mode that this architecture does not support, or logits that are NaN
             raise InputError(str(error)) from error
 
     def step(self) -> None:
-        """Move the schedule of the keep ratio."""
+        """Advance the schedule of the keep ratio."""
         self.routed.step()
 
     @property
@@ -180,7 +180,7 @@ class RoutedLearner:
         return self.routed.metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the schedule and of the selections' draw counter."""
+        """State of the schedule and of the counter of random draws."""
         return self.routed.routing_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,13 +221,13 @@ class StandardLearner(RoutedLearner):
 
 
 def _fused_layers(model: PreTrainedModel) -> Callable[[], AbstractContextManager[Any]]:
-    """What is entered around an ordinary pass, so that its layers run the fused ops of routed passes."""
+    """A context in which ordinary passes run the fused ops of routed passes."""
     from cggr_core.routing import fused_forwards, replaced_forwards
 
     forwards = fused_forwards(model.modules())
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return partial(replaced_forwards, forwards)
-    # The backward pass runs the layers again, behind the end of any block: there they stay for good.
+    # Checkpointed layers run again in the backward pass, after the end of any context: patch them permanently.
     for_good = ExitStack()
     for_good.enter_context(replaced_forwards(forwards))
     return lambda: nullcontext(for_good)
@@ -246,7 +246,7 @@ def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores |
             raise InputError("--router remembered needs examples that come again, which cggr train and study have")
         return memory
     depth = routing.depth(model.config.get_text_config().num_hidden_layers)
-    assert depth is not None  # of these two routers it is known
+    assert depth is not None  # these two routers do not change the number of layers
     return LearnedRouter(depth) if name == "learned" else create_truncated_router(model, num_layers=depth)
 
 

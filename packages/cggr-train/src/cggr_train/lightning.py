@@ -72,7 +72,7 @@ class CGGRModule(lightning.LightningModule):
         self._step, self._rows = -1, 0
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies under which a step has not been shown to be the one of a single device.
+        """Refuse strategies for which a step has not been shown to equal that of a single device.
 
         Raises:
             ValueError: Under FSDP, model parallelism or DeepSpeed.
@@ -110,19 +110,19 @@ class CGGRModule(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on what can be trained."""
+        """AdamW over the trainable parameters."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the keep ratio on with the optimizer."""
+        """Advance the keep ratio with the optimizer."""
         while self.routed.schedule.steps < self.global_step:
             self.routed.step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the selections."""
+        """Save the state of the selections."""
         checkpoint["cggr"] = self.routed.routing_state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the selections."""
+        """Restore the state of the selections."""
         self.routed.load_routing_state_dict(checkpoint["cggr"])

@@ -53,7 +53,7 @@ class Budget:
                 raise InputError(f"{name} must be positive, got {value}")
 
     def spent(self, progress: Progress) -> float:
-        """Share of the budget that is used up; 1 or more means the end."""
+        """Share of the budget spent; training ends at 1."""
         shares = [0.0]
         if self.steps is not None:
             shares.append(progress.step / self.steps)
@@ -97,7 +97,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock inside the block, after the work queued on an accelerator is done."""
+        """Pause the clock inside the block, once the work queued on an accelerator is done."""
         self._synchronize()
         self._elapsed = self.seconds
         try:
@@ -221,6 +221,6 @@ def train_steps(
 
 def _on_device(batch: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
-        # From pageable memory the host would wait for the device to get there.
+        # A copy from pageable memory would make the host wait for the device.
         return batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device)

@@ -32,7 +32,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` restart from what is in use; without effect on CPUs other than Linux's.
+    """Reset :func:`peak_memory` to what is in use; on CPUs this only works under Linux.
 
     On a CPU, memory that was freed but is still held by the C library goes back to the system first: what a run uses of
     it would not show in the resident set.
@@ -41,7 +41,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has malloc_trim
         if trim is not None:
             trim(0)
         _CLEAR.write_text("5", encoding="ascii")  # sets VmHWM to VmRSS, see proc(5)
@@ -60,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, as after an error that ended a step."""
+    """Release memory that nothing refers to, for example after an error ended a step."""
     gc.collect()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
@@ -80,7 +80,7 @@ def _from_status(key: str) -> int | None:
 def _max_resident() -> int:
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # Windows lacks the module
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

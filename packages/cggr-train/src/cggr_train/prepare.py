@@ -86,7 +86,7 @@ def prepare(
             documents, tokenizer, folder / "tokens",
             length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
         )  # fmt: skip
-    except OSError as error:  # what cannot be read is another error already
+    except OSError as error:  # unreadable data raised another error before
         raise SaveError(f"the text's tokens could not be written to {folder}: {error.strerror or error}") from error
     left_out = "bad lines" if named is None else "examples that are bad or longer than --length"
     skipped = f", [yellow]{tokens.skipped:,} {left_out} left out[/]" if tokens.skipped else ""
@@ -101,7 +101,7 @@ def prepare(
 
 
 def prepared(settings: TrainSettings, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenStore]:
-    """What :func:`prepare` has made in the run's folder, for the other processes of the run."""
+    """Load what :func:`prepare` wrote into the run's folder, in the other processes of the run."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     return _model(settings, tokenizer), tokenizer, TokenStore.open(folder / "tokens")
 

@@ -152,10 +152,10 @@ def load_model(path: str) -> PreTrainedModel:
     except Exception as error:  # several libraries raise unrelated types for a damaged directory
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
-    if gguf_argument(path):  # its weights are plain float32 now, which can be trained and saved
+    if gguf_argument(path):  # the weights are plain float32 now and can be trained and saved
         del model.config.quantization_config
         model.is_quantized = False
-        if getattr(model, "hf_quantizer", None) is not None:  # it would refuse to have the model saved
+        if getattr(model, "hf_quantizer", None) is not None:  # saving the model would be refused with it
             del model.hf_quantizer
     # transformers would continue with random weights
     missing = sorted(report["missing_keys"])

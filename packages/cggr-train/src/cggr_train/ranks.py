@@ -1,4 +1,4 @@
-"""The processes of one run: started by ``torchrun`` or ``accelerate launch``, or a single one.
+"""The processes (ranks) of a run, started by ``torchrun`` or ``accelerate launch``; or a single one.
 
 A run on several ranks is the run on one: every batch is split by rows, gradients are averaged by
 ``DistributedDataParallel``, and everything that decides what happens next (the clock, a stop, an error) is agreed on.
@@ -76,7 +76,7 @@ class Ranks:
         return found
 
     def agree(self, any_rank: bool, largest: float) -> tuple[bool, float]:
-        """Whether it is so on any rank, and the largest of the ranks' numbers."""
+        """Whether the condition holds on any rank, and the largest of the ranks' numbers."""
         if self.size == 1:
             return any_rank, largest
         both = torch.tensor([float(any_rank), largest], dtype=torch.float64)
@@ -111,7 +111,7 @@ ALONE = Ranks()
 
 
 def without_averaging(model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    """Put off averaging the gradients until the last micro-batch of a step."""
+    """Delay averaging the gradients until the last micro-batch of a step."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
@@ -145,5 +145,5 @@ def joined_ranks(device: str, *, batch_size: int) -> Iterator[tuple[Ranks, torch
     own = "" if picked.type == "cpu" else f",{picked.type}:{dist.get_default_backend_for_device(picked)}"
     dist.init_process_group(f"cpu:gloo{own}", timeout=_PATIENCE)
     yield Ranks(dist.get_rank(), size), picked
-    # Not after an error: the others may be inside a collective, and their ends are the launcher's business.
+    # Not after an error: other ranks may be inside a collective, and it is the launcher's job to end them.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Optimizer steps recorded as one CUDA graph, which takes the host's launches out of a small model's step."""
+"""Optimizer steps captured as one CUDA graph, which removes the launch overhead of small models."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ class RecordedStep:
         return self._loss.clone()
 
     def _run_eagerly(self, batches: Sequence[Tensor]) -> Tensor:
-        # Not on the default stream, which a recording must not meet.
+        # Not on the default stream, which cannot be captured.
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side), warnings.catch_warnings():
-            # Said to those who would never record; these steps go before a recording.
+            # Warns users who never capture; these are the warm-up steps before a capture.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             loss = self._step(batches, rate=self._rate, draw=self._draw, num_items=self._items)
         current.wait_stream(self._side)

@@ -73,10 +73,10 @@ def demo(
                 scorings=(scoring,),
                 seeds=seeds,
                 equal=("time",),
-                controls=("equal_cost",),  # the others take longer than a demonstration may
+                controls=("equal_cost",),  # the other controls would take too long for a demo
             )
 
-        planned = settings(out, out)  # refuses numbers that cannot be used before anything is written
+        planned = settings(out, out)  # invalid numbers are refused before anything is written
         console.print(announcement(planned, workers=len(places("cpu", None))), highlight=False, soft_wrap=True)
         console.print("reading the standard library's source …", highlight=False)
         result = run_demo(settings(*write_corpus(out, max_characters=characters)), out, console)

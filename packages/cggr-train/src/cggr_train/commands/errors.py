@@ -12,7 +12,7 @@ from cggr_train.errors import InputError, RunError
 
 @contextmanager
 def plain_errors(*, interrupted: str) -> Iterator[None]:
-    """Turn errors that a user can fix into one line and an exit code; anything else is a bug and keeps its traceback.
+    """Show errors that a user can fix as one line with an exit code; anything else is a bug and keeps its traceback.
 
     Args:
         interrupted: Message after a Ctrl-C that nothing else handled.
@@ -31,7 +31,7 @@ def plain_errors(*, interrupted: str) -> Iterator[None]:
 
 
 def was_given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter stands on the command line."""
+    """Whether a parameter was given on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 

@@ -9,6 +9,7 @@ import typer
 
 from cggr_train.commands import options
 from cggr_train.commands.errors import plain_errors
+from cggr_train.commands.loading import announce_loading
 from cggr_train.errors import InputError
 
 
@@ -30,6 +31,7 @@ def inspect(
 ) -> None:
     """Write an HTML page of a passage, coloured by each score, that marks the tokens each strategy would keep."""
     with plain_errors(interrupted="stopped; nothing was written"):
+        announce_loading("inspect")
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 

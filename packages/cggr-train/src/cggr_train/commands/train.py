@@ -9,9 +9,10 @@ import typer
 
 from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors, was_given
+from cggr_train.commands.loading import announce_loading
 
 SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps", "cuda_graph")
-"""Options that make no sense, or do not work, where all supervised tokens are kept."""
+"""Options that are meaningless or unsupported where all supervised tokens are kept."""
 
 
 def train(
@@ -87,6 +88,7 @@ def train(
     with plain_errors(interrupted="stopped; nothing was saved"):
         if resume is not None:
             check_resume_options(context, ("steps", "seconds"), what="run")
+        announce_loading("train")
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
@@ -95,7 +97,7 @@ def train(
         from cggr_train.run import resume_run, start_run
         from cggr_train.settings import TrainSettings
 
-        disable_progress_bar()  # its bars for saving a model would break ours
+        disable_progress_bar()  # its progress bars would break ours
         console = Console()
         if resume is not None:
             result = resume_run(resume, console, steps=steps, seconds=seconds)

@@ -16,7 +16,7 @@ REFUSED = {
     ),
     ".json": "is JSON: convert it to .jsonl with one object per line, or name it .txt if its text is the document",
 }
-"""Suffixes of files that would be read as something else than they are."""
+"""Suffixes of files that would be misread as text."""
 JSON_TYPES = {"NoneType": "null", "bool": "a truth value", "int": "a number", "float": "a number", "list": "a list",
               "dict": "an object", "str": "text"}  # fmt: skip
 
@@ -107,7 +107,10 @@ class Documents:
                     continue
                 try:
                     record = json.loads(line)
-                except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or numbers and nests beyond reason
+                except (
+                    ValueError,
+                    RecursionError,
+                ) as error:  # not JSON, not UTF-8, or absurd numbers or nesting
                     self._skip_or_raise(f"{path}, line {number}: not JSON ({error})", error)
                     continue
                 parts = self._parts(record, f"{path}, line {number}")

@@ -1,6 +1,6 @@
-"""Rows of which only some tokens are supervised: an unsupervised token id stands there as −1 − id.
+"""Rows with unsupervised tokens: an unsupervised token id is stored as −1 − id.
 
-One array then holds what a row is made of and what is learned from it, wherever rows go.
+A single array then carries both the tokens and the labels of a row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""Label of a token that nothing is learned from, as everywhere in Hugging Face's libraries."""
+"""Label of an unsupervised token, as in all Hugging Face libraries."""
 
 
 class Supervised(NamedTuple):
@@ -27,7 +27,7 @@ class Supervised(NamedTuple):
 
 
 def unsupervised(ids: Tensor) -> Tensor:
-    """Token ids as they stand in a row whose loss they have no part in, and back again.
+    """Encode token ids as unsupervised, or decode them; its own inverse.
 
     Example:
         >>> unsupervised(torch.tensor([0, 7])), unsupervised(torch.tensor([-1, -8]))
@@ -52,5 +52,5 @@ def split_supervised(rows: Tensor) -> Supervised:
 
 
 def count_targets(rows: Tensor) -> Tensor:
-    """Supervised tokens that have a token before them, which they are predicted from; int64 scalar."""
+    """Number of supervised tokens with a token before them to predict them from; int64 scalar."""
     return (rows[:, 1:] >= 0).sum()

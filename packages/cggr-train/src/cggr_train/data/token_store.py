@@ -118,7 +118,7 @@ def build_token_store(
 def write_meta(
     folder: Path, dtype: np.dtype[Any], counts: dict[str, int], *, documents: int, skipped: int
 ) -> TokenStore:
-    """Finish a store: say what its files hold, and map them."""
+    """Finish a store: write its description and map its files."""
     meta = {"dtype": dtype.name, **counts, "documents": documents, "skipped": skipped}
     (folder / "tokens.json").write_text(json.dumps(meta, indent=2) + "\n")
     return TokenStore.open(folder)

@@ -11,7 +11,7 @@ from cggr_train.errors import InputError
 LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 )
-"""Installed packages are not everybody's, not every installation has the tests, and tables are no text."""
+"""Skipped: installed packages and tests, which differ between installations, and tables of data, which are no text."""
 
 
 def standard_library(*, max_characters: int, root: Path | None = None) -> list[str]:
