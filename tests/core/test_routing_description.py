@@ -121,6 +121,26 @@ def test_layers_and_what_stands_around_them():
     model.config.num_hidden_layers -= 1
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     assert "has layers without keys and values (linear_attention)" in describe(model).obstacle
+    model.config.layer_types, model.config.layers_block_type = None, ["attention", "mamba", "attention"]
+    assert "has layers without keys and values (mamba)" in describe(model).obstacle
+
+
+@pytest.mark.parametrize(
+    ("forward", "takes"),
+    [
+        (lambda input_ids, position_ids=None: None, True),
+        (lambda *args, **further: None, True),
+        (lambda input_ids, *, position_ids: None, True),
+        (lambda input_ids, attention_mask=None: None, False),
+        (lambda *args, positions=None: None, False),
+    ],
+)
+def test_position_ids_are_taken_by_name_or_among_further_arguments(forward, takes):
+    model = ROUTABLE["llama"]()
+    model.forward = forward
+    assert describe(model).takes_positions is takes
+    assert inputs(model, position_ids=torch.arange(6)[None]).passes_positions is takes
+    assert inputs(model).passes_positions is False
 
 
 def test_of_two_lists_as_long_as_the_layers_the_outer_one_is_meant():
@@ -212,6 +232,20 @@ def test_a_batch_made_explicit():
     assert inputs(input_ids=None, inputs_embeds=embedded).arguments()["inputs_embeds"] is embedded
 
 
+@pytest.mark.parametrize(
+    ("configured", "asked", "balancing"),
+    [(False, None, False), (True, None, True), (False, True, True), (True, False, False), (True, True, True)],
+)
+def test_balancing_losses_are_about_the_gradient_pass_alone(configured, asked, balancing):
+    """An argument goes before the config, as in the model; the loss takes the mask for one of its own tokens."""
+    model, mask = ROUTABLE["mixtral"](output_router_logits=configured), torch.ones_like(IDS)
+    options = {} if asked is None else {"output_router_logits": asked}
+    made = inputs(model, attention_mask=mask, options=options)
+    assert made.quiet == ({"output_router_logits": False} if balancing else {})
+    assert ("attention_mask" in made.arguments()) is not balancing
+    assert made.padding is mask and made.options == options
+
+
 def test_what_queries_of_a_batch_may_attend_to():
     mask = torch.ones_like(IDS)
     seen = inputs(attention_mask=mask).visibility(torch.tensor([[1], [2]]), key_gradient="kept")
@@ -243,6 +277,8 @@ def test_what_queries_of_a_batch_may_attend_to():
             ValueError,
             "^attention_mask is on meta but the input is",
         ),
+        ({"position_ids": IDS[:, :1]}, ValueError, r"^position_ids must have shape \[2, 6\]"),
+        ({"position_ids": IDS[:1, :1]}, ValueError, r"^position_ids must have shape \[2, 6\]"),
         ({"token_type_ids": IDS[:1]}, ValueError, r"^token_type_ids must have shape \[2, 6\] like the input tokens"),
         ({"token_type_ids": IDS.float()}, TypeError, "^token_type_ids must"),
         ({"position_ids": IDS.float()}, TypeError, "^position_ids must"),
