@@ -1,31 +1,43 @@
 """What an update of TRL's SFTTrainer keeps for its backward pass, by source, routed and as it comes.
 
-``python -m benchmarks.trl_memory cpu`` (seconds), ``... 1b`` (one CUDA device, ten seconds). Needs ``trl``. Rows of
-8,192 tokens of which 10% are supervised, a micro-batch as TRL has it (see :mod:`benchmarks.trl_trainers`).
+``python -m benchmarks.trl_memory slice`` (two cores, a minute): two layers as wide as the 1B model's, bytes for each
+token and layer. ``... 1b`` (one CUDA device, ten seconds): the whole of it. Needs ``trl``. Rows of which 10% are
+supervised, a micro-batch as TRL has it (see :mod:`benchmarks.trl_trainers`).
 
-Every tensor that autograd keeps is counted once, under the module that kept it, apart for the tokens that have a
-backward and for those that are context; weights are not counted. Beside them stand weights, gradient and the states of
+What is alive between forward and backward is counted, under the module that made it, apart for the tokens that have a
+backward and for those that are context. Beside it stand weights, gradient and the states of
 AdamW, and on a GPU the peak of the update above weights.
 """
 
 import argparse
 import gc
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import _record
 from benchmarks._random_model import SEED
 from benchmarks.trl_trainers import CONTROL, PLAIN, SIZES, Update, sft
+from cggr_core import Selection
 from cggr_train import CGGRMixin
 
 ROUTED = "CGGR, kv, TRL's micro-batches"
+SLICE = replace(
+    SIZES["1b"],
+    model=replace(SIZES["1b"].model, layers=2, vocab=1024, length=512, device="cpu"),
+    sft=(2, 512),
+    plain=1024,
+    routed=1024,
+)
 _PARTS = {
     "norms": r"norm",
     "attention: projections": r"[qkv]_proj|o_proj",
@@ -35,54 +47,62 @@ _PARTS = {
 }
 
 
-@contextmanager
-def counted(model: Any, tokens: int, *, routed: bool) -> Iterator[dict[str, int]]:
-    """Bytes kept for the backward pass by source, until the end of the block.
+class Held(TorchDispatchMode):
+    """Notes what every op makes, and for which module and tokens, so that what is alive later can be told apart.
 
     Args:
         model: The model that is run.
-        tokens: Of the micro-batch. A layer that runs less than half of them runs those that have a backward.
-        routed: Whether the others are context.
+        tokens: What a size of a tensor says of its tokens: size to name.
     """
-    found: dict[str, int] = defaultdict(int)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Any] = {}  # storages that are held, so that no address is given twice
-    names = {module: name for name, module in model.named_modules()}
-    stack: list[tuple[str, int]] = [("", tokens)]
 
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        wide = isinstance(hidden, Tensor) and hidden.dim() == 3
-        stack.append((names[module], hidden.shape[0] * hidden.shape[1] if wide else stack[-1][1]))
+    def __init__(self, model: Any, tokens: dict[int, str]) -> None:
+        super().__init__()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._tokens = tokens
+        self._made: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def leave(*_: Any) -> None:
-        stack.pop()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() in self._weights:
+                    continue
+                known = self._made.get(storage.data_ptr())
+                if known is None or known[0].expired():
+                    self._made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes(), self._source(tensor)
+        return out
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in kept:
-            kept[storage.data_ptr()] = storage
-            name, count = stack[-1]
-            of = "all tokens" if not routed else "kept tokens" if 2 * count < tokens else "context tokens"
-            found[source(name, of)] += storage.nbytes()
-        return tensor
+    def alive(self) -> dict[str, int]:
+        """Bytes that are held now, by source."""
+        gc.collect()
+        found: dict[str, int] = defaultdict(int)
+        for storage, size, name in self._made.values():
+            if not storage.expired():
+                found[name] += size
+        return dict(found)
 
-    handles = []
-    for module in names:
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _source(self, tensor: Tensor) -> str:
+        of = next((name for size, name in self._tokens.items() if size in tensor.shape), "all tokens")
+        return source(self._module(), of)
+
+    def _module(self) -> str:
+        """Name of the innermost module that is being run."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            for name in ("self", "module"):
+                found = frame.f_locals.get(name)
+                if isinstance(found, nn.Module) and found in self._names:
+                    return self._names[found]
+            frame = frame.f_back  # type: ignore[assignment]
+        return ""
 
 
 def source(name: str, tokens: str) -> str:
     """Which line of the account a module belongs to."""
     if "layers." not in name:
-        return "head, embeddings and loss"
+        return "outside of the layers"
     inside = re.sub(r".*layers\.\d+\.?", "", name) or "layers.0"
     part = next((part for part, pattern in _PARTS.items() if re.search(pattern, inside)), "layers: the rest")
     return f"{part}, {tokens}"
@@ -94,17 +114,29 @@ def account(update: Update, device: str) -> dict[str, Any]:
     model = trainer.model
     if update.variant.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    routed = isinstance(trainer, CGGRMixin)
-    with counted(model, batch["input_ids"].numel(), routed=routed) as found:
+    rows, length = batch["input_ids"].shape
+    tokens = {}
+    kept = Selection.from_mask(pad(batch["labels"][:, 1:] != -100, (0, 1))).index.shape[1]
+    if isinstance(trainer, CGGRMixin):
+        for size, of in ((kept, "kept tokens"), (length - kept, "context tokens")):
+            tokens |= {size: of, rows * size: of}
+    with Held(model, tokens) as held:
         loss = trainer.compute_loss(model, dict(batch))
-    saved = dict(found)
+    saved = held.alive()
     del loss
     gc.collect()
     if update.variant.checkpointing:
         model.gradient_checkpointing_disable()
     weights = sum(parameter.nbytes for parameter in model.parameters())
+    layers = model.config.num_hidden_layers
+    counts = {"all tokens": rows * length, "context tokens": rows * (length - kept), "kept tokens": rows * kept}
+    by_token = {
+        of: sum(size for name, size in saved.items() if name.endswith(of)) / count / layers / 1e3
+        for of, count in counts.items()
+    }
     row: dict[str, Any] = {
         "weights": weights, "gradient": weights, "AdamW": 2 * weights, "kept for the backward pass": saved,
+        "kB per token and layer": {of: size for of, size in by_token.items() if size},
     }  # fmt: skip
     if device == "cuda":
         update.variant.batches[1:] = []
@@ -117,7 +149,7 @@ def account(update: Update, device: str) -> dict[str, Any]:
 
 
 def report(rows: dict[str, dict[str, Any]]) -> None:
-    """Print the account in Markdown, in GB."""
+    """Print the account in Markdown, in GB, and what a token keeps in a layer, in kB."""
     sources = sorted({name for row in rows.values() for name in row["kept for the backward pass"]})
     print("| GB | " + " | ".join(rows) + " |")
     print("|---|" + "---|" * len(rows))
@@ -126,6 +158,9 @@ def report(rows: dict[str, dict[str, Any]]) -> None:
     for name in ("gradient", "peak above weights", "weights", "AdamW"):
         if all(name in row for row in rows.values()):
             lines[name] = [row[name] for row in rows.values()]
+    for name, row in rows.items():
+        for of, kept in row["kB per token and layer"].items():
+            print(f"{name}: {kept:.1f} kB for each of {of} and layer")
     for name, values in lines.items():
         print(f"| {name} | " + " | ".join(f"{value / 1e9:.4g}" for value in values) + " |")
 
@@ -133,11 +168,11 @@ def report(rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Count, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SIZES)
+    parser.add_argument("shape", choices=("slice", *SIZES))
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
     _record.add_seconds(parser)
     options = parser.parse_args()
-    sizes = SIZES[options.shape]
+    sizes = SLICE if options.shape == "slice" else SIZES[options.shape]
     end = _record.deadline(options.seconds)
     model = sizes.model.model()
     rows = {}
