@@ -31,6 +31,7 @@ from cggr_core import Selection
 from cggr_train import CGGRMixin
 
 ROUTED = "CGGR, kv, TRL's micro-batches"
+CHECKPOINTED = "CGGR, kv, checkpointing"
 SLICE = replace(
     SIZES["1b"],
     model=replace(SIZES["1b"].model, layers=2, vocab=1024, length=512, device="cpu"),
@@ -177,10 +178,12 @@ def main() -> None:
     model = sizes.model.model()
     rows = {}
     with sft(sizes, model, sizes.sft[1]) as variants:
-        for name in (CONTROL, PLAIN, ROUTED):
+        counted = {name: variants[name] for name in (CONTROL, PLAIN, ROUTED)}
+        counted[CHECKPOINTED] = replace(variants[ROUTED], checkpointing=True)
+        for name, variant in counted.items():
             if _record.is_over(end):
                 break
-            row = account(Update(variants[name]), sizes.model.device)
+            row = account(Update(variant), sizes.model.device)
             total = sum(row["kept for the backward pass"].values())
             rows[name] = {**row, "unit": "bytes", "median": total, "spread": [total, total]}
     settings = sizes.model.settings() | {"seed": SEED, "tokens": sizes.plain}
