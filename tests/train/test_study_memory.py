@@ -213,6 +213,13 @@ def test_settings_that_do_not_go(data, values, message):
         asked(data, **values)
 
 
+def test_a_mark_that_is_not_in_the_answers_is_found_before_any_training(data, tmp_path):
+    wanted = asked(data, accuracy=True, answer_after="Answer:")
+    with pytest.raises(InputError, match=r"'Answer:', which is not in (\d+) of the \1 held-out answers \(one is '\d+"):
+        prepare_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
+    assert not (tmp_path / "study" / "study.json").exists(), "and the folder can be used again"
+
+
 def test_questions_need_answers(data):
     with pytest.raises(InputError, match="needs answers: give their key with --answer"):
         settings([data], accuracy=True, equal=("time",))

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from cggr_train.commands.study import precisions, split
+from cggr_train.data import TokenStore
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
 from cggr_train.report.explanation import explain
@@ -18,7 +19,7 @@ from cggr_train.study.arms import Arm, plan_arms, relative_cost
 from cggr_train.study.average import DECAY, RunningAverage
 from cggr_train.study.intervals import Interval, interval, student_t
 from cggr_train.study.plan import make_plan
-from cggr_train.study.run import prepare_study
+from cggr_train.study.run import prepare_study, reached_share
 from cggr_train.study.settings import StudySettings
 
 
@@ -84,11 +85,37 @@ def test_fp8_is_an_arm_beside_the_same_without():
         ({"context_precisions": (None, "fp8"), "gradients": ("exact",)}, "--gradient kv and detached have, got exact"),
         ({"context_precisions": ()}, "--context-precision is empty"),
         ({"context_precisions": ("fp4",)}, "context_precision must be"),
+        ({"context_margins": (-1,)}, "--context-margin must be at least 0"),
+        ({"context_margins": (0, 32)}, "--context-margin 32 is for arms of --selection supervised"),
     ],
 )
 def test_precisions_that_do_not_go(values, message):
     with pytest.raises(InputError, match=message):
         settings(**values)
+
+
+def test_margins_are_arms_of_the_supervised_tokens():
+    found = {arm.name: arm for arm in arms(gradients=["kv", "exact"], selections=["supervised"], supervised=0.1,
+                                           context_margins={0: 0.1, 32: 0.6})}  # fmt: skip
+    assert [name for name in found if "supervised" in name] == [
+        "kv-supervised", "kv-supervised-margin32", "exact-supervised",
+    ]  # fmt: skip
+    plain, margin = found["kv-supervised"], found["kv-supervised-margin32"]
+    assert (plain.routing.context_margin, margin.routing.context_margin) == (0, 32)
+    assert (plain.equal_cost, margin.equal_cost) == ("standard-b3", "standard-b6"), "what gradients reach costs"
+    assert "Trains on the supervised tokens and 32 tokens before them: " in explain(margin, [])
+
+
+@pytest.mark.parametrize("margin", [0, 1, 2, 5])
+def test_the_share_that_gradients_reach_is_counted(margin):
+    generator = torch.Generator().manual_seed(margin)
+    rows = torch.randint(1, 9, (7, 6), generator=generator)
+    rows = torch.where(torch.rand(7, 6, generator=generator) < 0.2, rows, -rows)
+    store = TokenStore(rows.flatten().numpy().astype("int32"), rows.flatten().numpy(), 1, 0)
+    reached = [
+        any(row[at + 1 : at + 2 + margin] >= 0) for row in rows.numpy() for at in range(5)
+    ]  # fmt: skip
+    assert reached_share(store, 6, margin) == pytest.approx(sum(reached) / len(reached))
 
 
 def test_precisions_on_the_command_line(tmp_path):

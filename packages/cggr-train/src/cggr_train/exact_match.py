@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,9 +71,7 @@ def exact_match(
     """
     end: Any = tokenizer.eos_token_id
     questions, answers = zip(*map(_split_question, rows), strict=True)
-    wanted = [final_answer(text, after) for text in tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
-    if None in wanted:
-        raise InputError(f"--answer-after is {after!r}, which is not in every answer of the held-out data")
+    wanted = right_answers(rows, tokenizer, after=after)
     said: list[list[int]] = [[] for _ in questions]
     unfinished, most = list(range(len(questions))), max(map(len, answers)) + slack
     training = model.training
@@ -97,6 +96,26 @@ def exact_match(
         model.train(training)
     given = [final_answer(text, after) for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
     return Accuracy(sum(one == other for one, other in zip(given, wanted, strict=True)), len(questions))
+
+
+def right_answers(rows: Tensor, tokenizer: PreTrainedTokenizerBase, *, after: str | None) -> list[str]:
+    """What is compared of the answers that stand in ``rows``, see :func:`exact_match`.
+
+    Raises:
+        InputError: If an answer lacks the mark.
+    """
+    answers = [_split_question(row)[1] for row in rows]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    found = [final_answer(text, after) for text in texts]
+    right = [text for text in found if text is not None]
+    lacking = len(found) - len(right)
+    if lacking:
+        first = texts[found.index(None)]
+        raise InputError(
+            f"--answer-after is {after!r}, which is not in {lacking:,} of the {len(found):,} held-out answers (one is "
+            f"{shorten(first, 80)!r}); give a mark that is in all, or leave it out to compare whole answers"
+        )
+    return right
 
 
 def _continue(

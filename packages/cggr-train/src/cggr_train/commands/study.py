@@ -42,9 +42,16 @@ def study(
     ] = "",
     router_depth: options.RouterDepth = None,
     context_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Precisions to study for tokens that need no gradient: own,fp8 (GPUs of Hopper and later).",
+            show_default=False,
+        ),
+    ] = None,
+    context_margin: Annotated[
         str,
-        typer.Option(help="Precisions to study for tokens that need no gradient: own,fp8 (GPUs of Hopper and later)."),
-    ] = OWN_PRECISION,
+        typer.Option(help="Margins to study with --selection supervised: how many tokens before supervised ones."),
+    ] = "0",
     controls: Annotated[
         str, typer.Option(help="Standard controls to include: equal_cost,checkpointed,equal_memory.")
     ] = "equal_cost,checkpointed,equal_memory",
@@ -144,7 +151,8 @@ def study(
                 selections=split("--selection", selection),
                 scorings=split("--scoring", scoring),
                 routers=split("--router", router),
-                context_precisions=precisions(context_precision),
+                context_precisions=precisions(context_precision or OWN_PRECISION),
+                context_margins=split("--context-margin", context_margin, int),
                 batch_sizes=split("--control-batch", control_batch, int),
                 seeds=seeds,
                 equal=split("--equal", equal),

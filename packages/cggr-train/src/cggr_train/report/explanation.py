@@ -47,7 +47,8 @@ def explain(arm: Arm, arms: Sequence[Arm], *, supervised: float = 1.0) -> str:
     if arm.method != "standard":
         routing = arm.routing
         if routing.selection == "supervised":
-            which = "the supervised tokens"
+            before = f" and {routing.context_margin} tokens before them" if routing.context_margin else ""
+            which = f"the supervised tokens{before}"
         else:
             how = SELECTIONS[routing.selection].format(score=SCORES[routing.scoring])
             which = f"{routing.ratio:.0%} of the {kind}s, {how}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ def plan_arms(
     batch_sizes: Sequence[int] = (),
     routers: Sequence[str] = (),
     context_precisions: Sequence[str | None] = (None,),
+    context_margins: Mapping[int, float] | None = None,
     controls: Sequence[str] = ("equal_cost",),
     supervised: float = 1.0,
     num_layers: int,
@@ -166,6 +167,8 @@ def plan_arms(
         routers: What scores; empty takes what ``base`` says.
         context_precisions: Of the tokens that need no gradient; None is the model's own. Modes that have no such tokens
             are planned without.
+        context_margins: Of the arms of supervised tokens: by margin, the share of all tokens that gradients then reach;
+            by default none, and ``supervised``.
         controls: Standard arms besides the first, of :data:`CONTROLS`.
         supervised: Share of all tokens that are supervised.
         num_layers: Layers of the model, for the batch of equal cost.
@@ -185,10 +188,13 @@ def plan_arms(
         standard.append(Arm("standard-checkpointed", label, "checkpointed", "standard", batch_size, checkpointing=True))
     equal: dict[int, Arm] = {}
 
+    margins = context_margins or {0: supervised}
+
     def equal_cost(routing: Routing) -> str:
         if "equal_cost" not in controls:
             return "standard"
-        return _equal_cost(relative_cost(routing, num_layers=num_layers, supervised=supervised), batch_size, equal)
+        reached = margins.get(routing.context_margin, supervised)
+        return _equal_cost(relative_cost(routing, num_layers=num_layers, supervised=reached), batch_size, equal)
 
     random: dict[str, Arm] = {}
     asked: dict[str, Arm] = {}
@@ -203,22 +209,26 @@ def plan_arms(
                                 batch_size, control, equal_cost=equal_cost(control)))  # fmt: skip
         if any(selection != SUPERVISED for selection in selections):
             random[random_arm.name] = random_arm
-        for selection, scoring, router in itertools.product(selections, scorings, routers or (None,)):
+        for selection in selections:
             if selection == SUPERVISED:
                 routing = dataclasses.replace(control, ratio=base.ratio, selection=SUPERVISED)
-                arm = Arm(f"{gradient}-supervised", f"supervised tokens, {gradient}", "asked", "cggr", batch_size,
-                          routing, equal_cost=equal_cost(routing))  # fmt: skip
+                found = _supervised_arms(routing, margins, batch_size=batch_size)
             elif selection in SCORELESS:
                 continue
             else:
                 routing = dataclasses.replace(
-                    base, gradient=gradient, ratio=ratio, selection=selection, scoring=scoring,
-                    context_precision=precision,
-                )  # fmt: skip
-                arm = _scored_arm(routing, router, batch_size=batch_size)
-                arm = dataclasses.replace(arm, equal_cost=equal_cost(arm.routing), random=random_arm.name)
-            arm = _named(arm)
-            asked[arm.name] = arm
+                    base, gradient=gradient, ratio=ratio, selection=selection, context_precision=precision
+                )
+                found = [
+                    dataclasses.replace(
+                        _scored_arm(dataclasses.replace(routing, scoring=scoring), router, batch_size=batch_size),
+                        random=random_arm.name,
+                    )
+                    for scoring, router in itertools.product(scorings, routers or (None,))
+                ]
+            for arm in found:
+                named = _named(dataclasses.replace(arm, equal_cost=equal_cost(arm.routing)))
+                asked[named.name] = named
     random, asked = ({name: _with_own_precision(arm, arms) for name, arm in arms.items()} for arms in (random, asked))
     further = [
         Arm(f"standard-b{size}", f"standard, batch {size}", "batch", "standard", size)
@@ -246,6 +256,18 @@ def _with_own_precision(arm: Arm, arms: Mapping[str, Arm]) -> Arm:
     precision = arm.routing.context_precision
     own = arm.name.removesuffix(f"-{precision}")
     return dataclasses.replace(arm, own_precision=own) if precision is not None and own in arms else arm
+
+
+def _supervised_arms(routing: Routing, margins: Iterable[int], *, batch_size: int) -> list[Arm]:
+    """The arms of the supervised tokens, with each margin that the gradient mode can have; without their controls."""
+    found = []
+    for margin in margins if routing.gradient in KEY_VALUE_MODES else (0,):
+        name, which = f"{routing.gradient}-supervised", "supervised tokens"
+        if margin:
+            name, which = f"{name}-margin{margin}", f"supervised tokens and {margin} before"
+        own = dataclasses.replace(routing, context_margin=margin)
+        found.append(Arm(name, f"{which}, {routing.gradient}", "asked", "cggr", batch_size, own))
+    return found
 
 
 def _scored_arm(routing: Routing, router: str | None, *, batch_size: int) -> Arm:

@@ -17,12 +17,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from cggr_train.checkpoint import latest_checkpoint
 from cggr_train.data import TokenStore
 from cggr_train.errors import InputError
+from cggr_train.exact_match import right_answers
 from cggr_train.folder_lock import FolderLock
 from cggr_train.learner import build_learner
 from cggr_train.log import JsonlLog
@@ -70,13 +72,17 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     _check_fp8(settings, device)
     if settings.train.cuda_graph:  # before the text is read
         check_recordable(device, "standard", settings.train.routing)
-    model, _, tokens = prepare(settings.train, folder, console)
-    supervised = _supervised_share(tokens, settings.train.length)
+    model, tokenizer, tokens = prepare(settings.train, folder, console)
+    supervised = reached_share(tokens, settings.train.length)
+    margins = {margin: reached_share(tokens, settings.train.length, margin) for margin in settings.context_margins}
+    if settings.accuracy:  # what cannot be compared is better known before any training
+        rows = torch.from_numpy(tokens.heldout.reshape(-1, settings.train.length).astype("int64"))
+        right_answers(rows[: settings.questions], tokenizer, after=settings.answer_after)
     arms = plan_arms(
         settings.train.routing, gradients=settings.gradients, ratios=settings.ratios, selections=settings.selections,
         scorings=settings.scorings, batch_size=settings.train.batch_size, batch_sizes=settings.batch_sizes,
         routers=settings.routers, context_precisions=settings.context_precisions, controls=settings.controls,
-        supervised=supervised, num_layers=model.config.num_hidden_layers,
+        supervised=supervised, context_margins=margins, num_layers=model.config.num_hidden_layers,
     )  # fmt: skip
     for arm in arms:  # refuses what cannot be used before anything is measured
         memory = RememberedScores.empty(examples=1, length=settings.train.length) if arm.remembers else None
@@ -116,12 +122,15 @@ def _check_fp8(settings: StudySettings, device: torch.device) -> None:
         )
 
 
-def _supervised_share(tokens: TokenStore, length: int) -> float:
-    """Supervised tokens that are predicted from others, as a share of all that are."""
+def reached_share(tokens: TokenStore, length: int, margin: int = 0) -> float:
+    """Share of the tokens that others are predicted from which are supervised ones, or up to ``margin`` before one."""
     if tokens.train.dtype.kind == "u":
         return 1.0
     rows = tokens.train[: len(tokens.train) // length * length].reshape(-1, length)
-    return float((rows[:, 1:] >= 0).mean())
+    counts = np.cumsum(rows[:, 1:] >= 0, axis=1, dtype=np.int32)
+    # of those before each place; a margin ends with the row
+    before = np.pad(np.pad(counts, ((0, 0), (1, 0))), ((0, 0), (0, margin)), mode="edge")
+    return float((before[:, margin + 1 :] > before[:, : length - 1]).mean())
 
 
 def _environment(where: list[tuple[torch.device, int]]) -> dict[str, Any]:

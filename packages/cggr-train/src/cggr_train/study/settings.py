@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cggr_core.settings import KEY_VALUE_MODES, RoutingSettings
+from cggr_core.settings import KEY_VALUE_MODES, SUPERVISED, RoutingSettings
 from cggr_train.errors import InputError
 from cggr_train.option_checks import check_number, check_routing
 from cggr_train.settings import STUDY, TrainSettings
@@ -31,6 +31,7 @@ class StudySettings:
         scorings: Their scores.
         routers: What scores, each of :data:`cggr_core.settings.ROUTERS`; empty takes what ``train.routing`` says.
         context_precisions: Precisions of the linear layers on tokens that need no gradient; None is the model's own.
+        context_margins: Of the arms of supervised tokens: how many tokens before these gradients reach as well.
         batch_sizes: Further standard arms, in sequences per step.
         seeds: Runs of each arm.
         equal: What every run must reach: the standard arm's ``tokens``, its ``time``, or both.
@@ -64,6 +65,7 @@ class StudySettings:
     scorings: tuple[str, ...] = (RoutingSettings.scoring,)
     routers: tuple[str, ...] = ()
     context_precisions: tuple[str | None, ...] = (None,)
+    context_margins: tuple[int, ...] = (RoutingSettings.context_margin,)
     batch_sizes: tuple[int, ...] = ()
     seeds: int = 3
     equal: tuple[str, ...] = EQUAL
@@ -88,7 +90,7 @@ class StudySettings:
             raise InputError("give the length of the standard run with either --steps or --seconds")
         if self.train.accumulate != 1:
             raise InputError(f"--accumulate must be 1 in a study, got {self.train.accumulate}")
-        for name in ("gradients", "ratios", "selections", "scorings", "context_precisions", "equal"):
+        for name in ("gradients", "ratios", "selections", "scorings", "context_precisions", "context_margins", "equal"):
             if not getattr(self, name):
                 raise InputError(f"--{name.removesuffix('s').replace('_', '-')} is empty; give at least one")
         unknown = [name for name in self.equal if name not in EQUAL]
@@ -130,6 +132,7 @@ class StudySettings:
         if any(size < 1 for size in self.batch_sizes):
             raise InputError(f"--control-batch must be at least 1, got {min(self.batch_sizes)}")
         self._check_context_precisions()
+        self._check_context_margins()
         given = {"gradient": self.gradients, "ratio": self.ratios, "selection": self.selections,
                  "scoring": self.scorings, "router": self.routers}  # fmt: skip
         for name, values in given.items():
@@ -152,6 +155,16 @@ class StudySettings:
             check_routing(
                 dataclasses.replace(self.train.routing, gradient=routed[0], context_precision=precision),
                 labelled=self.train.answer is not None,
+            )
+
+    def _check_context_margins(self) -> None:
+        for margin in self.context_margins:
+            check_number("--context-margin", margin, least=0)
+        routed = any(gradient in KEY_VALUE_MODES for gradient in self.gradients)
+        if any(self.context_margins) and not (routed and SUPERVISED in self.selections):
+            raise InputError(
+                f"--context-margin {max(self.context_margins)} is for arms of --selection supervised and --gradient "
+                f"{' or '.join(KEY_VALUE_MODES)}, and there is none; leave it out"
             )
 
     def save(self, folder: Path) -> None:
