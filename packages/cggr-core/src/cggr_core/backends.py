@@ -1,4 +1,4 @@
-"""The one place where implementations of an op are looked up.
+"""The registry of op implementations.
 
 Every op has a plain-torch reference, registered by the module that defines it. Other distributions offer faster
 implementations through the entry point group ``cggr.backends``: each entry point loads a mapping
@@ -45,11 +45,11 @@ class BackendRow(NamedTuple):
 
 
 class _UnavailableError(Exception):
-    """A backend that is installed and has nothing to offer here; the text is its reason."""
+    """Raised for an installed backend that has no kernels to offer here; the message gives the reason."""
 
 
 class _Registry:
-    """References, kernels and what was asked for. One per process; tests make their own."""
+    """References, kernels and the requested backend. One per process; tests create their own."""
 
     def __init__(self, wanted: str, sources: Mapping[str, Callable[[], Mapping[tuple[str, str], Any]]]) -> None:
         self.wanted = check_choice("CGGR_BACKEND", wanted, _CHOICES)
@@ -60,7 +60,7 @@ class _Registry:
         for name, load in sources.items() if wanted != _REFERENCE else ():
             try:
                 offered = load()
-            except Exception as error:  # whatever a broken plug-in raises must not break the library
+            except Exception as error:  # a broken plug-in must not break the library, whatever it raises
                 expected = isinstance(error, _UnavailableError)
                 self.failures[name] = str(error) if expected else f"{type(error).__name__}: {error}"
                 continue

@@ -12,7 +12,7 @@ from cggr_core.checks import check_float, check_same_device, check_shape
 __all__ = ["accumulation_dtype", "check_head", "has_flat_rows", "head_logits", "head_operands", "product_dtype"]
 
 
-# Tensors without values are on no device that could cast. Not asked of torch, whose 2.11 cannot compile the question.
+# The device type without autocast. A constant, since torch 2.11 cannot compile a query for it.
 _WITHOUT_AUTOCAST = "meta"
 
 
@@ -90,6 +90,6 @@ def head_logits(
 
 
 def has_flat_rows(tensor: Tensor) -> bool:
-    """Whether ``tensor`` [..., V] can be viewed as [N, V]; a batch that was sliced along its sequence cannot."""
+    """Whether ``tensor`` [..., V] can be viewed as [N, V]; one that was sliced along the sequence cannot."""
     strides, shape = tensor.stride(), tensor.shape
     return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(tensor.dim() - 2))

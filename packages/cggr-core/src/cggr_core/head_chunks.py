@@ -1,7 +1,7 @@
 """A language model's head applied to a chunk of rows at a time, and the gradients of its operands.
 
-What the losses and log-probabilities through a head share: the logits exist for one chunk, in the forward pass and
-again in the backward pass.
+Shared by the losses and log-probabilities through a head: logits only exist for one chunk at a time, in the forward
+pass and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def row_chunks(rows: int, hidden: Tensor, vocab_size: int) -> list[slice]:
 
 
 class HeadChunks:
-    """One chunk at a time of a head: its rows' losses, and the gradients of their weighted sum."""
+    """The losses of a chunk of rows and the gradients of their weighted sum."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class HeadChunks:
         self.dtype = accumulation_dtype(product_dtype)
 
     def rows(self, chunk: slice, dead: Tensor) -> Tensor:
-        """Hidden rows of a chunk, zeros where dead: whatever is in those rows, their gradients must come out as 0."""
+        """Hidden rows of a chunk, zeroed where dead, so that their gradients are 0 whatever they hold."""
         rows = self.hidden[chunk] if self.row_index is None else self.hidden[self.row_index[chunk]]
         return rows.masked_fill(dead[:, None], 0.0)
 
@@ -83,11 +83,11 @@ class HeadChunks:
 
 
 class HeadGradients:
-    """Gradients of the three operands, accumulated over chunks; only those that are asked for exist."""
+    """Gradients of the three operands, accumulated over chunks; only the requested ones exist."""
 
     def __init__(self, head: HeadChunks, rows: int, needs: tuple[bool, bool, bool]) -> None:
         like, weight = head.hidden, head.weight
-        # Gradients are made before a loss scale reaches them: float16 would flush the small ones to 0.
+        # Gradients are computed before the loss scale is applied: float16 would flush the small ones to 0.
         self._widened = head.dtype if like.dtype == torch.float16 else None
         self.hidden = like.new_empty(rows, like.shape[1], dtype=self._widened) if needs[0] else None
         self.weight = torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None
@@ -120,7 +120,7 @@ def scatter_rows(grad: Tensor, row_index: Tensor | None, rows: int) -> Tensor:
 
 def without_autocast(function: type[torch.autograd.Function], hidden: Tensor, *arguments: Any) -> Any:
     """Apply an autograd function that casts its operands itself."""
-    # The operands are cast inside; autocast must not cast the accumulators as well.
+    # The function casts its operands; autocast must not cast its accumulators too.
     if not autocast_active(hidden.device.type):
         return function.apply(hidden, *arguments)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -64,7 +64,7 @@ def linear_cross_entropy_by_autograd(
     logits = torch.nn.functional.linear(rows, weight, bias).to(coefficient.dtype)
     logits = logits if scale is None else logits * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    # Rows without weight are ignored, not multiplied by 0: their loss may be infinite.
+    # Rows with weight 0 are ignored, not multiplied by 0: their loss may be infinite.
     targets = targets.masked_fill(coefficient == 0.0, -1)
     loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none") * coefficient
     return loss.sum() if reduction == "sum" else loss
@@ -185,13 +185,13 @@ def chunked_linear_cross_entropy(
     """
     dtype = product_dtype(hidden, weight)
     if not torch.is_grad_enabled():
-        # Else the function would make gradients that nobody can ask for.
+        # Otherwise the function would compute gradients that cannot be used.
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     targets, coefficient = _row_terms(targets, row_index, row_weight, ignore_index, accumulation_dtype(dtype))
     if reduction == "none":
         return without_autocast(_RowLoss, hidden, weight, bias, targets, coefficient, row_index, softcap, scale, dtype)
     if values_are_free(coefficient):
-        # Counting the rows costs nothing here, so rows without weight cost nothing either.
+        # Counting is free here, so rows with weight 0 are dropped.
         live = coefficient.nonzero()[:, 0]
         if live.shape[0] < coefficient.shape[0]:
             row_index = live if row_index is None else row_index[live]

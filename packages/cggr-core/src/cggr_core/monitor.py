@@ -1,4 +1,4 @@
-"""A few numbers per step from the device to the host, without waiting for them."""
+"""Copies a few numbers per step from the device to the host without waiting for them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Monitor:
         return {"_ready": None, "_pending": [], "_spare": []}
 
     def post(self, values: Tensor) -> None:
-        """Send ``values`` [n] (read as float32) on their way."""
+        """Start copying ``values`` [n] to the host as float32."""
         if torch.compiler.is_compiling():
             return
         values = values.detach().to(torch.float32)
@@ -70,7 +70,7 @@ class Monitor:
             wait: Wait for everything posted so far. The host then never runs more than a step ahead, and what it
                 reads does not depend on timing.
         """
-        # Asking for an event's state would break the capture of a graph.
+        # Querying an event would break the capture of a graph.
         if self._pending and capturing(self._pending[0][1].device):
             return None
         while self._pending and (wait or self._pending[0][1].query()):

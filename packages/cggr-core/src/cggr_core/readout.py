@@ -12,7 +12,7 @@ from cggr_core.scoring import TokenStatistics, linear_token_statistics, token_st
 if TYPE_CHECKING:
     from cggr_core.routing.architectures import Head
 
-# 1 GiB of bfloat16: where a step's loss is made, the activations that it is about to free are far more.
+# 1 GiB of bfloat16: far less than the activations that a step holds when its loss is computed.
 _MAX_LOGITS = 2**29
 
 

@@ -19,10 +19,10 @@ _ATTRIBUTE = "_cggr_engine_of_model"
 
 
 class EngineOfModel:
-    """A model's engine and what its steps post, kept in the model's own ``__dict__``.
+    """A model's engine and the errors its steps defer, stored in the model's own ``__dict__``.
 
-    A table on the side would keep every model alive for ever, since an engine holds its model. A copy or a pickle of
-    the model takes an empty dictionary in its place, and makes an engine of its own when it is used.
+    A global table would keep every model alive for ever, since an engine holds its model. A copy or a pickle of the
+    model gets an empty dictionary instead, and builds its own engine when it is used.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,7 +36,7 @@ class EngineOfModel:
 
 
 def engine_of(model: nn.Module) -> EngineOfModel:
-    """The engine of a Hugging Face model, made at the first call."""
+    """The engine of a Hugging Face model, built at the first call."""
     found = model.__dict__.get(_ATTRIBUTE)
     if not (isinstance(found, EngineOfModel) and found.engine.model is model):
         found = model.__dict__[_ATTRIBUTE] = EngineOfModel(model)

@@ -1,4 +1,4 @@
-"""From a keep mask to the slots of a gradient pass, with what cannot be kept refused."""
+"""Turns a keep mask into the slots of a gradient pass, and refuses positions that cannot be kept."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _raise_if_bad(counts: list[int]) -> None:
 
 
 def bad_keep_message(padding: int, no_target: int) -> str:
-    """The text of the error about kept positions that cannot be."""
+    """The error message for positions that cannot be kept."""
     found = [f"{padding} position(s) of padding"] if padding else []
     if no_target:
         found.append(f"{no_target} position(s) that predict no token")

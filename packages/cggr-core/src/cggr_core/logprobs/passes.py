@@ -1,4 +1,4 @@
-"""The passes of one call: what a gradient mode does with a batch and its kept tokens."""
+"""The passes that each gradient mode runs over a batch and its kept tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["RoutedPasses", "Values", "aligned_targets", "check_mode"]
 
 MODES = tuple(mode for mode in GRADIENT_MODES if mode != "sequence")
 
-# What a forward could be asked for besides its hidden states; a cache and logits for some positions have no place here.
+# Arguments that request more than hidden states from a forward; caches and partial logits do not apply here.
 _NOT_INPUTS = ("labels", "past_key_values", "cache", "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict")
 
 
@@ -34,7 +34,7 @@ def check_mode(
     everywhere: bool,
     inputs: dict[str, Any],
 ) -> None:
-    """Raise unless the settings of a call exist and can go together.
+    """Raise unless the settings of a call exist and can be combined.
 
     Raises:
         ValueError: If a name is unknown, or a setting would not have the effect it stands for.
@@ -103,7 +103,7 @@ def aligned_targets(targets: Tensor | None, batch: TokenInputs, *, shifted: bool
 
 @dataclass(frozen=True)
 class Values:
-    """What the passes leave.
+    """Results of the passes.
 
     Attributes:
         kept: Which tokens were kept.

@@ -1,4 +1,4 @@
-"""What the routed passes give to a loss."""
+"""The results of routed passes that a loss is computed from."""
 
 from __future__ import annotations
 

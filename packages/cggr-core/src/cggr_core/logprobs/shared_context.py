@@ -1,4 +1,4 @@
-"""A context that several rows go on from, and is run once for all of them."""
+"""A context shared by several rows and run only once."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class SharedRun:
         )
 
     def prepare(self) -> None:
-        """Look at the model; see :meth:`Engine.prepare`.
+        """Prepare the engine; see :meth:`Engine.prepare`.
 
         Raises:
             ValueError: If its keys and values cannot be routed.

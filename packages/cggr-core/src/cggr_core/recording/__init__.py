@@ -1,4 +1,4 @@
-"""Routed steps recorded as CUDA graphs and replayed: what a launch-bound step costs the host is paid once."""
+"""Routed steps recorded as CUDA graphs and replayed, so that a launch-bound step pays its launch overhead only once."""
 
 from cggr_core.recording.calls import StepCall, StepOutcome
 from cggr_core.recording.recorder import Recorder

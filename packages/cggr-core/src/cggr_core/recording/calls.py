@@ -1,4 +1,4 @@
-"""The arguments of a training forward: which of them two steps must share, and places for those that change."""
+"""The arguments of a training forward: those fixed in a recording, and static buffers for those that change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StepCall:
         yield from self.given.items()
 
     def obstacle(self) -> str | None:
-        """Why these arguments cannot be those of a recorded step; ``None`` where they can."""
+        """Why a step with these arguments cannot be recorded; ``None`` if it can."""
         for name in ("selection", "example_ids"):
             if self.given.get(name) is not None:
                 return f"{name} is passed in"
@@ -117,7 +117,7 @@ class FixedInputs:
         self.call = StepCall(*parts)
 
     def fill(self, call: StepCall, draw: int | Tensor) -> None:
-        """Put the values of a step in the places."""
+        """Copy the values of a step into the static buffers."""
         given: dict[str, Any] = dict(call.items()) | {"draw": draw}
         for name, place in self._places.items():
             value = given[name]
@@ -133,7 +133,7 @@ def _parts(call: StepCall) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step leaves, recorded or not.
+    """Results of a step, recorded or not.
 
     Attributes:
         loss: Scalar, connected to the graph.

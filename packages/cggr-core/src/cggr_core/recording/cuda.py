@@ -41,7 +41,7 @@ class CudaGraphs:
         torch.clear_autocast_cache()
         collects = gc.isenabled()
         gc.collect()
-        gc.disable()  # a graph that is taken away within a capture ends it
+        gc.disable()  # deleting another graph during a capture would end it
         try:
             return self._captured(run)
         finally:
@@ -49,7 +49,7 @@ class CudaGraphs:
                 gc.enable()
 
     def _captured(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
-        torch.cuda.empty_cache()  # what a pool is to hold has to be free
+        torch.cuda.empty_cache()  # cached memory must be released before the pool can use it
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -62,7 +62,7 @@ class CudaGraphs:
                 self._give_up(graph)
                 raise
             finally:
-                torch.clear_autocast_cache()  # of copies whose memory is the pool's
+                torch.clear_autocast_cache()  # of copies that live in the pool
         self.wait()
         self.held_bytes += torch.cuda.memory_reserved(self._device) - before
         left, _ = torch.cuda.mem_get_info(self._device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# transformers collects outputs that were asked for; nothing asks within a step.
+# transformers hooks layers to collect requested outputs; no step requests any.
 _INERT_HOOKS = "transformers.utils.output_capturing"
 # What PEFT and checkpointing put on embeddings: whether a tensor requires gradients is built into a recording.
 _INERT_HOOK = "make_inputs_require_grad"
@@ -33,7 +33,7 @@ class ModelState:
         self._seen = self._look()
 
     def holds(self) -> bool:
-        """Whether nothing of it has changed; values of tensors may."""
+        """Whether nothing but the values of tensors has changed."""
         return self._look() == self._seen
 
     def _look(self) -> list[Hashable]:
@@ -56,7 +56,7 @@ class ModelState:
                     found.append(value)
                 elif name == "config":
                     found.append(id(value))
-                elif kind is dict and value:  # the scales of adapters
+                elif kind is dict and value:  # scales of adapters
                     found += _plain_values(value)
         return found
 
@@ -117,5 +117,5 @@ def _inert(hook: Any) -> bool:
 def _hooks(module: nn.Module) -> Iterator[Any]:
     for registered in _HOOKS:
         yield from module.__dict__[registered].values()
-    if hasattr(module, "_hf_hook"):  # accelerate's, which stand in the forward
+    if hasattr(module, "_hf_hook"):  # accelerate's hooks, which replace the forward
         yield module.__dict__["_hf_hook"]

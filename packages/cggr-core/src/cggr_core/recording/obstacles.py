@@ -1,4 +1,4 @@
-"""Why a step is not recorded, whatever its model and its arguments are."""
+"""Reasons not to record a step that do not depend on its model or arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def obstacle_of(router: Any) -> str | None:
 
 
 def obstacle_now(device: torch.device) -> str | None:
-    """Why no step is recorded in the state that the process is in; ``None`` where one can be.
+    """Why no step can be recorded in the current state of the process; ``None`` if one can.
 
     Args:
         device: Of the step.

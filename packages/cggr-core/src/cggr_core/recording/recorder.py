@@ -1,4 +1,4 @@
-"""Which steps are recorded, when, and what is said where none is."""
+"""Decides which steps are recorded and when, and reports why a step is not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SAID_AFTER = 24
 
 
 class Recorder:
-    """Takes training steps by replaying a recording, where one stands for them.
+    """Runs training steps by replaying a recording where there is one.
 
     Args:
         run: Takes a step as it is.
@@ -71,7 +71,7 @@ class Recorder:
         self._forget()
 
     def take(self, call: StepCall, router: Any, slots: Callable[[], int | None]) -> StepOutcome | None:
-        """The step by replay; ``None`` where it is to run as it is.
+        """The step by replay; ``None`` if it must run eagerly.
 
         Args:
             call: The arguments.
@@ -111,7 +111,7 @@ class Recorder:
 
     @property
     def reason(self) -> str | None:
-        """Why the last step was run as it is; ``None`` where it was replayed."""
+        """Why the last step ran eagerly; ``None`` if it was replayed."""
         return self._reason if self._eager_in_a_row else None
 
     def _recorded(self, kind: Hashable, call: StepCall, slots: int | None) -> tuple[Recording | None, str]:
@@ -148,7 +148,7 @@ class Recorder:
         except NotRecordedError as refusal:
             self._refused[kind] = str(refusal)
             if not self._recordings:
-                self._places = None  # a pool that nothing was captured into for good cannot be captured into again
+                self._places = None  # a pool without a successful capture cannot be captured into again
             self._say(str(refusal))
             return None, str(refusal)
         except RuntimeError as error:
@@ -182,7 +182,7 @@ class Recorder:
             return self._run(call)
 
     def _obstacle(self, call: StepCall, router: Any) -> str | None:
-        """What stands against recording at the moment."""
+        """What prevents recording at the moment."""
         if self._schedule.moving:
             return "the keep ratio is moving"
         if self._places is not None and self._places.busy:
@@ -206,7 +206,7 @@ class Recorder:
         self._recordings.clear()
         self._refused: dict[Hashable, str] = {}
         self._times: dict[Hashable, int] = {}
-        # Memory that nothing records into any more is not recorded into again.
+        # A pool cannot be captured into again once its recordings are gone.
         self._places = None
         self._state: ModelState | None = None
         self._stamp: Any = None

@@ -20,18 +20,18 @@ from cggr_core.recording.calls import FixedInputs, StepCall, StepOutcome
 Run = Callable[[StepCall], StepOutcome]
 Replay = Callable[[], None]
 
-# A replay that saves less than this share of a step does not pay for the memory that it holds.
+# A replay that saves less than this share of a step is not worth the memory that it holds.
 _WORTH = 0.9
 # Of a gradient's norm, and of all gradients' norm: kernels that add in any order differ by far less.
 _TOLERANCE, _TOTAL_TOLERANCE = 0.05, 0.01
 
 
 class NotRecordedError(Exception):
-    """A step that is better not recorded; the text says why."""
+    """Raised for a step that should not be recorded; the message says why."""
 
 
 class Graphs(Protocol):
-    """How passes are recorded on a device; see :class:`~cggr_core.recording.cuda.CudaGraphs`."""
+    """The interface for recording passes on a device; see :class:`~cggr_core.recording.cuda.CudaGraphs`."""
 
     def capture(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
         """Record what ``run`` does; how to do it again, and the tensors that it then leaves its results in."""
@@ -51,11 +51,11 @@ class Graphs(Protocol):
         ...
 
     def random_state(self) -> Tensor:
-        """State of the generator that dropout draws from."""
+        """State of the generator used by dropout."""
         ...
 
     def set_random_state(self, state: Tensor) -> None:
-        """Go back to a state."""
+        """Restore a state."""
         ...
 
 
@@ -88,7 +88,7 @@ class SharedPlaces:
         return awaited is not None and not awaited.over
 
     def await_backward(self) -> PassAwaited:
-        """Note that a forward pass was replayed."""
+        """Record that a forward pass was replayed."""
         awaited = PassAwaited()
         self._awaited = weakref.ref(awaited)
         return awaited
@@ -213,12 +213,12 @@ class Recording:
         return list(torch.autograd.grad(loss, self._leaves, upstream, allow_unused=True))
 
     def _take(self, run: Run) -> tuple[Tensor, list[Tensor]]:
-        """The loss and the gradients of a step that nothing records."""
+        """The loss and the gradients of an eager step."""
         loss = self._forward(run)[0]
         return loss, [gradient for gradient in self._gradients(None) if gradient is not None]
 
     def _time(self, run: Run) -> float:
-        """Seconds that a step takes."""
+        """Seconds per step."""
         graphs = self._places.graphs
         graphs.wait()
         began = time.perf_counter()
@@ -232,7 +232,7 @@ class Recording:
         return loss.item(), _norms(gradients)
 
     def _compare(self, loss: float, norms: list[float], seconds: float) -> None:
-        """Hold the recording to the step as it is, and look whether it saves anything."""
+        """Compare the recording with the eager step, and check that it saves time."""
         graphs = self._places.graphs
         self._upstream.fill_(1)
         graphs.wait()

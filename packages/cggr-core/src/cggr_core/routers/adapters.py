@@ -1,4 +1,4 @@
-"""What may be given to a model as its router, behind the protocol that a step asks for."""
+"""Adapters that give every accepted kind of router the protocol that a step expects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def as_router(router: Any, engine: Engine) -> Router:
-    """The protocol's side of what a model was given.
+    """Wrap whatever was passed as a router in the protocol.
 
     Args:
         router: ``None``, a :class:`TruncatedRouter`, a :class:`~cggr_core.step.Router`, or a callable that maps the
@@ -70,7 +70,7 @@ class _StatelessRouter:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: what it is made of is saved elsewhere."""
+        """Nothing: its parameters are saved elsewhere."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class FullDepthRouter(_StatelessRouter):
 
     def score(self, request: ScoreRequest) -> Scores:
         """Scores from the head values of the pass over all tokens."""
-        assert request.values is not None  # every pass of that depth runs the head
+        assert request.values is not None  # a full-depth pass always runs the head
         # The nll comes almost free, and its mean is the full loss.
         fields = request.fields | {"nll"}
         statistics = request.readout.statistics(request.values.detach(), request.batch.targets.tokens, fields=fields)
@@ -145,7 +145,7 @@ class OwnLayersRouter(CallableRouter):
 
 @dataclass(frozen=True)
 class TimedRouter:
-    """A router whose work is timed.
+    """A router whose time is measured.
 
     Attributes:
         router: The router.
@@ -159,7 +159,7 @@ class TimedRouter:
         return getattr(self.router, name)
 
     def score(self, request: ScoreRequest) -> Scores:
-        """The router's, timed."""
+        """As the router's, timed."""
         with self.stopwatch.measure(request.batch.tokens.position_ids.device):
             return self.router.score(request)
 

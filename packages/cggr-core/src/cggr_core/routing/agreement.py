@@ -1,4 +1,4 @@
-"""Whether routed passes give kept tokens the values of a plain forward, on whole rows of a real batch."""
+"""Checks that routed passes give kept tokens the values of a plain forward, on whole rows of a real batch."""
 
 import os
 from collections.abc import Iterator
@@ -121,7 +121,7 @@ def difference(
     parts = apart(value, wanted), finite(wanted)
     error, size = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts)
     error = error / size.clamp(min=1e-30)
-    # Where the plain forward has no number, none is what there is to agree on.
+    # Positions where the plain forward is NaN must be NaN here too.
     error = error.masked_fill(value.isnan().any(-1) & wanted.isnan().any(-1), 0.0)
     largest = float(error.quantile(share)) if share < 1.0 else float(error.max())
     if largest <= tolerance:
@@ -130,12 +130,12 @@ def difference(
 
 
 def apart(value: Tensor, wanted: Tensor) -> Tensor:
-    """The difference of two tensors, 0 where they have one infinity: logits of tokens that are ruled out."""
+    """The difference of two tensors, 0 where both have the same infinity (logits of excluded tokens)."""
     return (value - wanted).masked_fill(value == wanted, 0.0)
 
 
 def finite(values: Tensor) -> Tensor:
-    """``values`` with 0 for infinities, which would make any difference a small one."""
+    """``values`` with infinities set to 0, since they would make any relative difference small."""
     return values.masked_fill(values.isinf(), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What the engines need to know of a Hugging Face model: its layers, its head, and where its positions come from."""
+"""A description of a Hugging Face model for the engines: its layers, its head, and the source of its positions."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -123,7 +123,7 @@ def describe(model: nn.Module) -> Architecture:
     text_config = config.get_text_config()
     layers, owner = _find_layers(base, text_config)
     parameters = inspect.signature(base.forward).parameters.values()
-    # Noted once: a walk over all modules takes as long as launching a layer, and every pass would make several.
+    # Cached: walking all modules takes as long as launching a layer, and every pass would do it several times.
     modules = list(model.modules())
     numbers = _numbers(layers)
     return Architecture(
@@ -135,7 +135,7 @@ def describe(model: nn.Module) -> Architecture:
         if layers
         else f"the layers of {type(base).__name__} were not found: no list of modules in it is as long as "
         f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)} says",
-        # Some forwards hand on whatever they are given.
+        # Some forwards pass on all keyword arguments.
         takes_positions=any(each.name == "position_ids" or each.kind is each.VAR_KEYWORD for each in parameters),
         cache_name=_cache_name(base, owner),
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
@@ -160,7 +160,7 @@ def _is_norm(module: nn.Module) -> bool:
 def head_rows(base: Any) -> int:
     """How many classes a model's head tells apart."""
     head = base.get_output_embeddings()
-    if is_parametrized(head, "weight"):  # to read it is to compute it
+    if is_parametrized(head, "weight"):  # reading it would compute it
         return head.out_features
     weight = getattr(head, "weight", None)
     if weight is not None and weight.dim() == 2:

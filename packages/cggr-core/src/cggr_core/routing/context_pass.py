@@ -1,4 +1,4 @@
-"""The context pass: all tokens through the first layers, leaving keys, values and what the head saw."""
+"""The context pass: runs all tokens through the first layers and records keys, values and the head's input."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +26,7 @@ from cggr_core.routing.shared import KeyValue
 
 @dataclass(frozen=True)
 class Context:
-    """What a context pass leaves behind.
+    """Results of a context pass.
 
     Attributes:
         recorded: Full-length keys and values of the layers below ``depth``, until a gradient pass takes them.
@@ -179,7 +179,7 @@ def head_at(architecture: Architecture, index: Tensor) -> Iterator[None]:
 
 
 def ignore_head(hidden: Tensor) -> None:
-    """A head reader for passes that need nothing of the head."""
+    """A head reader for passes that do not need the head."""
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One model, and the passes that can be run on it."""
+"""A model and the passes that can be run on it."""
 
 import warnings
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Engine:
         self._look()
 
     def _look(self) -> None:
-        """Describe the model as it is now; what was seen of it before no longer holds."""
+        """Describe the model as it is now and discard earlier checks."""
         self._looks += 1
         self._description = describe(self.model)
         self._structure = structure(self.model)
@@ -147,7 +147,7 @@ class Engine:
     def taken_apart(
         self, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
     ) -> LossArguments:
-        """A forward's arguments, and its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
+        """Split a forward's arguments from its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
         return taken_apart(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
 
     def check_reads_shift_labels(self, inputs: TokenInputs) -> None:
@@ -402,7 +402,7 @@ class Engine:
         """Compare with a plain forward where ``CGGR_VERIFY`` asks for it."""
         due = self._verified_every is not None and self._gradient_passes % self._verified_every == 0
         self._gradient_passes += 1
-        if not due or inputs.shared is not None:  # a shared context is not among the inputs
+        if not due or inputs.shared is not None:  # the inputs do not contain the shared context
             return
         assert self._probe is not None, "prepare() comes first"
         with (

@@ -1,4 +1,4 @@
-"""A decoder layer's arguments, made by the model for whole rows, as they are for some of the positions.
+"""Slices a decoder layer's arguments, built by the model for whole rows, to some of the positions.
 
 A pass over some of the tokens lets the model see whole rows: it makes embeddings, positions, rotary frequencies,
 masks and whatever depends on a row's length, on later tokens or on token types as in any forward. Only what it hands
@@ -21,7 +21,7 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayerRows:
-    """Takes positions out of what a layer is given.
+    """Slices a layer's arguments to some positions.
 
     Args:
         index: Distinct positions, int64 ``[B, Q]``.
@@ -34,7 +34,7 @@ class LayerRows:
         self._places = Places(index, length)
         self._length = length
         self._key_gradient = key_gradient
-        # Layers share most of their arguments, and each is taken apart once: by id, gone with the argument.
+        # Layers share most of their arguments, so each is sliced once: cached by id, for as long as the argument lives.
         self._taken: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, replace: dict[int, Any]) -> LayerCall:
@@ -68,7 +68,7 @@ class LayerRows:
         return whole.index_copy(0, self._places.flat, hidden.flatten(0, 1)).view(batch, self._length, *hidden.shape[2:])
 
     def _take(self, name: str, value: Any) -> Any:
-        # Asked of every argument of every layer, so the most frequent kinds come first.
+        # Called for every argument of every layer, so the most frequent kinds come first.
         if value is None or isinstance(value, _AS_THEY_ARE):
             return value
         if isinstance(value, _TAKEN_APART):

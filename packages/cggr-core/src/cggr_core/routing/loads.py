@@ -1,4 +1,4 @@
-"""How often weights were loaded into a model: what was seen of it before no longer counts."""
+"""Counts how often weights were loaded into a model, which invalidates earlier checks of it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class LoadCounter:
-    """A hook of ``load_state_dict`` that counts.
+    """A ``load_state_dict`` hook that counts.
 
     Attributes:
         count: Loads so far.
@@ -21,7 +21,7 @@ class LoadCounter:
 
 
 def count_loads(model: nn.Module) -> LoadCounter:
-    """The counter of a model, which has one however often it is wrapped."""
+    """The counter of a model; there is one per model, however often it is wrapped."""
     for hook in model._load_state_dict_post_hooks.values():
         if isinstance(hook, LoadCounter):
             return hook

@@ -20,7 +20,7 @@ IGNORED = -100
 _ROWS, _TOKENS = 2, 8
 # Losses are computed in float32 by nearly all models; those that are not round to the logits' dtype.
 _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
-# Settings that add a term to a loss or change it, by the words that are in their names.
+# Words in the names of settings that change a loss or add a term to it.
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
 # What losses are known to read, besides what the model's own loss function declares.
 _LOSS_ARGUMENTS = frozenset(

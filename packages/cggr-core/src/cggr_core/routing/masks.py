@@ -209,7 +209,7 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
 
 
 def routed_masks(visibility: Visibility, *, taken_apart: bool = False) -> AbstractContextManager[None]:
-    """Let the models' mask builders answer for the queries of a pass for the length of the block.
+    """Make the models' mask builders build masks for the queries of a pass inside the block.
 
     Args:
         visibility: What the queries may attend to.
@@ -219,7 +219,7 @@ def routed_masks(visibility: Visibility, *, taken_apart: bool = False) -> Abstra
     def change(name: str, build: MaskBuilder) -> MaskBuilder:
         if name in (ROUTED, ROUTED_UNCAPPED):
             return _numeric_builder(visibility)
-        if taken_apart and name == "flex_attention":  # its block masks cannot be taken apart
+        if taken_apart and name == "flex_attention":  # its block masks cannot be sliced
             return _unbuilt(visibility, build)
         # Flash attention takes no mask; the passes do not run on it where one is needed.
         return build if name.startswith("flash") else _routed_builder(build, visibility)
@@ -296,7 +296,7 @@ def _mask_where_needed(
     allow_is_causal_skip: bool = True,
     **arguments: Any,
 ) -> Tensor | None:
-    # Models that add something of their own to the mask (ALiBi) do not allow it to be left out.
+    # Models that add a bias to the mask (ALiBi) need it built and disallow skipping it.
     causal, window = causal_window(mask_function)
     plain = allow_is_causal_skip and causal and attention_mask is None and q_length == kv_length
     if plain and (window is None or kv_length <= window):
