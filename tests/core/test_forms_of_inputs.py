@@ -142,3 +142,26 @@ def test_noise_on_embeddings_is_drawn_for_whole_rows(gradient: str) -> None:
 
     model.get_input_embeddings().register_forward_hook(noisy)
     hold_to_reference(model, gradient, None if gradient == "exact" else "interleaved", input_ids=tokens())
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached", "sequence"])
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        ("bert-masked", {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}),
+        ("mixtral", {"router_jitter_noise": 0.1, "attention_dropout": 0.1}),
+    ],
+)
+def test_dropout_draws_as_in_the_models_own_step(name: str, rates: dict[str, float], gradient: str) -> None:
+    """Where everything is kept, one seed gives one loss, and leaves the generator where the model's step does."""
+    model = ROUTABLE[name](**rates)
+    wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
+    for seed in range(2):  # the first step looks at the model
+        torch.manual_seed(seed)
+        own = model(input_ids=tokens(), labels=tokens()).loss
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        loss = wrapped(tokens(), labels=tokens())
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
