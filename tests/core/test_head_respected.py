@@ -161,6 +161,30 @@ def test_what_follows_the_head_in_training_or_learns_counts(kind, gradient):
             model.temperature += 0.3
 
 
+class NotingShapes(AfterTheHead):
+    def changed(self, logits):
+        self.shapes.append(tuple(logits.shape))
+        return logits + self.bias
+
+
+@pytest.mark.filterwarnings("ignore:the head of:UserWarning")
+@pytest.mark.parametrize("engine", ["two_pass", "interleaved"])
+def test_what_follows_the_head_sees_logits_of_the_right_shape_in_every_pass(engine):
+    """Also in a context pass whose logits nobody reads."""
+    model, input_ids = NotingShapes(transformers.LlamaConfig(**SIZES)).train(), tokens()
+    model.__dict__["shapes"] = shapes = []
+    wrapped = CGGRModel(model, selection="random", engine=engine, min_tokens_ratio=0.5).train()
+    wrapped(input_ids, labels=input_ids, draw=1)
+    shapes.clear()
+    wrapped(input_ids, labels=input_ids, draw=1)
+    kept = int(wrapped.metrics["kept_tokens"])
+    whole = (*input_ids.shape, VOCAB)
+    assert len(shapes) == (2 if engine == "two_pass" else 1)
+    assert all(shape[0] == whole[0] and shape[2] == VOCAB for shape in shapes)
+    assert (shapes[0] == whole) is (engine == "two_pass")
+    assert kept / whole[0] <= shapes[-1][1] < whole[1]
+
+
 class MixedLogits(AfterTheHead):
     """Every position's logits know those of the others."""
 
