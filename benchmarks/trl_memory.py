@@ -11,8 +11,8 @@ AdamW, and on a GPU the peak of the update above weights.
 
 import argparse
 import gc
+import inspect
 import re
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -90,13 +90,13 @@ class Held(TorchDispatchMode):
 
     def _module(self) -> str:
         """Name of the innermost module that is being run."""
-        frame = sys._getframe(2)
+        frame = inspect.currentframe()
         while frame is not None:
-            for name in ("self", "module"):
-                found = frame.f_locals.get(name)
+            for own in ("self", "module"):
+                found = frame.f_locals.get(own)
                 if isinstance(found, nn.Module) and found in self._names:
                     return self._names[found]
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return ""
 
 

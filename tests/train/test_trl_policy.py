@@ -35,6 +35,9 @@ OPTIONS = {
     "entropy bonus": {"loss_type": "dapo", "entropy_coef": 0.1},
     "temperature": {"loss_type": "dapo", "temperature": 0.7},
     "accumulated": {"loss_type": "grpo", "gradient_accumulation_steps": 2},
+    "luspo by token": {"loss_type": "luspo"},
+    "adaptive entropy": {"loss_type": "dapo", "use_adaptive_entropy": True, "entropy_coef": 0.05},
+    "head in float32": {"loss_type": "dapo", "cast_lm_head_to_fp32": True},
 }
 
 
@@ -96,6 +99,58 @@ def test_kv_is_trls_loss_with_the_gradient_of_the_kept_tokens(grpo, tokenizer, n
     found, ours = step(made, inputs)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert error(ours, gradient) <= 1e-5
+
+
+def _ratios_of_vllm(inputs):
+    inputs["importance_sampling_ratio"] = torch.rand(ROWS, COMPLETION, generator=torch.Generator().manual_seed(2)) + 0.5
+    inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + 0.05
+
+
+def _observations_of_tools(inputs):
+    inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
+    inputs["tool_mask"][:, 2:5] = 0
+    inputs["tool_mask"][1] = 0
+
+
+def _a_truncated_completion(inputs):
+    inputs["completion_mask"][1] = 0
+
+
+def _advantages_by_token(inputs):
+    inputs["advantages"] = torch.randn(ROWS, COMPLETION, generator=torch.Generator().manual_seed(1))
+    inputs["advantages"][2] = 0
+    inputs["advantages"][0, ::2] = 0
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+@pytest.mark.parametrize("loss", ["grpo", "vespo", "sequence ratios"])
+@pytest.mark.parametrize(
+    "change", [_ratios_of_vllm, _observations_of_tools, _a_truncated_completion, _advantages_by_token]
+)
+def test_whatever_a_batch_holds_is_in_the_loss(grpo, tokenizer, change, loss, gradient):
+    plain, made = (grpo(cggr, top_entropy_quantile=0.4, **OPTIONS[loss]) for cggr in (None, CGGRConfig(gradient)))
+    inputs = batch_for(plain, tokenizer, old=True)
+    before = step(plain, inputs)[0]
+    change(inputs)
+    for trainer in (plain, made):
+        trainer.use_vllm = "importance_sampling_ratio" in inputs
+    keep = kept_by_the_loss(plain, inputs, 0.4)
+    with stopped_by_hand(plain.model, keep if gradient == "kv" else torch.ones_like(keep)):
+        wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert wanted != pytest.approx(before, rel=1e-3)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_where_all_completions_were_cut_off_nothing_is_learned(grpo, tokenizer, gradient):
+    plain, made = (grpo(cggr, top_entropy_quantile=0.4) for cggr in (None, CGGRConfig(gradient)))
+    inputs = batch_for(plain, tokenizer, old=True)
+    inputs["completion_mask"][:] = 0
+    for trainer in (plain, made):
+        loss, found = step(trainer, inputs)
+        assert loss == 0.0 and found and not any(value.any() for value in found.values())
 
 
 def test_the_kept_tokens_gradient_is_not_all_of_it(grpo, tokenizer):

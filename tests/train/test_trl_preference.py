@@ -117,6 +117,29 @@ def test_a_margin_that_nothing_reads_is_refused(make, settings, why):
         make(DPOTrainer, DPOConfig, CGGRConfig(context_margin=3, **settings))
 
 
+LOSSES = (
+    "aot", "aot_unpaired", "apo_down", "apo_zero", "bco_pair", "discopop", "exo_pair", "hinge", "nca_pair", "robust",
+    "sppo_hard",
+)  # fmt: skip
+DIVERGENCES = ("alpha_divergence", "forward_kl", "js_divergence")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"loss_type": [name], "label_smoothing": 0.1} for name in LOSSES]
+    + [{"f_divergence_type": n} for n in DIVERGENCES],
+    ids=LOSSES + DIVERGENCES,
+)
+def test_every_loss_of_dpo(make, values):
+    plain, made = make(DPOTrainer, DPOConfig, **values), make(DPOTrainer, DPOConfig, CGGRConfig(), **values)
+    inputs = batch_of(plain)
+    with stopped_by_hand(plain.model, labelled(inputs)):
+        wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+
+
 def test_the_prompt_of_a_pair_is_run_once(make, monkeypatch):
     made = make(DPOTrainer, DPOConfig, CGGRConfig())
     engine, seen = made._task_loss.forward()._engine, []

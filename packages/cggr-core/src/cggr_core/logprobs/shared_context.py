@@ -141,14 +141,17 @@ class SharedRun:
             segment=None,
         )
 
-    def prepare(self) -> None:
+    def prepare(self, *, applies_head: bool = True) -> None:
         """Prepare the engine; see :meth:`Engine.prepare`.
+
+        Args:
+            applies_head: Whether the passes apply the model's head.
 
         Raises:
             ValueError: If its keys and values cannot be routed.
         """
         try:
-            self._passes.prepare(self.batch, routing=True)
+            self._passes.prepare(self.batch, routing=True, applies_head=applies_head)
         except ValueError as error:
             raise ValueError(f"a shared context requires routed keys and values. {error}") from error
 

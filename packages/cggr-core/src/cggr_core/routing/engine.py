@@ -157,7 +157,7 @@ class Engine:
                 check_reads_shift_labels(self.model, self.architecture, inputs)
             self._probed.add("shift_labels")
 
-    def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False) -> None:
+    def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False, applies_head: bool = True) -> None:
         """Look at the model on its first batch, after weights were loaded, and where there is something new in a batch.
 
         New are longer rows, and the first padding, position ids or other input.
@@ -166,6 +166,7 @@ class Engine:
             inputs: The batch.
             routing: Whether keys and values will be routed.
             own_loss: Whether the step's loss stands for the model's own, which is then held to it.
+            applies_head: Whether the passes apply the model's head, which is said if it needs logits of all tokens.
 
         Raises:
             ValueError: If they will, and this model cannot; or if the model's own loss is another one.
@@ -194,7 +195,7 @@ class Engine:
                 self._probed_lengths[form] = max(self._probed_lengths.get(form, 0), length)
             self._loads_seen = self._loads.count
             head = self._probe.architecture.head
-            if not head.fused:
+            if applies_head and not head.fused:
                 warnings.warn(
                     f"the head of {type(unwrapped(self.model)).__name__} is more than one matrix with a scale and a "
                     "softcap (it may have hooks or adapters); its own logits are used, [tokens, vocabulary] at a time",

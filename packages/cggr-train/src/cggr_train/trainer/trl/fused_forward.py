@@ -226,11 +226,11 @@ class RoutedForward:
         """The tokens that are run row by row, after the prompts that are run once."""
         if prompts is None:
             batch = self._engine.inputs(**arguments)
-            self._engine.prepare(batch, routing=True)
+            self._engine.prepare(batch, routing=True, applies_head=False)  # the head is TRL's
             return batch
         start = prompts.input_ids.shape[1]
         run = SharedRun(self._engine, prompts, {name: value[:, start:] for name, value in arguments.items()})
-        run.prepare()
+        run.prepare(applies_head=False)
         return run.after_context(gradient_mode=self._gradient, precision=self._precision)
 
     @torch.no_grad()
