@@ -110,6 +110,11 @@ def check_model_folder(path: str) -> None:
         )
     if gguf_argument(path):
         return  # its configuration stands among its weights, and takes seconds to read
+    if not (Path(path) / "config.json").exists():
+        raise InputError(
+            f"the model directory {path} holds neither config.json nor a GGUF file; give a directory written by "
+            "save_pretrained"
+        )
     try:
         AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -27,6 +27,8 @@ class Conversations(Documents):
         (key,) = self.fields
         messages = record.get(key) if isinstance(record, dict) else None
         wanted = f"{where}: {key!r} should be a list of messages, each with the texts 'role' and 'content'"
+        if isinstance(record, dict) and key not in record:
+            wanted += f", got no such key (it has {', '.join(record) or 'none'}; see --messages)"
         if not isinstance(messages, list) or not messages:
             self._skip_or_raise(wanted)
             return None
