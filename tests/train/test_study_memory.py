@@ -225,7 +225,7 @@ def test_questions_need_answers(data):
         settings([data], accuracy=True, equal=("time",))
 
 
-@pytest.mark.parametrize("text", ["24 apples", "", "1.2.3GB", "-1GB", "0.1B"])
+@pytest.mark.parametrize("text", ["24 apples", "24", "", "1.2.3GB", "-1GB", "0.1B"])
 def test_bytes_that_are_none(text):
     with pytest.raises(InputError, match="--memory-limit must be bytes with a unit"):
         parse_bytes("--memory-limit", text)

@@ -161,8 +161,9 @@ class Stages:
         limited = [arm for arm in self.arms if arm.memory_of is None]
         if self.settings.memory_limit is not None:
             self._fit(limited, dict.fromkeys((arm.name for arm in limited), self.settings.memory_limit))
-            if not self.stop.requested:
-                self._take_fits()
+            if self.stop.requested:
+                return
+            self._take_fits()
         self._time([arm for arm in self.arms if arm.memory_of is None])
         equal = [arm for arm in self.arms if arm.memory_of is not None]
         if equal and not self.stop.requested:
