@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cggr_core import CGGRModel, create_truncated_router, keep_tokens, routed_hidden, routed_logprobs
-from cggr_core.fp8 import has_fp8_products, product, quantize_rows, quantize_silu_mul_reference
+from cggr_core.backends import has_fp8_products
+from cggr_core.fp8 import product, quantize_rows, quantize_silu_mul_reference
 from cggr_core.routing import Engine
 from cggr_core.settings import RoutingSettings
 from tests.support.model_steps import ROUTED, backward, checkpoint_activations, routed, tokens

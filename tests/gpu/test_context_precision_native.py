@@ -6,13 +6,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_core.fp8 as fp8
 from cggr_core import CGGRModel
+from cggr_core.backends import has_fp8_products
 from tests.support.host_reads import no_host_reads
 from tests.support.model_steps import ROUTED, backward
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not (torch.cuda.is_available() and fp8.has_fp8_products(torch.device("cuda"))),
+        not (torch.cuda.is_available() and has_fp8_products(torch.device("cuda"))),
         reason="FP8 products with a scale for every row need compute capability 9.0",
     ),
 ]

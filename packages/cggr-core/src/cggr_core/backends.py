@@ -19,7 +19,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import torch
 
 from cggr_core.checks import check_choice
 
-__all__ = ["BackendRow", "register_reference", "report", "resolve"]
+__all__ = ["BackendRow", "has_fp8_products", "register_reference", "report", "resolve"]
 
 _GROUP = "cggr.backends"
 _CHOICES = ("auto", "torch", "triton")
@@ -179,3 +179,16 @@ def report() -> list[BackendRow]:
         True
     """
     return _registry.report()
+
+
+@cache
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether a device multiplies in FP8 with a scale for every row: NVIDIA's from compute capability 9.0 on.
+
+    Example:
+        >>> has_fp8_products(torch.device("cpu"))
+        False
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

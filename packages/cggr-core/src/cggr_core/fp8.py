@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from cggr_core.backends import register_reference, resolve
+from cggr_core.backends import has_fp8_products, register_reference, resolve
 
 __all__ = [
-    "has_fp8_products",
     "product",
     "quantize_rows",
     "quantize_rows_reference",
@@ -25,19 +22,6 @@ LARGEST = 448.0
 SMALLEST = 1e-30
 # What the products take: 16 bytes at a time.
 STEP = 16
-
-
-@cache
-def has_fp8_products(device: torch.device) -> bool:
-    """Whether a device multiplies in FP8 with a scale for every row: NVIDIA's from compute capability 9.0 on.
-
-    Example:
-        >>> has_fp8_products(torch.device("cpu"))
-        False
-    """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:

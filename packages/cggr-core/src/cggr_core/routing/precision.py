@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from cggr_core.fp8 import STEP, has_fp8_products, product, quantize_rows, quantize_silu_mul
+from cggr_core.backends import has_fp8_products
+from cggr_core.fp8 import STEP, product, quantize_rows, quantize_silu_mul
 from cggr_core.head import autocast_active
 from cggr_core.routing.fusions import gated_mlps
 from cggr_core.routing.norms import is_untouched

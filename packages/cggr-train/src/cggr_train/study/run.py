@@ -112,7 +112,7 @@ def resume_study(folder: Path, console: Console) -> StudyResult:
 
 
 def _check_fp8(settings: StudySettings, device: torch.device) -> None:
-    from cggr_core.fp8 import has_fp8_products
+    from cggr_core.backends import has_fp8_products
 
     if "fp8" in settings.context_precisions and not has_fp8_products(device):
         raise InputError(

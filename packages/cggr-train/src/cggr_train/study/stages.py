@@ -123,7 +123,7 @@ class Stages:
         """Other arms go on without one that memory does not last for; without the standard one there is no study."""
         arm = next((arm for arm in self.arms if arm.name == request.fields.get("arm")), None)
         advice = "give --memory-limit, which finds a micro-batch that fits, or a smaller --batch-size or --length"
-        if arm is self.arms[0] and request.event in COMPARED:
+        if arm is not None and arm is self.arms[0] and request.event in COMPARED:
             raise RunError(f"{arm.label} ran out of memory ({words}), and every arm is compared with it; {advice}")
         if "seed" in request.fields and arm is not None:
             shutil.rmtree(self.folder / "runs" / f"{arm.name}-seed{request.fields['seed']}", ignore_errors=True)
