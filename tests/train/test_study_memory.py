@@ -294,7 +294,7 @@ def test_gradients_that_memory_does_not_last_for_are_not_shown(monkeypatch, data
     outcome, text = run(wanted, tmp_path / "study")
     assert set(outcome.gradients["end"]) == {"kv-0.25-stratified-gradnorm"} and not outcome.kept
     assert not outcome.left_out and "kv-0.25-random" in outcome.losses["time"]
-    assert "memory ran out where gradients were looked at (CUDA out of memory); the page goes without" in text
+    assert "memory ran out where gradients were being examined (CUDA out of memory); the page omits them" in text
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch, data, tmp_path):

@@ -49,7 +49,7 @@ def train_tokenizer(
     if first is None:
         skipped = int(getattr(documents, "skipped", 0))
         left_out = f"; {skipped:,} bad lines were left out" if skipped else ""
-        raise InputError(f"the data files hold no text to train a tokenizer on; give files with text{left_out}")
+        raise InputError(f"the data files hold no text to train a tokenizer on{left_out}; give files with text")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
