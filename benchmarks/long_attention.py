@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import _record
+from benchmarks._kernels import peak_bytes
 from cggr_core import routing as routing  # registers the op
 from cggr_core.backends import report, resolve
 
@@ -85,18 +86,8 @@ def _flex(position: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor], T
 
 def peak_of(call: Callable[[], Any], device: str) -> int:
     """Bytes above what is held before the call; 0 where they cannot be counted."""
-    if device == "cpu":
-        call()
-        return 0
-    call()
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    call()  # what is compiled on first use is not counted
+    return 0 if device == "cpu" else peak_bytes(call)
 
 
 def main() -> None:
