@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "TensorFloat32 tensor cores for float32 matrix multiplication available:UserWarning",
         r"<class 'torch\.autograd\.function\.Function'> should not be:DeprecationWarning",
         "`torch.jit.script_method` is deprecated:DeprecationWarning",
+        "_compile flag on create_block_mask was originally added:DeprecationWarning",  # transformers' call of it
     )
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):

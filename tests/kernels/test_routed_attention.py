@@ -95,6 +95,20 @@ def test_positions_and_segments_in_any_order(device):
         check_against_truth(q, k, v, position[:, order], segment, d_out, window)
 
 
+@pytest.mark.parametrize("K", [150, 300])
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("kept_only", [False, True])
+def test_long_documents_and_padding_on_either_side(K, window, kept_only, device):
+    """Most blocks of keys are seen by all queries of a block, which are then not asked about each."""
+    q, k, v, position, _, d_out = problem(4, K, 300, 2, 1, 16, torch.float32, device)
+    segment = torch.zeros(4, 300, dtype=torch.int64)
+    segment[0, 170:] = -1
+    segment[1, :130] = -1
+    segment[2] = torch.tensor([3] * 100 + [1] * 160 + [3] * 40)  # a number that comes again
+    kept = torch.zeros(4, 300, dtype=torch.bool, device=device).scatter(1, position, True) if kept_only else None
+    check_against_truth(q, k, v, position, segment.to(device), d_out, window, None, kept_rows=kept)
+
+
 def test_queries_that_see_nothing_give_zero(device):
     q, k, v, position, _, d_out = problem(1, 10, 40, 2, 1, 16, torch.float32, device)
     segment = torch.full((1, 40), -1, device=device)

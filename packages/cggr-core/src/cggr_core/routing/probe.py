@@ -1,6 +1,7 @@
 """A look at the model on a batch before it is trusted: what its layers return, and whether routing is exact."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,14 +60,26 @@ def probe(
     Raises:
         ValueError: If the logits are NaN, or not one row for each token; or if the model's own loss is another one.
     """
+    with _attention_of_any_mask():
+        try:
+            return _probe(model, architecture, inputs, _TOKENS, routing=routing, own_loss=own_loss)
+        except MODEL_ERRORS as error:
+            # Some run on rows of certain lengths alone, and the batch's is one.
+            if inputs.shape[1] > _TOKENS:
+                with suppress(*MODEL_ERRORS):
+                    return _probe(model, architecture, inputs, inputs.shape[1], routing=routing, own_loss=own_loss)
+            raise error
+
+
+@contextmanager
+def _attention_of_any_mask() -> Iterator[None]:
+    """SDPA may fall back to its math backend where a user allows flash attention alone: looks bring masks."""
+    allowed = torch.backends.cuda.math_sdp_enabled()  # of CPUs too, despite its name
+    torch.backends.cuda.enable_math_sdp(True)
     try:
-        return _probe(model, architecture, inputs, _TOKENS, routing=routing, own_loss=own_loss)
-    except MODEL_ERRORS as error:
-        # Some run on rows of certain lengths alone, and the batch's is one.
-        if inputs.shape[1] > _TOKENS:
-            with suppress(*MODEL_ERRORS):
-                return _probe(model, architecture, inputs, inputs.shape[1], routing=routing, own_loss=own_loss)
-        raise error
+        yield
+    finally:
+        torch.backends.cuda.enable_math_sdp(allowed)
 
 
 def _probe(

@@ -21,6 +21,8 @@ def _attend(
     query_segment,
     start,
     end,
+    gap_at,
+    gap,
     S,
     unit,
     inner,
@@ -33,9 +35,15 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys [start, end) into the running softmax; ``peak`` and the exponents are in base 2."""
+    """Keys [start, end) into the running softmax, without ``gap`` keys from ``gap_at`` on.
+
+    ``peak`` and the exponents are in base 2.
+    """
     n = tl.arange(0, BLOCK_N)
-    for offset in range(start, end, BLOCK_N):
+    for step in range(start, end - gap, BLOCK_N):
+        offset = step
+        if MASKED and HAS_SEGMENT:
+            offset = step + tl.where(step >= gap_at, gap, 0)
         key = offset + n
         k = k_desc.load([b, kv_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -117,7 +125,7 @@ def routed_attention_forward_kernel(
     segment_ptr += b * S
     if HAS_SEGMENT:
         query_segment = tl.load(segment_ptr + position, mask=position >= 0, other=-1).to(tl.int32)
-    start, full, end = key_range(
+    start, free, full, end = key_range(
         position, query_segment, row_ok, segment_ptr, S, window, HAS_SEGMENT, HAS_WINDOW, BLOCK_N, 1024
     )
 
@@ -129,7 +137,7 @@ def routed_attention_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     # Finite, so that rows that see no key give exponents of -inf and no NaN.
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    if not HAS_SEGMENT and not HAS_WINDOW:
+    if not HAS_WINDOW:
         acc, total, peak = _attend(
             acc,
             total,
@@ -142,8 +150,10 @@ def routed_attention_forward_kernel(
             segment_ptr,
             position,
             query_segment,
-            start,
+            free,
             full,
+            full,
+            0,
             S,
             unit,
             inner,
@@ -168,8 +178,10 @@ def routed_attention_forward_kernel(
         segment_ptr,
         position,
         query_segment,
-        full,
+        start if HAS_SEGMENT else full,
         end,
+        free,
+        full - free if HAS_SEGMENT else 0,
         S,
         unit,
         inner,

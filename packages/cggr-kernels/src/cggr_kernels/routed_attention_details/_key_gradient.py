@@ -21,10 +21,11 @@ def _slot_range(
     HAS_WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Slots [first, last) that may see a key of the block, and the first slot from which on all see all of it."""
+    """Slots [first, last) that may see a key of the block, of which those of [full, other) see all of it."""
     first = K
     last = 0
     full = 0
+    other = K
     for offset in range(0, K, CHUNK):
         slot = offset + tl.arange(0, CHUNK)
         position = tl.load(position_ptr + slot, mask=slot < K, other=-1).to(tl.int32)
@@ -35,10 +36,12 @@ def _slot_range(
         if HAS_SEGMENT:
             segment = tl.load(segment_ptr + position, mask=position >= 0, other=-1).to(tl.int32)
             sees = sees & (segment >= lowest_segment) & (segment <= highest_segment)
+            apart = (segment != highest_segment) & (position >= highest_key) & (slot < K)
+            other = tl.minimum(other, tl.min(tl.where(apart, slot, K), 0))
         first = tl.minimum(first, tl.min(tl.where(sees, slot, K), 0))
         last = tl.maximum(last, tl.max(tl.where(sees, slot + 1, 0), 0))
         full = tl.maximum(full, tl.max(tl.where((position < highest_key) & (slot < K), slot + 1, 0), 0))
-    return first, last, full
+    return first, last, full, other
 
 
 @triton.jit
@@ -60,6 +63,8 @@ def _key_gradient(
     segment_ptr,
     start,
     end,
+    gap_at,
+    gap,
     K,
     S,
     unit,
@@ -77,13 +82,17 @@ def _key_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add dS^T @ Q and P^T @ dO over the query rows [start, end); the factor ``scale`` of dK is left to the caller.
+    """Add dS^T @ Q and P^T @ dO over the query rows [start, end), without ``gap`` rows from ``gap_at`` on.
 
+    The factor ``scale`` of dK is left to the caller.
     With STAGES the two products of a block start together and the statistics are loaded ahead too; without, fewer
     registers are needed.
     """
     m = tl.arange(0, BLOCK_M)
-    for offset in tl.range(start, end, BLOCK_M, num_stages=STAGES):
+    for step in tl.range(start, end - gap, BLOCK_M, num_stages=STAGES):
+        offset = step
+        if MASKED and HAS_SEGMENT:
+            offset = step + tl.where(step >= gap_at, gap, 0)
         row = offset + m
         q = q_desc.load([b, kv_head, offset // TILE_G, 0, 0]).reshape(BLOCK_M, BLOCK_D)
         d_out = d_out_desc.load([b, kv_head, offset // TILE_G, 0, 0]).reshape(BLOCK_M, BLOCK_D)
@@ -187,7 +196,7 @@ def routed_attention_key_gradient_kernel(
         key_segment = tl.load(segment_ptr + key, mask=key_ok, other=-1).to(tl.int32)
         lowest_segment = tl.min(tl.where(key_segment >= 0, key_segment, 2147483647), 0)
         highest_segment = tl.max(key_segment, 0)
-    first, last, full = _slot_range(
+    first, last, full, other = _slot_range(
         position_ptr,
         segment_ptr,
         tl.min(tl.where(key_ok, key, S), 0),
@@ -204,8 +213,15 @@ def routed_attention_key_gradient_kernel(
     start = first * G // BLOCK_M * BLOCK_M
     end = last * G
     full = tl.maximum((full * G + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start)
-    if HAS_SEGMENT or HAS_WINDOW:
+    rest = end
+    if HAS_SEGMENT:
+        one_segment = (tl.min(tl.where(key_ok, key_segment, 2147483647), 0) == highest_segment) & (highest_segment >= 0)
+        rest = tl.where(one_segment, tl.minimum(other, last) * G // BLOCK_M * BLOCK_M, 0)
+    if HAS_WINDOW:
         full = end
+        rest = end
+    full = tl.minimum(full, end)
+    rest = tl.maximum(rest, full)
 
     d = tl.arange(0, BLOCK_D)
     load = key_ok[:, None] & (d < D)[None, :]
@@ -234,7 +250,9 @@ def routed_attention_key_gradient_kernel(
         position_ptr,
         segment_ptr,
         start,
-        tl.minimum(full, end),
+        end if HAS_SEGMENT else full,
+        full,
+        rest - full if HAS_SEGMENT else 0,
         K,
         S,
         unit,
@@ -252,7 +270,7 @@ def routed_attention_key_gradient_kernel(
         BLOCK_N,
         BLOCK_D,
     )
-    if not HAS_SEGMENT and not HAS_WINDOW:
+    if not HAS_WINDOW:
         dk, dv = _key_gradient(
             dk,
             dv,
@@ -270,7 +288,9 @@ def routed_attention_key_gradient_kernel(
             position_ptr,
             segment_ptr,
             full,
-            end,
+            rest,
+            rest,
+            0,
             K,
             S,
             unit,

@@ -22,6 +22,8 @@ def _query_gradient(
     query_segment,
     start,
     end,
+    gap_at,
+    gap,
     S,
     unit,
     inner,
@@ -34,9 +36,15 @@ def _query_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add dS @ K over the keys [start, end); the factor ``scale`` is left to the caller."""
+    """Add dS @ K over the keys [start, end), without ``gap`` keys from ``gap_at`` on.
+
+    The factor ``scale`` is left to the caller.
+    """
     n = tl.arange(0, BLOCK_N)
-    for offset in range(start, end, BLOCK_N):
+    for step in range(start, end - gap, BLOCK_N):
+        offset = step
+        if MASKED and HAS_SEGMENT:
+            offset = step + tl.where(step >= gap_at, gap, 0)
         key = offset + n
         k = k_desc.load([b, kv_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         v = v_desc.load([b, kv_head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -117,7 +125,7 @@ def routed_attention_query_gradient_kernel(
     segment_ptr += b * S
     if HAS_SEGMENT:
         query_segment = tl.load(segment_ptr + position, mask=position >= 0, other=-1).to(tl.int32)
-    start, full, end = key_range(
+    start, free, full, end = key_range(
         position, query_segment, row_ok, segment_ptr, S, window, HAS_SEGMENT, HAS_WINDOW, BLOCK_N, 1024
     )
 
@@ -134,7 +142,7 @@ def routed_attention_query_gradient_kernel(
         q = in_registers(q, BLOCK_D)
         d_out = in_registers(d_out, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if not HAS_SEGMENT and not HAS_WINDOW:
+    if not HAS_WINDOW:
         dq = _query_gradient(
             dq,
             q,
@@ -148,8 +156,10 @@ def routed_attention_query_gradient_kernel(
             segment_ptr,
             position,
             query_segment,
-            start,
+            free,
             full,
+            full,
+            0,
             S,
             unit,
             inner,
@@ -175,8 +185,10 @@ def routed_attention_query_gradient_kernel(
         segment_ptr,
         position,
         query_segment,
-        full,
+        start if HAS_SEGMENT else full,
         end,
+        free,
+        full - free if HAS_SEGMENT else 0,
         S,
         unit,
         inner,

@@ -5,15 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
-def first_key_of_segments(segment_ptr, lowest, highest, start, end, CHUNK: tl.constexpr):
-    """First key in [start, end) whose segment lies in [lowest, highest], or ``end``; segments in any order."""
+def keys_of_segments(segment_ptr, lowest, highest, full, end, CHUNK: tl.constexpr):
+    """First key below ``end`` whose segment lies in [lowest, highest], and where the keys below ``full`` get alike.
+
+    Segments come in any order. The first is ``end`` if there is none; from the second on, all are of ``highest``.
+    """
     first = end
-    for offset in range(start, end, CHUNK):
+    alike = 0
+    for offset in range(0, end, CHUNK):
         key = offset + tl.arange(0, CHUNK)
         segment = tl.load(segment_ptr + key, mask=key < end, other=-1).to(tl.int32)
         hit = (segment >= lowest) & (segment <= highest) & (key < end)
         first = tl.minimum(first, tl.min(tl.where(hit, key, end), 0))
-    return first
+        alike = tl.maximum(alike, tl.max(tl.where((segment != highest) & (key < full), key + 1, 0), 0))
+    return first, alike
 
 
 @triton.jit
@@ -29,20 +34,26 @@ def key_range(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Keys that a block of queries needs: [start, full) is seen by all of them, [full, end) by some."""
+    """Keys that a block of queries needs: of [start, end), all of them see [free, full), and some of them the rest."""
     lowest_position = tl.min(tl.where(row_ok, position, S), 0)
     end = tl.max(position, 0) + 1
     start = 0
     full = lowest_position + 1
+    alike = 0
     if HAS_WINDOW:
         start = tl.maximum(lowest_position - window + 1, 0)
         full = 0
     if HAS_SEGMENT:
         lowest = tl.min(tl.where(query_segment >= 0, query_segment, 2147483647), 0)
-        start = first_key_of_segments(segment_ptr, lowest, tl.max(query_segment, 0), start, end, CHUNK)
-        full = 0
+        highest = tl.max(query_segment, 0)
+        first, alike = keys_of_segments(segment_ptr, lowest, highest, full, end, CHUNK)
+        start = tl.maximum(start, first)
+        one_segment = (tl.min(tl.where(row_ok, query_segment, 2147483647), 0) == highest) & (highest >= 0)
+        full = tl.where(one_segment, full, 0)
     start = start // BLOCK_N * BLOCK_N
-    return start, tl.maximum(full // BLOCK_N * BLOCK_N, start), end
+    free = tl.maximum((alike + BLOCK_N - 1) // BLOCK_N * BLOCK_N, start)
+    full = tl.maximum(full // BLOCK_N * BLOCK_N, free)
+    return start, free, full, end
 
 
 @triton.jit
