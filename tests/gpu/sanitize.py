@@ -56,14 +56,24 @@ def run_linear_cross_entropy() -> None:
 
 
 def run_routed_attention() -> None:
-    """Numbers of heads that are powers of two and others; a row of 20 numbers is no whole step of the copy engine."""
+    """Numbers of heads that are powers of two and others; a row of 20 numbers is no whole step of the copy engine.
+
+    One of the long documents lets whole blocks go unmasked.
+    """
     position = torch.randperm(203, device="cuda")[None, :37].sort(1).values
     segment = torch.arange(203, device="cuda")[None] // 50
+    long = torch.tensor([[-1] * 11 + [0] * 142 + [1] * 50], device="cuda")
     dtypes = {64: (torch.bfloat16, torch.float32)}
     for H, D in ((8, 64), (6, 128), (4, 256), (2, 20)):
         for dtype in dtypes.get(D, (torch.bfloat16,)):
             q, k, v = (leaf(1, n, h, D, dtype=dtype) for n, h in ((37, H), (203, 2), (203, 2)))
-            for options in ({}, {"segment": segment, "window": 30, "softcap": 9.0}, {"key_gradient": "kept"}):
+            masks = (
+                {},
+                {"segment": long},
+                {"segment": segment, "window": 30, "softcap": 9.0},
+                {"key_gradient": "kept"},
+            )
+            for options in masks:
                 routed_attention(q, k, v, position, **options).sum().backward()
 
 

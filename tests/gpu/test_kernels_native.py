@@ -62,6 +62,18 @@ def test_blocks_for_little_shared_memory(monkeypatch):
         check_attention(*attention_problem(1, 70, 300, 4, 2, D), 50)
 
 
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_in_long_documents_with_padding_on_either_side(D, window):
+    """Most blocks of keys are seen by all queries of a block, which are then not asked about each."""
+    q, k, v, position, segment, d_out = attention_problem(4, 512, 2000, 8, 2, D)
+    segment.zero_()
+    segment[0, 1170:] = -1
+    segment[1, :930] = -1
+    segment[2, 700:1500] = 5
+    check_attention(q, k, v, position, segment, d_out, window)
+
+
 def test_attention_repeats_bit_for_bit():
     q, k, v, position, segment, d_out = attention_problem(2, 256, 1024, 8, 2, 64)
     first, second = (gradients(routed_attention, q, k, v, d_out, position, segment) for _ in range(2))
