@@ -39,6 +39,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from benchmarks import _record
 from benchmarks._random_model import SEED
 from benchmarks._steps import Shape
+from cggr_core.backends import has_fp8_products
 from cggr_train import CGGRConfig, CGGRMixin
 from cggr_train.tokenizer import train_tokenizer
 
@@ -144,14 +145,13 @@ def tokens_of(shape: Shape, *sizes: int) -> Tensor:
 
 @contextmanager
 def trainers(
-    sizes: Sizes, model: Any, plain: Any, routed: Any, config: Any, **values: Any
-) -> Iterator[tuple[Any, Any]]:
-    """The same trainer twice over the same model: as it comes, and routed."""
+    sizes: Sizes, model: Any, plain: Any, routed: Any, config: Any, *cggr: CGGRConfig, **values: Any
+) -> Iterator[list[Any]]:
+    """The same trainer over the same model: as it comes, and routed with each of the configurations."""
     tokenizer = train_tokenizer(["def f(a):\n    return a\n" * 20], vocab_size=300)
     rows = [{"prompt": "def f(a):\n", "completion": "    return a\n", "chosen": "    1\n", "rejected": "    2\n"}] * 8
     columns = {SFTConfig: ["prompt", "completion"], GRPOConfig: ["prompt"], DPOConfig: ["prompt", "chosen", "rejected"]}
     data = Dataset.from_list([{name: row[name] for name in columns[config]} for row in rows])
-    cggr = values.pop("cggr")
     beside = {name: values.pop(name) for name in ("reward_funcs", "ref_model") if name in values}
     with tempfile.TemporaryDirectory() as folder:
         arguments = config(
@@ -159,12 +159,12 @@ def trainers(
             **values,
         )  # fmt: skip
         made = []
-        for kind, more in ((plain, {}), (routed, {"cggr": cggr})):
+        for kind, more in ((plain, {}), *((routed, {"cggr": one}) for one in cggr)):
             # Each patches the forward of its model, and generation's settings are its own.
             made.append(kind(model, args=arguments, train_dataset=data, processing_class=tokenizer, **beside, **more))
             made[-1].model.train()
             made[-1].current_gradient_accumulation_steps = 1
-        yield made[0], made[1]
+        yield made
 
 
 def split(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
@@ -186,15 +186,21 @@ def sft(sizes: Sizes, model: Any, length: int) -> Iterator[dict[str, Variant]]:
     batch = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(~supervised, -100),
     }  # fmt: skip
-    cggr = CGGRConfig(selection="supervised")
-    with trainers(sizes, model, SFTTrainer, RoutedSFT, SFTConfig, cggr=cggr, max_length=None) as (plain, routed):
+    configurations = [CGGRConfig(selection="supervised")]
+    if has_fp8_products(ids.device):
+        configurations.append(CGGRConfig(selection="supervised", context_precision="fp8"))
+    with trainers(sizes, model, SFTTrainer, RoutedSFT, SFTConfig, *configurations, max_length=None) as made:
+        plain, routed, *fp8 = made
         few, many = (split(batch, max(1, tokens // length)) for tokens in (sizes.plain, sizes.routed))
-        yield {
+        variants = {
             CONTROL: Variant(plain, few, checkpointing=True),
             PLAIN: Variant(plain, few),
             "CGGR, kv": Variant(routed, many),
             "CGGR, kv, TRL's micro-batches": Variant(routed, few),
         }
+        if fp8:
+            variants["CGGR, kv, FP8 for other tokens"] = Variant(*fp8, many)
+        yield variants
 
 
 @contextmanager
@@ -214,11 +220,11 @@ def grpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
     shuffled = {name: value[order] for name, value in batch.items()} | items
     values = {
         "num_generations": sizes.generations, "per_device_train_batch_size": sizes.generations,
-        "max_completion_length": sizes.completion, "top_entropy_quantile": 0.2, "cggr": CGGRConfig(),
+        "max_completion_length": sizes.completion, "top_entropy_quantile": 0.2,
         "reward_funcs": lambda completions, **_: [0.0] * len(completions),
     }  # fmt: skip
     few, many = (max(1, count // length) for count in (sizes.plain, sizes.routed))
-    with trainers(sizes, model, GRPOTrainer, RoutedGRPO, GRPOConfig, **values) as (plain, routed):
+    with trainers(sizes, model, GRPOTrainer, RoutedGRPO, GRPOConfig, CGGRConfig(), **values) as (plain, routed):
         known = shuffled | old_values(plain, shuffled, few)
         yield {
             CONTROL: Variant(plain, split(shuffled, few), checkpointing=True),
@@ -261,8 +267,8 @@ def dpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
         halves = [torch.arange(at, min(at + count, pairs), device=ids.device) for at in range(0, pairs, count)]
         return [{name: value[torch.cat([at, at + pairs])] for name, value in batch.items()} for at in halves]
 
-    values = {"cggr": CGGRConfig(), "ref_model": copy.deepcopy(model).eval().requires_grad_(False)}
-    with trainers(sizes, model, DPOTrainer, RoutedDPO, DPOConfig, **values) as (plain, routed):
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    with trainers(sizes, model, DPOTrainer, RoutedDPO, DPOConfig, CGGRConfig(), ref_model=reference) as (plain, routed):
         yield {
             CONTROL: Variant(plain, batches(sizes.plain), checkpointing=True),
             PLAIN: Variant(plain, batches(sizes.plain)),
