@@ -6,8 +6,17 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import OffloadWrapper, checkpoint_wrapper
+from torch.nn.utils.parametrize import register_parametrization
 
-from cggr_core.routing.architectures import describe, has_hooks, head_rows, is_plain_matrix, unwrapped
+from cggr_core.routing.architectures import (
+    default_position_ids,
+    describe,
+    has_hooks,
+    head_rows,
+    is_plain_matrix,
+    unwrapped,
+)
 from cggr_core.routing.head_check import gives_the_logits, large_random_logits
 from cggr_core.routing.inputs import other_positions, token_inputs
 from cggr_core.routing.loads import count_loads
@@ -27,6 +36,14 @@ class Renamed(nn.Linear):
     pass
 
 
+class NotToBeRead(nn.Module):
+    forward = staticmethod(lambda weight: weight)
+
+
+class NoMatrix(nn.Module):
+    forward = nn.Linear.forward
+
+
 def nothing(*_):
     return None
 
@@ -40,7 +57,7 @@ gathers.__module__ = "torch.distributed.fsdp"
 
 def test_a_head_is_a_plain_matrix_or_it_is_not():
     assert is_plain_matrix(nn.Linear(2, 3)) and is_plain_matrix(Renamed(2, 3))
-    for other in (OwnForward(2, 3), nn.Identity(), nn.Bilinear(2, 2, 3), nn.Sequential(nn.Linear(2, 3))):
+    for other in (OwnForward(2, 3), nn.Identity(), nn.Bilinear(2, 2, 3), nn.Sequential(nn.Linear(2, 3)), NoMatrix()):
         assert not is_plain_matrix(other)
     head = nn.Linear(2, 3)
     head.forward = nothing
@@ -77,6 +94,9 @@ def test_classes_of_a_head():
     packed = nn.Linear(4, 7)
     packed.weight = nn.Parameter(torch.zeros(14))
     assert rows(packed) == rows(nn.Identity()) == 99
+    computed = register_parametrization(nn.Linear(4, 7), "weight", NotToBeRead(), unsafe=True)
+    NotToBeRead.forward = None
+    assert rows(computed) == 7
 
 
 def test_the_model_inside_a_wrapper():
@@ -116,6 +136,8 @@ def test_layers_and_what_stands_around_them():
         part for part in model.modules() if hasattr(part, "gradient_checkpointing")
     }
     assert set(description.configured) == {part for part in model.modules() if hasattr(part, "config")}
+    assert description.places == {} and description.checkpoint_wrappers == {} and description.shifted
+    assert description.counts_padding and not description.whole_after_layers
     model.config.num_hidden_layers += 1
     assert len(describe(model).layers) == 0 and "were not found" in describe(model).obstacle
     model.config.num_hidden_layers -= 1
@@ -143,19 +165,131 @@ def test_position_ids_are_taken_by_name_or_among_further_arguments(forward, take
     assert inputs(model).passes_positions is False
 
 
-def test_of_two_lists_as_long_as_the_layers_the_outer_one_is_meant():
+def test_of_two_lists_as_long_as_the_layers_the_outer_one_of_the_decoder_is_meant():
     model, _ = described()
     own = model.model.layers
     model.model.layers[0].experts = nn.ModuleList(nn.Identity() for _ in own)
+    model.vision = nn.ModuleList(nn.Identity() for _ in own)
     assert describe(model).layers is own
+    model.get_decoder = nothing
+    assert describe(model).layers is model.vision
 
 
-@pytest.mark.parametrize("change", ["no config", "encoder-decoder", "no head", "packed head"])
+class Plain(nn.Module):
+    """A language model without what transformers' own have besides."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.config, self.head, self.own = own.config, own.lm_head, nn.ModuleDict({"text": own.model})
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids):
+        return self.head(self.own["text"](input_ids)[0])
+
+
+def test_a_model_that_names_no_decoder():
+    """The cache is handed to the module that holds the layers, under the name that this one gives it."""
+    own = described()[0]
+    found = describe(Plain(own))
+    assert found.layers is own.model.layers and found.obstacle is None and found.shifted
+    assert found.cache_name == describe(own).cache_name
+    for name in ("past_key_values", "cache"):
+        own.model.forward = eval(f"lambda input_ids, {name}=None: None")
+        assert describe(Plain(own)).cache_name == name
+    own.model.forward = lambda input_ids: None
+    found = describe(Plain(own))
+    assert found.obstacle == "Plain keeps no key/value cache" and found.cache_name == "past_key_values"
+
+
+def test_what_the_layers_of_a_model_number_themselves():
+    model, _ = described()
+    first, *rest = model.model.layers
+    model.model.layers, model.config.num_hidden_layers = nn.ModuleList(rest), 2
+    found = describe(model)
+    assert found.places == {1: 0, 2: 1} and found.obstacle is None
+    model.model.layers[1].self_attn.layer_idx = None  # no number: its place
+    assert describe(model).places == {1: 0} and "give the cache one number, layer_idx=1" in describe(model).obstacle
+    model.model.layers[1].mlp.layer_idx, model.model.layers[1].self_attn.layer_idx = 2, 7  # two numbers
+    assert "layers 0 and 1 of LlamaForCausalLM give the cache one number" in describe(model).obstacle
+    model.model.layers, model.config.num_hidden_layers = nn.ModuleList([rest[0], first, first]), 3
+    assert (
+        describe(model).obstacle == "layers 1 and 2 of LlamaForCausalLM are one module, which runs twice in a forward"
+    )
+
+
+class RunningNorm(nn.BatchNorm1d):
+    pass
+
+
+def test_norms_and_linear_layers_are_those_without_parts_or_buffers():
+    model, found = described()
+    layers = model.model.layers
+    assert found.norms == tuple((layer.input_layernorm, layer.post_attention_layernorm) for layer in layers)
+    added = {
+        "running": RunningNorm(2),
+        "wrapped_norm": nn.Sequential(),
+        "own": OwnForward(2, 2),
+        "more": nn.Linear(2, 2),
+    }
+    norm_of_parts = type("NormOfParts", (nn.Sequential,), {})(nn.Linear(2, 2))
+    for name, part in {**added, "norm_of_parts": norm_of_parts}.items():
+        layers[0].add_module(name, part)
+    changed = describe(model)
+    assert changed.norms == found.norms
+    assert changed.linears[0] == (*found.linears[0], added["more"], norm_of_parts[0])
+    assert changed.linears[1:] == found.linears[1:] and len(found.linears[1]) == 7
+
+
+def test_wrappers_of_torchs_checkpointing():
+    model, _ = described()
+    own = model.model.layers[1]
+    model.model.layers[1] = checkpoint_wrapper(own)
+    model.model.layers[0] = OffloadWrapper(model.model.layers[0])  # whose part has the same name
+    model.model.norm.checkpoint_fn = nothing
+    assert describe(model).checkpoint_wrappers == {model.model.layers[1]: own}
+
+
+def test_heads_that_hold_a_weight_somehow():
+    model, _ = described()
+    frozen = nn.Identity()
+    frozen.register_buffer("weight", torch.randn(VOCAB, 32))
+    for head, classes in ((frozen, VOCAB), (nn.Sequential(nn.Linear(32, VOCAB + 1)), VOCAB)):
+        model.lm_head = head
+        assert describe(model).head.module is head and describe(model).head.classes == classes
+        assert not describe(model).head.fused
+
+
+def test_positions_that_a_model_makes_up_itself():
+    padding = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
+    embedded, ids = torch.randn(2, 4, 32), torch.tensor([[0, 5, 6, 7], [5, 6, 0, 7]])
+
+    def made(name, input_ids, mask):
+        model = ROUTABLE[name]()
+        return default_position_ids(model, describe(model), input_ids, embedded, mask).tolist()
+
+    counted = [[0, 1, 2, 3]] * 2
+    assert made("llama", ids, padding) == made("llama", None, None) == made("opt", ids, None) == counted
+    assert made("opt", ids, padding) == [[-1, 0, 1, 2], [0, 1, -1, 2]]
+    # RoBERTa's padding is the token 0 here, and what is not a token counts as none.
+    assert made("roberta-masked", ids, padding) == [[0, 1, 2, 3], [1, 2, 0, 3]]
+    assert made("roberta-masked", None, padding) == [[1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize(
+    "change", ["no config", "other config", "no heads", "encoder-decoder", "no head", "packed head"]
+)
 def test_models_that_cannot_be_described(change, monkeypatch):
     model, _ = described()
     error, message = ValueError, "is an encoder-decoder model"
     if change == "no config":
         model, error, message = nn.Linear(2, 2), TypeError, "got Linear$"
+    elif change == "other config":
+        model.config, error, message = SimpleNamespace(), TypeError, "got LlamaForCausalLM$"
+    elif change == "no heads":
+        error, message = TypeError, "got Holder$"
+        model = type("Holder", (nn.Module,), {"config": model.config})()
     elif change == "encoder-decoder":
         model.config.is_encoder_decoder = True
     else:

@@ -110,12 +110,12 @@ def describe(model: nn.Module) -> Architecture:
     """
     base = unwrapped(model)
     config = getattr(base, "config", None)
-    if config is None or not hasattr(config, "get_text_config") or not hasattr(base, "get_output_embeddings"):
+    if not hasattr(config, "get_text_config") or not hasattr(base, "get_output_embeddings"):
         raise TypeError(
             f"model must be a Hugging Face transformers language model (PreTrainedModel or a PEFT wrapper of one), "
             f"got {type(model).__name__}"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if config.is_encoder_decoder:
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder model, and CGGR routes causal and masked language models; "
             "train it with its own forward"
@@ -175,7 +175,7 @@ def _find_layers(base: Any, config: Any) -> tuple[nn.ModuleList, nn.Module]:
     for setting in ("decoder_layers", "num_hidden_layers"):
         count = getattr(config, setting, 0)
         for root in (decoder, base):
-            if not isinstance(root, nn.Module) or not count:
+            if not isinstance(root, nn.Module):
                 continue
             found = [
                 (name.count("."), name, module)
