@@ -25,6 +25,15 @@ def test_the_report_names_versions_devices_and_operations():
     assert {op for op, _ in served} >= {"difficulty", "linear_difficulty", "linear_cross_entropy", "select"}
 
 
+def test_a_reason_is_given_once_for_all_operations_that_share_it(monkeypatch):
+    rows = [(name, "cpu", "torch", "no kernel package") for name in ("difficulty", "select")]
+    monkeypatch.setattr(doctor, "operations", lambda: [*rows, ("select", "cuda", "triton", "kernel found")])
+    text = shown()
+    assert text.count("no kernel package") == 1
+    assert "difficulty, select" in text
+    assert "kernel found" in text
+
+
 def test_attention_backends_are_those_of_cggr_flash(monkeypatch):
     row = types.SimpleNamespace(name="flash_attention_9", available=False, reason="no such GPU", fix="buy one")
     module = types.SimpleNamespace(attention_backends=lambda: [row])

@@ -97,6 +97,19 @@ def operations() -> list[tuple[str, str, str, str]]:
     return [tuple(map(str, row)) for row in backends.report()]  # type: ignore[misc]
 
 
+def together(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """One row for all operations that are served alike for the same reason.
+
+    Example:
+        >>> together([("select", "cpu", "torch", "no kernel"), ("difficulty", "cpu", "torch", "no kernel")])
+        [('select, difficulty', 'cpu', 'torch', 'no kernel')]
+    """
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for operation, *served in rows:
+        found.setdefault((served[0], served[1], served[2]), []).append(operation)
+    return [(", ".join(names), *served) for served, names in found.items()]
+
+
 def advice(installed: dict[str, str], accelerator: str | None) -> list[Advice]:
     """Packages worth installing on this machine.
 
@@ -137,7 +150,7 @@ def show_report(console: Console) -> None:
     if found is not None:
         rows = [(name, "yes" if works else "no", reason, fix) for name, works, reason, fix in found]
         _print(console, "Attention backends", ("backend", "works", "because", "to change that"), rows)
-    _print(console, "Operations", ("operation", "device", "served by", "why"), operations())
+    _print(console, "Operations", ("operations", "device", "served by", "why"), together(operations()))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     items = advice(installed, accelerator.type if accelerator is not None else None)
     if items:
