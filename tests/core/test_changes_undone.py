@@ -67,6 +67,34 @@ def hooked(seen: list[str]) -> nn.Linear:
     return module
 
 
+def test_parameters_of_an_earlier_call():
+    module = nn.Linear(2, 3)
+    own, earlier = module._parameters, {"weight": nn.Parameter(torch.randn(3, 2)), "bias": None}
+    with left_by_an_error(), patches.own_parameters(module, earlier):
+        assert module._parameters is earlier and module.weight is earlier["weight"] and module.bias is None
+    assert module._parameters is own and module.weight is own["weight"]
+
+
+def test_what_forwards_leave_behind():
+    """Values in buffers are put back, but for those of a buffer that was put in the place of another."""
+    module = nn.Module()
+    with torch.inference_mode():
+        made_for_inference = torch.zeros(2)
+    buffers = {"counted": torch.zeros(2), "replaced": torch.zeros(2), "none": None, "of_inference": made_for_inference}
+    for name, buffer in {**buffers, "elsewhere": torch.zeros(2, device="meta")}.items():
+        module.register_buffer(name, buffer)
+    state, other = torch.get_rng_state(), torch.ones(2)
+    with left_by_an_error(), patches.nothing_left(nn.Sequential(module), torch.device("cpu")):
+        buffers["counted"] += 1
+        buffers["replaced"] += 1
+        module.replaced = other
+        torch.randn(3)
+        assert not torch.equal(torch.get_rng_state(), state)
+    assert module.counted is buffers["counted"] and buffers["counted"].tolist() == [0, 0]
+    assert module.replaced is other and other.tolist() == buffers["replaced"].tolist() == [1, 1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_hooks_that_are_off():
     seen: list[str] = []
     module, x = hooked(seen), torch.ones(1, 2)

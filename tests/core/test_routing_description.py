@@ -18,7 +18,7 @@ from cggr_core.routing.architectures import (
     unwrapped,
 )
 from cggr_core.routing.head_check import gives_the_logits, large_random_logits
-from cggr_core.routing.inputs import other_positions, token_inputs
+from cggr_core.routing.inputs import token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.ordering import backward_in_turn
 from tests.support.model_steps import tokens
@@ -145,24 +145,6 @@ def test_layers_and_what_stands_around_them():
     assert "has layers without keys and values (linear_attention)" in describe(model).obstacle
     model.config.layer_types, model.config.layers_block_type = None, ["attention", "mamba", "attention"]
     assert "has layers without keys and values (mamba)" in describe(model).obstacle
-
-
-@pytest.mark.parametrize(
-    ("forward", "takes"),
-    [
-        (lambda input_ids, position_ids=None: None, True),
-        (lambda *args, **further: None, True),
-        (lambda input_ids, *, position_ids: None, True),
-        (lambda input_ids, attention_mask=None: None, False),
-        (lambda *args, positions=None: None, False),
-    ],
-)
-def test_position_ids_are_taken_by_name_or_among_further_arguments(forward, takes):
-    model = ROUTABLE["llama"]()
-    model.forward = forward
-    assert describe(model).takes_positions is takes
-    assert inputs(model, position_ids=torch.arange(6)[None]).passes_positions is takes
-    assert inputs(model).passes_positions is False
 
 
 def test_of_two_lists_as_long_as_the_layers_the_outer_one_of_the_decoder_is_meant():
@@ -333,94 +315,6 @@ def test_a_backward_pass_in_turn():
     assert order == ["values", "before"]
     constants = (torch.randn(3), torch.randn(3))
     assert backward_in_turn(constants, before=before) == constants
-
-
-@pytest.mark.parametrize("index", [[[0, 3], [4, 1]], [[4, 3], [0, 1]], [[0, 1, 2, 3, 4]] * 2])
-def test_the_other_positions(index):
-    found = other_positions(torch.tensor(index), 5)
-    assert found.tolist() == [[at for at in range(5) if at not in row] for row in index]
-
-
-def inputs(model=None, **given):
-    model = ROUTABLE["llama"]() if model is None else model
-    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "options")
-    given = {"input_ids": IDS} | given
-    return token_inputs(model, describe(model), **{name: given.get(name) for name in names})
-
-
-def test_a_batch_made_explicit():
-    made = inputs()
-    assert made.shape == (2, 6) and made.padding is None and made.segment is None and not made.passes_positions
-    assert made.position_ids.tolist() == [list(range(6))] * 2
-    assert set(made.arguments()) == {"input_ids"} and made.quiet == {} and made.passes_padding
-    types, mask = torch.zeros_like(IDS), torch.ones_like(IDS)
-    made = inputs(token_type_ids=types, attention_mask=mask, options={"output_attentions": True})
-    assert set(made.arguments()) == {"input_ids", "token_type_ids", "attention_mask", "output_attentions"}
-    assert made.arguments()["attention_mask"] is mask and made.arguments()["output_attentions"] is True
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    made = inputs(position_ids=positions)
-    assert made.passes_positions and made.segment.tolist() == [[0, 0, 0, 1, 1, 1]] * 2
-    assert made.arguments()["position_ids"].tolist() == positions.tolist() * 2
-    assert inputs(position_ids=positions, attention_mask=mask).segment is None
-    embedded = torch.randn(2, 6, 32)
-    assert inputs(input_ids=None, inputs_embeds=embedded).arguments()["inputs_embeds"] is embedded
-
-
-@pytest.mark.parametrize(
-    ("configured", "asked", "balancing"),
-    [(False, None, False), (True, None, True), (False, True, True), (True, False, False), (True, True, True)],
-)
-def test_balancing_losses_are_about_the_gradient_pass_alone(configured, asked, balancing):
-    """An argument goes before the config, as in the model; the loss takes the mask for one of its own tokens."""
-    model, mask = ROUTABLE["mixtral"](output_router_logits=configured), torch.ones_like(IDS)
-    options = {} if asked is None else {"output_router_logits": asked}
-    made = inputs(model, attention_mask=mask, options=options)
-    assert made.quiet == ({"output_router_logits": False} if balancing else {})
-    assert ("attention_mask" in made.arguments()) is not balancing
-    assert made.padding is mask and made.options == options
-
-
-def test_what_queries_of_a_batch_may_attend_to():
-    mask = torch.ones_like(IDS)
-    seen = inputs(attention_mask=mask).visibility(torch.tensor([[1], [2]]), key_gradient="kept")
-    assert seen.position.tolist() == [[1], [2]] and seen.length == 6 and seen.padding is mask
-    assert seen.segment is None and seen.key_gradient == "kept"
-    assert inputs().visibility().position is None and inputs().visibility().key_gradient == "all"
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({"inputs_embeds": torch.zeros(2, 6, 32)}, ValueError, "give exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": None}, ValueError, "give exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": IDS.float()}, TypeError, "^input_ids must"),
-        ({"input_ids": IDS[0]}, ValueError, r"^input_ids must be \[B, S\] with at least one token, got shape \[6\]"),
-        (
-            {"input_ids": IDS[:, :0]},
-            ValueError,
-            r"^input_ids must be \[B, S\] with at least one token, got shape \[2, 0",
-        ),
-        ({"input_ids": None, "inputs_embeds": IDS}, TypeError, "^inputs_embeds must have a floating dtype"),
-        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6)}, ValueError, r"^inputs_embeds must be \[B, S, H\]"),
-        ({"attention_mask": [[1]]}, TypeError, "^attention_mask must be a tensor, got list"),
-        ({"attention_mask": torch.ones(2, 5)}, ValueError, r"^attention_mask must have shape \[2, 6\] like the input"),
-        ({"attention_mask": torch.ones(2, 6, 5)}, ValueError, r"^attention_mask must have .* or \[2, 1, 6, 6\], got"),
-        ({"position_ids": IDS[None, :, :5]}, ValueError, r"^position_ids must have shape \[2, 6\] or \[3, ...\] of it"),
-        (
-            {"attention_mask": torch.ones(2, 6, device="meta")},
-            ValueError,
-            "^attention_mask is on meta but the input is",
-        ),
-        ({"position_ids": IDS[:, :1]}, ValueError, r"^position_ids must have shape \[2, 6\]"),
-        ({"position_ids": IDS[:1, :1]}, ValueError, r"^position_ids must have shape \[2, 6\]"),
-        ({"token_type_ids": IDS[:1]}, ValueError, r"^token_type_ids must have shape \[2, 6\] like the input tokens"),
-        ({"token_type_ids": IDS.float()}, TypeError, "^token_type_ids must"),
-        ({"position_ids": IDS.float()}, TypeError, "^position_ids must"),
-    ],
-)
-def test_batches_that_are_refused(given, error, message):
-    with pytest.raises(error, match=message):
-        inputs(**given)
 
 
 def test_a_head_gives_large_logits_for_the_length_of_a_block():

@@ -6,12 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import masking_utils
 from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
+    eager_mask,
     or_masks,
+    sdpa_mask,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
@@ -77,6 +81,64 @@ def test_queries_of_queries():
     assert whole.at(slots, key_gradient="all").position.tolist() == [[5, 1], [2, 4]]
     mask = RoutedMask(visibility(None), causal_mask_function, {}).at(INDEX, key_gradient="kept")
     assert mask.visibility.position is INDEX and mask.visibility.key_gradient == "kept"
+
+
+@pytest.mark.parametrize(
+    ("window", "size", "wanted"),
+    [
+        (None, 2, [(0, 3, 0, 5), (3, 6, 0, 10), (6, 9, 0, 12)]),
+        (3, 2, [(0, 3, 0, 5), (3, 6, 3, 10), (6, 9, 8, 12)]),
+        (3, 4, [(0, 4, 0, 9), (4, 8, 4, 12), (8, 12, 9, 12)]),
+    ],
+)
+def test_stretches_of_queries_and_the_keys_that_they_may_see(window, size, wanted, monkeypatch):
+    monkeypatch.setattr(masks, "STRETCH", size)
+    position = torch.tensor([[0, 2, 4, 5, 6, 9, 10, 10, 11], [1, 1, 3, 8, 9, 9, 10, 11, 11]])
+    pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    found = RoutedMask(Visibility(position, 12, None, None, POSITION_IDS), pattern, {}).stretches
+    assert [(queries.start, queries.stop, keys.start, keys.stop) for queries, keys in found] == wanted
+
+
+@pytest.mark.parametrize("taken_apart", [False, True])
+def test_builders_of_a_pass(taken_apart, monkeypatch):
+    """Block masks are made for the queries of a layer; flash attention's and others' as the models ask for them."""
+    built = []
+
+    def build(**arguments):
+        built.append(arguments)
+        return "built"
+
+    for name in ("flex_attention", "flash_attention_2", "sdpa"):
+        monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, build)
+    whole = visibility(None, PADDING)
+    with masks.routed_masks(whole, taken_apart=taken_apart):
+        block, flash, plain = (
+            ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("flex_attention", "flash_attention_2", "sdpa")
+        )
+    assert flash is build and plain is not build
+    mask = block(mask_function=causal_mask_function, batch_size=2, q_length=6)
+    if not taken_apart:
+        assert mask == "built" and [each["q_length"] for each in built] == [6]
+        return
+    assert isinstance(mask, masks.UnbuiltMask) and built == []
+    assert mask.at(INDEX, key_gradient="kept") == "built"
+    (asked,) = built
+    assert (asked["batch_size"], asked["q_length"], asked["kv_length"]) == (2, 3, 6)
+    assert torch.equal(asked["attention_mask"], PADDING.bool())
+    for query, key, sees in ((0, 1, True), (0, 2, False), (2, 5, True)):  # by place among the queries
+        assert bool(asked["mask_function"](0, 0, torch.tensor(query), torch.tensor(key))) is sees
+    with pytest.raises(NotImplementedError):
+        masks.RowMask(whole, causal_mask_function, {}).at(INDEX, key_gradient="all")
+
+
+def test_masks_that_the_host_does_not_look_at():
+    with masks.unseen_masks():
+        assert ALL_MASK_ATTENTION_FUNCTIONS["eager"] is eager_mask
+        build = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        assert masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1]])).tolist() == [[0, 0]]
+    arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": causal_mask_function}
+    assert sdpa_mask(**arguments) is None
+    assert torch.equal(build(**arguments), torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6))
 
 
 class CallablePattern:
