@@ -85,6 +85,7 @@ def test_exact_is_trls_own_update(grpo, tokenizer, name, old):
     found, ours = step(made, inputs)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert error(ours, gradient) <= 1e-5
+    assert made._metrics["train"]["entropy"] == pytest.approx(plain._metrics["train"]["entropy"], rel=1e-5)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["on policy", "several iterations"])
@@ -308,6 +309,30 @@ class TestEntropies:
         seen = passes_of(made, monkeypatch)
         step(made, batch_for(made, tokenizer, old=False))
         assert seen["context"] == [(3, PROMPT + COMPLETION)] and seen["gradient"][0][0] == 3
+
+    @pytest.mark.parametrize("quantile", [1.0, 0.4])
+    def test_in_the_log_are_those_of_all_tokens_where_they_are_known(self, grpo, tokenizer, quantile):
+        made = grpo(CGGRConfig(), top_entropy_quantile=quantile)
+        inputs = batch_for(made, tokenizer, old=True)  # its third row has no advantage
+        inputs["cggr_entropies"] = log_probs_and_entropies(made, inputs)[1]
+        step(made, inputs)
+        mask = inputs["completion_mask"]
+        wanted = (inputs["cggr_entropies"] * mask).sum() / mask.sum()
+        assert made._metrics["train"]["entropy"] == [pytest.approx(wanted.item(), rel=1e-5)]
+
+    def test_in_the_log_are_the_last_ones_where_an_update_computes_none(self, grpo, tokenizer):
+        made = grpo(CGGRConfig())
+        step(made, batch_for(made, tokenizer, old=False))
+        step(made, batch_for(made, tokenizer, old=False, advantages=(0.0,) * ROWS))
+        first, second = made._metrics["train"]["entropy"]
+        assert first == pytest.approx(second) and first > 1.0
+
+    @pytest.mark.parametrize(("kind", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+    def test_of_a_generation_are_noted(self, tmp_path, tokenizer, kind, config):
+        made = build(kind, config, tmp_path, tokenizer, cggr=CGGRConfig(), num_iterations=2, max_steps=2, beta=0.0)
+        made.train()
+        (batch,) = made._buffered_inputs
+        assert batch["cggr_entropies"].shape == batch["completion_ids"].shape and (batch["cggr_entropies"] > 0).all()
 
     @pytest.mark.parametrize("iterations", [1, 2])
     def test_in_a_run(self, grpo, monkeypatch, iterations):

@@ -75,9 +75,12 @@ def test_it_is_trls_loss_with_the_gradient_of_the_labelled_tokens(make, name, gr
         plain.model, keep if gradient != "exact" else torch.ones_like(keep), detached=gradient == "detached"
     ):
         wanted, expected = step(plain, inputs)
+    logged = {key: values[-1] for key, values in plain._metrics["train"].items()}
     found, ours = step(made, inputs)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert error(ours, expected) <= 1e-5
+    assert {key: values[-1] for key, values in made._metrics["train"].items()} == pytest.approx(logged, rel=1e-5)
+    assert "entropy" in logged
     assert made._task_loss.metrics["kept_tokens"] == made._task_loss.metrics["countable_tokens"] == keep.sum()
     if gradient == "kv":
         assert error(ours, step(plain, inputs)[1]) >= 1e-3

@@ -63,6 +63,7 @@ class Plan:
             ranks need not make the same passes.
         measure: Whether values of all labelled tokens are needed, by ``choose`` or by the loss. They cost a forward.
         fill: ``[B, S]`` log-probabilities to report where nothing is computed; 0 if None.
+        entropies: ``[B, S]`` entropies to report there; the mean of those that are computed if None.
         shares_prompts: Whether rows may begin with the same prompt, which is then run once for all of them.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     rows: Tensor | None = None
     measure: bool = False
     fill: Tensor | None = None
+    entropies: Tensor | None = None
     shares_prompts: bool = False
 
 
@@ -105,6 +107,7 @@ class RoutedForward:
         self._margin = context_margin
         self._scoring = scoring
         self._autocast = autocast
+        self._mean_entropy: Tensor | None = None
 
     @contextmanager
     def installed(self, plan: Plan) -> Iterator[None]:
@@ -171,7 +174,7 @@ class RoutedForward:
         values = _per_token(output)
         beside = self._beside(plan, inputs, targets, rows)
         for name, value in values.items():
-            output[name] = spread(value, index, valid, rows, self._below(name, value, targets, plan, beside))
+            output[name] = spread(value, index, valid, rows, self._below(name, value, valid, targets, plan, beside))
         if plan.measure:
             measured = {name: output[name].detach() for name in values}
             keep, weight = _chosen(plan, countable, measured)
@@ -217,7 +220,7 @@ class RoutedForward:
         index, valid = selection.index + start, selection.valid & kept.gather(1, selection.index)
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
-            below = self._below(name, value, targets, plan, measured)
+            below = self._below(name, value, valid, targets, plan, measured)
             output[name] = spread(value, index, valid, rows, below)
         output.aux_loss = auxiliary
         return output, keep, weight
@@ -249,10 +252,8 @@ class RoutedForward:
         if rows is None:
             return values
         beside = self._beside(plan, inputs, targets, rows)
-        return {
-            name: self._below(name, value, targets, plan, beside).index_copy(0, rows, value)
-            for name, value in values.items()
-        }
+        assert beside is not None  # rows left, and the plan measures
+        return {name: beside[name].index_copy(0, rows, value) for name, value in values.items()}
 
     @torch.no_grad()
     def _beside(
@@ -282,19 +283,34 @@ class RoutedForward:
         with replaced_forwards(backbone), without_hooks(base.base_model):
             return base.forward(fused_lm_head=True, shift_labels=targets, output_router_logits=False)
 
-    @staticmethod
-    def _below(name: str, like: Tensor, targets: Tensor, plan: Plan, measured: Mapping[str, Tensor] | None) -> Tensor:
-        """What is reported where nothing is computed, ``[B, S]``."""
+    def _below(
+        self,
+        name: str,
+        like: Tensor,
+        valid: Tensor,
+        targets: Tensor,
+        plan: Plan,
+        measured: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """What is reported where nothing is computed, ``[B, S]``: 0 without a label, as in TRL."""
         if measured is not None:
             return measured[name]
         if name == "log_probs" and plan.fill is not None:
             return plan.fill.to(like.dtype)
         below = like.new_zeros(targets.shape)
-        if name == "entropy":
-            # The mean of what is computed, so that the trainer's mean over all tokens is that one.
-            computed = like.detach()
-            below = below + computed.sum() / (computed != 0).sum().clamp(min=1)
-        return below
+        if name != "entropy":
+            return below
+        # With the mean of the computed ones, the trainer's mean over all labelled tokens is that mean.
+        known = self._mean_of(like.detach(), valid) if plan.entropies is None else plan.entropies.to(like.dtype)
+        return torch.where(targets == IGNORED, below, known)
+
+    def _mean_of(self, entropies: Tensor, valid: Tensor) -> Tensor:
+        """The mean of the computed entropies; where an update computes none, that of the last one that did."""
+        count = valid.sum()
+        before = entropies.new_tensor(float("nan")) if self._mean_entropy is None else self._mean_entropy
+        mean = torch.where(count > 0, entropies.masked_fill(~valid, 0.0).sum() / count.clamp(min=1), before)
+        self._mean_entropy = mean
+        return mean
 
     @contextmanager
     def _router_losses(self, *, wanted: bool) -> Iterator[None]:

@@ -32,7 +32,14 @@ class PolicyLoss(LabelledLoss):
 
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
         super().__init__(trainer, config, scoring)
-        check_methods(trainer, {"_compute_loss": ("model", "inputs")})
+        check_methods(
+            trainer,
+            {
+                "_compute_loss": ("model", "inputs"),
+                "_get_per_token_logps_and_entropies": ("model", "compute_entropy"),
+                "_generate_and_score_completions": ("inputs",),
+            },
+        )
         self._quantile = float(getattr(trainer, "top_entropy_quantile", 1.0))
         self._sequence_ratio = (
             getattr(trainer, "importance_sampling_level", "sequence") == "sequence"
@@ -48,24 +55,16 @@ class PolicyLoss(LabelledLoss):
                 f"top_entropy_quantile={self._quantile} and selection='random' both select tokens; use only one of them"
             )
         if self._quantile < 1:
-            check_methods(
-                trainer,
-                {
-                    "get_high_entropy_mask": ("entropies", "mask", "threshold"),
-                    "_get_per_token_logps_and_entropies": ("model", "compute_entropy"),
-                    "_generate_and_score_completions": ("inputs",),
-                },
-            )
-            if self._narrows:
-                own = trainer._generate_and_score_completions
-                vars(trainer)["_generate_and_score_completions"] = partial(self._generated, own)
-            else:
+            check_methods(trainer, {"get_high_entropy_mask": ("entropies", "mask", "threshold")})
+            if not self._narrows:
                 _log.warning(
                     "top_entropy_quantile=%s masks the policy term alone: beta=%s adds a KL term at every token of a "
                     "completion, so none of them leaves the update",
                     self._quantile,
                     trainer.beta,
                 )
+        own = trainer._generate_and_score_completions
+        vars(trainer)["_generate_and_score_completions"] = partial(self._generated, own)
 
     def loss(self, own: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
         """The trainer's own loss, with a backward pass through the kept tokens only."""
@@ -107,6 +106,7 @@ class PolicyLoss(LabelledLoss):
             rows=self._rows(inputs["advantages"]),
             measure=needs_values or (self._narrows and entropies is None),
             fill=_old_log_probs(inputs, before),
+            entropies=None if entropies is None else pad(entropies, (before, 1)),
             shares_prompts=self.shares_prompts,
         )
 
@@ -152,7 +152,8 @@ class PolicyLoss(LabelledLoss):
             output = own(inputs)
         old = output.get("old_per_token_logps")
         for log_probs, entropies in passes:
-            if log_probs is old:
+            # RLOO stores the sum of the old log-probabilities, which it computes first.
+            if log_probs is old or (log_probs is passes[0][0] and "old_logps" in output):
                 output[ENTROPIES] = entropies
         return output
 
