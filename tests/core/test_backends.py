@@ -99,7 +99,7 @@ def test_an_installed_backend_may_say_why_it_offers_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "some_kernels", module)
     entry = EntryPoint("triton", "some_kernels:BACKEND", "cggr.backends")
     made = registry(sources={"triton": partial(backends._load, entry)})
-    assert made.report()[0].reason == "backend 'triton' is not available: it offers no kernel on this machine"
+    assert made.report()[0].reason == "backend 'triton' is not available: it has no kernel for this machine"
     module.REASON = "this PyTorch is built without CUDA"
     made = registry(sources={"triton": partial(backends._load, entry)})
     assert made.report()[0].reason == "backend 'triton' is not available: this PyTorch is built without CUDA"

@@ -77,7 +77,7 @@ def test_a_head_quantised_for_inference_is_refused():
 
     quantised = model()
     quantised.lm_head = Packed()
-    with pytest.raises(TypeError, match=r"the head of LlamaForCausalLM \(Packed\) holds no weight tensor"):
+    with pytest.raises(TypeError, match=r"the head of LlamaForCausalLM \(Packed\) has no weight tensor"):
         CGGRModel(quantised)
 
 
@@ -89,7 +89,7 @@ def test_sequence_mode_says_that_a_single_row_is_kept_whole(caplog):
         for _ in range(2):
             routed(IDS[:1], labels=IDS[:1], position_ids=positions)
     (record,) = caplog.records
-    assert "this one has a single row: all of it is kept" in record.getMessage()
+    assert "this one has a single row, so all of it is kept" in record.getMessage()
     assert routed.metrics["keep_ratio"] == 1.0
 
 

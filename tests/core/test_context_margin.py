@@ -93,7 +93,7 @@ def test_recorded_steps_have_it(monkeypatch):
 
 def test_it_is_refused_where_it_would_do_nothing():
     for more in ({}, {"selection": "random"}, {"selection": "supervised", "gradient": "exact"}):
-        with pytest.raises(ValueError, match="context_margin=5 adds tokens to those of selection='supervised'"):
+        with pytest.raises(ValueError, match="context_margin=5 requires selection='supervised'"):
             CGGRModel(ROUTABLE["llama"](), context_margin=5, **more)
     with pytest.raises(ValueError, match="context_margin must be at least 0"):
         CGGRModel(ROUTABLE["llama"](), selection="supervised", context_margin=-1)

@@ -83,5 +83,5 @@ def test_errors_name_the_argument():
         keep_nonzero(torch.rand(5), mask())
     with pytest.raises(TypeError, match="advantages must have a floating dtype"):
         keep_nonzero(torch.ones(4).long(), mask())
-    with pytest.raises(ValueError, match="advantages is NaN at 1 of 4 places"):
+    with pytest.raises(ValueError, match="advantages has 1 NaN of 4 values"):
         keep_nonzero(torch.tensor([1.0, float("nan"), 0.0, 1.0]), mask())

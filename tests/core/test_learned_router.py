@@ -195,9 +195,9 @@ def test_settings(settings, error, message):
 def test_a_model_that_does_not_fit():
     router = attached()
     router.attach(layers=4, hidden_size=HIDDEN, embedding_size=EMBEDDING)
-    with pytest.raises(ValueError, match="make a LearnedRouter for each model"):
+    with pytest.raises(ValueError, match="create one LearnedRouter per model"):
         router.attach(layers=4, hidden_size=HIDDEN + 1, embedding_size=EMBEDDING)
-    with pytest.raises(ValueError, match=r"depth=4.* and the model has 4"):
+    with pytest.raises(ValueError, match=r"depth=4.* but the model has only 4"):
         LearnedRouter(4).attach(layers=4, hidden_size=HIDDEN, embedding_size=EMBEDDING)
     with pytest.raises(ValueError, match="the router has no weights yet"):
         LearnedRouter(1)(torch.zeros(1, HIDDEN), torch.zeros(1, EMBEDDING))

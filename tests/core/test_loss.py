@@ -362,7 +362,7 @@ def test_bad_input_changes_nothing():
     nan[0, 0, 3] = float("nan")
     cases = [
         ((logits, outside), {}, r"targets holds 2 value\(s\) outside the vocabulary \(the first is 50\)"),
-        ((nan, targets), {}, "logits are NaN, or have no largest finite value, at 1 of 60 positions"),
+        ((nan, targets), {}, "logits are NaN, or have no finite maximum, at 1 of 60 positions"),
         (
             (logits, targets[:, 1:]),
             {},
@@ -374,7 +374,7 @@ def test_bad_input_changes_nothing():
             {"token_weight": torch.ones(B)},
             r"token_weight must have shape \(3, 20\) \(that of targets\)",
         ),
-        ((logits, targets), {"reference_nll": torch.ones(B, S)}, "reference_nll is used by scoring='excess' alone"),
+        ((logits, targets), {"reference_nll": torch.ones(B, S)}, "reference_nll is used only by scoring='excess'"),
         ((logits, targets.to("meta")), {}, "targets is on meta but logits is on cpu"),
     ]
     for arguments, more, message in cases:

@@ -22,7 +22,10 @@ class TestBadInput:
             ({"engine": "interleaved"}, "needs the selection before the layers"),
             ({"gradient": "sequence", "selection": "supervised"}, "keeps whole sequences"),
             ({"dynamic_threshold": True, "selection": "random"}, "scores none"),
-            ({"threshold_sensitivity": 1.0}, "threshold_sensitivity=1.0 has an effect with dynamic_threshold=True"),
+            (
+                {"threshold_sensitivity": 1.0},
+                "threshold_sensitivity=1.0 has an effect only with dynamic_threshold",
+            ),
             ({"gradient": "sequence", "block_size": 4}, "block_size=4 selects blocks of tokens"),
             ({"gradient": "sequence", "selection": "sequence_aware"}, "drops whole sequences; use selection='topk'"),
             ({"gradient": "exact", "engine": "two_pass"}, "engine='two_pass' applies to gradient='kv'"),
@@ -78,7 +81,7 @@ class TestBadInput:
 
     def test_a_reference_that_random_selections_would_not_read(self):
         wrapped, input_ids = CGGRModel(ROUTABLE["llama"](), selection="random"), tokens()
-        with pytest.raises(ValueError, match="reference_nll is used by scoring='excess' only"):
+        with pytest.raises(ValueError, match="reference_nll is used only by scoring='excess'"):
             wrapped(input_ids, labels=input_ids, reference_nll=torch.ones(3, 12))
 
     def test_not_a_hugging_face_model(self):
@@ -96,7 +99,7 @@ class TestBadInput:
             ({"attention_mask": torch.ones(3, 12, 11)}, ValueError, "attention_mask must have shape"),
             ({"position_ids": torch.arange(11)[None]}, ValueError, "position_ids must have shape"),
             ({"token_weight": torch.ones(3)}, ValueError, "token_weight must have shape"),
-            ({"reference_nll": torch.ones(3, 12)}, ValueError, "scoring='excess' only"),
+            ({"reference_nll": torch.ones(3, 12)}, ValueError, "used only by scoring='excess'"),
             ({"input_ids": torch.zeros(12, dtype=torch.long)}, ValueError, r"input_ids must be \[B, S\] with at least"),
             ({"input_ids": torch.zeros(3, 0, dtype=torch.long)}, ValueError, r"at least one token, got shape \[3, 0\]"),
             ({"input_ids": torch.zeros(3, 12)}, TypeError, "input_ids must hold integers, got dtype torch.float32"),
@@ -118,7 +121,7 @@ class TestBadInput:
                 TypeError,
                 "selection must be a Selection, got Tensor",
             ),
-            ({"use_cache": True}, ValueError, "use_cache=True: a training forward with labels returns the loss"),
+            ({"use_cache": True}, ValueError, "use_cache=True: a training forward with labels returns only the loss"),
             ({"logits_to_keep": 4}, ValueError, "logits_to_keep=4: a training forward"),
             ({"past_key_values": object()}, ValueError, "past_key_values=object: a training forward"),
         ],
@@ -179,7 +182,7 @@ class TestBadInput:
 
 def test_a_model_that_is_wrapped_already_is_refused():
     wrapped = CGGRModel(ROUTABLE["llama"]())
-    with pytest.raises(TypeError, match="model is a CGGRModel already"):
+    with pytest.raises(TypeError, match="model is already a CGGRModel"):
         CGGRModel(wrapped)
 
 
@@ -188,7 +191,7 @@ def test_layers_that_the_config_counts_otherwise_are_said_by_number():
     model.model.layers = model.model.layers[:2]
     input_ids = torch.arange(12)[None] + 3
     wrapped = CGGRModel(model, gradient="kv").train()
-    with pytest.raises(ValueError, match=r"no list of modules in it is as long as config\.num_hidden_layers=3 says"):
+    with pytest.raises(ValueError, match=r"it has no module list as long as config\.num_hidden_layers=3 says"):
         wrapped(input_ids, labels=input_ids)
     model.config.num_hidden_layers = 2
     assert wrapped(input_ids, labels=input_ids).isfinite()

@@ -238,7 +238,7 @@ def test_a_passed_selection_is_not_the_routers_business():
     [
         ({"selection": "random"}, "uses no score; leave router=None"),
         ({"dynamic_threshold": True}, "LearnedRouter gives only scores"),
-        ({"router": LearnedRouter(3)}, "the model has 3; give a depth below"),
+        ({"router": LearnedRouter(3)}, "the model has only 3; give a smaller depth"),
     ],
 )
 def test_settings(settings, message):

@@ -197,7 +197,7 @@ def test_a_second_backward_is_refused():
     model = recorded()
     loss = model(**batch(0))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"runs once, also with retain_graph=True; .* cuda_graph=False"):
+    with pytest.raises(RuntimeError, match=r"can run only once, even with retain_graph=True; .* cuda_graph=False"):
         loss.backward()
 
 
@@ -275,7 +275,7 @@ def test_recordings_that_pay_make_room_for_more(monkeypatch):
     model = recorded()
     for _ in range(ENOUGH):
         backward(model, tokens(length=5))
-    assert "1 recordings were made" in model._recorder.reason
+    assert "still change after 1 recordings" in model._recorder.reason
     for _ in range(5):
         backward(model, tokens())
     backward(model, tokens(length=5))
@@ -289,7 +289,7 @@ def test_a_model_that_keeps_changing_is_left_alone(monkeypatch):
         change_weights(model)
         for seed in range(ENOUGH):
             backward(model, tokens(seed=seed))
-    assert "2 recordings were made" in model._recorder.reason
+    assert "still change after 2 recordings" in model._recorder.reason
 
 
 def test_what_stands_against_it():
@@ -305,7 +305,7 @@ def test_what_stands_against_it():
     assert model._recorder.reason == "gradients are off"
     with torch.autograd.graph.save_on_cpu():
         backward(model, tokens())
-    assert "watch the step" in model._recorder.reason
+    assert "are active" in model._recorder.reason
     backward(model, tokens())
     assert replayed(model)
 
@@ -313,8 +313,8 @@ def test_what_stands_against_it():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda base: recording_model(base, warmup_steps=50), "the keep ratio is moving"),
-        (lambda base: recording_model(base, dynamic_threshold=True), "the keep ratio is moving"),
+        (lambda base: recording_model(base, warmup_steps=50), "the keep ratio is changing"),
+        (lambda base: recording_model(base, dynamic_threshold=True), "the keep ratio is changing"),
     ],
 )
 def test_settings_that_stand_against_it(make, reason):
@@ -329,7 +329,7 @@ def test_an_fp8_context_keeps_no_copy_that_could_grow_old():
 @pytest.mark.parametrize("own", [LearnedRouter(depth=1), lambda **inputs: torch.randn(3, 12, 97)])
 def test_routers_that_stand_against_it(own):
     made = CGGRModel(ROUTABLE["llama"](), own)
-    assert "may do anything in a step" in obstacle_of(made._router)
+    assert "may run arbitrary code in a step" in obstacle_of(made._router)
 
 
 def hook(base):
@@ -345,8 +345,8 @@ def offload(base):
     [
         (hook, "kv", "a LlamaDecoderLayer has hooks"),
         (offload, "kv", "a LlamaDecoderLayer has hooks"),
-        (checkpoint_activations, "exact", "activations are checkpointed"),
-        (checkpoint_activations, "sequence", "activations are checkpointed"),
+        (checkpoint_activations, "exact", "gradient checkpointing restores"),
+        (checkpoint_activations, "sequence", "gradient checkpointing restores"),
     ],
 )
 def test_models_that_stand_against_it(spoil, gradient, reason):
@@ -382,13 +382,13 @@ def test_checkpointed_layers_with_dropout_are_left_as_they_are():
 def test_a_step_that_waits_for_the_device_is_left_as_it_is_and_said_once(caplog, monkeypatch):
     from tests.support.reenacted import Reenacted
 
-    monkeypatch.setattr(Reenacted, "reads", "the host waits for the device within the step (moe.py, line 7)")
+    monkeypatch.setattr(Reenacted, "reads", "the step makes the host wait for the device (moe.py, line 7)")
     with caplog.at_level(logging.INFO, "cggr_core.recording.recorder"):
         model = recording_model(ROUTABLE["llama"](), selection="random")
         for seed in range(ENOUGH + 3):
             backward(model, tokens(seed=seed))
     assert [record.message for record in caplog.records] == [
-        "cuda_graph='auto': steps run as they are, since the host waits for the device within the step (moe.py, line 7)"
+        "cuda_graph='auto': steps run eagerly, because the step makes the host wait for the device (moe.py, line 7)"
     ]
 
 
@@ -413,7 +413,7 @@ def test_a_recording_that_gives_other_numbers_is_not_used(monkeypatch):
     model = recording_model(ROUTABLE["llama"](), selection="random")
     for seed in range(ENOUGH):
         backward(model, tokens(seed=seed))
-    assert "gives other numbers" in model._recorder.reason
+    assert "gives different numbers" in model._recorder.reason
 
 
 def test_a_recording_that_saves_nothing_is_not_held(monkeypatch):
@@ -458,7 +458,7 @@ def test_a_recording_that_fails_is_not_tried_again(monkeypatch, caplog):
             expected_loss, expected = backward(plain, tokens(seed=seed))
             torch.testing.assert_close((loss, found), (expected_loss, expected), rtol=0, atol=0)
     assert [record.message for record in caplog.records] == [
-        "cuda_graph='auto': steps run as they are, since recording failed (CUDA error: operation not permitted)"
+        "cuda_graph='auto': steps run eagerly, because recording failed (CUDA error: operation not permitted)"
     ]
 
 

@@ -204,7 +204,7 @@ def test_everything_kept_is_remembered_too():
     [
         ({}, {}, "RememberedScores needs example_ids"),
         ({}, {"example_ids": torch.tensor([0, 1, 9])}, "the first is 9"),
-        ({"router": None}, {"example_ids": torch.tensor([0, 1, 2])}, "example_ids is read by a router of Remembered"),
+        ({"router": None}, {"example_ids": torch.tensor([0, 1, 2])}, "example_ids is used only by Remembered"),
         ({"selection": "random"}, {}, "uses no score; leave router=None"),
         ({"dynamic_threshold": True}, {}, "RememberedScores gives only scores"),
     ],

@@ -85,7 +85,7 @@ def test_no_layer_above_is_computed():
 
 def test_a_model_with_fewer_layers_is_run_in_full():
     model = ROUTABLE["llama"]().eval()
-    with pytest.warns(UserWarning, match="passes through the full model: it has 3 layers"):
+    with pytest.warns(UserWarning, match="runs the full model: it has 3 layers"):
         router = create_truncated_router(model, 4)
     torch.testing.assert_close(router(tokens()), model(tokens()).logits)
 

@@ -280,7 +280,7 @@ def test_models_that_cannot_be_described(change, monkeypatch):
         if change == "no head":
             message = "has no output embedding"
         else:
-            error, message = TypeError, r"\(Identity\) holds no weight tensor"
+            error, message = TypeError, r"\(Identity\) has no weight tensor"
     with pytest.raises(error, match=message):
         describe(model)
 

@@ -209,7 +209,7 @@ def test_as_many_kinds_of_position_as_rows(name):
 
 def test_as_many_heads_as_rows_is_refused():
     rows = LayerRows(KEPT, LENGTH)
-    with pytest.raises(ValueError, match=r"alibi has shape \[2, 2, 5, 5\], of which either .* the batch of 2 rows"):
+    with pytest.raises(ValueError, match=r"alibi has shape \[2, 2, 5, 5\], and either .* the batch of 2 rows"):
         rows.call((), {"alibi": torch.randn(2, 2, LENGTH, LENGTH)}, replace={})
     with pytest.raises(ValueError, match="position_bias has shape"):
         rows.call((), {"position_bias": torch.randn(2, 2, LENGTH, LENGTH)}, replace={})

@@ -353,7 +353,7 @@ def test_bad_logits_and_targets():
     logits[1, 1] = float("nan")
     logits[2, 0] = INF
     logits[3] = -INF
-    with pytest.raises(ValueError, match="logits are NaN, or have no largest finite value, at 3 of 4 positions"):
+    with pytest.raises(ValueError, match="logits are NaN, or have no finite maximum, at 3 of 4 positions"):
         token_statistics(logits)
     with pytest.raises(ValueError, match="did you mean 'entropy'"):
         token_statistics(torch.zeros(2, 3), fields={"entrpy"})
@@ -387,7 +387,7 @@ def test_bad_scores():
         score(found, scoring="excess")
     with pytest.raises(ValueError, match=r"reference_nll must have shape \(2,\) \(one per token\), got \(3,\)"):
         score(found, scoring="excess", reference_nll=torch.zeros(3))
-    with pytest.raises(ValueError, match="reference_nll is used by scoring='excess' alone, got scoring='loss'"):
+    with pytest.raises(ValueError, match="reference_nll is used only by scoring='excess', got scoring='loss'"):
         score(found, scoring="loss", reference_nll=torch.zeros(2))
     empty = TokenStatistics(None, None, None, None, None, 3)
     with pytest.raises(ValueError, match="scoring='margin' needs the statistic 'margin', which was not computed"):

@@ -288,7 +288,7 @@ def test_layers_that_run_twice_or_share_a_number_are_named() -> None:
     copied.model.layers[2].self_attn.layer_idx = 1
     with pytest.raises(ValueError, match="layers 0 and 2 of LlamaForCausalLM are one module"):
         wrap(twice)(tokens(), labels=tokens())
-    with pytest.raises(ValueError, match=r"layers 1 and 2 of .* one number, layer_idx=1 .*number every layer"):
+    with pytest.raises(ValueError, match=r"layers 1 and 2 of .* share the cache index layer_idx=1 .*every layer"):
         wrap(copied)(tokens(), labels=tokens())
 
 

@@ -137,7 +137,7 @@ def test_a_model_that_attends_across_documents_may_still_be_routed():
     model = ROUTABLE["bloom"]()
     found, inputs = look(model, input_ids=tokens(), position_ids=positions)
     assert found.architecture.obstacle is None
-    assert "BloomForCausalLM attends across such packed documents" in found.packing_obstacle
+    assert "BloomForCausalLM attends across packed documents" in found.packing_obstacle
     whole = Engine(model).inputs(input_ids=tokens())
     again = probe_whole_rows(model, found, whole)
     assert again.packing_obstacle == found.packing_obstacle, "what was seen once holds"
@@ -149,7 +149,7 @@ def test_what_was_refused_is_not_run_again(given):
     model.model.layerdrop = 0.25
     found, inputs = look(model)
     assert found.architecture.obstacle == (
-        "LlamaForCausalLM leaves out layers at random in training (layerdrop=0.25), and others in every pass; set "
+        "LlamaForCausalLM drops random layers in training (layerdrop=0.25), different ones in every pass; set "
         "layerdrop to 0 before wrapping"
     )
     assert all(call["input_ids"].shape[1] == 8 for call in given), "no routed pass"
@@ -312,5 +312,5 @@ def test_a_head_whose_weight_is_read_without_a_call_cannot_be_routed():
         logits=nn.functional.linear(model.model(*args, **kwargs).last_hidden_state, head.weight)
     )
     found, _ = look(model)
-    assert found.architecture.obstacle == "LlamaForCausalLM reads the weight of its head without calling it"
+    assert found.architecture.obstacle == "LlamaForCausalLM uses the weight of its head without calling the head"
     assert found.architecture.head.fused is False

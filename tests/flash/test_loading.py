@@ -159,7 +159,7 @@ def test_a_path_that_is_nearly_there(checkpoint):
 
 def test_neither_a_folder_nor_a_model_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'owner/model' does not exist .*, and the hub gave no model of"):
+    with pytest.raises(FileNotFoundError, match=r"'owner/model' does not exist .*, and the hub has no model of"):
         load_model_with_flash_attention("owner/model", local_files_only=True)
 
 

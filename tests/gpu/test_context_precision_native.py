@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not (torch.cuda.is_available() and has_fp8_products(torch.device("cuda"))),
-        reason="FP8 products with a scale for every row need compute capability 9.0",
+        reason="row-scaled FP8 products need compute capability 9.0",
     ),
 ]
 

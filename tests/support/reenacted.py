@@ -58,5 +58,5 @@ class _HostReads(TorchDispatchMode):
             while "/torch/" in frame.f_code.co_filename:
                 frame = frame.f_back
             if "/transformers/" in frame.f_code.co_filename:
-                raise NotRecordedError(f"the host waits for the device within the step (line {frame.f_lineno})")
+                raise NotRecordedError(f"the step makes the host wait for the device (line {frame.f_lineno})")
         return func(*args, **(kwargs or {}))

@@ -20,7 +20,7 @@ def test_the_config_and_the_command_hand_it_on():
     ("values", "message"),
     [
         ({"context_margin": -1, "selection": "supervised"}, "--context-margin must be at least 0"),
-        ({"context_margin": 4}, "--context-margin 4 adds tokens to those of --selection supervised"),
+        ({"context_margin": 4}, "--context-margin 4 requires --selection supervised"),
         ({"context_margin": 4, "selection": "supervised", "gradient": "exact"}, "they are supervised and exact"),
     ],
 )

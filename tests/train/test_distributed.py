@@ -116,5 +116,5 @@ class TestRanks:
         monkeypatch.setattr(Ranks, "agree", lambda self, any_rank, largest: (True, largest))
         with pytest.raises(OSError, match="full"):
             Ranks(0, 2).on_rank_zero(fail)
-        with pytest.raises(RunError, match="rank 1 stops because rank 0 could not go on"):
+        with pytest.raises(RunError, match="rank 1 stopped because rank 0 failed"):
             Ranks(1, 2).on_rank_zero(fail)

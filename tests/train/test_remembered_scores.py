@@ -72,7 +72,7 @@ class TestFile:
 
         target = (os, "fsync") if where == "write" else (module.Path, "replace")
         monkeypatch.setattr(*target, full)
-        with pytest.raises(SaveError, match="No space left on device; what was there before is untouched"):
+        with pytest.raises(SaveError, match="No space left on device; the earlier file is unchanged"):
             save_remembered(path, memory(9.0), examples="text")
         monkeypatch.undo()
         assert path.read_bytes() == before
@@ -201,9 +201,9 @@ class TestRun:
     ("routing", "message"),
     [
         (Routing(router="remembred"), "--router must be one of .*did you mean 'remembered'"),
-        (Routing(router="remembered"), "needs examples that come again"),
-        (Routing(router="remembered", router_depth=2), "--router-depth belongs to"),
-        (Routing(router="full_depth", router_depth=2), "--router-depth belongs to"),
+        (Routing(router="remembered"), "needs examples that return every epoch"),
+        (Routing(router="remembered", router_depth=2), "--router-depth requires"),
+        (Routing(router="full_depth", router_depth=2), "--router-depth requires"),
         (Routing(router="learned", selection="random"), "uses no score"),
         (Routing(router="learned", router_depth=2), "the model has 2"),
     ],

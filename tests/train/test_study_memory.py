@@ -192,19 +192,19 @@ def test_answers_are_asked_at_the_end_of_the_time(data, tmp_path):
     assert outcome.accuracy == outcome.accuracy_after_tokens == {"standard": [0.0], "kv-supervised": [0.0]}
     runs = [record for record in read_log(tmp_path / "study" / RESULTS) if record["event"] == "run"]
     assert [run["accuracy"] for run in runs] == [{key: {"right": 0, "questions": 3} for key in readings}] * 2
-    assert "Held-out questions answered exactly" in text
+    assert "Exact match on the held-out questions" in text
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"controls": ("none",)}, "--controls must be some of .*, got 'none'"),
+        ({"controls": ("none",)}, "--controls must be one or more of .*, got 'none'"),
         ({"memory_limit": -1}, "--memory-limit must be positive"),
         ({"rates": (0.0,)}, "--rates must be positive"),
         ({"accuracy": True, "equal": ("tokens",)}, "include time in --equal"),
         ({"accuracy_readings": ("kept",)}, "accuracy_readings must be tokens, time or both, got 'kept'"),
         ({"answer_after": "#"}, "--answer-after requires --eval exact-match"),
-        ({"accuracy": True, "accuracy_of": ("standard",)}, "accuracy_of lets some arms answer alone"),
+        ({"accuracy": True, "accuracy_of": ("standard",)}, "accuracy_of limits accuracy to some arms"),
         ({"accuracy": True, "questions": 0}, "--questions must be at least 1"),
     ],
 )
@@ -215,7 +215,7 @@ def test_settings_that_do_not_go(data, values, message):
 
 def test_a_mark_that_is_not_in_the_answers_is_found_before_any_training(data, tmp_path):
     wanted = asked(data, accuracy=True, answer_after="Answer:")
-    with pytest.raises(InputError, match=r"'Answer:', which is not in (\d+) of the \1 held-out answers \(one is '\d+"):
+    with pytest.raises(InputError, match=r"'Answer:', but (\d+) of the \1 held-out answers lack it \(for example '\d+"):
         prepare_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
     assert not (tmp_path / "study" / "study.json").exists(), "and the folder can be used again"
 
@@ -268,7 +268,7 @@ def test_an_arm_that_memory_does_not_last_for_is_left_out_and_the_others_go_on(
     names = [arm.name for arm in outcome.arms]
     assert "kv-supervised" not in names and {"standard", "kv-0.25-stratified-gradnorm"} <= set(names)
     assert set(outcome.losses["time"]) == set(names)
-    assert text.count("supervised tokens, kv ran out of memory (CUDA out of memory); the study goes on") == 1
+    assert text.count("supervised tokens, kv ran out of memory (CUDA out of memory); the study continues") == 1
     assert "Left out: supervised tokens, kv: ran out of memory (CUDA out of memory)." in text
     if during == "time_steps":
         assert "standard-equal-memory" in outcome.left_out, "which had that step's memory"
@@ -294,7 +294,7 @@ def test_gradients_that_memory_does_not_last_for_are_not_shown(monkeypatch, data
     outcome, text = run(wanted, tmp_path / "study")
     assert set(outcome.gradients["end"]) == {"kv-0.25-stratified-gradnorm"} and not outcome.kept
     assert not outcome.left_out and "kv-0.25-random" in outcome.losses["time"]
-    assert "memory ran out where gradients were being examined (CUDA out of memory); the page omits them" in text
+    assert "out of memory while measuring gradients (CUDA out of memory); the page omits them" in text
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch, data, tmp_path):

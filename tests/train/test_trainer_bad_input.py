@@ -29,9 +29,9 @@ def test_what_cannot_be_combined_is_refused(tmp_path, values, message):
 
 def test_other_losses_are_refused(tmp_path):
     plain = trainer(tmp_path)
-    with pytest.raises(ValueError, match="compute_loss_func would see a forward of all tokens"):
+    with pytest.raises(ValueError, match="compute_loss_func needs a forward of all tokens"):
         CGGRTrainer(plain.model, plain.args, compute_loss_func=lambda *args, **kwargs: None)
-    with pytest.raises(ValueError, match="return_outputs=True is not possible in training"):
+    with pytest.raises(ValueError, match="return_outputs=True is not supported in training"):
         plain.compute_loss(plain.model.train(), pad(examples(2)), return_outputs=True)
 
 

@@ -111,7 +111,7 @@ def test_a_margin_before_the_labelled_tokens_is_reached(make, name, gradient):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"gradient": "exact"}, "gradient='exact' reaches all tokens"),
+        ({"gradient": "exact"}, "gradient='exact' already reaches all tokens"),
         ({"selection": "random"}, "it needs selection='supervised', but selection is 'random'"),
     ],
 )

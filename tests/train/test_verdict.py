@@ -123,9 +123,7 @@ def _agrees_with_losses(found, first, titles, best):
 
 def _is_unbeaten(found, first, titles, costs):
     """The arm that the sentence names, which no other is shown to beat; its claims about memory hold."""
-    pattern = (
-        r"Use (.*?): its (held-out loss|accuracy) in|Undecided: of the arms that are left it would be (.*), but it"
-    )
+    pattern = r"Use (.*?): its (held-out loss|accuracy) in|Undecided: (.*) would be recommended, but "
     named = re.match(pattern, first)
     assert named, first
     chosen = titles[named[1] or named[3]].name

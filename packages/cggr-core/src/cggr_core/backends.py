@@ -120,7 +120,7 @@ def _load(entry: metadata.EntryPoint) -> Mapping[tuple[str, str], Any]:
     offered = entry.load()
     if not offered:
         reason = getattr(importlib.import_module(entry.module), "REASON", None)
-        raise _UnavailableError(reason or "it offers no kernel on this machine")
+        raise _UnavailableError(reason or "it has no kernel for this machine")
     return offered
 
 

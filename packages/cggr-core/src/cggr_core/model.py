@@ -128,7 +128,7 @@ class CGGRModel(nn.Module):
         from cggr_core.routing import Engine
 
         if isinstance(model, CGGRModel):
-            raise TypeError("model is a CGGRModel already, and was given to another; give it the wrapped model, .model")
+            raise TypeError("model is already a CGGRModel; pass the wrapped model (model.model)")
 
         self.settings = RoutingSettings(
             gradient=gradient,

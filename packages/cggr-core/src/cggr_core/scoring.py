@@ -88,7 +88,7 @@ def fields_for(scoring: str, has_targets: bool = True) -> frozenset[str]:
     if fields & NEED_TARGETS:
         raise ValueError(
             f"scoring={scoring!r} needs targets, but none were given; pass targets, or use 'entropy', 'margin' or "
-            f"'combined', which do without"
+            "'combined', which do not need them"
         )
     return fields
 
@@ -137,8 +137,8 @@ def _as_statistics(
         bad = int(present.isnan().sum())
         if bad:
             raise ValueError(
-                f"{what} are NaN, or have no largest finite value, at {bad} of {present.numel()} positions; "
-                f"look for an overflow or a bad learning rate before this step"
+                f"{what} are NaN, or have no finite maximum, at {bad} of {present.numel()} positions; look for an "
+                "overflow or a bad learning rate before this step"
             )
     return TokenStatistics(**named, vocab_size=vocab_size)
 
@@ -285,7 +285,7 @@ def score(statistics: TokenStatistics, *, scoring: str, reference_nll: Tensor | 
     """
     check_choice("scoring", scoring, SCORINGS)
     if reference_nll is not None and scoring != "excess":
-        raise ValueError(f"reference_nll is used by scoring='excess' alone, got scoring={scoring!r}")
+        raise ValueError(f"reference_nll is used only by scoring='excess', got scoring={scoring!r}")
 
     def field(name: str) -> Tensor:
         value: Tensor | None = getattr(statistics, name)

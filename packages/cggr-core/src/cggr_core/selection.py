@@ -193,7 +193,7 @@ def check_mask(name: str, mask: Tensor, like: Tensor | None = None, like_name: s
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         # The bool of a label is true at -100 as well.
-        labels = "; where it holds labels, that is labels != -100" if came == torch.int64 else ""
+        labels = "; for labels, use labels != -100" if came == torch.int64 else ""
         raise TypeError(f"{name} must be a bool tensor, got {came}; use {name}.bool(){labels}")
     if like is not None:
         check_shape(name, mask, like.shape, f"that of {like_name}")

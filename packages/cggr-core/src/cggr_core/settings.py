@@ -110,8 +110,8 @@ def check_context_precision(precision: str | None, mode_name: str, mode: str) ->
     check_choice("context_precision", precision, CONTEXT_PRECISIONS)
     if mode not in KEY_VALUE_MODES:
         raise ValueError(
-            f"context_precision={precision!r} applies to the context of {mode_name}='kv' and 'detached', "
-            f"but {mode_name} is {mode!r}; leave context_precision=None"
+            f"context_precision={precision!r} applies only to {mode_name}='kv' and 'detached', but "
+            f"{mode_name} is {mode!r}; leave context_precision=None"
         )
 
 
@@ -172,8 +172,8 @@ class SelectionSettings:
         check_integer("ignore_index", self.ignore_index)
         if not self.dynamic_threshold and self.threshold_sensitivity not in (0.0, type(self).threshold_sensitivity):
             raise ValueError(
-                f"threshold_sensitivity={self.threshold_sensitivity} has an effect with dynamic_threshold=True only; "
-                "switch that on, or leave the sensitivity out"
+                f"threshold_sensitivity={self.threshold_sensitivity} has an effect only with dynamic_threshold=True; "
+                "set that, or leave threshold_sensitivity out"
             )
 
     @property
@@ -231,8 +231,8 @@ class RoutingSettings(SelectionSettings):
         check_at_least("context_margin", self.context_margin, 0)
         if self.context_margin and not (self.selection == SUPERVISED and self.routes_keys_and_values):
             raise ValueError(
-                f"context_margin={self.context_margin} adds tokens to those of selection='supervised' in gradient='kv' "
-                f"and 'detached', but selection is {self.selection!r} and gradient {self.gradient!r}; leave "
+                f"context_margin={self.context_margin} requires selection='supervised' and gradient='kv' or "
+                f"'detached', but selection is {self.selection!r} and gradient {self.gradient!r}; leave "
                 "context_margin=0"
             )
         if self.selection == SUPERVISED:
@@ -270,7 +270,7 @@ class RoutingSettings(SelectionSettings):
             )
         if self.engine == "interleaved" and router is None and self.reads_scores:
             raise ValueError(
-                "engine='interleaved' needs the selection before the layers: give a router "
+                "engine='interleaved' needs the selection before the layers run: pass a router "
                 "(create_truncated_router(model)), selection='random' or 'supervised', or leave engine=None"
             )
 

@@ -226,7 +226,7 @@ class TokenLoss(nn.Module):
         self, statistics: TokenStatistics | None, countable: Tensor, reference_nll: Tensor | None
     ) -> Tensor | None:
         if reference_nll is not None and self.settings.scoring != "excess":
-            raise ValueError(f"reference_nll is used by scoring='excess' alone, got scoring={self.settings.scoring!r}")
+            raise ValueError(f"reference_nll is used only by scoring='excess', got scoring={self.settings.scoring!r}")
         if not self._scores:
             return None
         assert statistics is not None  # every other selection asks for fields

@@ -165,7 +165,7 @@ def _results_on_eager(model: PreTrainedModel, before: Implementations) -> list[T
         return trial(model)
     except Exception as error:
         raise RuntimeError(
-            f"{type(model).__name__} does not run on trial inputs, so no attention backend can be tried on it: "
+            f"{type(model).__name__} fails on trial inputs, so no attention backend can be tested on it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     finally:

@@ -162,7 +162,7 @@ def _config(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if Path(name).is_dir():
             raise
         raise FileNotFoundError(
-            f"{missing_path(name)}, and the hub gave no model of that name: {first_line(error)}"
+            f"{missing_path(name)}, and the hub has no model of that name: {first_line(error)}"
         ) from error
     config, rest = found
     return config, {**rest, **shared}

@@ -66,13 +66,13 @@ def model_obstacle(model: PreTrainedModel, backend: str) -> tuple[str, str] | No
 
 def _class_obstacle(model_class: type[PreTrainedModel], backend: str) -> tuple[str, str] | None:
     name: Any = model_class.__name__
-    other = "use backend='auto', which finds one that it supports"
+    other = "use backend='auto', which finds a supported one"
     if is_flash(backend):
         supported, what = model_class._supports_flash_attn, "flash attention"
         compatible = getattr(model_class, "_compatible_flash_implementations", None)
         if supported and compatible and backend not in compatible:
             listed = ", ".join(repr(each) for each in compatible)
-            return f"of the flash attentions, {name} supports {listed} only", f"use one of these, or {other[4:]}"
+            return f"{name} supports only {listed} of the flash backends", f"use one of these, or {other[4:]}"
     elif backend == "sdpa":
         supported, what = model_class._supports_sdpa, "sdpa"
     elif backend == "flex_attention":

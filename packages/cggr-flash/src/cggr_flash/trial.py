@@ -41,7 +41,7 @@ def trial(model: PreTrainedModel) -> list[Tensor]:
             run = _run_on_pixels if part.main_input_name == "pixel_values" else _run_on_tokens
             results.extend(result.detach().float() for result in run(part))
     if not results:
-        raise TrialError(f"no part of {type(model).__name__} takes input_ids, or pixel_values of a known size, alone")
+        raise TrialError(f"no part of {type(model).__name__} runs on input_ids or sized pixel_values alone")
     if not all(bool(torch.isfinite(result).all()) for result in results):
         raise TrialError("the results of a tiny forward and backward are not finite")
     return results

@@ -72,6 +72,6 @@ def _check_kind(experts: Any) -> None:
         other.append(f"the activation {type(experts.act_fn).__name__}")
     if other:
         raise ValueError(
-            f"experts_implementation={EXPERTS_IMPLEMENTATION!r} runs SwiGLU experts without biases, and "
+            f"experts_implementation={EXPERTS_IMPLEMENTATION!r} runs SwiGLU experts without biases, but "
             f"{type(experts).__name__} has {', '.join(other)}; use experts_implementation='grouped_mm'"
         )

@@ -112,8 +112,9 @@ def right_answers(rows: Tensor, tokenizer: PreTrainedTokenizerBase, *, after: st
     if lacking:
         first = texts[found.index(None)]
         raise InputError(
-            f"--answer-after is {after!r}, which is not in {lacking:,} of the {len(found):,} held-out answers (one is "
-            f"{shorten(first, 80)!r}); give a mark that is in all, or leave it out to compare whole answers"
+            f"--answer-after is {after!r}, but {lacking:,} of the {len(found):,} held-out answers lack it (for "
+            f"example {shorten(first, 80)!r}); give a marker that all of them contain, or leave it out to compare "
+            "whole answers"
         )
     return right
 

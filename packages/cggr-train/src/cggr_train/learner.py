@@ -241,9 +241,9 @@ def _router(model: PreTrainedModel, routing: Routing, memory: RememberedScores |
     name = check_choice("--router", routing.scorer, ROUTERS)
     if name in ("full_depth", "remembered"):
         if routing.router_depth is not None:
-            raise InputError(f"--router-depth belongs to a truncated or learned router, and --router is {name}")
+            raise InputError(f"--router-depth requires a truncated or learned router, but --router is {name}")
         if name == "remembered" and memory is None:
-            raise InputError("--router remembered needs examples that come again, which cggr train and study have")
+            raise InputError("--router remembered needs examples that return every epoch: use cggr train or study")
         return memory
     depth = routing.depth(model.config.get_text_config().num_hidden_layers)
     assert depth is not None  # these two routers do not change the number of layers

@@ -85,8 +85,8 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
         )
     if routing.selection == "supervised" and not labelled:
         raise InputError(
-            "--selection supervised keeps the tokens with a label, and in plain text every token has one; give another "
-            "selection, or the key of the answers with --answer"
+            "--selection supervised keeps the tokens with a label, but in plain text every token has one; give another "
+            "selection, or name the key of the answers with --answer"
         )
     try:
         check_choice("--gradient", routing.gradient, GRADIENT_MODES)
@@ -104,8 +104,8 @@ def check_routing(routing: Routing, *, labelled: bool = False) -> None:
     check_number("--context-margin", routing.context_margin, least=0)
     if routing.context_margin and (routing.selection != "supervised" or routing.gradient not in KEY_VALUE_MODES):
         raise InputError(
-            f"--context-margin {routing.context_margin} adds tokens to those of --selection supervised in --gradient "
-            f"kv and detached, but they are {routing.selection} and {routing.gradient}; leave it out"
+            f"--context-margin {routing.context_margin} requires --selection supervised and --gradient kv or detached, "
+            f"but they are {routing.selection} and {routing.gradient}; leave it out"
         )
 
 

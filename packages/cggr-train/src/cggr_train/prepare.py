@@ -56,7 +56,7 @@ def prepare(
         option = "--messages" if settings.messages else "--answer"
         if plain:
             raise InputError(
-                f"{option} {named!r} is a key of JSON Lines or Parquet files, and {plain[0]} is plain text"
+                f"{option} {named!r} is a key of JSON Lines or Parquet files, but {plain[0]} is plain text"
             )
     documents.check_first()
     if settings.config is not None:
@@ -127,7 +127,7 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and settings.length > longest:
         raise InputError(
-            f"--length must be at most {longest:,}, the positions of the model in {settings.model}, got "
-            f"{settings.length:,}"
+            f"--length must be at most {longest:,}, the maximum length of the model in {settings.model}, "
+            f"got {settings.length:,}"
         )
     return model

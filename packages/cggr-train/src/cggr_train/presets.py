@@ -172,8 +172,8 @@ def load_model(path: str) -> PreTrainedModel:
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]
         raise InputError(
-            f"the model directory {path} does not match its configuration: {name} has shape {list(found)}, "
-            f"config.json asks for {list(wanted)}"
+            f"the model directory {path} does not match its configuration: {name} has shape {list(found)}, but "
+            f"config.json requires {list(wanted)}"
         )
     return model
 

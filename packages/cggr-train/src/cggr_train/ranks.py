@@ -103,7 +103,7 @@ class Ranks:
         if error is not None:
             raise error
         if failed:
-            raise RunError(f"rank {self.rank} stops because rank 0 could not go on")
+            raise RunError(f"rank {self.rank} stopped because rank 0 failed")
         return result
 
 

@@ -37,8 +37,8 @@ def check_recordable(device: torch.device, method: str, routing: Routing, *, pro
         raise InputError(f"--cuda-graph needs a CUDA device, but this runs on {device.type}; leave it out")
     if processes > 1:
         raise InputError(
-            f"--cuda-graph captures the step of a single process, but this run has {processes}, whose communication "
-            "is not captured; leave it out"
+            f"--cuda-graph captures the step of a single process, but this run has {processes}, and communication "
+            "between processes cannot be captured; leave it out"
         )
     if method == "standard":
         return

@@ -57,7 +57,7 @@ def save_remembered(path: Path, memory: RememberedScores, *, examples: str) -> N
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        there = "what was there before is untouched" if path.exists() else "there is no earlier file"
+        there = "the earlier file is unchanged" if path.exists() else "there is no earlier file"
         raise SaveError(f"the remembered scores {path} could not be saved: {error}; {there}") from error
 
 
@@ -88,7 +88,7 @@ def load_remembered(path: Path, *, examples: str) -> RememberedScores:
         raise InputError(f"{path} holds no remembered scores ({error})") from error
     if metadata.get("examples") != examples:
         raise InputError(
-            f"{path} remembers scores of other examples (or the same text cut differently); train on the data that it "
-            "was made with, or start with an empty memory"
+            f"{path} holds the scores of other examples (or of the same text split differently); train on the data it "
+            "was made from, or start with an empty memory"
         )
     return memory

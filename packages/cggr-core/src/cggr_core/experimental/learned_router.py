@@ -121,8 +121,9 @@ class LearnedRouter(nn.Module):
         """
         if self.depth >= layers:
             raise ValueError(
-                f"LearnedRouter(depth={self.depth}) reads the hidden state above {self.depth} layers and below others, "
-                f"and the model has {layers}; give a depth below that, or leave the router out to score at full depth"
+                f"LearnedRouter(depth={self.depth}) reads the hidden state after {self.depth} layers, with further "
+                f"layers above it, but the model has only {layers}; give a smaller depth, or leave the router out to "
+                "score at full depth"
             )
         sizes = (hidden_size, embedding_size)
         if self.head is None:
@@ -130,9 +131,9 @@ class LearnedRouter(nn.Module):
             self.averaged = RegressionHead(hidden_size, embedding_size, self.width, seed=self.seed)
         elif (self.head.hidden.in_features, self.head.target.in_features) != sizes:
             raise ValueError(
-                f"the router belongs to a model with hidden states of {self.head.hidden.in_features} and embeddings "
-                f"of {self.head.target.in_features} numbers, and this one has {hidden_size} and {embedding_size}; make "
-                "a LearnedRouter for each model"
+                f"the router was built for hidden size {self.head.hidden.in_features} and embedding size "
+                f"{self.head.target.in_features}, but this model has {hidden_size} and {embedding_size}; create one "
+                "LearnedRouter per model"
             )
 
     @torch.no_grad()
@@ -157,7 +158,7 @@ class LearnedRouter(nn.Module):
     def prepare(self, batch: StepBatch) -> None:
         """Raise if the batch names examples, which this router does not read."""
         if batch.example_ids is not None:
-            raise ValueError("example_ids is read by a router of RememberedScores only; leave it out")
+            raise ValueError("example_ids is used only by RememberedScores; leave it out")
 
     def score(self, request: ScoreRequest) -> Scores:
         """The predicted scores of a batch; asked by a step."""
@@ -232,8 +233,8 @@ class LearnedRouter(nn.Module):
             raise ValueError("the router has no weights yet: give it to CGGRModel(model, router)")
         if self.moments.dtype != torch.float32:
             raise ValueError(
-                f"the LearnedRouter's weights were cast to {self.moments.dtype}, and it learns in float32; cast the "
-                "model before it is given to CGGRModel"
+                f"the LearnedRouter's weights were cast to {self.moments.dtype}, but it learns in float32; cast the "
+                "model before passing it to CGGRModel"
             )
         if self.moments.device != device:
             # The model may have been moved by itself.

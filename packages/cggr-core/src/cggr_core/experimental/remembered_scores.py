@@ -179,24 +179,24 @@ class RememberedScores:
                 the CPU, or the rows are longer than what is remembered.
         """
         if example_ids is None:
-            raise ValueError("RememberedScores needs example_ids, int64 [B] on the CPU: which example each row is")
+            raise ValueError("RememberedScores needs example_ids, int64 [B] on the CPU: the example in each row")
         check_shape("example_ids", example_ids, shape[:1], "one for each row of the batch")
         if example_ids.dtype != torch.int64:
             raise TypeError(f"example_ids must be torch.int64, got {example_ids.dtype}")
         if example_ids.device.type != "cpu":
             raise ValueError(
-                f"example_ids must be on the CPU, where the scores are remembered, got {example_ids.device}; leave "
-                "them there when the batch is moved"
+                f"example_ids must be on the CPU, where the scores are stored, got {example_ids.device}; leave them "
+                "there when the batch is moved"
             )
         examples, longest = self.shape
         outside = example_ids[(example_ids < 0) | (example_ids >= examples)]
         if outside.numel():
             raise ValueError(
                 f"example_ids holds {outside.numel()} value(s) outside [0, {examples}) (the first is "
-                f"{int(outside[0])}); this memory is one of {examples} examples"
+                f"{int(outside[0])}); this memory holds {examples} examples"
             )
         if shape[1] > longest:
-            raise ValueError(f"the batch has rows of {shape[1]} tokens, and {longest} are remembered of an example")
+            raise ValueError(f"the rows have {shape[1]} tokens, but the memory holds only {longest} per example")
         return example_ids
 
     def recall(self, example_ids: Tensor, countable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

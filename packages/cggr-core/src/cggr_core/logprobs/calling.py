@@ -59,8 +59,8 @@ def language_model(model: nn.Module) -> nn.Module:
             inner = inner.module
         else:
             raise TypeError(
-                f"model must be a Hugging Face language model, a PEFT or CGGRModel wrapper of one, or one of these "
-                f"prepared for several devices (with the model as its .module), got {type(model).__name__}"
+                "model must be a Hugging Face language model, a PEFT or CGGRModel wrapper of one, or one of these "
+                f"wrapped for several devices (with the model as its .module), got {type(model).__name__}"
                 + ("; pass the model from before torch.compile" if hasattr(inner, "_orig_mod") else "")
             )
 

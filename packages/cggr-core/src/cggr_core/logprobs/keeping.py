@@ -150,8 +150,8 @@ def keep_nonzero(advantages: Tensor, mask: Tensor) -> Tensor:
     check_same_device("advantages", advantages, "mask", mask)
     if values_are_free(advantages) and (count := int(advantages.isnan().sum())):
         raise ValueError(
-            f"advantages is NaN at {count} of {advantages.numel()} places; a group of one completion has no spread to "
-            "divide by"
+            f"advantages has {count} NaN of {advantages.numel()} values; a group with a single completion has no "
+            "standard deviation to divide by"
         )
     if tuple(advantages.shape) != tuple(mask.shape[:1]):
         check_shape("advantages", advantages, mask.shape, "that of mask, or [B], one for each row")

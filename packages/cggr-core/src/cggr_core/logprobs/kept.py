@@ -137,7 +137,7 @@ def bad_keep_message(padding: int, no_target: int) -> str:
     if no_target:
         found.append(f"{no_target} position(s) that predict no token")
     return (
-        f"keep marks {' and '.join(found)}. It is in target alignment: position t is about the token at t + 1, so the "
-        "last token of a row, of a packed document and before padding predicts nothing; of a mask of the tokens "
-        "themselves, keep_tokens(mask) makes it"
+        f"keep marks {' and '.join(found)}. It must be in target alignment: position t is about the token at t + 1, so "
+        "the last token of a row or packed document, or before padding, predicts nothing; to convert a mask over the "
+        "tokens themselves, use keep_tokens(mask)"
     )

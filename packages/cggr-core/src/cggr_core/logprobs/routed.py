@@ -251,6 +251,4 @@ def _raise_deferred_errors(found: EngineOfModel) -> None:
     if padding or no_target:
         raise ValueError("in the last call, " + bad_keep_message(padding, no_target))
     if nan:
-        raise ValueError(
-            f"NaN at {nan} place(s) of the kept tokens: look for an overflow or a bad learning rate before this step"
-        )
+        raise ValueError(f"NaN at {nan} kept token(s): look for an overflow or a bad learning rate before this step")

@@ -51,11 +51,11 @@ class StepCall:
                 try:
                     hash(value)
                 except TypeError:
-                    return f"the argument {name} is a {type(value).__name__}, which cannot be compared with another"
+                    return f"the argument {name} is a {type(value).__name__}, which cannot be compared between steps"
             elif value.requires_grad:
                 return f"the argument {name} requires gradients"
             elif value.device != self.device:
-                return f"the argument {name} is on {value.device}, and the labels are on {self.device}"
+                return f"the argument {name} is on {value.device}, but the labels are on {self.device}"
         return None
 
     def in_bucket(self) -> StepCall:

@@ -69,7 +69,7 @@ class CudaGraphs:
         if left < self.held_bytes:
             raise NotRecordedError(
                 f"recordings would hold {self.held_bytes / 1e9:.1f} GB of the device's memory and leave "
-                f"{left / 1e9:.1f} GB, less than a step needs that runs as it is"
+                f"{left / 1e9:.1f} GB, less than an eager step needs"
             )
 
         def replay() -> None:
@@ -92,11 +92,11 @@ class CudaGraphs:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         if not torch.equal(torch.get_rng_state(), drawn) or random.getstate() != picked:
-            raise NotRecordedError("the host draws random numbers within the step, and a replay would draw none")
+            raise NotRecordedError("the step draws random numbers on the host, which a replay would not do")
         for warning in said:
             if _READ in str(warning.message):
                 where = f"{Path(warning.filename).name}, line {warning.lineno}"
-                raise NotRecordedError(f"the host waits for the device within the step ({where})")
+                raise NotRecordedError(f"the step makes the host wait for the device ({where})")
         return made
 
     def wait(self) -> None:

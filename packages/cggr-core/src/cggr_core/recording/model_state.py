@@ -89,17 +89,17 @@ def obstacle_in(model: nn.Module, device: torch.device) -> str | None:
         or module_hooks._global_forward_pre_hooks
         or module_hooks._global_backward_hooks
     ):
-        return "hooks are registered on all modules, and a replay would run none"
+        return "hooks are registered on all modules, which a replay would not run"
     for module in model.modules():
         name = type(module).__name__
         for hook in _hooks(module):
             if not _inert(hook):
-                return f"a {name} has hooks, and a replay would run none"
+                return f"a {name} has hooks, which a replay would not run"
         for tensor in _tensors(module):
             if tensor.device != device:
-                return f"a {name} has a tensor on {tensor.device}, and the batch is on {device}"
+                return f"a {name} has a tensor on {tensor.device}, but the batch is on {device}"
             if tensor.requires_grad and type(tensor) is not nn.Parameter:
-                return f"a {name} trains a {type(tensor).__name__}, whose place is its own business"
+                return f"a {name} trains a {type(tensor).__name__}, whose storage may move between steps"
     return None
 
 

@@ -18,7 +18,7 @@ def obstacle_of(router: Any) -> str | None:
     """
     if not getattr(router, "recordable", False):
         name = type(getattr(router, "router", router)).__name__
-        return f"the router is a {name}, which may do anything in a step"
+        return f"the router is a {name}, which may run arbitrary code in a step"
     return None
 
 
@@ -31,13 +31,13 @@ def obstacle_now(device: torch.device) -> str | None:
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return "gradients are off"
     if capturing(device):
-        return "the caller records a graph"
+        return "the caller is capturing a graph"
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return "several processes share the step, and what they exchange is not recorded"
+        return "several processes share the step, and their communication cannot be captured"
     if os.environ.get("CGGR_VERIFY"):
         return "CGGR_VERIFY compares passes on the host"
     torch_c = cast(Any, torch._C)
     if torch_c._len_torch_dispatch_stack() or torch_c._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "a dispatch mode or hooks on saved tensors watch the step"
+        return "a dispatch mode or saved-tensor hooks are active"
     return None

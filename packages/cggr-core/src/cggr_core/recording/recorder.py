@@ -121,14 +121,14 @@ class Recorder:
             self._times.clear()
         self._times[kind] = self._times.get(kind, 0) + 1
         if self._times[kind] <= EAGER_STEPS:
-            return None, f"no kind of step (its shapes, its keep ratio) has come more than {EAGER_STEPS} times yet"
+            return None, f"no kind of step (shapes, keep ratio) has occurred more than {EAGER_STEPS} times yet"
         if self._attempts >= MOST_ATTEMPTS + self._replays // REPLAYS_THAT_PAY:
-            return None, f"{self._attempts} recordings were made, and the model or its steps keep changing"
+            return None, f"the model or its steps still change after {self._attempts} recordings"
         model = self._engine.model
         checkpointed = checkpoints(model)
         reason = obstacle_in(model, call.device)
         if checkpointed and not self._routed:
-            reason = "activations are checkpointed, under a random state that the host keeps"
+            reason = "gradient checkpointing restores a random state on the host"
         if reason is not None:
             return None, reason
         self._attempts += 1
@@ -184,9 +184,9 @@ class Recorder:
     def _obstacle(self, call: StepCall, router: Any) -> str | None:
         """What prevents recording at the moment."""
         if self._schedule.moving:
-            return "the keep ratio is moving"
+            return "the keep ratio is changing"
         if self._places is not None and self._places.busy:
-            return "the backward pass of a step before has not run yet"
+            return "the backward pass of an earlier step is still pending"
         return obstacle_now(call.device) or obstacle_of(router) or call.obstacle()
 
     def _as_it_is(self, reason: str) -> None:
@@ -198,7 +198,7 @@ class Recorder:
     def _say(self, reason: str, level: int = logging.INFO) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            _logger.log(level, "cuda_graph='auto': steps run as they are, since %s", reason)
+            _logger.log(level, "cuda_graph='auto': steps run eagerly, because %s", reason)
 
     def _forget(self) -> None:
         if self._recordings and self._places is not None:

@@ -136,7 +136,7 @@ class Recording:
             graphs.set_random_state(state)
             expected = self._rehearse()
             if not may_draw and not torch.equal(graphs.random_state(), state):
-                raise NotRecordedError("checkpointed layers draw random numbers, and a replay cannot draw them again")
+                raise NotRecordedError("checkpointed layers draw random numbers, which a replay cannot repeat")
             graphs.set_random_state(state)
             self._replay_forward, (self._loss, self._findings, *self._numbers) = graphs.capture(self._forward)
             self._upstream = torch.ones_like(self._loss)
@@ -168,8 +168,8 @@ class Recording:
         """
         if awaited.over:
             raise RuntimeError(
-                "the backward pass of a recorded step runs once, also with retain_graph=True; for another one, give "
-                "CGGRModel cuda_graph=False"
+                "the backward pass of a recorded step can run only once, even with retain_graph=True; to run it again, "
+                "use CGGRModel(..., cuda_graph=False)"
             )
         awaited.over = True
         self._upstream.copy_(upstream)
@@ -209,7 +209,7 @@ class Recording:
         loss, self._connected = self._connected, None
         assert loss is not None  # of the forward pass
         if not loss.requires_grad:
-            raise NotRecordedError("nothing that the loss depends on is trained")
+            raise NotRecordedError("the loss does not depend on any trained parameter")
         return list(torch.autograd.grad(loss, self._leaves, upstream, allow_unused=True))
 
     def _take(self, run: Run) -> tuple[Tensor, list[Tensor]]:
@@ -248,11 +248,11 @@ class Recording:
             abs(a - b) <= _TOLERANCE * b + _TOTAL_TOLERANCE * total for a, b in zip(found, norms, strict=True)
         )
         if not same:
-            raise NotRecordedError("a replay gives other numbers than the step that was recorded")
+            raise NotRecordedError("a replay gives different numbers from the recorded step")
         if replayed > _WORTH * seconds:
             raise NotRecordedError(
-                f"a replay takes {replayed * 1e3:.1f} ms and the step as it is {seconds * 1e3:.1f} ms: it is not bound "
-                "by its launches"
+                f"a replay takes {replayed * 1e3:.1f} ms and the eager step {seconds * 1e3:.1f} ms: the step is not "
+                "bound by launches"
             )
 
 

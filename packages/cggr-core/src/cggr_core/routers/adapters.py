@@ -63,7 +63,7 @@ class _StatelessRouter:
     def prepare(self, batch: StepBatch) -> None:
         """Raise if the batch names examples, which nothing would read."""
         if batch.example_ids is not None:
-            raise ValueError("example_ids is read by a router of RememberedScores only; leave it out")
+            raise ValueError("example_ids is used only by RememberedScores; leave it out")
 
     def observe(self, seen: Observation) -> dict[str, Tensor]:
         """Nothing to learn."""

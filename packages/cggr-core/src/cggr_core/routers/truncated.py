@@ -107,7 +107,7 @@ def create_truncated_router(model: nn.Module, num_layers: int | None = None) -> 
     router.num_layers = num_layers = default_router_depth(depth) if num_layers is None else num_layers
     if num_layers >= depth:
         warnings.warn(
-            f"create_truncated_router(num_layers={num_layers}) passes through the full model: "
+            f"create_truncated_router(num_layers={num_layers}) runs the full model: "
             + (f"it has {depth} layers" if depth else f"the layers of {type(model).__name__} were not found")
             + "; scoring then costs a full forward",
             stacklevel=2,

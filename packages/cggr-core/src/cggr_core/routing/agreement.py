@@ -126,7 +126,7 @@ def difference(
     largest = float(error.quantile(share)) if share < 1.0 else float(error.max())
     if largest <= tolerance:
         return None
-    return f"relative error {largest:.2g} where {tolerance:.2g} is rounding"
+    return f"relative error {largest:.2g}, tolerance {tolerance:.2g}"
 
 
 def apart(value: Tensor, wanted: Tensor) -> Tensor:

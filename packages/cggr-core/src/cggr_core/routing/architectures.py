@@ -133,7 +133,7 @@ def describe(model: nn.Module) -> Architecture:
         shifted=getattr(base, "loss_type", None) != "ForMaskedLM",
         obstacle=_obstacle(base, text_config, owner) or _same_number(base, layers, numbers)
         if layers
-        else f"the layers of {type(base).__name__} were not found: no list of modules in it is as long as "
+        else f"the layers of {type(base).__name__} were not found: it has no module list as long as "
         f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)} says",
         # Some forwards pass on all keyword arguments.
         takes_positions=any(each.name == "position_ids" or each.kind is each.VAR_KEYWORD for each in parameters),
@@ -202,10 +202,10 @@ def _same_number(base: nn.Module, layers: nn.ModuleList, numbers: list[int]) -> 
         return None
     first, second = next((a, b) for b in range(len(numbers)) for a in range(b) if numbers[a] == numbers[b])
     if layers[first] is layers[second]:
-        return f"layers {first} and {second} of {type(base).__name__} are one module, which runs twice in a forward"
+        return f"layers {first} and {second} of {type(base).__name__} are one module that runs twice in a forward"
     return (
-        f"layers {first} and {second} of {type(base).__name__} give the cache one number, layer_idx={numbers[first]} "
-        "(were they copied?); renumber every layer's modules before training"
+        f"layers {first} and {second} of {type(base).__name__} share the cache index layer_idx={numbers[first]} (were "
+        "they copied?); renumber every layer's modules before training"
     )
 
 
@@ -215,9 +215,9 @@ def _find_head(base: Any, config: Any) -> Head:
         raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
     if next(module.parameters(), None) is None and not isinstance(getattr(module, "weight", None), Tensor):
         raise TypeError(
-            f"the head of {type(base).__name__} ({type(module).__name__}) holds no weight tensor, so it cannot be "
-            "trained through: quantised modules for inference have none; load the model unquantised, or with a "
-            "quantisation that trains LoRA adapters and leaves the head alone"
+            f"the head of {type(base).__name__} ({type(module).__name__}) has no weight tensor, as in modules "
+            "quantised for inference, so gradients cannot flow through it; load the model unquantised, or with a "
+            "quantisation that supports LoRA and leaves the head unquantised"
         )
     scaling, scale = _setting(base, config, "logits_scaling"), _setting(base, config, "logit_scale")
     if scaling is not None:  # Granite divides, Cohere multiplies

@@ -61,8 +61,8 @@ class PassCache(Cache):
             return self._before
         if layer_idx is not None:
             raise RuntimeError(
-                f"layer {layer_idx} derives positions from the number of cached tokens, which does not tell the "
-                "positions of kept tokens"
+                f"layer {layer_idx} derives positions from the number of cached tokens, which gives wrong positions "
+                "for kept tokens"
             )
         # Layers derive the number of keys as this plus the number of queries (ALiBi).
         return self._length - self._queries

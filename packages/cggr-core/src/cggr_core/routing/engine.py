@@ -178,8 +178,8 @@ class Engine:
         if routing and of_queries is not None:
             raise ValueError(
                 f"attention_mask must be {list(inputs.shape)} (1 = token, 0 = padding) for gradient='kv' and "
-                f"'detached', got {list(of_queries.shape)}: masks of another form cannot be asked about other queries; "
-                "use gradient='exact' or gradient='sequence'"
+                f"'detached', got {list(of_queries.shape)}, which cannot be reduced to the kept queries; use "
+                "gradient='exact' or gradient='sequence'"
             )
         length, form = inputs.shape[1], inputs.form
         new = length > self._probed_lengths.get(form, 0)
@@ -198,7 +198,8 @@ class Engine:
             if applies_head and not head.fused:
                 warnings.warn(
                     f"the head of {type(unwrapped(self.model)).__name__} is more than one matrix with a scale and a "
-                    "softcap (it may have hooks or adapters); its own logits are used, [tokens, vocabulary] at a time",
+                    "softcap (it may have hooks or adapters); its own logits are used, as one [tokens, vocabulary] "
+                    "tensor",
                     stacklevel=3,
                 )
         elif routing and new:
@@ -207,7 +208,7 @@ class Engine:
             self._probed_lengths[form] = length
         if routing and self.architecture.obstacle is not None:
             raise ValueError(
-                f"gradient='kv' and 'detached' route keys and values, and {self.architecture.obstacle}; use "
+                f"gradient='kv' and 'detached' route keys and values, but {self.architecture.obstacle}; use "
                 "gradient='exact' or gradient='sequence'"
             )
         if packed and self._probe.packing_obstacle is not None:

@@ -104,8 +104,8 @@ class LayerRows:
             # Several kinds of position (``[3, B, S, D]``), or streams of hidden states.
             if shape[0] == batch > 1 and not _is_of_tokens(name):
                 raise ValueError(
-                    f"a layer's argument {name or 'without a name'} has shape {list(shape)}, of which either of the "
-                    f"first two dimensions may be the batch of {batch} rows; give batches of another number of rows"
+                    f"a layer's argument {name or 'without a name'} has shape {list(shape)}, and either of its first "
+                    f"two dimensions could be the batch of {batch} rows; use a different number of rows"
                 )
             return torch.stack([self._take_rows(part) for part in value])
         if shape[0] in (1, batch):  # with a dimension for heads

@@ -112,9 +112,9 @@ class LowPrecision:
             return
         self._warned = True
         warnings.warn(
-            f"context_precision='fp8' is emulated on {device}: its rounding errors are there, its speed is not (FP8 "
-            "products with a scale for every row need compute capability 9.0); leave context_precision=None unless "
-            "the errors are what you study",
+            f"context_precision='fp8' is emulated on {device}, with the rounding errors of FP8 but not its speed "
+            "(row-scaled FP8 products need compute capability 9.0); use context_precision=None unless you are studying "
+            "the errors",
             stacklevel=2,
         )
 

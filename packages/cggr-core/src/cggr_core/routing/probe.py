@@ -116,7 +116,7 @@ def _probe(
     architecture = replace(architecture, head=head)
     obstacle, packing_obstacle = architecture.obstacle, None
     if head_input is None and obstacle is None:
-        obstacle = f"{type(model).__name__} reads the weight of its head without calling it"
+        obstacle = f"{type(model).__name__} uses the weight of its head without calling the head"
     if routing and obstacle is None:
         obstacle = _layer_drop(model)
     if routing and obstacle is None:
@@ -153,7 +153,7 @@ def _routed(
         later = _routed_as_it_is(model, found[0], rows, layer_output)
     if later[1] is None:
         return later[0], None, found[2] or later[2]
-    return later[0], f"{later[1]}, once parameters that are all alike have been trained", found[2]
+    return later[0], f"{later[1]}, once constant parameters have been trained", found[2]
 
 
 def _routed_as_it_is(
@@ -175,8 +175,8 @@ def _routed_as_it_is(
     return (
         unpacked,
         None,
-        f"position_ids restart inside a row, and {name} attends across such packed documents; pass an "
-        "attention_mask to say that rows are whole, or do not pack",
+        f"position_ids restart inside a row, and {name} attends across packed documents; pass an attention_mask if "
+        "each row is one document, or do not pack",
     )
 
 
@@ -203,8 +203,8 @@ def _layer_drop(model: nn.Module) -> str | None:
     if dropped is None:
         return None
     return (
-        f"{type(model).__name__} leaves out layers at random in training (layerdrop={dropped.layerdrop}), and "
-        "others in every pass; set layerdrop to 0 before wrapping"
+        f"{type(model).__name__} drops random layers in training (layerdrop={dropped.layerdrop}), different ones in "
+        "every pass; set layerdrop to 0 before wrapping"
     )
 
 

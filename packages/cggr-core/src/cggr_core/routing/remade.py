@@ -106,7 +106,7 @@ class _Norm:
         if self._seen() != self._versions:
             raise RuntimeError(
                 "a hidden state or a norm's weight was changed in place between the forward and the backward pass, "
-                "which needs it as it was"
+                "which needs its original value"
             )
         with (
             own_parameters(self._module, self._named),

@@ -77,7 +77,7 @@ def check_step_arguments(
     if draw is not None:
         check_number("draw", draw)
     if reference_nll is not None and settings.scoring != "excess":
-        raise ValueError(f"reference_nll is used by scoring='excess' only, but scoring is {settings.scoring!r}")
+        raise ValueError(f"reference_nll is used only by scoring='excess', but scoring is {settings.scoring!r}")
     scored = selection is None and settings.reads_scores
     if reference_nll is None and settings.scoring == "excess" and scored:
         raise ValueError(
@@ -125,8 +125,8 @@ def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         if value is not nothing and (type(value) is not type(nothing) or value != nothing):
             came = type(value).__name__ if nothing is None else repr(value)
             raise ValueError(
-                f"{name}={came}: a training forward with labels returns the loss and nothing else; leave it out, or "
-                "call the wrapped model"
+                f"{name}={came}: a training forward with labels returns only the loss; leave it out, or call the "
+                "wrapped model"
             )
     return {name: value for name, value in arguments.items() if name not in _INERT}
 

@@ -61,7 +61,7 @@ class DeferredErrors:
             )
         if nan:
             where = f"the logits of the last step were NaN at {int(nan)} tokens" if nan > 0 else "the last loss was NaN"
-            raise ValueError(f"{where}; look for an overflow or a learning rate that is too high before that step")
+            raise ValueError(f"{where}; look for an overflow or too high a learning rate before that step")
         if confidence == confidence:
             schedule.observe(confidence)
 

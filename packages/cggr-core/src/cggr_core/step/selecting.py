@@ -21,9 +21,9 @@ _logger = logging.getLogger(__name__)
 @functools.cache
 def _warn_of_single_row() -> None:
     _logger.warning(
-        "gradient='sequence' chooses among the rows of a batch, but this one has a single row: all of it is kept, and "
-        "the step is the standard one. Packed documents in one row are not sequences of their own: give them rows, or "
-        "take gradient='kv'"
+        "gradient='sequence' chooses among the rows of a batch, but this one has a single row, so all of it is kept "
+        "and the step equals the standard one. Packed documents in one row are not separate sequences: put them in "
+        "separate rows, or use gradient='kv'"
     )
 
 

@@ -19,7 +19,7 @@ def demo(
     gradient: Annotated[str, typer.Option(help="Gradient mode: kv, detached, exact or sequence.")] = "kv",
     ratio: Annotated[float, typer.Option(help="Keep ratio of the random control and of CGGR.")] = 0.25,
     selection: Annotated[
-        str, typer.Option(help=f"How CGGR chooses from the scores: {options.SELECTIONS}.")
+        str, typer.Option(help=f"How CGGR selects tokens by score: {options.SELECTIONS}.")
     ] = "stratified",
     scoring: Annotated[str, typer.Option(help=f"Which score: {options.SCORINGS}.")] = "gradnorm",
     router_depth: options.RouterDepth = None,
@@ -29,7 +29,7 @@ def demo(
     batch_size: options.BatchSize = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-2,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    characters: Annotated[int, typer.Option(help="How much of the standard library's source to use.")] = 2_000_000,
+    characters: Annotated[int, typer.Option(help="How much source code of the standard library to use.")] = 2_000_000,
 ) -> None:
     """Train a small model on Python's own source code in several ways, for the same time each, and compare.
 

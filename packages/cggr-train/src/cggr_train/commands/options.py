@@ -32,7 +32,7 @@ Field = Annotated[
 ]
 Answer = Annotated[
     str | None,
-    typer.Option(help="Key or column of the answer, which alone is supervised; --field then names the question."),
+    typer.Option(help="Key or column of the answer; only the answer is supervised, and --field names the question."),
 ]
 Messages = Annotated[
     str | None,
@@ -40,11 +40,9 @@ Messages = Annotated[
         help="Key of a list of chat messages: the chat template is applied, and the assistant's turns are supervised."
     ),
 ]
-Heldout = Annotated[
-    list[Path] | None, typer.Option(help="Held-out file, instead of a share of the data; can be repeated.")
-]
+Heldout = Annotated[list[Path] | None, typer.Option(help="Held-out file instead of a share of the data; repeatable.")]
 HeldoutFraction = Annotated[float, typer.Option(help="Share of the documents held out.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unusable lines, and count them.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unusable lines and count them.")]
 RouterDepth = Annotated[int | None, typer.Option(help="Score with the first N layers; all by default.")]
 ContextPrecision = Annotated[
     str | None,
@@ -56,7 +54,7 @@ ContextPrecision = Annotated[
 ContextMargin = Annotated[
     int,
     typer.Option(
-        help="Tokens before each stretch of supervised ones that gradients reach as well (kv and detached, selection "
+        help="Let gradients also reach this many tokens before each supervised stretch (kv and detached, selection "
         "supervised)."
     ),
 ]

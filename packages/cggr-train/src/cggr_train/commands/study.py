@@ -50,14 +50,14 @@ def study(
     ] = None,
     context_margin: Annotated[
         str,
-        typer.Option(help="Margins to study with --selection supervised: how many tokens before supervised ones."),
+        typer.Option(help="Margins to study with --selection supervised: tokens before each supervised stretch."),
     ] = "0",
     controls: Annotated[
         str, typer.Option(help="Standard controls to include: equal_cost,checkpointed,equal_memory.")
     ] = "equal_cost,checkpointed,equal_memory",
-    control_batch: Annotated[str, typer.Option(help="Further batch sizes for the standard step: 1,2,…")] = "",
+    control_batch: Annotated[str, typer.Option(help="More batch sizes for the standard step: 1,2,…")] = "",
     seeds: Annotated[int, typer.Option(help="Runs (seeds) per arm.")] = 3,
-    equal: Annotated[str, typer.Option(help="What runs are compared at: tokens,time.")] = "tokens,time",
+    equal: Annotated[str, typer.Option(help="Compare runs at equal: tokens,time.")] = "tokens,time",
     steps: Annotated[int | None, typer.Option(help="Steps of the standard run.")] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Alternatively, training time of the standard run in seconds.")
@@ -74,10 +74,10 @@ def study(
     ] = None,
     rates: Annotated[str, typer.Option(help="Learning rates to try; each arm uses its best one: 1e-4,3e-4,…")] = "",
     evaluate: Annotated[
-        str, typer.Option("--eval", help="loss, or exact-match to answer the held-out questions as well.")
+        str, typer.Option("--eval", help="loss, or exact-match to also answer the held-out questions.")
     ] = "loss",
     answer_after: Annotated[
-        str | None, typer.Option(help='Compare only what follows this mark in an answer: "####".')
+        str | None, typer.Option(help='Compare only the text after this marker in an answer: "####".')
     ] = None,
     questions: Annotated[int | None, typer.Option(help="Number of held-out questions to ask; all by default.")] = None,
     evaluations: Annotated[int, typer.Option(help="Points per curve.")] = 8,
@@ -209,7 +209,7 @@ def precisions(text: str) -> tuple[str | None, ...]:
     known = (OWN_PRECISION, *CONTEXT_PRECISIONS)
     strange = [name for name in names if name not in known]
     if strange:
-        raise InputError(f"--context-precision must be some of {', '.join(known)}, got {strange[0]!r}")
+        raise InputError(f"--context-precision must be one or more of {', '.join(known)}, got {strange[0]!r}")
     return tuple(None if name == OWN_PRECISION else name for name in names)
 
 

@@ -39,8 +39,8 @@ def train(
     selection: Annotated[
         str | None,
         typer.Option(
-            help=f"How kept tokens are chosen from the scores: {options.SELECTIONS}; or supervised: all with a label. "
-            "Without it stratified, or supervised where prompts are masked and nothing is said of ratio or scores.",
+            help=f"How kept tokens are selected by score: {options.SELECTIONS}; or supervised: all with a label. "
+            "Default: stratified, or supervised if prompts are masked and neither ratio nor scores are given.",
             show_default=False,
         ),
     ] = None,
@@ -66,10 +66,10 @@ def train(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Total seconds of training.")] = None,
     learning_rate: options.LearningRate = None,
-    lr_warmup: Annotated[float, typer.Option(help="Warm-up of the learning rate, as a share of training.")] = 0.05,
+    lr_warmup: Annotated[float, typer.Option(help="Learning-rate warm-up, as a share of training.")] = 0.05,
     weight_decay: options.WeightDecay = None,
     clip: options.Clip = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and selections.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for weights, data order and selections.")] = 0,
     log_every: Annotated[int, typer.Option(help="Steps between log records.")] = 10,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,
     eval_sequences: options.EvalSequences = 64,

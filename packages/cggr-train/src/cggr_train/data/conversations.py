@@ -26,7 +26,7 @@ class Conversations(Documents):
     def _parts(self, record: object, where: str) -> tuple[str, ...] | None:
         (key,) = self.fields
         messages = record.get(key) if isinstance(record, dict) else None
-        wanted = f"{where}: {key!r} should be a list of messages, each with the texts 'role' and 'content'"
+        wanted = f"{where}: {key!r} must be a list of messages, each with the strings 'role' and 'content'"
         if isinstance(record, dict) and key not in record:
             wanted += f", got no such key (it has {', '.join(record) or 'none'}; see --messages)"
         if not isinstance(messages, list) or not messages:
@@ -39,7 +39,7 @@ class Conversations(Documents):
                 return None
         if not any(message["role"] == ASSISTANT for message in messages):
             self._skip_or_raise(
-                f"{where}: no message in {key!r} has the role {ASSISTANT!r}, so there is nothing to learn from"
+                f"{where}: no message in {key!r} has the role {ASSISTANT!r}, so there is nothing to train on"
             )
             return None
         return (json.dumps([{name: message[name] for name in ("role", "content")} for message in messages]),)

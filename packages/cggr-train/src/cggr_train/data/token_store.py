@@ -98,12 +98,12 @@ def build_token_store(
     skipped = int(getattr(documents, "skipped", 0)) + int(getattr(heldout_documents, "skipped", 0))
     left_out = f"; {skipped:,} bad lines were left out" if skipped else ""
     if count_documents == 0:
-        raise InputError(f"the data files hold no text{left_out}")
+        raise InputError(f"the data files contain no text{left_out}")
     total = sum(counts.values())
     if heldout_documents is None and total < 2 * length:
         raise InputError(
-            f"the text has {total:,} tokens, fewer than two sequences of {length:,} (--length): one to train on and "
-            f"one to hold out{left_out}"
+            f"the text has {total:,} tokens, fewer than two sequences of {length:,} (--length), one to train "
+            f"on and one to hold out{left_out}"
         )
     if heldout_documents is None and min(counts.values()) < length:
         counts = _split_by_position(paths, counts, dtype, length=length, fraction=heldout_fraction)

@@ -87,8 +87,8 @@ def announcement(settings: StudySettings, *, workers: int) -> str:
         sizes = " and ".join(map(str, smaller))
         lines.append(
             f"Equal cost: a step that keeps {base.ratio:.0%} of the tokens takes {costs[0]:.2f} of the standard step's "
-            f"operations with random tokens and {costs[1]:.2f} with scores, so the batch of {train.batch_size} "
-            f"shrinks to {sizes} there."
+            f"operations with random tokens and {costs[1]:.2f} with scores, so the batch of {train.batch_size} shrinks "
+            f"to {sizes} for the same cost."
         )
     return "\n".join(lines)
 
@@ -96,12 +96,12 @@ def announcement(settings: StudySettings, *, workers: int) -> str:
 def _purpose(arm: Arm, arms: Sequence[Arm]) -> str:
     match arm.role:
         case "standard":
-            return "every token in every step: what CGGR has to beat"
+            return "every token in every step: the baseline that CGGR has to beat"
         case "equal_cost":
             rivals = [other.label for other in arms if other.equal_cost == arm.name]
             return f"every token, at the cost of a step of {' and '.join(rivals)}"
         case "random":
-            return "that share of the tokens at random: does a score earn its cost?"
+            return "that share of the tokens at random: is the score worth its cost?"
         case _:
             return "CGGR: that share of the tokens, chosen by score"
 

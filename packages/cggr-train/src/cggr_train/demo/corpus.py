@@ -43,7 +43,7 @@ def standard_library(*, max_characters: int, root: Path | None = None) -> list[s
         if len(text) >= 200:
             texts[hashlib.sha256(text.encode()).hexdigest()] = text
     if not texts:
-        raise InputError(f"no Python source under {root}; this Python came without its standard library's source")
+        raise InputError(f"no Python source under {root}; this Python has no source of its standard library")
     chosen, total = [], 0
     for digest in sorted(texts):
         chosen.append(texts[digest])

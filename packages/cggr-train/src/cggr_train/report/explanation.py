@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 MODES = {
     "exact": "the full gradient of their loss",
-    "kv": "a backward pass for those tokens, and for the keys and values of all",
-    "detached": "a backward pass for those tokens alone",
+    "kv": "a backward pass for those tokens and for the keys and values of all tokens",
+    "detached": "a backward pass for those tokens only",
     "sequence": "whole sequences, the rest of the batch left out",
 }
 SELECTIONS = {
     "random": "at random",
-    "stratified": "drawn at random from buckets of {score}, more where it varies most, and weighted",
+    "stratified": "drawn at random from buckets of {score}, more from those where it varies most, and weighted",
     "sampled": "drawn with probability proportional to {score}, and weighted",
     "topk": "those with the highest {score}, unweighted",
     "sequence_aware": "those with the highest {score}, a few in every sequence, unweighted",
@@ -52,15 +52,15 @@ def explain(arm: Arm, arms: Sequence[Arm], *, supervised: float = 1.0) -> str:
         else:
             how = SELECTIONS[routing.selection].format(score=SCORES[routing.scoring])
             which = f"{routing.ratio:.0%} of the {kind}s, {how}"
-        purpose = "; the control that shows what a score is worth" if arm.role == "random" else ""
+        purpose = "; the control that shows what the score is worth" if arm.role == "random" else ""
         low = "" if routing.context_precision is None else f", the rest in {routing.context_precision.upper()}"
         return f"Trains on {which}: {MODES[routing.gradient]}{low}{purpose}."
     rivals = [other.title for other in arms if other.equal_cost == arm.name]
     purpose = {
         "standard": "the baseline of every comparison",
-        "checkpointed": "with gradient checkpointing, which saves memory and takes more time",
-        "equal_cost": "as many operations in a step as in one of " + " and ".join(rivals or ["the routed arms"]),
+        "checkpointed": "with gradient checkpointing, which uses less memory and more time",
+        "equal_cost": "as many operations per step as " + " and ".join(rivals or ["the routed arms"]),
         "equal_memory": "as many sequences at a time as fit into the memory of a routed step",
         "batch": "another batch size, as requested",
     }[arm.role]
-    return f"Ordinary training on every {kind}, {arm.batch_size} sequences a step: {purpose}."
+    return f"Ordinary training on every {kind}, {arm.batch_size} sequences per step: {purpose}."

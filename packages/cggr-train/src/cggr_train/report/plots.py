@@ -37,7 +37,7 @@ def draw_losses(outcome: Outcome, *, width: float = WIDE) -> bytes:
     Curves carry their names. An arm that diverged is drawn up to there, as far as it fits.
     """
     return _draw_curves(
-        outcome, width, "seconds of training (steps times the step's time)", outcome.amounts["time"],
+        outcome, width, "training time, seconds (steps times time per step)", outcome.amounts["time"],
         lambda point: point["seconds"],
     )  # fmt: skip
 
@@ -69,14 +69,14 @@ def draw_frontier(outcome: Outcome, *, width: float = WIDE) -> bytes:
         axes.plot(x, y, color=FAINT, linewidth=1.2, zorder=0)
         what = "Right answers, %" if measured_by_accuracy(outcome) else "Held-out loss, nats per token"
         axes.set_title(f"{what}{_BREAK[width <= NARROW]}after the same time")
-        axes.set_xlabel("peak memory of a step, GiB")
+        axes.set_xlabel("peak memory per step, GiB")
         ends_of = {p.name: (p.peak_bytes / 2**30, scale * p.quality.mean) for p in every}
         _name_curves(axes, outcome, ends_of, width)
         return _png(figure)
 
 
 def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
-    """Kept share by place in the sequence, by frequency of the token and by score: one row for each ratio.
+    """Kept share by place in the sequence, by token frequency and by score: one row for each ratio.
 
     None where every arm keeps all of these alike, so that there is nothing to see.
     """
@@ -88,7 +88,7 @@ def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
             rows.setdefault(arm.routing.ratio, {}).setdefault(key, arm)
     titles = {
         "position": ("kept by place", "first tenth of the sequence … last"),
-        "frequency": ("by frequency of the token", "rarest tenth … most frequent"),
+        "frequency": ("by token frequency", "rarest tenth … most frequent"),
         "score": ("by score", "lowest tenth … highest"),
     }
     titles = {name: words for name, words in titles.items() if _shares_differ(outcome, name)}

@@ -95,7 +95,7 @@ def _losses(outcome: Outcome) -> Cells:
     seeds = f"{outcome.seeds} seeds" if outcome.seeds > 1 else "one seed"
     return Cells(
         f"Held-out loss, nats per token ({seeds}, ± half of the 95% interval)",
-        f"Compared at {duration(amounts['time'])} of training (steps times the step's time, measured alone), "
+        f"Compared at {duration(amounts['time'])} of training (steps times time per step, timed alone), "
         f"{count(amounts['tokens'])} tokens seen, {count(amounts['kept'])} tokens kept.",
         [
             "arm",
@@ -135,7 +135,7 @@ def _accuracies(outcome: Outcome) -> Cells:
     ]
     best = {(max(by, key=lambda name: by[name].mean), 1 + number) for number, by in enumerate(found.values())}
     return Cells(
-        "Held-out questions answered exactly, by greedy decoding",
+        "Exact match on the held-out questions, greedy decoding",
         "± half of the 95% interval over seeds.",
         ["arm", "peak memory", *found],
         rows,
@@ -171,8 +171,8 @@ def _differences(outcome: Outcome) -> Cells:
         ]
         rows.append((arm.name, cells[: len(columns)]))
     return Cells(
-        "The same time: loss of each arm less that of its controls, seed by seed",
-        "Below zero is better than the control. The 95% interval is in brackets; one that contains zero shows no "
+        "Equal time: loss of each arm minus the loss of its controls, paired by seed",
+        "Negative is better than the control. 95% intervals are in brackets; an interval that contains zero shows no "
         "difference.",
         ["arm", *columns],
         rows,
@@ -197,9 +197,9 @@ def _gradients(outcome: Outcome) -> Cells:
             rows.append((arm.name, cells))
     headings = [f"{what}, {place}" for place in places for what in ("cosine", "variance", "squared bias")]
     return Cells(
-        "One step's gradient against the full gradient of the same held-out batch",
-        "Cosine of a draw, variance over draws and squared bias (both over the full gradient's squared norm), at the "
-        "start and at the end of the standard run. A squared bias within its error can come out below zero.",
+        "One step's gradient compared with the full gradient of the same held-out batch",
+        "Cosine of one draw, variance over draws and squared bias (both relative to the full gradient's squared norm), "
+        "at the start and at the end of the standard run. An estimated squared bias can be negative within its error.",
         ["arm", *headings],
         rows,
         frozenset(),

@@ -51,8 +51,8 @@ def verdict(outcome: Outcome) -> list[str]:
         lines.append("One seed cannot rule out chance: repeat with --seeds 3 or more before you decide.")
     if len(compared) > MANY:
         lines.append(
-            f"Picking the best of {len(compared)} settings on the same figures flatters it: confirm it in a study of "
-            "its own, with other seeds."
+            f"Picking the best of {len(compared)} settings by the same numbers overestimates it: confirm it in a "
+            "separate study with other seeds."
         )
     return lines
 
@@ -93,10 +93,7 @@ def _recommendation(outcome: Outcome) -> str:
     arm, best = outcome.arm(chosen.name), min(every, key=lambda point: point.mean_cost)
     gone = [outcome.arm(name).title for name in controls(arm) if name in outcome.diverged]
     if gone:
-        return (
-            f"Undecided: of the arms that are left it would be {arm.title}, but it must be compared with "
-            f"{' and '.join(gone)}, which diverged."
-        )
+        return f"Undecided: {arm.title} would be recommended, but {' and '.join(gone)}, its control, diverged."
     what, most = ("accuracy", "highest") if measured_by_accuracy(outcome) else ("held-out loss", "lowest")
     if chosen is best:
         why = f"its {what} in the same time, {_quality(outcome, chosen)}, is the {most}"
@@ -152,4 +149,4 @@ def _gradient(outcome: Outcome, best: Arm) -> list[str]:
     if not cosines:
         return []
     text = ", ".join(f"{label} {value:.2f}" for label, value in cosines.items())
-    return [f"Cosine of one step's gradient to the full gradient at the {place} of the standard run: {text}."]
+    return [f"Cosine between one step's gradient and the full gradient at the {place} of the standard run: {text}."]

@@ -116,9 +116,9 @@ def _check_fp8(settings: StudySettings, device: torch.device) -> None:
 
     if "fp8" in settings.context_precisions and not has_fp8_products(device):
         raise InputError(
-            f"--context-precision fp8 needs a GPU that multiplies in FP8 (compute capability 9.0 or higher), and the "
-            f"device is {device}: emulated, such a step is slower than the model's own, and arms are compared at equal "
-            "time; leave it out"
+            "--context-precision fp8 needs a GPU with FP8 matrix products (compute capability 9.0 or higher), but the "
+            f"device is {device}. Emulated FP8 steps are slower, which would distort a comparison at equal time; leave "
+            "it out"
         )
 
 

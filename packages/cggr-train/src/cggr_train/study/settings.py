@@ -107,7 +107,7 @@ class StudySettings:
         check_number("--calibration-seconds", self.calibration_seconds, above=0)
         strange = [name for name in self.controls if name not in CONTROLS]
         if strange:
-            raise InputError(f"--controls must be some of {', '.join(CONTROLS)}, got {strange[0]!r}")
+            raise InputError(f"--controls must be one or more of {', '.join(CONTROLS)}, got {strange[0]!r}")
         if self.memory_limit is not None:
             check_number("--memory-limit", self.memory_limit, above=0)
         for rate in self.rates:
@@ -118,7 +118,7 @@ class StudySettings:
             raise InputError("--eval exact-match needs answers: give their key with --answer")
         if self.accuracy and self.accuracy_of and "time" in self.accuracy_readings:
             raise InputError(
-                "accuracy_of lets some arms answer alone: arms are not compared by that after the same time"
+                "accuracy_of limits accuracy to some arms, so arms cannot be compared by accuracy at equal time"
             )
         if self.accuracy and "time" not in self.equal:
             raise InputError("--eval exact-match compares arms at equal time: include time in --equal")
@@ -148,8 +148,8 @@ class StudySettings:
         routed = [gradient for gradient in self.gradients if gradient in KEY_VALUE_MODES]
         if not routed:
             raise InputError(
-                f"--context-precision {low[0]} is of tokens that need no gradient, which --gradient "
-                f"{' and '.join(KEY_VALUE_MODES)} have, got {', '.join(self.gradients)}"
+                f"--context-precision {low[0]} requires --gradient {' or '.join(KEY_VALUE_MODES)}, which have tokens "
+                f"that need no gradient, got {', '.join(self.gradients)}"
             )
         for precision in low:
             check_routing(
@@ -163,8 +163,8 @@ class StudySettings:
         routed = any(gradient in KEY_VALUE_MODES for gradient in self.gradients)
         if any(self.context_margins) and not (routed and SUPERVISED in self.selections):
             raise InputError(
-                f"--context-margin {max(self.context_margins)} is for arms of --selection supervised and --gradient "
-                f"{' or '.join(KEY_VALUE_MODES)}, and there is none; leave it out"
+                f"--context-margin {max(self.context_margins)} requires an arm with --selection supervised and "
+                f"--gradient {' or '.join(KEY_VALUE_MODES)}, but there is none; leave it out"
             )
 
     def save(self, folder: Path) -> None:

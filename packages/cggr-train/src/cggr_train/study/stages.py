@@ -124,7 +124,7 @@ class Stages:
         arm = next((arm for arm in self.arms if arm.name == request.fields.get("arm")), None)
         advice = "give --memory-limit, which finds a micro-batch that fits, or a smaller --batch-size or --length"
         if arm is not None and arm is self.arms[0] and request.event in COMPARED:
-            raise RunError(f"{arm.label} ran out of memory ({words}), and every arm is compared with it; {advice}")
+            raise RunError(f"{arm.label} ran out of memory ({words}), but every arm is compared with it; {advice}")
         if "seed" in request.fields and arm is not None:
             shutil.rmtree(self.folder / "runs" / f"{arm.name}-seed{request.fields['seed']}", ignore_errors=True)
         record = {"event": OUT_OF_MEMORY, "during": request.event, "arm": arm and arm.name, "reason": words}
@@ -134,9 +134,9 @@ class Stages:
         self.records.append(record)
         self.table.take(record)
         if request.event in COMPARED:
-            line = f"{arm and arm.title} ran out of memory ({words}); the study goes on without it"
+            line = f"{arm and arm.title} ran out of memory ({words}); the study continues without it"
         else:
-            line = f"memory ran out where {request.event} were being examined ({words}); the page omits them"
+            line = f"out of memory while measuring {request.event} ({words}); the page omits them"
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _drop_out_of_memory(self, *during: str) -> None:
@@ -175,7 +175,7 @@ class Stages:
                 self._time([arm for arm in self.arms if arm.memory_of is not None])
 
     def _fit(self, arms: Sequence[Arm], limits: Mapping[str, int]) -> None:
-        self.table.stage("finding how many sequences of each arm fit into memory at a time")
+        self.table.stage("finding how many sequences of each arm fit into memory at once")
         self._do(fit_requests(arms, limits), alone=True)
 
     def _take_fits(self) -> None:
@@ -205,11 +205,11 @@ class Stages:
     def _exclude_arm(self, arm: Arm) -> None:
         if arm is self.arms[0]:
             raise InputError(
-                f"--memory-limit: not even one sequence of {arm.label} fits with checkpointing, and every arm is "
+                f"--memory-limit: not even one sequence of {arm.label} fits with checkpointing, but every arm is "
                 "compared with it; give more memory or shorter sequences"
             )
         reason = "of the routed step" if arm.memory_of is not None else "that --memory-limit gives"
-        self.left_out[arm.name] = f"{arm.label}: not one sequence fits into the memory {reason}"
+        self.left_out[arm.name] = f"{arm.label}: not even one sequence fits into the memory {reason}"
         self.console.print(f"left out: {self.left_out[arm.name]}", highlight=False, soft_wrap=True)
 
     def _set_arms(self, arms: Sequence[Arm]) -> None:
@@ -313,8 +313,8 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     kinds = [record.get("event") if isinstance(record, dict) else None for record in records]
     if kinds[:1] != ["study"] or None in kinds:
         raise InputError(
-            f"{folder / RESULTS} was changed after the study wrote it: the first record must be the study's own, and "
-            "every line an object with an event; undo the change, or start another study"
+            f"{folder / RESULTS} was changed after the study wrote it: the first record must be the study's own and "
+            "every line a JSON object with an event; undo the change or start another study"
         )
     return records
 

@@ -182,7 +182,7 @@ class _Run:
                 self.session.model.save_pretrained(folder)
                 self.context.tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
-            raise SaveError(f"the model {folder} could not be saved: {error}; its run is not on record yet") from error
+            raise SaveError(f"the model {folder} could not be saved: {error}; its run has not been recorded") from error
 
     def save(self) -> None:
         extra = {

@@ -78,15 +78,15 @@ class CGGRConfig:
     context_precision: ContextPrecision | None = field(
         default=cast(ContextPrecision | None, RoutingSettings.context_precision),
         metadata={
-            "help": "Precision of the linear layers on tokens that need no gradient (kv and detached); the model's "
-            "own if not given."
+            "help": "Precision of linear layers on tokens that need no gradient (kv and detached); the model's own if "
+            "not given."
         },
     )
     context_margin: int = field(
         default=RoutingSettings.context_margin,
         metadata={
-            "help": "Tokens before each stretch of supervised ones that gradients reach as well (selection "
-            "supervised); rows of TRL's preference and policy trainers then do not share their prompts."
+            "help": "Let gradients also reach this many tokens before each supervised stretch (selection "
+            "supervised); rows in TRL's preference and policy trainers then do not share prompts."
         },
     )
     num_strata: int = field(
@@ -94,7 +94,7 @@ class CGGRConfig:
     )
     min_tokens_per_sequence: int = field(
         default=RoutingSettings.min_tokens_per_sequence,
-        metadata={"help": "Minimum number of kept tokens per row for sequence_aware, which is topk otherwise."},
+        metadata={"help": "Minimum number of kept tokens per row for sequence_aware, which otherwise equals topk."},
     )
     block_size: int = field(
         default=RoutingSettings.block_size, metadata={"help": "Keep blocks of this many neighbouring tokens."}
@@ -118,11 +118,11 @@ class CGGRConfig:
     )
     cuda_graph: CudaGraph = field(
         default=RoutingSettings.cuda_graph,
-        metadata={"help": "'auto' records steps of equal shapes as CUDA graphs where that saves time."},
+        metadata={"help": "'auto' captures steps of equal shapes as CUDA graphs when that saves time."},
     )
     skip_zero_advantage: bool | None = field(
         default=None,
-        metadata={"help": "Leave rows without an advantage out of a policy update; by default if that is exact."},
+        metadata={"help": "Leave rows with zero advantage out of a policy update; by default only if that is exact."},
     )
 
     def build(self, model: nn.Module, *, seed: int = 0, **overrides: Any) -> CGGRModel:

@@ -158,7 +158,7 @@ class CGGRMixin(_Base):
             return loss
         if return_outputs:
             raise ValueError(
-                "return_outputs=True is not possible in training: the logits of other tokens are not computed"
+                "return_outputs=True is not supported in training, because the logits of other tokens are not computed"
             )
         if inputs.get("labels") is None:
             raise ValueError(

@@ -37,7 +37,7 @@ def check_class(kind: type, mixin: type) -> None:
         if (base.__module__, base.__name__) not in _KNOWN_LOSSES:
             known = ", ".join(sorted(name for _, name in _KNOWN_LOSSES))
             raise TypeError(
-                f"{base.__name__} computes its own loss, and CGGR cannot tell which tokens enter it; {mixin.__name__} "
+                f"{base.__name__} computes its own loss, and CGGR cannot tell which tokens it uses; {mixin.__name__} "
                 f"works with {known} and with subclasses that do not override compute_loss (to wrap it, override it in "
                 f"{kind.__name__} and call super().compute_loss)"
             )
@@ -63,8 +63,8 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
         )
     if isinstance(router, RememberedScores):
         raise ValueError(
-            "router is RememberedScores, which must know the examples of a batch on the host, and the Trainer would "
-            "not save its scores; use cggr train --router remembered, or your own loop"
+            "router is RememberedScores, which needs the example ids of a batch on the host, and whose scores the "
+            "Trainer would not save; use cggr train --router remembered, or your own loop"
         )
     if arguments.label_smoothing_factor:
         raise ValueError(
@@ -73,7 +73,7 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
         )
     if callable(trainer.compute_loss_func):
         raise ValueError(
-            "compute_loss_func would see a forward of all tokens, but CGGR computes the loss; leave it out"
+            "compute_loss_func needs a forward of all tokens, but CGGR computes the loss itself; leave it out"
         )
     if not own_loss and getattr(arguments, "loss_type", "nll") not in ("nll", "chunked_nll"):
         raise ValueError(
@@ -81,7 +81,7 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
             "loss_type='nll', or selection='supervised'"
         )
     if arguments.torch_compile:
-        raise ValueError("torch_compile=True compiles a forward that CGGR does not run; set it to False")
+        raise ValueError("torch_compile=True compiles a forward that CGGR does not use; set it to False")
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs in one process mean DataParallel; start one process per GPU with torchrun or "

@@ -118,7 +118,7 @@ class RoutedForward:
             if not (inputs.get("fused_lm_head") and torch.is_grad_enabled()):
                 return own(*args, **inputs)
             if args or inputs.get("labels") is None:
-                raise ValueError("a routed fused forward takes its inputs by name, and labels that are not shifted")
+                raise ValueError("a routed fused forward takes its inputs by keyword, with labels that are not shifted")
             # The passes call the model inside its own call, whose hooks have run.
             with (
                 replaced_forwards({self.model: own}),

@@ -58,8 +58,8 @@ class PolicyLoss(LabelledLoss):
             check_methods(trainer, {"get_high_entropy_mask": ("entropies", "mask", "threshold")})
             if not self._narrows:
                 _log.warning(
-                    "top_entropy_quantile=%s masks the policy term alone: beta=%s adds a KL term at every token of a "
-                    "completion, so none of them leaves the update",
+                    "top_entropy_quantile=%s masks only the policy term: beta=%s adds a KL term at every completion "
+                    "token, so all of them stay in the update",
                     self._quantile,
                     trainer.beta,
                 )

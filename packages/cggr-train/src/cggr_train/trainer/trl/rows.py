@@ -32,8 +32,8 @@ def check_no_images(inputs: Mapping[str, Any], gradient: str) -> None:
     images = sorted(name for name in _OF_IMAGES & inputs.keys() if inputs[name] is not None)
     if images:
         raise ValueError(
-            f"the batch holds {', '.join(images)}: gradient={gradient!r} runs tokens apart from their images; use "
-            "gradient='exact'"
+            f"the batch holds {', '.join(images)}, but gradient={gradient!r} cannot run tokens without their images; "
+            "use gradient='exact'"
         )
 
 

@@ -77,7 +77,7 @@ class TaskLoss:
         if config.context_margin:
             idle = None if self.has_margin else f"{name} does not read it"
             if config.gradient == "exact":
-                idle = "gradient='exact' reaches all tokens"
+                idle = "gradient='exact' already reaches all tokens"
             elif self.selection != "supervised":
                 idle = f"it needs selection='supervised', but selection is {self.selection!r}"
             if idle is not None:
