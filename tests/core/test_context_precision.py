@@ -278,7 +278,7 @@ def test_logprobs_and_hidden_states_read_it(products):
 
 @pytest.mark.parametrize("gradient", ["exact", "sequence"])
 def test_modes_without_such_tokens_are_refused(gradient):
-    with pytest.raises(ValueError, match=f"context_precision='fp8' applies to the context.*gradient is '{gradient}'"):
+    with pytest.raises(ValueError, match=f"context_precision='fp8' applies only to.*gradient is '{gradient}'"):
         RoutingSettings(gradient=gradient, **FP8)
 
 

@@ -176,7 +176,7 @@ def test_what_cannot_be_routed_is_refused_each_time(looks):
     engine.follow(ROUTABLE["llama"]())
     preparing(engine, routing=False)()
     for _ in range(2):
-        with pytest.raises(ValueError, match="route keys and values, and it does not; use gradient='exact'"):
+        with pytest.raises(ValueError, match="route keys and values, but it does not; use gradient='exact'"):
             preparing(engine)()
     assert looks(preparing(engine, routing=False)) == []
 

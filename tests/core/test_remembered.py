@@ -102,7 +102,7 @@ class TestMemory:
             RememberedScores.empty(examples=5, length=6).check_ids(ids, (2, 4))
 
     def test_longer_rows_than_are_remembered(self):
-        with pytest.raises(ValueError, match="rows of 7 tokens, and 6 are remembered"):
+        with pytest.raises(ValueError, match="rows have 7 tokens, but the memory holds only 6"):
             RememberedScores.empty(examples=5, length=6).check_ids(torch.tensor([0]), (1, 7))
 
     def test_tensors_that_cannot_be_a_memory(self):

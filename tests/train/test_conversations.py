@@ -62,7 +62,7 @@ def test_rows_of_a_store_mark_the_rest(chatting, tmp_path):
         ({"messages": "text"}, "must be a list of messages"), ({}, "must be a list of messages"),
         ({"question": "", "answer": ""}, r"got no such key \(it has question, answer; see --messages\)"),
         ({"messages": [{"role": "user"}]}, "must be a list of messages"),
-        ({"messages": TALK[:1]}, "has the role 'assistant', so there is nothing to learn"),
+        ({"messages": TALK[:1]}, "has the role 'assistant', so there is nothing to train on"),
     ],
 )  # fmt: skip
 def test_a_bad_conversation_is_named_or_counted(tmp_path, line, message):

@@ -93,7 +93,7 @@ def test_parts_of_a_batch_weigh_as_their_answers_do(questions, tmp_path, console
 
 def test_answers_of_a_plain_text_are_refused(data_files, tmp_path, console):
     settings = TrainSettings(data=(str(data_files[0]),), answer="a", config="nano", length=64, device="cpu")
-    with pytest.raises(InputError, match=r"--answer 'a' is a key of JSON Lines or Parquet files, and .* is plain text"):
+    with pytest.raises(InputError, match=r"--answer 'a' is a key of JSON Lines or Parquet files, but .* is plain text"):
         start_run(settings, tmp_path / "run", console)
 
 

@@ -1,8 +1,8 @@
 """Counter-based random numbers: a pure function of seed, draw and position.
 
 The same seed and draw give the same numbers on every device, on every rank and after every restart, which no
-``torch.Generator`` does across devices. The draw may live on the device (a 0-dim int64 tensor that a captured graph
-increments), so nothing is read by the host.
+``torch.Generator`` does across devices. The draw may be on the device (a 0-dim int64 tensor that a captured graph
+increments), so the host reads nothing.
 
 Source: the output function of SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number generators*,
 OOPSLA 2014), applied to a hashed key plus the position times the golden-ratio increment.
@@ -27,7 +27,7 @@ def _signed(value: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
-# Keys seeds apart from draws: (seed 1, draw 0) and (seed 0, draw 1) must not meet.
+# Separates seeds from draws: (seed 1, draw 0) and (seed 0, draw 1) must not collide.
 _SEED_STEP = 0xD1342543DE82EF95
 
 
@@ -58,7 +58,7 @@ def uniform(
         seed: Any Python int; its low 64 bits count.
         draw: Which draw of the seed: an int, or a 0-dim int64 tensor (never read by the host if it is
             on ``device``).
-        device: Where the numbers are made.
+        device: Device of the result.
         offset: Position of the first number, an int or a 0-dim int64 tensor, so that one draw can be handed out in
             parts.
         stride: Positions from the start of one row (the last dimension) to that of the next; None for its length.

@@ -17,7 +17,7 @@ _MAX_LOGITS = 2**29
 
 
 class HeadReadout:
-    """Statistics and losses through one head, without a logits tensor where the head is one matrix.
+    """Statistics and losses through one head, without a logits tensor if the head is one matrix.
 
     Args:
         head: The head.
@@ -72,7 +72,7 @@ class HeadReadout:
         """
         targets = torch.where(coefficients != 0, targets, self._ignore_index).flatten()
         if not self.fused:
-            # Whatever a row that does not count holds: the softmax of NaN times a gradient of 0 is NaN.
+            # Guards against NaN in rows that do not count: the softmax of NaN times a gradient of 0 is NaN.
             logits = values.flatten(0, -2).float().masked_fill((targets == self._ignore_index)[:, None], 0.0)
             nll = nn.functional.cross_entropy(logits, targets, ignore_index=self._ignore_index, reduction="none")
             return (nll * coefficients.flatten()).sum()

@@ -22,7 +22,7 @@ def routed_attention_reference(
     scale: float | None = None,
     key_gradient: str = "all",
 ) -> Tensor:
-    """Plain-torch op ``routed_attention``: a query at position t sees the keys ``s <= t`` of its window and segment.
+    """Plain-torch op ``routed_attention``: queries at t attend to keys ``s <= t`` in their window and segment.
 
     Args:
         q: ``[B, K, H, D]``.
@@ -30,14 +30,14 @@ def routed_attention_reference(
         v: As ``k``.
         q_position: int64 ``[B, K]``.
         segment: int64 ``[B, S]``, negative for padding; ``None`` for one segment.
-        window: Keys a query sees at most, itself included.
+        window: Maximum number of keys per query, its own included.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         scale: Factor of the scores; ``D ** -0.5`` by default.
-        key_gradient: ``"all"``, or ``"kept"`` where keys and values need gradients at ``q_position`` only (here they
-            are computed for all either way).
+        key_gradient: ``"all"``, or ``"kept"`` if keys and values need gradients only at ``q_position`` (this reference
+            computes them for all).
 
     Returns:
-        ``[B, K, H, D]``; queries that see no key give 0.
+        ``[B, K, H, D]``; queries without a visible key give 0.
     """
     group = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(group, 2) for x in (k, v))

@@ -1,4 +1,4 @@
-"""Which tokens of each row are kept, and how probable that was: the reference of the op ``select``."""
+"""Which tokens of each row are kept, and with what probability: the reference of the op ``select``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cggr_core.randomness import uniform
 
 __all__ = ["compact", "descending_rank", "kept_counts", "select_reference"]
 
-# A probability this close to 1 is taken for 1: the systematic walk then never has a step of 1 or more, so that no
-# rounding can choose a token twice and make the count inexact.
+# A probability this close to 1 counts as 1. The systematic walk then has no step of 1 or more, so rounding cannot
+# choose a token twice and make the count inexact.
 _CERTAIN = 1.0 - 1e-9
-# Positions from one row's random numbers to the next row's, and to the numbers of which each row has one: fixed, so
-# that what a row draws depends on its number alone, and neither on its length nor on the batch around it.
+# Stride between rows' random numbers, and offset of the numbers that each row has once. Both are fixed, so that a row's
+# draws depend only on its number, not on its length or the rest of the batch.
 _ROW_STRIDE = 1 << 32
 _ROW_STARTS = 1 << 62
-# Keeps every countable token reachable when scores are 0 and nothing is mixed in.
+# Keeps the probability of every countable token above 0 when scores are 0 and nothing is mixed in.
 _TINY = 1e-12
 
 
@@ -48,7 +48,7 @@ def compact(keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     B, S = keep.shape
     spare = capacity - keep.sum(1, keepdim=True)
     member = keep | ((~keep).cumsum(1) <= spare)
-    # Entries that are no member all write to one slot past the end, which is cut off.
+    # Entries that are not members all write to one slot past the end, which is cut off.
     slot = torch.where(member, member.cumsum(1) - 1, capacity)
     positions = torch.arange(S, device=keep.device).expand(B, S)
     index = torch.zeros(B, capacity + 1, dtype=torch.int64, device=keep.device)
@@ -111,8 +111,8 @@ def _systematic(pi: Tensor, k: Tensor, start: Tensor) -> Tensor:
 def _stratum_sizes(score: Tensor, countable: Tensor, num_strata: int) -> tuple[Tensor, Tensor]:
     """Stratum of each entry by its rank, and the root mean square score of that stratum.
 
-    Neyman's allocation gives stratum h a share proportional to n_h times the spread of what is summed. That spread is
-    not known; the score bounds the size of a token's gradient, so its root mean square bounds the spread.
+    Neyman allocation gives stratum h a share proportional to n_h times the spread of the summed quantity. That spread
+    is unknown, but the score bounds the size of a token's gradient, so its root mean square bounds the spread.
     """
     n = countable.sum(1, keepdim=True)
     rank = descending_rank(score, countable)
@@ -147,7 +147,7 @@ def select_reference(
     defensive_mix: float,
     first_row: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain-torch op ``select``: each row of ``score`` [B, S] on its own; nothing is read by the host.
+    """Plain-torch op ``select``: selects in each row of ``score`` [B, S] separately, without host reads.
 
     Args:
         score: [B, S] float32, finite.
@@ -156,7 +156,7 @@ def select_reference(
         strategy: One of :data:`cggr_core.settings.SELECTIONS`.
         capacity: Slots K of each row, at most S.
         num_strata: For ``stratified``.
-        min_tokens: For ``sequence_aware``: tokens kept in each row at least.
+        min_tokens: For ``sequence_aware``: minimum number of kept tokens per row.
         unbiased: Whether strategies with probabilities return weights of 1 / probability.
         seed: Seed of the random strategies.
         draw: Draw of that seed.
@@ -186,7 +186,8 @@ def select_reference(
         else:
             stratum, size = _stratum_sizes(size, countable, num_strata)
             probability = _inclusion_probabilities(_mix_with_mean(size, countable, defensive_mix), countable, k)
-            # Walking the strata in turn, each in random order, leaves at most one token per stratum to chance.
+            # Walking the strata one after another, each in random order, leaves at most one token per stratum to
+            # chance.
             order = (stratum + noise()).argsort(dim=1)
             chosen = _systematic(probability.gather(1, order), k, start)
             keep = torch.zeros_like(chosen).scatter_(1, order, chosen)

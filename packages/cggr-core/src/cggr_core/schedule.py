@@ -90,7 +90,7 @@ class Schedule:
         )
 
     def _place(self) -> None:
-        """Derive from the step what forwards read: it stands still at rest, and so does compiled code."""
+        """Derive what forwards read from the step; constant after the warm-up, so that nothing is recompiled."""
         self._warming_up = self._steps < self.warmup_steps
         self._curriculum_ratio = self.min_tokens_ratio
         if self._warming_up:
@@ -103,7 +103,7 @@ class Schedule:
 
     @property
     def reads_confidence(self) -> bool:
-        """Whether the ratio depends on the confidence of the batch before, which a forward then waits for."""
+        """Whether the ratio depends on the confidence of the previous batch, which a forward then waits for."""
         return self.dynamic_threshold and self.threshold_sensitivity > 0.0
 
     @property
@@ -141,7 +141,7 @@ class Schedule:
         return slots_for(ratio, length)
 
     def observe(self, confidence: float | None) -> None:
-        """Note the mean top-1 probability of a batch; None (not measured) and NaN (no token) change nothing."""
+        """Record the mean top-1 probability of a batch; None (not measured) and NaN (no token) are ignored."""
         if confidence is not None and not math.isnan(confidence):
             self._confidence = min(1.0, max(0.0, float(confidence)))
 
@@ -158,7 +158,7 @@ class Schedule:
         return draw
 
     def note_forward(self) -> None:
-        """Count a training forward; warn once if a warmup was asked for and nobody calls :meth:`step`."""
+        """Count a training forward; warn once if there is a warmup but :meth:`step` is never called."""
         if not self._awaiting_step or torch.compiler.is_compiling():
             return
         self._forwards_without_step += 1
@@ -186,8 +186,8 @@ class Schedule:
         """Restore :meth:`state_dict`.
 
         Raises:
-            TypeError: If a value is not a number; nothing is changed then.
-            ValueError: If a key is missing or unknown, or a number is not accepted; nothing is changed then.
+            TypeError: If a value is not a number; nothing is changed in that case.
+            ValueError: If a key is missing or unknown, or a number is not accepted; nothing is changed in that case.
         """
         expected = {"steps", "draws", "confidence"}
         if set(state) != expected:

@@ -211,7 +211,7 @@ class CGGRScorer(nn.Module):
         )
 
     def _post(self, statistics: TokenStatistics, targets: Tensor | None, countable: Tensor) -> None:
-        """Send what is wrong, and the confidence that moves the ratio, to a later call."""
+        """Pass errors, and the confidence that changes the ratio, on to a later call."""
         assert statistics.confidence is not None  # asked for
         confidence = statistics.confidence.masked_fill(~countable, 0.0).sum() / countable.sum()
         bad = countable.new_zeros((), dtype=torch.int64)

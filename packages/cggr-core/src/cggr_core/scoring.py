@@ -43,8 +43,8 @@ _FIELDS_OF = {
 class TokenStatistics(NamedTuple):
     """What the model's next-token distribution p says about each token.
 
-    The fields are float32 (float64 for float64 logits) with the leading shape of the logits, or None where not asked
-    for. Rows whose target is the ignore index hold 0 in every field.
+    The fields are float32 (float64 for float64 logits) with the leading shape of the logits, or None if not requested.
+    Rows whose target is the ignore index hold 0 in every field.
 
     Attributes:
         entropy: -Σ p ln p, in nats, in [0, ln V].
@@ -74,7 +74,7 @@ def fields_for(scoring: str, has_targets: bool = True) -> frozenset[str]:
         Field names of :class:`TokenStatistics`.
 
     Raises:
-        ValueError: If the scoring is unknown, or needs targets that are not there.
+        ValueError: If the scoring is unknown, or needs targets and there are none.
 
     Example:
         >>> sorted(fields_for("combined", has_targets=False))
@@ -153,14 +153,14 @@ def token_statistics(
 ) -> TokenStatistics:
     """Statistics of the next-token distribution at every position.
 
-    Works on chunks of rows: the extra memory does not grow with the number of tokens. Nothing here is differentiable.
+    Computed over chunks of rows, so the extra memory does not grow with the number of tokens. Not differentiable.
 
     Args:
         logits: Unnormalised log-probabilities, shape [..., V], any floating dtype and strides. -inf is a probability
             of 0.
         targets: Class indices, shape [...], already aligned with the logits (the target at position t is what the
             logits at t predict), or None: then ``nll`` and ``gradnorm`` are None.
-        ignore_index: Target value of positions that count for nothing; they get 0 in every field.
+        ignore_index: Target value of positions to ignore; they get 0 in every field.
         fields: Names of the statistics to compute; None for all that are possible.
 
     Returns:
@@ -169,7 +169,7 @@ def token_statistics(
     Raises:
         TypeError: If ``logits`` is not floating or ``targets`` not integer.
         ValueError: If shapes or devices disagree, a field is unknown, or (on CPU) a target is outside the vocabulary
-            or a row of logits is NaN. On other devices targets are clamped and NaN goes through: see
+            or a row of logits is NaN. On other devices targets are clamped and NaN propagates: see
             :func:`cggr_core.checks.count_bad_targets`.
 
     Example:
@@ -234,7 +234,7 @@ def linear_token_statistics(
 
     Raises:
         TypeError: If a dtype is wrong, or those of ``hidden`` and ``weight`` differ outside of autocast.
-        ValueError: As in :func:`token_statistics`, or if ``weight`` or ``bias`` do not fit ``hidden``.
+        ValueError: As in :func:`token_statistics`, or if ``weight`` or ``bias`` do not match ``hidden``.
 
     Example:
         >>> linear_token_statistics(torch.zeros(2, 5, 8), torch.zeros(16, 8)).entropy.shape

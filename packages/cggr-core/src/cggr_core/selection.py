@@ -145,7 +145,7 @@ class Selection:
             capacity: Slots K of each row. None reads the largest row count from the device (a synchronisation) and
                 rounds it up so that shapes repeat, by an eighth or 8, at most by 64 and to S. If the capacity is too
                 small, the last tokens of a row are dropped.
-            margin: Positions before every True entry that are kept as well, with a weight of 0: no loss, but gradients
+            margin: Positions before every True entry that are kept too, with a weight of 0: no loss, but gradients
                 reach them.
             within: [B, S] bool, where such positions may be (not on padding); None for anywhere.
 
@@ -172,7 +172,7 @@ class Selection:
         if capacity is None:
             largest = int(wide.sum(1).max()) if mask.numel() else 0
             capacity = slots_in_steps(largest, mask.shape[1])
-        # One slot at least, empty where nothing is kept: a pass over no token at all is more than models take.
+        # At least one slot, empty if nothing is kept: models cannot run on zero tokens.
         capacity = min(S, max(check_at_least("capacity", capacity, 0), 1))
         keep = wide & (wide.cumsum(1) <= capacity)
         index, valid = compact(keep, capacity)
@@ -192,7 +192,7 @@ def check_mask(name: str, mask: Tensor, like: Tensor | None = None, like_name: s
     """Raise unless ``mask`` is a bool tensor ``[B, S]``, of the shape and on the device of ``like``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        # The bool of a label is true at -100 as well.
+        # A label of -100 is true as a bool, too.
         labels = "; for labels, use labels != -100" if came == torch.int64 else ""
         raise TypeError(f"{name} must be a bool tensor, got {came}; use {name}.bool(){labels}")
     if like is not None:
@@ -264,9 +264,9 @@ def select(
     stratified     ``num_strata`` equal buckets by score; Neyman allocation (share of a bucket ∝ its size times the
                    root mean square of its scores, no probability above 1); drawn at random within. The default.
     sampled        probability ∝ score, capped at 1; systematic sampling, so that the count is exact
-    random         every token alike: the control that a score has to beat
-    topk           the highest scores. It trains on a biased sample of the data: keeping the hardest quarter by loss
-                   gave a far worse held-out loss than keeping a random quarter. Use it for study.
+    random uniformly: the control that a score has to beat topk the highest scores. It trains on a biased sample of the
+    data: keeping the hardest quarter by loss
+                   gave a far worse held-out loss than keeping a random quarter. Use it for research.
     sequence_aware topk over the scope with at least ``min_tokens_per_sequence`` of every row; as biased as topk
     ============== ================================================================================================
 
@@ -295,9 +295,8 @@ def select(
         defensive_mix: Share of uniform sampling mixed into ``sampled`` and ``stratified``, in [0, 1]. It bounds the
             weights by about 1 / (defensive_mix * ratio) (Hesterberg 1995).
         first_row: Number of the first row among the rows of that draw, an int or a 0-dim int64 tensor on the device.
-            What a row keeps depends on the seed, the draw, its number, its scores and nothing else, so that
-            micro-batches and ranks that share a draw and number their rows consecutively choose what one batch of all
-            the rows would.
+            What a row keeps depends only on the seed, the draw, its number and its scores, so micro-batches and ranks
+            that share a draw and number their rows consecutively choose the same tokens as one batch of all rows.
 
     Returns:
         :class:`Selection`.
@@ -385,7 +384,7 @@ def _check_numbers(
 def plain_weight(countable: Tensor, valid: Tensor) -> Tensor:
     """Weights that make the weighted loss the plain mean over the kept tokens of each row.
 
-    Of each row, so that a batch split between micro-batches or ranks weights its tokens as the whole does.
+    Per row, so that a batch split into micro-batches or over ranks gets the same weights as the whole.
 
     Args:
         countable: [B, S] bool.
@@ -412,7 +411,7 @@ def _capacity(ratio: float, length: int, capacity: int | None, block_size: int) 
 def _expand_blocks(
     index: Tensor, valid: Tensor, weight: Tensor, countable: Tensor, rows: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From kept blocks to kept tokens: every countable token of a kept block, with the weight of its block."""
+    """Expand kept blocks to kept tokens: every countable token of a kept block, with the weight of its block."""
     B0, S0 = countable.shape
     blocks = -(-S0 // block_size)
     dense = torch.zeros(rows, B0 * blocks // max(1, rows), dtype=torch.float32, device=index.device)

@@ -60,9 +60,9 @@ KEY_VALUE_MODES = ("kv", "detached")
 ENGINES: tuple[str, ...] = get_args(EngineName)
 """How the modes of :data:`KEY_VALUE_MODES` are computed."""
 CONTEXT_PRECISIONS: tuple[str, ...] = get_args(ContextPrecision)
-"""Precisions, besides the model's own, of the products of tokens that need no gradient."""
+"""Precisions, besides the model's own, for matrix products on tokens that need no gradient."""
 SUPERVISED = "supervised"
-"""The selection of exactly the countable tokens, of :class:`~cggr_core.CGGRModel` alone."""
+"""The selection of exactly the countable tokens, only in :class:`~cggr_core.CGGRModel`."""
 MODEL_SELECTIONS: tuple[str, ...] = get_args(ModelSelection)
 """The selections of :class:`~cggr_core.CGGRModel`."""
 SELECTIONS = tuple(name for name in MODEL_SELECTIONS if name != SUPERVISED)
@@ -70,13 +70,13 @@ SELECTIONS = tuple(name for name in MODEL_SELECTIONS if name != SUPERVISED)
 WITH_PROBABILITIES = frozenset({"stratified", "sampled", "random"})
 """Selections that know the probability of every token, and weight by its inverse."""
 SCORELESS = frozenset({"random", SUPERVISED})
-"""Selections that look at no score."""
+"""Selections that use no score."""
 SCOPES = ("row", "batch")
-"""Where a selection keeps its ratio."""
+"""Scopes over which a selection keeps its ratio."""
 SCORINGS: tuple[str, ...] = get_args(Scoring)
 """The scores of tokens; see :func:`~cggr_core.score`."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
-"""Names of what scores, for configurations and command lines."""
+"""Names of routers, for configurations and command lines."""
 CUDA_GRAPHS: tuple[bool | str, ...] = get_args(CudaGraph)
 """Whether steps are recorded as CUDA graphs."""
 
@@ -96,7 +96,7 @@ def check_context_precision(precision: str | None, mode_name: str, mode: str) ->
 
     Args:
         precision: One of :data:`CONTEXT_PRECISIONS` or ``None``.
-        mode_name: What the argument is called that the mode came in.
+        mode_name: Name of the argument that holds the mode.
         mode: The gradient mode.
 
     Raises:
@@ -117,25 +117,25 @@ def check_context_precision(precision: str | None, mode_name: str, mode: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSettings:
-    """How tokens are scored and kept: of the losses and the scorer, and a part of :class:`RoutingSettings`.
+    """How tokens are scored and kept: settings of the losses and the scorer, and part of :class:`RoutingSettings`.
 
     Attributes:
         scoring: One of :data:`SCORINGS`.
         selection: One of :data:`SELECTIONS` (of :data:`MODEL_SELECTIONS` for a model).
         num_strata: Score buckets of ``stratified``.
-        min_tokens_per_sequence: Least kept tokens of a row for ``sequence_aware``.
+        min_tokens_per_sequence: Minimum number of kept tokens per row for ``sequence_aware``.
         block_size: Choose blocks of this many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability.
         min_tokens_ratio: Keep ratio in (0, 1], after the warm-up.
         warmup_steps: Steps over which the ratio falls from 1 to ``min_tokens_ratio``.
-        dynamic_threshold: Let the batch's confidence move the ratio, see :class:`~cggr_core.Schedule`.
-        threshold_sensitivity: How much it does; 0 switches it off.
-        seed: Of the random choices.
+        dynamic_threshold: Let the batch's confidence change the ratio, see :class:`~cggr_core.Schedule`.
+        threshold_sensitivity: How strongly it does; 0 switches it off.
+        seed: Seed of the random choices.
         ignore_index: Label that is never scored, kept or counted.
 
     Raises:
         TypeError: If a setting has a wrong type.
-        ValueError: If a name or a number is not accepted, or a setting would not have the effect it stands for.
+        ValueError: If a name or a number is not accepted, or a setting would have no effect.
 
     Example:
         >>> SelectionSettings(selection="topk").scoring
@@ -186,21 +186,22 @@ class SelectionSettings:
 class RoutingSettings(SelectionSettings):
     """All settings of a :class:`~cggr_core.CGGRModel` besides its model and its router.
 
-    What belongs to one selection alone (``num_strata``, ``min_tokens_per_sequence``, ``scoring``) is accepted with
-    every other, so that selections can be compared with all else equal.
+    Settings of one selection (``num_strata``, ``min_tokens_per_sequence``, ``scoring``) are accepted with all others,
+    so that selections can be compared with everything else equal.
 
     Attributes:
         gradient: One of :data:`GRADIENT_MODES`.
         engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
-        context_precision: One of :data:`CONTEXT_PRECISIONS`, of the linear layers where they run on tokens that need no
-            gradient; ``None`` for the model's own.
-        context_margin: Tokens before each stretch of supervised ones that gradients reach as well, without a loss.
-        cuda_graph: One of :data:`CUDA_GRAPHS`: ``"auto"`` records steps of equal shapes as CUDA graphs where that saves
-            time, and says why where it does not; without effect on other devices.
+        context_precision: One of :data:`CONTEXT_PRECISIONS`, for linear layers on tokens that need no gradient;
+            ``None`` for the model's own.
+        context_margin: Let gradients also reach this many tokens before each supervised stretch, without a loss on
+            them.
+        cuda_graph: One of :data:`CUDA_GRAPHS`: ``"auto"`` records steps of equal shapes as CUDA graphs if that saves
+            time, and logs why if it does not; no effect on other devices.
 
     Raises:
         TypeError: If a setting has a wrong type.
-        ValueError: If a name or a number is not accepted, or a setting would not have the effect it stands for.
+        ValueError: If a name or a number is not accepted, or a setting would have no effect.
 
     Example:
         >>> RoutingSettings(gradient="exact", min_tokens_ratio=0.5).selection
@@ -250,14 +251,14 @@ class RoutingSettings(SelectionSettings):
         return self.gradient in KEY_VALUE_MODES
 
     def check_router(self, router: Any, *, gives_confidence: bool) -> None:
-        """Raise unless a router can go with these settings.
+        """Raise unless a router works with these settings.
 
         Args:
             router: What scores; ``None`` for the model itself at full depth.
-            gives_confidence: Whether it tells the model's confidence at every token.
+            gives_confidence: Whether it gives the model's confidence at every token.
 
         Raises:
-            ValueError: If it would not be read, or lacks what is read.
+            ValueError: If it would be ignored, or lacks what is needed.
         """
         if router is not None and not self.reads_scores:
             raise ValueError(

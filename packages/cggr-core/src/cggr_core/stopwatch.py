@@ -1,4 +1,4 @@
-"""How long parts of a step take on a device, without waiting for it."""
+"""Times parts of a step on a device without waiting for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Stopwatch"]
 class Stopwatch:
     """Adds up the time that blocks of code take on their device.
 
-    On the CPU by the clock; on other devices between two events on the current stream, which cost the host next to
-    nothing. While a graph is being captured nothing is measured.
+    Uses the clock on the CPU, and on other devices two events on the current stream, which cost the host almost
+    nothing. Nothing is measured during a graph capture.
 
     Example:
         >>> stopwatch = Stopwatch()
@@ -39,7 +39,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Time what the block does on ``device``."""
+        """Time the block on ``device``."""
         if device.type == "cpu":
             started = time.perf_counter()
             yield
@@ -53,7 +53,7 @@ class Stopwatch:
         yield
         end.record(torch.accelerator.current_stream(device))
         self._running.append((start, end))
-        # What is over is added at once, so that the list stays short where nobody reads.
+        # Finished blocks are added right away, so that the list stays short even if nobody reads it.
         while self._running[0][1].query():
             self._add()
             if not self._running:

@@ -13,8 +13,8 @@ from cggr_core.checks import bad_targets_message, count_bad_targets, values_are_
 class Targets:
     """Labels as targets, aligned when they are first read.
 
-    On a GPU, that is after the context pass has been launched: a step starts with the model, not with small kernels
-    that nothing waits for yet.
+    On a GPU this happens after the context pass has been launched, so that a step starts with the model and not with
+    small kernels.
 
     Attributes:
         labels: int64 ``[B, S]``.

@@ -1,4 +1,4 @@
-"""What the two losses share: settings, the order of a step, metrics and state."""
+"""The base of the two losses: settings, the order of a step, metrics and state."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def loss_coefficients(
 
     Raises:
         TypeError: If ``num_items`` is not a number.
-        ValueError: If a shape does not fit, or ``num_items`` is not above 0.
+        ValueError: If a shape does not match, or ``num_items`` is not above 0.
 
     Example:
         >>> mask = torch.tensor([[True, True, False, False]])
@@ -61,21 +61,21 @@ def loss_coefficients(
         check_float("token_weight", token_weight)
         check_shape("token_weight", token_weight, selection.shape, "one per token")
         check_same_device("token_weight", token_weight, "countable", countable)
-        # Masked, not multiplied: a weight of a token that is not kept may be anything.
+        # Masked, not multiplied: the weight of a token that is not kept may hold any value.
         coefficients = coefficients * selection.gather(token_weight).masked_fill(~selection.valid, 0.0)
     return (coefficients / divisor(num_items, countable)).to(torch.float32)
 
 
 def divisor(num_items: Tensor | float | None, countable: Tensor) -> Tensor | float:
-    """What a loss is divided by: never 0 where nothing is countable, so that it is 0 and not NaN there.
+    """What a loss is divided by: never 0, so that the loss is 0 and not NaN if nothing is countable.
 
     Args:
         num_items: Countable tokens of the whole optimiser step; None for those of this batch.
         countable: [B, S] bool, the tokens that have a target.
 
     Raises:
-        ValueError: If ``num_items`` is 0 where tokens are countable, and their values are free to look at. (Elsewhere
-            the loss is then infinite.)
+        ValueError: If ``num_items`` is 0 although tokens are countable, and reading their values costs nothing.
+            (Otherwise the loss is infinite.)
     """
     if num_items is None:
         return countable.sum().clamp(min=1)
@@ -88,7 +88,7 @@ def divisor(num_items: Tensor | float | None, countable: Tensor) -> Tensor | flo
 
 
 class TokenLoss(nn.Module):
-    """What both losses share: settings, the order of a step, metrics and state."""
+    """Base of both losses: settings, the order of a step, metrics and state."""
 
     def __init__(
         self,
@@ -133,16 +133,16 @@ class TokenLoss(nn.Module):
         return f"scoring={self.settings.scoring!r}, selection={self.settings.selection!r}, schedule={self.schedule!r}"
 
     def step(self) -> None:
-        """Move the schedule on; call it after each optimizer step."""
+        """Advance the schedule; call it after each optimizer step."""
         self.schedule.step()
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """What the last training forward did, as 0-dim tensors on its device; empty before the first.
+        """Metrics of the last training forward, as 0-dim tensors on its device; empty before the first.
 
-        ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``; where tokens were scored, ``score_kept`` and
-        ``score_dropped`` (means), ``full_loss`` (mean nll of all countable tokens, nats) and ``confidence`` (their
-        mean top-1 probability).
+        ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``; if tokens were scored, ``score_kept`` and
+        ``score_dropped`` (means), ``full_loss`` (mean nll of all countable tokens, nats) and ``confidence`` (their mean
+        top-1 probability).
         """
         if self._last is None:
             return {}
@@ -172,7 +172,7 @@ class TokenLoss(nn.Module):
         return torch.tensor([state["steps"], state["draws"], confidence], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore :meth:`get_extra_state`; the next selections are those of the run that made it."""
+        """Restore :meth:`get_extra_state`; the next selections are those of the run that saved it."""
         steps, draws, confidence = state.tolist()
         self.schedule.load_state_dict(
             {
@@ -183,7 +183,7 @@ class TokenLoss(nn.Module):
         )
 
     def _read_reports(self, *, wait: bool) -> None:
-        """Take what the device has reported: counts of bad values, and the confidence of the batch before."""
+        """Read what the device has reported: counts of bad values, and the confidence of the previous batch."""
         found = self._monitor.read(wait=wait)
         if found is not None:
             self._bad_targets += int(found[0])
@@ -191,10 +191,10 @@ class TokenLoss(nn.Module):
             self.schedule.observe(found[2])
 
     def _begin(self) -> None:
-        """Raise what an earlier step reported, before anything of this one is done."""
+        """Raise what an earlier step reported, before this step does anything."""
         if torch.compiler.is_compiling():
             return
-        # Waiting makes the ratio, and with it the selection, a function of the data and not of timing.
+        # Waiting makes the ratio, and so the selection, a function of the data and not of timing.
         self._read_reports(wait=self.schedule.reads_confidence)
         targets, logits = self._bad_targets, self._bad_logits
         self._bad_targets = self._bad_logits = 0
@@ -206,7 +206,7 @@ class TokenLoss(nn.Module):
 
     @property
     def _scores(self) -> bool:
-        """Whether the selection depends on scores: not a random one, and none where everything is kept."""
+        """Whether the selection depends on scores: not if it is random, or if everything is kept."""
         return self.settings.reads_scores and self.schedule.ratio < 1.0
 
     def _fields(self) -> frozenset[str]:
@@ -298,7 +298,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_per_token(targets: Tensor, **tensors: Tensor | None) -> None:
-    """Raise unless each of ``tensors`` that is there has the shape and device of ``targets``."""
+    """Raise unless each of ``tensors`` that is not None has the shape and device of ``targets``."""
     for name, tensor in tensors.items():
         if tensor is not None:
             check_float(name, tensor)

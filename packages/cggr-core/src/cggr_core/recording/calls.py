@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cggr_core.selection import slots_in_buckets
 
-# Numbers that change from step to step and are read on the device: these are whole ones,
+# Numbers that change from step to step and are read on the device: integers,
 _COUNTED = ("draw", "first_row")
-# and this one is of whatever kind.
+# and one of any kind.
 _ITEMS = "num_items"
 
 
@@ -31,7 +31,7 @@ class StepCall:
 
     @property
     def device(self) -> torch.device:
-        """Where the step runs."""
+        """The device of the step."""
         return self.given["labels"].device
 
     def items(self) -> Iterator[tuple[str, Any]]:
@@ -59,7 +59,7 @@ class StepCall:
         return None
 
     def in_bucket(self) -> StepCall:
-        """The same step with slots in few numbers: those that are not needed hold no kept token and weigh nothing."""
+        """The same step with its slots rounded up; the extra ones hold no kept token and have zero weight."""
         slots = self.given["slots"]
         if slots is None:
             return self
@@ -70,7 +70,7 @@ class StepCall:
         return StepCall(self.arguments, {**self.given, "slots": slots})
 
     def key(self) -> Hashable:
-        """What is built into a recording of the step: names, shapes, dtypes, values that are no tensors, autocast."""
+        """What a recording of the step bakes in: names, shapes, dtypes, non-tensor values, autocast."""
         kind = self.device.type
         autocast = torch.is_autocast_enabled(kind) and (
             torch.get_autocast_dtype(kind),
@@ -94,14 +94,14 @@ def _on_device(value: Any) -> bool:
 
 
 class FixedInputs:
-    """The tensors that a recorded step reads, at places that stay the same.
+    """Static buffers for the tensors that a recorded step reads.
 
     Args:
         call: A step like all that follow.
         draw: Number of its random draw.
 
     Attributes:
-        call: The same step, reading these places.
+        call: The same step, reading these buffers.
     """
 
     def __init__(self, call: StepCall, draw: int | Tensor) -> None:

@@ -19,7 +19,7 @@ _READ = "called a synchronizing CUDA operation"
 
 
 class CudaGraphs:
-    """Records passes in one pool of memory, on one stream.
+    """Records passes in one memory pool, on one stream.
 
     Args:
         device: A CUDA device.
@@ -41,7 +41,7 @@ class CudaGraphs:
         torch.clear_autocast_cache()
         collects = gc.isenabled()
         gc.collect()
-        gc.disable()  # deleting another graph during a capture would end it
+        gc.disable()  # deleting another graph during a capture would end the capture
         try:
             return self._captured(run)
         finally:
@@ -53,7 +53,7 @@ class CudaGraphs:
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            # Of this thread alone: data loaders pin memory in another.
+            # This thread only: data loaders pin memory in another.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 made = run()
@@ -112,12 +112,12 @@ class CudaGraphs:
         torch.cuda.set_rng_state(state, self._device)
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed; torch before 2.13 leaves its allocator and its generator waiting for that end."""
+        """End a failed capture; torch before 2.13 leaves its allocator and generator in capture mode."""
         with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError):
             cast(Any, torch._C)._cuda_endAllocateToPool(self._device.index or 0, self._pool)
-        with suppress(RuntimeError):  # the generator is told by any capture that succeeds
+        with suppress(RuntimeError):  # any successful capture resets the generator
             number = torch.zeros((), device=self._device)
             other = torch.cuda.CUDAGraph()
             other.capture_begin(capture_error_mode="thread_local")

@@ -1,4 +1,4 @@
-"""What a recording has baked in of a model: checked before every replay, so it must be nearly free."""
+"""The parts of a model that a recording bakes in: checked before every replay, so the check must be nearly free."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn.modules import module as module_hooks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # transformers hooks layers to collect requested outputs; no step requests any.
 _INERT_HOOKS = "transformers.utils.output_capturing"
-# What PEFT and checkpointing put on embeddings: whether a tensor requires gradients is built into a recording.
+# Hooks that PEFT and checkpointing add to embeddings: whether a tensor requires gradients is baked into a recording.
 _INERT_HOOK = "make_inputs_require_grad"
 _TENSORS = ("_parameters", "_buffers")
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 class ModelState:
-    """The tensors of a model and where they are, its modules' and configs' switches and numbers, and who hooks them.
+    """The tensors of a model and their addresses, its modules' and configs' flags and numbers, and their hooks.
 
     Args:
         model: The model.
@@ -33,7 +33,7 @@ class ModelState:
         self._seen = self._look()
 
     def holds(self) -> bool:
-        """Whether nothing but the values of tensors has changed."""
+        """Whether only the values of tensors have changed."""
         return self._look() == self._seen
 
     def _look(self) -> list[Hashable]:
@@ -78,7 +78,7 @@ def checkpoints(model: nn.Module) -> bool:
 
 
 def obstacle_in(model: nn.Module, device: torch.device) -> str | None:
-    """Why steps of a model cannot be recorded; ``None`` where nothing is seen that stands against it.
+    """Why steps of a model cannot be recorded; ``None`` if no obstacle was found.
 
     Args:
         model: The model.

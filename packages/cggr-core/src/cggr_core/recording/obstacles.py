@@ -11,7 +11,7 @@ from cggr_core.monitor import capturing
 
 
 def obstacle_of(router: Any) -> str | None:
-    """Why steps with a router are not recorded; ``None`` where they can be.
+    """Why steps with a router are not recorded; ``None`` if they can be.
 
     Args:
         router: What scores.

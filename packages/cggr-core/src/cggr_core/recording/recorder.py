@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 EAGER_STEPS = 3
-"""Steps of a kind that run as they are before one is recorded: they compile kernels, and not every kind comes again."""
+"""Eager steps of a kind before one is recorded: they compile kernels, and not every kind recurs."""
 MOST_RECORDINGS = 16
-"""Recordings that are held at a time, in one memory; for a further kind of step the one that rests longest goes."""
+"""Number of recordings held at a time, in one memory pool; beyond it, the least recently used one is dropped."""
 MOST_ATTEMPTS = 16
-"""Recordings that are made before any of them has paid: a model that changes every few steps is left alone then."""
+"""Recordings made before any of them has paid off: afterwards, a model that changes every few steps stays eager."""
 REPLAYS_THAT_PAY = 32
-"""Replays for which one more recording is made after that."""
+"""Number of replays that earns one more recording after that."""
 _MOST_KINDS = 256
 _SAID_AFTER = 24
 
 
 class Recorder:
-    """Runs training steps by replaying a recording where there is one.
+    """Runs training steps by replaying a recording if there is one.
 
     Args:
-        run: Takes a step as it is.
+        run: Runs a step eagerly.
         settings: Of the steps.
         engine: The passes over the model.
         schedule: Their keep ratio.
-        draws: Numbers their random choices.
-        device_type: Where steps are recorded.
-        graphs: Makes what records on a device.
+        draws: Numbers their random draws.
+        device_type: Device type on which steps are recorded.
+        graphs: Creates the recorder of a device.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Recorder:
         Args:
             call: The arguments.
             router: What scores.
-            slots: Counts those of the supervised tokens, if they are what is kept, which may wait for the device: asked
-                after all that can be done before.
+            slots: Counts the slots of the supervised tokens, if those are kept. It may wait for the device, so it is
+                called last.
 
         Raises:
             ValueError: As the step itself does.
@@ -98,7 +98,7 @@ class Recorder:
             recording, reason = self._recorded(kind, call, usual.given["slots"])
             if recording is None:
                 return self._as_it_is(reason)
-        self._recordings[kind] = recording  # the last one, which is the one used last
+        self._recordings[kind] = recording  # the last one is the most recently used
         self._replays += 1
         self._eager_in_a_row = 0
         draw = call.given["draw"]
@@ -106,7 +106,7 @@ class Recorder:
 
     @property
     def recordings(self) -> int:
-        """How many are held."""
+        """Number of recordings held."""
         return len(self._recordings)
 
     @property
@@ -156,7 +156,7 @@ class Recorder:
             self._forget()
             self._say(self._stopped, logging.WARNING)
             return None, self._stopped
-        # After the first recording: it may be the first to see the model in training.
+        # After the first recording, which may be the first to run the model in training mode.
         self._state, self._stamp = self._state or ModelState(model), self._engine.seen
         if len(self._recordings) >= MOST_RECORDINGS:
             self._places.graphs.wait()  # a graph is not taken away while it runs
@@ -173,7 +173,7 @@ class Recorder:
 
     @property
     def _routed(self) -> bool:
-        """Whether layers with gradients run in routed passes, which have a checkpointing of their own."""
+        """Whether layers with gradients run in routed passes, which have their own checkpointing."""
         keeps_all = self._schedule.ratio == 1.0 and self._settings.selection != SUPERVISED
         return self._settings.routes_keys_and_values and not keeps_all
 
@@ -182,7 +182,7 @@ class Recorder:
             return self._run(call)
 
     def _obstacle(self, call: StepCall, router: Any) -> str | None:
-        """What prevents recording at the moment."""
+        """What currently prevents recording."""
         if self._schedule.moving:
             return "the keep ratio is changing"
         if self._places is not None and self._places.busy:

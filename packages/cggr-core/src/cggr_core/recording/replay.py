@@ -1,7 +1,7 @@
 """One recorded step: a forward and a backward graph behind one node of the caller's autograd graph.
 
-The backward graph writes each gradient to a place of its own, and what autograd is given are copies: gradients are
-accumulated, clipped, scaled and hooked like those of any step, and nobody holds a tensor that the next replay changes.
+The backward graph writes each gradient to its own buffer, and autograd gets copies. Gradients are therefore
+accumulated, clipped, scaled and hooked as in any step, and no caller holds a tensor that the next replay overwrites.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from cggr_core.recording.calls import FixedInputs, StepCall, StepOutcome
 Run = Callable[[StepCall], StepOutcome]
 Replay = Callable[[], None]
 
-# A replay that saves less than this share of a step is not worth the memory that it holds.
+# A replay that takes more than this share of the eager step's time is not worth its memory.
 _WORTH = 0.9
-# Of a gradient's norm, and of all gradients' norm: kernels that add in any order differ by far less.
+# Relative to a gradient's norm, and to the norm of all gradients; kernels with nondeterministic sums differ by far
+# less.
 _TOLERANCE, _TOTAL_TOLERANCE = 0.05, 0.01
 
 
@@ -34,7 +35,7 @@ class Graphs(Protocol):
     """The interface for recording passes on a device; see :class:`~cggr_core.recording.cuda.CudaGraphs`."""
 
     def capture(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
-        """Record what ``run`` does; how to do it again, and the tensors that it then leaves its results in."""
+        """Record ``run``; returns how to replay it, and the tensors that hold its results."""
         ...
 
     def watched(self, run: Callable[[], Any]) -> Any:
@@ -60,20 +61,20 @@ class Graphs(Protocol):
 
 
 class PassAwaited:
-    """A recorded forward pass, from its replay to its backward pass; gone with the graph that it belongs to."""
+    """A recorded forward pass, from its replay to its backward pass; deleted with the graph it belongs to."""
 
     def __init__(self) -> None:
         self.over = False
 
 
 class SharedPlaces:
-    """What recordings of one model share: one memory, in which at most one of them awaits its backward pass.
+    """Memory shared by the recordings of one model, of which at most one can have a pending backward pass.
 
     Args:
         graphs: Records the passes.
 
     Attributes:
-        gradients: Where the backward graphs write, by the place of a parameter among those that are trained.
+        gradients: Buffers that the backward graphs write to, by the index of the parameter among the trained ones.
     """
 
     def __init__(self, graphs: Graphs) -> None:
@@ -83,7 +84,7 @@ class SharedPlaces:
 
     @property
     def busy(self) -> bool:
-        """Whether a replayed forward pass may still have its backward pass."""
+        """Whether a replayed forward pass may still get its backward pass."""
         awaited = None if self._awaited is None else self._awaited()
         return awaited is not None and not awaited.over
 
@@ -98,8 +99,8 @@ class Recording:
     """A step that is replayed for every call of its kind.
 
     Args:
-        run: Takes a step in the way that is recorded.
-        as_it_is: Takes it as it would be taken without a recording.
+        run: Runs a step the way it is recorded.
+        as_it_is: Runs it the way it would run without a recording.
         call: A call of the kind.
         draw: Number of its random draw.
         model: Whose parameters are trained.
@@ -107,7 +108,7 @@ class Recording:
         may_draw: Whether the step may draw random numbers besides those of ``draw``.
 
     Raises:
-        NotRecordedError: If the step is better not recorded.
+        NotRecordedError: If the step should not be recorded.
         RuntimeError: If it cannot be.
     """
 
@@ -149,7 +150,7 @@ class Recording:
             self._connected, self._leaves = None, []
 
     def __call__(self, call: StepCall, draw: int | Tensor) -> StepOutcome:
-        """Take a step by replaying the recording."""
+        """Run a step by replaying the recording."""
         self._inputs.fill(call, draw)
         loss = _Replayed.apply(self, *self._trained)
         numbers = dict(zip(self._names, (number.clone() for number in self._numbers), strict=True))
@@ -164,7 +165,7 @@ class Recording:
         """The gradients of the trained parameters.
 
         Raises:
-            RuntimeError: If they were given before: what the backward pass reads is gone then.
+            RuntimeError: If called a second time: the inputs of the backward pass are gone.
         """
         if awaited.over:
             raise RuntimeError(
@@ -183,8 +184,8 @@ class Recording:
     def _forward(self, run: Run | None = None) -> list[Tensor]:
         from cggr_core.routing import replaced_parameters
 
-        # Of the same values, but no leaf of a graph that may still be around: such a leaf is bound to another stream.
-        # And what hooks the parameters sees the gradients once, where autograd adds them up.
+        # The same values, but not a leaf of a graph that may still exist: such a leaf is bound to another stream.
+        # Parameter hooks then see the gradients once, when autograd accumulates them.
         self._leaves = [nn.Parameter(parameter.detach()) for parameter in self._trained]
         with replaced_parameters(self._model, dict(zip(self._trained, self._leaves, strict=True))):
             outcome = (run or self._run)(self._inputs.call)

@@ -22,7 +22,7 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[list[Tensor]]:
     """Let a head give large random logits, the same in every block; whatever stands around it is as it was.
 
-    Reach: this module, whoever calls it.
+    Scope: this module, whoever calls it.
 
     Args:
         head: The head.

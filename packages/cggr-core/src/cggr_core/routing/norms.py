@@ -1,8 +1,8 @@
-"""The models' root-mean-square norms by torch's own op, for the length of a pass.
+"""Runs the models' RMSNorm layers through torch's own op for the length of a pass.
 
-transformers spells the norm out: eight kernels over all hidden states forward and some twenty backward, most of them in
-float32. On a GPU that is as much time as the attention. ``torch.nn.functional.rms_norm`` is the same formula in one
-kernel each way; it rounds to the hidden states' dtype once, after the weight, where the models round before it too.
+transformers implements the norm in elementary ops: eight kernels forward and about twenty backward, most of them in
+float32. On a GPU they take as long as the attention. ``torch.nn.functional.rms_norm`` computes the same formula in one
+kernel each way; it rounds to the hidden states' dtype once, after the weight, while the models also round before it.
 """
 
 import inspect
@@ -19,14 +19,14 @@ _EPSILONS = ("variance_epsilon", "eps")
 
 
 def fused_norms(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """The forwards to run in place of those of a model's norms.
+    """Find replacement forwards for a model's norms.
 
     Args:
         modules: Of a model.
 
     Returns:
-        A forward for each norm of transformers that computes ``weight * x / rms(x)``, which is tried out, class by
-        class. Others (Gemma's ``1 + weight``), and norms whose forward was replaced or compiled, are left as they are.
+        A forward for each transformers norm that computes ``weight * x / rms(x)``, which is checked numerically for
+        each class. Others (Gemma's ``1 + weight``), and norms whose forward was replaced or compiled, are unchanged.
     """
     same: dict[tuple[type[nn.Module], float], bool] = {}
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -45,7 +45,7 @@ def fused_norms(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[Tenso
 def _forward(module: nn.Module, epsilon: float, hidden_states: Tensor) -> Tensor:
     weight: Any = module.weight
     if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
-        # Mixed dtypes promote in the model's own way; and in float64, it computes in float32.
+        # The model promotes mixed dtypes in its own way, and computes in float32 even for float64.
         return type(module).forward(module, hidden_states)
     return rms_norm(hidden_states, weight.shape, weight, epsilon)
 
@@ -56,12 +56,12 @@ def is_fused(forward: Callable[..., Any]) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward, replaced or compiled by nobody."""
+    """Whether a module runs its class's forward, neither replaced nor compiled."""
     return "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """The norm's epsilon; ``None`` for modules that are no such norm, or no longer transformers' own."""
+    """The norm's epsilon; ``None`` for modules that are not such a norm, or no longer transformers' own."""
     kind = type(module)
     if not kind.__name__.endswith(_NAME) or not kind.__module__.startswith("transformers."):
         return None

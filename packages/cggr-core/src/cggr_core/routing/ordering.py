@@ -1,4 +1,4 @@
-"""Which part of a backward pass runs before which."""
+"""Controls the order in which parts of a backward pass run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,18 +20,18 @@ class _BackwardInTurn(torch.autograd.Function):
 
 
 def backward_in_turn(values: Sequence[Tensor], *, before: Tensor) -> tuple[Tensor, ...]:
-    """Run the backward pass of ``values`` as soon as their gradients are there, and ahead of that of ``before``.
+    """Run the backward pass of ``values`` as soon as their gradients are available, before that of ``before``.
 
-    Autograd visits what was computed first last: the graph of a context pass after all layers of the gradient pass.
-    FSDP2 has reduced a layer's gradients and freed its weights by then, so there the keys and values that a context
-    pass left have their backward inside the layer's own.
+    Autograd visits in reverse order of computation, so the graph of a context pass comes after all layers of the
+    gradient pass. By then FSDP2 has reduced a layer's gradients and freed its weights. The keys and values of a context
+    pass therefore get their backward inside the layer's own.
 
     Args:
-        values: Tensors with graphs of their own.
+        values: Tensors with their own graphs.
         before: A tensor that the layer computed from its input.
 
     Returns:
-        The same numbers; tensors without a graph are handed back as they are.
+        The same numbers; tensors without a graph are returned unchanged.
     """
     graphs = [value for value in values if value.requires_grad]
     if not graphs:

@@ -56,7 +56,7 @@ class OtherTokens:
         self._hidden = context.hidden if context.hidden is None else self._rows.hidden(context.hidden)
 
     def note(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> None:
-        """What a layer is about to be given for whole rows; its hidden states are the other tokens' at first only."""
+        """Arguments for a layer's call on whole rows; only the first layer's hidden states are the other tokens'."""
         if not self.exist:
             return
         if self._hidden is None:
@@ -64,10 +64,10 @@ class OtherTokens:
         self._calls[layer] = id(hidden), cache, (args, kwargs)
 
     def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, KeyValue | None]:
-        """Keys and values of the other tokens at ``layer``, computed at the first call, and all tokens' if made."""
+        """Keys and values of the other tokens at ``layer``, computed at the first call; all tokens' if made."""
         if layer not in self._cache.recorded:
             self._cache.kept = kept
-            hidden, cache, (args, kwargs) = self._calls.pop(layer)  # frees the masks of layers that are done
+            hidden, cache, (args, kwargs) = self._calls.pop(layer)  # frees the masks of finished layers
             assert self._hidden is not None  # noted before the first layer
             args, kwargs = self._rows.call(
                 args, kwargs, replace={hidden: self._hidden.detach(), id(cache): self._cache}
@@ -75,10 +75,9 @@ class OtherTokens:
             hooked = self._hooked.get(layer)
             if hooked is not None and self._ran:  # else the hooks were around what was noted
                 args, kwargs = _before(hooked, args, kwargs)
-            # The layer's forward, not the layer: this runs inside its call, in which its parameters are gathered.
-            # Its saved tensors are its own, not those of a checkpoint around the kept tokens' call.
-            # And in a context of its own, so that transformers does not collect its outputs (an expert router's, say)
-            # as those of the outer call.
+            # The layer's forward, not the layer: this runs inside its call, while its parameters are gathered. It keeps
+            # its own saved tensors, outside a checkpoint around the kept tokens' call, and runs in its own context, so
+            # that transformers does not collect its outputs (an expert router's, say) as those of the outer call.
             with (
                 torch.set_grad_enabled(self._keep_graph),
                 self._adapters.at(self.index),
@@ -101,7 +100,7 @@ class OtherTokens:
 
 @torch.no_grad()
 def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-    """A layer's arguments after the hooks of others, as constants; torch's own gather weights, in its outer call."""
+    """A layer's arguments after users' hooks, as constants; torch's own hooks gather weights in its outer call."""
     for number, hook in layer._forward_pre_hooks.items():
         if is_of_distributed(hook):
             continue
@@ -113,7 +112,7 @@ def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A layer's output after the hooks of others."""
+    """A layer's output after users' hooks."""
     for number, hook in layer._forward_hooks.items():
         if is_of_distributed(hook):
             continue

@@ -1,8 +1,8 @@
-"""Every change to an object of transformers or torch, in one place, each with its reach in its docstring.
+"""Every change to an object of transformers or torch, in one place, each with its scope in its docstring.
 
-All of them nest, and are undone whatever happens. Two models may be run in two threads: what is changed of a model is
-changed on that model alone, and what all models share is changed once, at import, for code that asks which context it
-runs in. One model is not run in two threads at a time.
+All of them nest and are always undone. Two models may run in two threads: changes to a model affect only that model,
+and whatever models share is changed once, at import, by code that checks which context it runs in. A single model must
+not run in two threads at a time.
 """
 
 import re
@@ -25,20 +25,20 @@ MaskBuilder = Callable[..., Any]
 ChangeBuilder = Callable[[str, MaskBuilder], MaskBuilder]
 FindDocuments = Callable[[Tensor], Tensor | None]
 
-# What modules call their rates of noise in training.
+# Attribute names of noise rates in training.
 _NOISE = re.compile(r"drop|jitter").search
 _SMALL = 0.1
 
 _change_of_builders: ContextVar[ChangeBuilder | None] = ContextVar("change_of_builders", default=None)
 _documents: ContextVar[FindDocuments | None] = ContextVar("documents", default=None)
-# Compiled code cannot ask for its context, and need not while no pass runs anywhere: then it sees transformers' own.
+# Compiled code cannot read its context, and need not while no pass runs: then it gets transformers' own.
 _some_pass_runs = False
 _passes = 0
 _lock = threading.Lock()
 
 
 class _BuildersInContext(AttentionMaskInterface):
-    """The registry of mask builders, as the context that reads it has changed it."""
+    """The registry of mask builders, with the changes of the reading context."""
 
     def __getitem__(self, name: str) -> MaskBuilder:
         build = super().__getitem__(name)
@@ -56,22 +56,22 @@ def _find_packed_sequences_in_context(position_ids: Tensor) -> Tensor | None:
     return (find or _find_packed_sequences)(position_ids)
 
 
-# Reach: the process, from the first import on; both do what transformers does wherever no block below is entered.
+# Scope: the process, from the first import on; outside of the blocks below, both behave like transformers.
 ALL_MASK_ATTENTION_FUNCTIONS.__class__ = _BuildersInContext
 masking_utils.find_packed_sequence_indices = _find_packed_sequences_in_context
 
 
 @contextmanager
 def changed_mask_builders(change: ChangeBuilder, *, documents: FindDocuments | None = None) -> Iterator[None]:
-    """Let models get other mask builders from transformers' registry.
+    """Replace the mask builders that models get from transformers' registry.
 
-    Reach: mask builders that are looked up in the block and in its context, of every model; other threads see
+    Scope: mask builders that are looked up in the block and in its context, of every model; other threads see
     transformers' own.
 
     Args:
-        change: From a builder's name and the builder to the one to use.
-        documents: From position ids ``[B, S]`` to the document of every token of packed rows, ``None`` for rows that
-            are not packed; in place of transformers' own, which looks at them on the host.
+        change: Maps a builder's name and the builder to the one to use.
+        documents: Maps position ids ``[B, S]`` to the document of every token of packed rows, or ``None`` for rows that
+            are not packed; replaces transformers' own function, which reads them on the host.
     """
     global _passes, _some_pass_runs
     changed = _change_of_builders.set(change)
@@ -91,9 +91,9 @@ def changed_mask_builders(change: ChangeBuilder, *, documents: FindDocuments | N
 
 
 def register_attention(name: str, attend: Callable[..., Any], build_mask: MaskBuilder) -> None:
-    """Add an attention implementation to transformers'.
+    """Register an attention implementation with transformers.
 
-    Reach: the process; nothing runs on it unless a config names it.
+    Scope: the process; nothing runs on it unless a config names it.
 
     Args:
         name: A new name.
@@ -106,12 +106,12 @@ def register_attention(name: str, attend: Callable[..., Any], build_mask: MaskBu
 
 @contextmanager
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another ``forward`` for the length of the block.
+    """Replace the ``forward`` of modules within the block.
 
     The instance attribute is set, not the class: ``module(...)`` still runs its hooks (those of FSDP2, for one)
     around the replacement.
 
-    Reach: these modules, whoever calls them.
+    Scope: these modules, whoever calls them.
     """
     before = {module: module.__dict__.get("forward") for module in replacements}
     try:
@@ -130,10 +130,10 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
 def left_gathered(groups: Iterable[Any]) -> Iterator[None]:
     """Let weights that FSDP2 gathers for a forward stay gathered after it.
 
-    What ``set_reshard_after_forward(False)`` sets, and then as it was: what the user chose cannot be read back
-    otherwise.
+    Sets what ``set_reshard_after_forward(False)`` sets and restores it, since the user's choice cannot be read in
+    another way.
 
-    Reach: these groups of parameters, whoever calls their modules.
+    Scope: these groups of parameters, whoever calls their modules.
     """
     before = [(group, group.post_forward_mesh_info) for group in groups]
     try:
@@ -147,13 +147,13 @@ def left_gathered(groups: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def replaced_parameters(model: nn.Module, replacements: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-    """Let modules find other parameters in place of theirs for the length of the block.
+    """Replace parameters of modules within the block.
 
-    Reach: the modules of this model, whoever calls them.
+    Scope: the modules of this model, whoever calls them.
 
     Args:
         model: The model.
-        replacements: By the parameter that a module has, shared ones too, the one to find.
+        replacements: The new parameter for each current one, shared ones included.
     """
     before = [
         (module._parameters, name, parameter)
@@ -172,9 +172,9 @@ def replaced_parameters(model: nn.Module, replacements: Mapping[nn.Parameter, nn
 
 @contextmanager
 def own_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> Iterator[None]:
-    """Let a module have the parameters that it had in an earlier call.
+    """Restore the parameters that a module had in an earlier call.
 
-    Reach: this module's own parameters, whoever calls it.
+    Scope: this module's own parameters, whoever calls it.
     """
     before = module._parameters
     module.__dict__["_parameters"] = parameters
@@ -188,7 +188,7 @@ def own_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Call a module inside its own call: its forward hooks have run around the outer one, once.
 
-    Reach: this module, whoever calls it.
+    Scope: this module, whoever calls it.
     """
     before = {name: module.__dict__[name] for name in ("_forward_pre_hooks", "_forward_hooks")}
     try:
@@ -200,11 +200,11 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forward_replaced_by(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Let a call of a module be a call of ``run``, in which the module is itself again.
+    """Redirect a call of a module to ``run``, inside which the module is restored.
 
-    What hooks the module, or wraps it, sees one ordinary call around all that ``run`` does with it.
+    Hooks and wrappers of the module see one ordinary call around everything that ``run`` does with it.
 
-    Reach: this module, whoever calls it.
+    Scope: this module, whoever calls it.
     """
     own = module.forward
 
@@ -218,9 +218,9 @@ def forward_replaced_by(module: nn.Module, run: Callable[..., Any]) -> Iterator[
 
 @contextmanager
 def without_checkpointing(architecture: Architecture) -> Iterator[None]:
-    """Switch Hugging Face's own gradient checkpointing off: it drops the cache, through which routing works.
+    """Disable Hugging Face's own gradient checkpointing, which drops the cache that routing relies on.
 
-    Reach: the modules of this model.
+    Scope: the modules of this model.
     """
     switched: list[Any] = [
         module for module in architecture.checkpointing if module.__dict__.get("gradient_checkpointing") is True
@@ -235,9 +235,9 @@ def without_checkpointing(architecture: Architecture) -> Iterator[None]:
 
 
 def without_checkpoint_wrappers(architecture: Architecture) -> AbstractContextManager[None]:
-    """Run what torch's own checkpoint wrappers wrap as if it were not wrapped.
+    """Bypass torch's own checkpoint wrappers.
 
-    Reach: the wrappers of this model.
+    Scope: the wrappers of this model.
     """
     return replaced_forwards(architecture.checkpoint_wrappers) if architecture.checkpoint_wrappers else nullcontext()
 
@@ -251,7 +251,7 @@ def uses_checkpointing(layer: nn.Module) -> bool:
 def attention_implementation(architecture: Architecture, choose: Callable[[str], str]) -> Iterator[None]:
     """Run every (sub)config of the model on another attention implementation for the length of the block.
 
-    Reach: these configs, and with them any other model that was made with the same config object.
+    Scope: these configs, and with them any other model that was made with the same config object.
     """
     configs: dict[int, Any] = {id(module.config): module.config for module in architecture.configured}
     before = {
@@ -269,9 +269,9 @@ def attention_implementation(architecture: Architecture, choose: Callable[[str],
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Let a model in training mode leave nothing out and add no noise: rates of dropout and jitter are 0.
+    """Make a model in training mode deterministic: dropout and jitter rates are 0.
 
-    Reach: the rates that its modules hold; what is read off a config stays.
+    Scope: the rates that its modules hold; rates read from a config are unchanged.
     """
     rates = [
         (module, name, value)
@@ -290,11 +290,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def grown_parameters(model: nn.Module) -> Iterator[bool]:
-    """Let parameters that are all of one small value, as many are at the start of training, be random numbers.
+    """Replace parameters that are all one small value, as many are at the start of training, by random numbers.
 
-    A projection of zeros hides whatever stands before it. Sharded and offloaded parameters stay as they are.
+    A zero projection hides everything before it. Sharded and offloaded parameters are unchanged.
 
-    Reach: the values of these parameters; their version counters stay, for a graph that waits for its backward pass.
+    Scope: the values of these parameters; their version counters stay, for a graph with a pending backward pass.
 
     Yields:
         Whether there are any.
@@ -322,9 +322,9 @@ def grown_parameters(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def nothing_left(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let forwards in the block leave nothing behind: running statistics, power iterations, random numbers drawn.
+    """Undo the side effects of forwards in the block: running statistics, power iterations, random numbers drawn.
 
-    Reach: the buffers of this model, but for those that a module puts in their place; the random generators.
+    Scope: the buffers of this model, except those that a module replaces; the random generators.
 
     Args:
         model: The model.
@@ -349,7 +349,7 @@ def nothing_left(model: nn.Module, device: torch.device) -> Iterator[None]:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode.
 
-    Reach: its modules, each of which gets its own flag back.
+    Scope: its modules, each of which gets its own flag back.
     """
     training = [module for module in model.modules() if module.training]
     try:

@@ -1,8 +1,8 @@
 """The linear layers of decoder layers in FP8, for calls on tokens that need no gradient.
 
-Both factors of a product are quantised in the call, with a scale for every row. A call of a layer on a context happens
-once in a training step, so nothing would be gained by keeping quantised weights, and they are never out of date: not
-after an optimiser that writes past torch's version counters, not in a replayed graph, not where FSDP2 gathers again.
+Both factors of a product are quantised in the call, with one scale per row. A layer runs on a context once per training
+step, so caching quantised weights would gain nothing. Quantising in the call also means that they are never stale: not
+after an optimiser that bypasses torch's version counters, not in a replayed graph, not when FSDP2 gathers again.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from cggr_core.routing.norms import is_untouched
 from cggr_core.routing.patches import replaced_forwards
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Expert routers: a token that goes to another expert is no rounding error.
+# Expert routers: sending a token to another expert is more than a rounding error.
 _ROUTERS = ("gate", "router")
 _QUERIES, _BESIDE_QUERIES = "q_proj", ("k_proj", "v_proj")
 
@@ -30,11 +30,11 @@ Quantised = tuple[Tensor, Tensor]
 
 
 class LowPrecision:
-    """Runs decoder layers' linear layers in FP8 for the length of a block.
+    """Runs decoder layers' linear layers in FP8 within a block.
 
-    Left alone are quantised and sharded weights, linear layers that somebody replaced, expert routers, sizes that are
-    no multiples of 16, and every call under autograd (keys and values, in gradient mode ``kv``) but those of queries,
-    whose gradient nobody reads. Adapters around a linear layer stay as they are, and what they adapt does not.
+    It does not convert quantised and sharded weights, replaced linear layers, expert routers, sizes that are not
+    multiples of 16, and calls under autograd (keys and values, in gradient mode ``kv``) except for queries, whose
+    gradient is not used. Adapters around a linear layer are not converted, but their base layer is.
 
     Args:
         layers: The decoder layers.
@@ -58,14 +58,14 @@ class LowPrecision:
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
-        """In all layers. Reach: these modules, whoever calls them."""
+        """In all layers. Scope: these modules, whoever calls them."""
         every = {module: forward for forwards in self._forwards for module, forward in forwards.items()}
         with replaced_forwards(every), self._forgetting():
             yield
 
     @contextmanager
     def at(self, layer: int) -> Iterator[None]:
-        """In one layer. Reach: its modules, whoever calls them."""
+        """In one layer. Scope: its modules, whoever calls them."""
         with replaced_forwards(self._forwards[layer]), self._forgetting():
             yield
 
@@ -127,7 +127,7 @@ def takes_fp8(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _adapters(layer: nn.Module) -> set[nn.Module]:
-    """What stands beside the base layers of adapters."""
+    """Modules next to the base layers of adapters."""
     return {
         module
         for wrapper in layer.modules()
@@ -139,14 +139,14 @@ def _adapters(layer: nn.Module) -> set[nn.Module]:
 
 
 def _makes_queries(layer: nn.Module, name: str) -> bool:
-    # An adapter's base layer stands one deeper than the layer that it took the place of.
+    # An adapter's base layer is one level deeper than the layer it replaced.
     parent, _, own = name.removesuffix(".base_layer").rpartition(".")
     siblings = layer.get_submodule(parent)._modules
     return own == _QUERIES and all(siblings.get(beside) is not None for beside in _BESIDE_QUERIES)
 
 
 def _result_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """What the layer's own product would give; ``None`` where it has to be the layer's own."""
+    """The layer's output by an FP8 product; ``None`` if the layer itself has to run."""
     plain = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device
     if not plain or x.numel() == 0 or x.dim() < 2 or x.dtype not in _FLOATS or weight.dtype not in _FLOATS:
         return None

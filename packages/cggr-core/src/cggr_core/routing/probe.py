@@ -1,4 +1,4 @@
-"""A look at the model on a batch before it is trusted: what its layers return, and whether routing is exact."""
+"""Probes the model on a batch before training: what its layers return, and whether routing is exact."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,20 +19,20 @@ from cggr_core.routing.loss_agreement import own_alignment, text_alone
 from cggr_core.routing.patches import evaluation_mode, grown_parameters, without_checkpointing
 
 _ROWS, _TOKENS = 2, 8
-# Relative error of logits that three quarters of the tokens stay under, with a head that is one matrix.
+# Bound on the relative error of three quarters of the tokens' logits, for a head that is one matrix.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _HALF_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was seen.
+    """What a probe found.
 
     Attributes:
-        architecture: The description, corrected: ``head.fused`` and ``obstacle`` say what held; and ``fused`` found.
+        architecture: The description, corrected: ``head.fused``, ``obstacle`` and ``fused`` hold what was found.
         layer_output: Wraps a hidden state the way the model's layers return it.
-        packing_obstacle: Why packed rows cannot be routed, or ``None`` where they can (or were not tried).
-        saw_loss: Whether the model's own loss was held to cross-entropy.
+        packing_obstacle: Why packed rows cannot be routed; ``None`` if they can be (or were not tried).
+        saw_loss: Whether the model's own loss was compared with cross-entropy.
     """
 
     architecture: Architecture
@@ -52,19 +52,19 @@ def probe(
         architecture: Its description.
         inputs: The batch to take tokens from.
         routing: Also compare the routed passes with the plain forward.
-        own_loss: Also hold the model's own loss to cross-entropy, which says how it aligns its labels.
+        own_loss: Also compare the model's own loss with cross-entropy, which shows how it aligns its labels.
 
     Returns:
-        The corrected description. Values are read on the host: this happens once, before the first step.
+        The corrected description. This reads values on the host, once, before the first step.
 
     Raises:
-        ValueError: If the logits are NaN, or not one row for each token; or if the model's own loss is another one.
+        ValueError: If the logits are NaN or not one row per token, or if the model's own loss differs.
     """
     with _attention_of_any_mask():
         try:
             return _probe(model, architecture, inputs, _TOKENS, routing=routing, own_loss=own_loss)
         except MODEL_ERRORS as error:
-            # Some run on rows of certain lengths alone, and the batch's is one.
+            # Some models run only on rows of certain lengths, such as the batch's.
             if inputs.shape[1] > _TOKENS:
                 with suppress(*MODEL_ERRORS):
                     return _probe(model, architecture, inputs, inputs.shape[1], routing=routing, own_loss=own_loss)
@@ -73,7 +73,7 @@ def probe(
 
 @contextmanager
 def _attention_of_any_mask() -> Iterator[None]:
-    """SDPA may fall back to its math backend where a user allows flash attention alone: looks bring masks."""
+    """Let SDPA fall back to its math backend even if only flash attention is allowed: probes use masks."""
     allowed = torch.backends.cuda.math_sdp_enabled()  # of CPUs too, despite its name
     torch.backends.cuda.enable_math_sdp(True)
     try:
@@ -111,7 +111,7 @@ def _probe(
             if head.softcap is not None:
                 fused_logits = head.softcap * torch.tanh(fused_logits / head.softcap)
             head = replace(head, fused=_close(fused_logits, logits))
-    if head.fused:  # some change their logits in training alone
+    if head.fused:  # some change their logits only in training
         head = replace(head, fused=gives_the_logits(model, architecture, few))
     architecture = replace(architecture, head=head)
     obstacle, packing_obstacle = architecture.obstacle, None
@@ -125,7 +125,7 @@ def _probe(
     architecture = replace(architecture, obstacle=obstacle)
     if own is not None:
         architecture = replace(architecture, shifted=own.shifted, counts_padding=own.counts_padding)
-    # Rows of one token say nothing of an alignment; longer ones are waited for.
+    # Rows of one token say nothing about the alignment; wait for longer ones.
     saw_loss = own_loss and inputs.shape[1] > 1
     return Probe(architecture, layer_output, packing_obstacle, saw_loss)
 
@@ -143,7 +143,7 @@ def probe_whole_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Prob
 def _routed(
     model: nn.Module, architecture: Architecture, rows: TokenInputs, layer_output: LayerOutput
 ) -> tuple[Architecture, str | None, str | None]:
-    """What stands against routed passes on these rows, and what against packed ones; with grown weights too."""
+    """Obstacles to routed passes on these rows and on packed ones, with trained-like weights too."""
     found = _routed_as_it_is(model, architecture, rows, layer_output)
     if found[1] is not None:
         return found
@@ -209,7 +209,7 @@ def _layer_drop(model: nn.Module) -> str | None:
 
 
 def _whole_rows(inputs: TokenInputs) -> TokenInputs:
-    """The first rows of a batch at their whole length; all of them where something in it is not by row."""
+    """The first rows of a batch at full length; all rows if some input is not per row."""
     batch = inputs.shape[0]
     by_row = {name: value for name, value in inputs.options.items() if isinstance(value, Tensor) and value.dim() > 0}
     kinds = by_row.pop("position_ids", None)  # of several kinds, with the rows after them
@@ -234,9 +234,9 @@ def _unpacked(inputs: TokenInputs) -> TokenInputs:
 
 
 def _few_tokens(model: nn.Module, inputs: TokenInputs, tokens: int) -> TokenInputs:
-    """Text alone: what goes with the tokens (images, say) is about whole rows."""
+    """Text only: other inputs (images, say) belong to whole rows."""
     length = min(inputs.shape[1], tokens)
-    # Consecutive, whatever packing or padding made of them: RoBERTa's start at an offset.
+    # Consecutive, regardless of packing or padding: RoBERTa's start at an offset.
     first_positions = inputs.position_ids[:_ROWS, :1]
     per_token = {name: tensor[:_ROWS, :length] for name, tensor in inputs.per_token.items()}
     if "input_ids" in per_token:
@@ -245,7 +245,7 @@ def _few_tokens(model: nn.Module, inputs: TokenInputs, tokens: int) -> TokenInpu
         inputs,
         per_token=per_token,
         position_ids=first_positions + torch.arange(length, device=first_positions.device),
-        # Whatever of them is padding counts as text; said outright, since models look for it where no mask is given.
+        # Padding counts as text here. The mask says so explicitly, since models look for padding if there is none.
         padding=None if inputs.padding is None else torch.ones_like(inputs.padding[:_ROWS, :length]),
         segment=None,
         options={name: value for name, value in inputs.options.items() if not isinstance(value, Tensor)},

@@ -1,9 +1,8 @@
-"""What other tokens keep for the gradients of their keys and values: the input of every layer, and no norm of it.
+"""Recomputes norms in the backward pass, so that other tokens keep only the input of every layer.
 
-The gradient of a projection's weight needs the projection's input, which is a norm of the layer's. Kept as autograd
-keeps it, that is the input and its norm, under autocast the norm once for every projection, and with norms that are
-spelled out whatever they made on the way. The norm is cheap next to all that, so it is run once more in the backward
-pass.
+The gradient of a projection's weight needs the projection's input, which is a norm of the layer's. Autograd would keep
+the input and its norm, under autocast one copy of the norm per projection, and for norms made of elementary ops their
+intermediate results too. The norm is cheap in comparison, so it is recomputed in the backward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,12 +23,11 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def remade_norms(architecture: Architecture, layer: int, device_type: str) -> Iterator[None]:
-    """Keep no norm of a layer's input for the backward pass of what is computed in the block.
+    """Do not save norms of a layer's input for the backward pass of what the block computes.
 
-    The numbers of both passes stay the same. Hooks around saved tensors that were entered before see none of the
-    block's.
+    The numbers of both passes do not change. Saved-tensor hooks entered before the block do not see its tensors.
 
-    Reach: the norms and linear layers of this layer, whoever calls them.
+    Scope: the norms and linear layers of this layer, whoever calls them.
 
     Args:
         architecture: Of the model.
@@ -53,12 +51,12 @@ def remade_norms(architecture: Architecture, layer: int, device_type: str) -> It
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether somebody sees to what is saved for the backward pass (moves it to another device, for one)."""
+    """Whether saved-tensor hooks are active (such as ones that offload to another device)."""
     return cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _is_watched(module: nn.Module) -> bool:
-    # What a hook does to a norm, gathering its weights for one, is not done when it is run once more.
+    # A norm's hooks, which may gather its weights, would not run when it is recomputed.
     return bool(module._forward_hooks or module._forward_pre_hooks) or _is_compiled(module)
 
 
@@ -67,7 +65,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class _Norm:
-    """A norm of a layer's input, to be made again.
+    """A norm of a layer's input, to be recomputed.
 
     Args:
         module: The norm.
@@ -76,7 +74,7 @@ class _Norm:
 
     Attributes:
         parameters: Of the module.
-        in_turn: Whether its graph is made in the backward pass too.
+        in_turn: Whether its graph is built in the backward pass too.
     """
 
     def __init__(self, module: nn.Module, forward: Forward, x: Tensor) -> None:
@@ -100,7 +98,7 @@ class _Norm:
         return self._forward(self._x)
 
     def again(self) -> Tensor:
-        """The norm made again, with the graph to its parameters where that is made in the backward pass."""
+        """The norm recomputed, with the graph to its parameters if that is built in the backward pass."""
         if self._again is not None:
             return self._again
         if self._seen() != self._versions:
@@ -119,14 +117,14 @@ class _Norm:
         return made
 
     def take(self, dtype: torch.dtype | None) -> Tensor:
-        """The norm made again, without a graph, in its own dtype or another; held until nothing needs it."""
+        """The norm recomputed, without a graph, in its own dtype or another; held until nothing needs it."""
         if dtype not in self._made:
             whole = self.again().detach()
             self._made[dtype] = whole if dtype is None else whole.to(dtype)
         return self._made[dtype]
 
     def forget(self) -> None:
-        """Let go of what was made again."""
+        """Release what was recomputed."""
         self._again = None
         self._made.clear()
 
@@ -151,20 +149,20 @@ def _unpack(packed: Any) -> Tensor:
 
 
 class _Segment:
-    """A layer's call on other tokens, up to where it hands its keys and values over."""
+    """A layer's call on other tokens, until it passes on its keys and values."""
 
     def __init__(self) -> None:
-        # Held meanwhile, so that no other tensor can have their memory: tensor, its norm, and the dtype it was cast to.
+        # Held so that no other tensor can reuse their memory: tensor, its norm, and the dtype it was cast to.
         self._norms: list[tuple[Tensor, _Norm, torch.dtype | None]] = []
 
     def forget(self) -> None:
-        """Let go of the norms."""
+        """Release the norms."""
         self._norms.clear()
 
     def norm(self, module: nn.Module, forward: Forward, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A norm's forward."""
         if not torch.is_grad_enabled():
-            self.forget()  # keys and values were handed over
+            self.forget()  # keys and values were passed on
             return forward(x, *args, **kwargs)
         if args or kwargs or not isinstance(x, Tensor) or x.requires_grad:
             return forward(x, *args, **kwargs)
@@ -174,7 +172,7 @@ class _Segment:
         return made
 
     def linear(self, forward: Forward, x: Tensor) -> Tensor:
-        """A linear layer's forward under autocast: those of one norm share one cast of it."""
+        """A linear layer's forward under autocast; layers that read the same norm share one cast of it."""
         if torch.is_grad_enabled():
             for made, norm, _ in self._norms:
                 if made is x:
@@ -202,12 +200,12 @@ class _Segment:
 
 
 def _keeps_little(forward: Forward, x: Tensor) -> bool:
-    """Whether a norm keeps its input and a few numbers of each token, in its own graph."""
+    """Whether a norm keeps only its input and a few numbers per token in its own graph."""
     return x.is_cuda and is_fused(forward)
 
 
 class _NormInTurn(torch.autograd.Function):
-    """A norm whose graph is made in the backward pass."""
+    """A norm whose graph is built in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, norm: _Norm, *parameters: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Rows of keys, values and hidden states put together and told apart, with just the gradients that a mode lets through.
+"""Merges and splits rows of keys, values and hidden states, with just the gradients that a mode lets through.
 
-Written as autograd functions because their backward passes are single copies of rows: autograd's own, for the same
-scatters, copies the full-length gradient several times. Keys and values are ``[B, H, S, D]`` to their models, and lie
-in memory by position, as the projections left them: rows are taken and written in that order, and stay in it, so
-that neither the attention nor the projections' backward has to copy them into another.
+These are autograd functions whose backward passes copy rows once; autograd's own backward of the same scatters would
+copy the full-length gradient several times. Models use keys and values as ``[B, H, S, D]``, but projections lay them
+out in memory by position. Rows are read and written in that order and stay in it, so that neither the attention nor the
+projections' backward has to copy them again.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Places:
-    """Where some rows of a batch stand; made once for all layers of a pass.
+    """Positions of some rows in a batch, computed once for all layers of a pass.
 
     Attributes:
         index: Distinct positions, int64 ``[B, K]``.
@@ -30,7 +30,7 @@ class Places:
 
     @cached_property
     def flat(self) -> Tensor:
-        """Places in the flattened batch, int64 ``[B * K]``."""
+        """Indices into the flattened batch, int64 ``[B * K]``."""
         rows = torch.arange(self.index.shape[0], device=self.index.device)
         return (self.index + rows[:, None] * self.length).flatten()
 
@@ -50,11 +50,11 @@ class Places:
         return rows if self.valid is None else torch.where(self.valid[:, :, None, None], rows, self._zero(rows.dtype))
 
     def without_fresh(self, full: Tensor) -> Tensor:
-        """``full`` ``[B, S, H, D]``, 0 where a valid slot stands."""
+        """``full`` ``[B, S, H, D]``, 0 at valid slots."""
         return torch.where(self._fresh, self._zero(full.dtype), full)
 
     def _zero(self, dtype: torch.dtype) -> Tensor:
-        """A zero on the device; kept, since making one is a launch."""
+        """A zero on the device, cached to save a launch."""
         if dtype not in self._zeros:
             self._zeros[dtype] = torch.zeros((), dtype=dtype, device=self.index.device)
         return self._zeros[dtype]
@@ -123,13 +123,13 @@ class _StopGradient(torch.autograd.Function):
 
 
 def merge_rows(other: Tensor, kept: Tensor, *, others: Places, keeps: Places, merged: Tensor | None = None) -> Tensor:
-    """Put two disjoint sets of rows that cover all positions in order.
+    """Merge two disjoint sets of rows that cover all positions, in order.
 
     Args:
         other: ``[B, H, M, D]``.
         kept: ``[B, H, K, D]``.
         others: Places of ``other``.
-        keeps: Places of ``kept``; slots that are not valid take no gradient.
+        keeps: Places of ``kept``; invalid slots get no gradient.
         merged: The result, if it is already available; then only its gradients are attached.
 
     Returns:
@@ -149,11 +149,11 @@ def _merged(other: Tensor, kept: Tensor, others: Places, keeps: Places) -> Tenso
 
 
 def replace_rows(full: Tensor, kept: Tensor, *, keeps: Places) -> Tensor:
-    """Full-length rows with the kept ones fresh.
+    """Full-length rows with the kept ones replaced.
 
     Args:
         full: ``[B, H, S, D]``.
-        kept: ``[B, H, K, D]``; slots that are not valid hold what ``full`` holds.
+        kept: ``[B, H, K, D]``; invalid slots hold the values of ``full``.
         keeps: Places of ``kept``. Gradients of valid slots go to ``kept``, all others to ``full``.
 
     Returns:

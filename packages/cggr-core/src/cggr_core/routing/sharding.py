@@ -1,4 +1,4 @@
-"""Weights that FSDP2 shards over ranks: gathered once for all passes of a step, where memory allows."""
+"""Weights that FSDP2 shards over ranks: gathered once for all passes of a step if memory allows."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch import nn
 from cggr_core.collectives import largest_over_ranks
 from cggr_core.routing.patches import left_gathered
 
-# Memory of a device that stays free besides the gathered weights.
+# Device memory to leave free besides the gathered weights.
 MARGIN = 0.1
-# By then the passes, the optimizer and whatever else a step needs have taken their memory.
+# By then the passes, the optimizer and everything else in a step have allocated their memory.
 DECIDED_AFTER = 3
 
 
@@ -22,11 +22,11 @@ def shards_layers(layers: Iterable[nn.Module]) -> bool:
 
 
 class GatheredWeights:
-    """What keeps the weights of a model's layers gathered between a context pass and its gradient pass.
+    """Keeps the weights of a model's layers gathered between a context pass and its gradient pass.
 
-    Two passes would gather every layer three times a step (context, gradient pass, backward), where the standard step
-    does so twice. Weights that stay gathered from the first pass to the second take the memory of the whole model on
-    every rank, for that long; whether it is there is decided once, by all ranks together, after a few steps.
+    Two passes would gather every layer three times per step (context, gradient pass, backward); the standard step does
+    so twice. Keeping weights gathered from the first pass to the second takes memory for the whole model on every rank.
+    All ranks decide together, once, after a few steps, whether there is enough.
 
     Args:
         layers: The decoder layers.
@@ -41,12 +41,12 @@ class GatheredWeights:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The length of a step, in which a gradient pass follows a context pass.
+        """Context of a step in which a gradient pass follows a context pass.
 
-        Where it does not, because something raised in between, the weights are sharded again: the next forward would
-        find them gathered, and as they were before the optimizer changed them.
+        If something raises in between, the weights are resharded: otherwise the next forward would find them gathered,
+        with the values from before the optimizer step.
         """
-        # Asked in every step: a model may be sharded after it was wrapped.
+        # Checked in every step: a model may be sharded after wrapping.
         if self._in_step or not shards_layers(self._layers):
             yield
             return
@@ -67,14 +67,14 @@ class GatheredWeights:
 
     @contextmanager
     def context_pass(self) -> Iterator[None]:
-        """A context pass: its layers stay gathered, within a step that may leave them so."""
+        """A context pass, whose layers stay gathered if the step allows it."""
         held = self._held if self._in_step else []
         self._left = self._left or bool(held)
         with left_gathered(held):
             yield
 
     def after_gradient_pass(self) -> None:
-        """Every layer has been run again, and has been sharded again as its settings say."""
+        """Every layer has run again and was resharded according to its settings."""
         self._left = False
 
     def _memory_suffices_on_all_ranks(self) -> bool:
@@ -82,7 +82,7 @@ class GatheredWeights:
         lacks_room = torch.tensor(
             not _memory_suffices(self._layers, first.device), dtype=torch.int32, device=first.device
         )
-        # One rank that gathers while another does not would wait for ever.
+        # If one rank gathers and another does not, the first waits forever.
         return not bool(largest_over_ranks(lacks_room))
 
 
@@ -90,13 +90,13 @@ def _memory_suffices(layers: Iterable[nn.Module], device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     if device.type != "cuda":
-        return False  # its memory cannot be asked about
+        return False  # its memory cannot be queried
     free, total = torch.cuda.mem_get_info(device)
     return bytes_when_gathered(layers) <= free - MARGIN * total
 
 
 def bytes_when_gathered(layers: Iterable[nn.Module]) -> int:
-    """Memory of all weights of the layers on one rank, in the dtype that they are gathered in."""
+    """Memory of all weights of the layers on one rank, in the dtype in which they are gathered."""
     layers = tuple(layers)
     cast = {id(p): group.mp_policy.param_dtype for group in _groups(layers) for p in _parameters(group)}
     return sum(
@@ -111,7 +111,7 @@ def _parameters(group: Any) -> list[nn.Parameter]:
 
 
 def _groups(layers: Iterable[nn.Module]) -> list[Any]:
-    """FSDP2's groups of parameters in the layers; none where this torch keeps them elsewhere."""
+    """FSDP2's parameter groups in the layers; none if this torch stores them elsewhere."""
     found: list[Any] = []
     for layer in layers:
         for module in layer.modules():

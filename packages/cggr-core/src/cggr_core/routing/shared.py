@@ -1,4 +1,4 @@
-"""Tokens that several rows of a batch go on from: their keys and values are made once and attended to by all."""
+"""Tokens that several rows of a batch continue: their keys and values are computed once and attended to by all rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Shared:
-    """What stands before every row of a batch.
+    """Tokens before every row of a batch.
 
     Attributes:
         recorded: Keys and values ``[N, H, L, D]`` of every layer.
         length: Tokens ``L`` before every row.
-        rows: Which of the N each row of the batch goes on from, int64 ``[B]``; ``None`` for ``B / N`` neighbouring rows
+        rows: Which of the N each row of the batch continues, int64 ``[B]``; ``None`` for ``B / N`` neighbouring rows
             each.
         padding: ``[N, L]``, false or 0 at padding; ``None`` without padding.
     """
@@ -32,11 +32,11 @@ class Shared:
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether gradients of the rows' losses go on to the shared tokens' own pass."""
+        """Whether gradients of the rows' losses flow into the shared tokens' own pass."""
         return any(key.requires_grad for key, _ in self.recorded.values())
 
     def before(self, layer: int, own: KeyValue, *, constant: bool, in_turn: bool, made: KeyValue | None) -> KeyValue:
-        """Keys and values ``[B, H, L + S, D]``: those of the shared tokens, and a batch's own.
+        """Keys and values ``[B, H, L + S, D]`` of the shared tokens and the batch's own.
 
         Args:
             layer: The layer.
@@ -66,24 +66,24 @@ class Shared:
 
 
 class RemadeForBackward:
-    """Keeps keys and values with shared tokens before them out of what is saved for the backward pass.
+    """Avoids saving keys and values that include shared tokens for the backward pass.
 
-    Saved as they are, they would hold a copy of the shared tokens for every row in every layer. Their parts are kept
-    anyway, and they are put together once more when the backward pass comes to the layer.
+    Saving them would hold a copy of the shared tokens for every row in every layer. Their parts are kept anyway, and
+    are concatenated again when the backward pass reaches the layer.
     """
 
     def __init__(self) -> None:
-        # Held until the next layer's are there: no other tensor can have their memory meanwhile.
+        # Held until the next layer's exist, so that no other tensor can reuse their memory.
         self._whole: tuple[Tensor, ...] = ()
         self._remade: _Remade | None = None
 
     def watch(self, whole: KeyValue, make: Callable[[], KeyValue]) -> None:
-        """Keys and values that the layer is about to attend to, and how to make them again."""
+        """Keys and values that the layer is about to attend to, and how to recompute them."""
         self._whole, self._remade = whole, _Remade(make)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Watch over what is saved in the block."""
+        """Intercept what the block saves."""
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
@@ -104,7 +104,7 @@ class RemadeForBackward:
 
 
 class _Remade:
-    """Keys and values made again at the first call for one of them, and let go as they are taken."""
+    """Keys and values recomputed at the first request for one of them, and released as they are taken."""
 
     def __init__(self, make: Callable[[], KeyValue]) -> None:
         self._make = make

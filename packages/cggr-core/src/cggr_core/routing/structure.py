@@ -8,7 +8,7 @@ from torch.nn.modules import module as module_hooks
 
 from cggr_core.routing.architectures import is_plain_matrix, unwrapped
 
-# What a description reads of a model or its config, and what changes a model's own loss.
+# Attributes of a model or its config that a description reads, or that change its own loss.
 _OF_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation", "num_hidden_layers", "decoder_layers")
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
@@ -17,8 +17,8 @@ _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 def structure(model: nn.Module) -> list[Any]:
     """The modules of a model, their forwards and hooks, its head, and the settings that a description and a loss read.
 
-    Two structures are compared with ``==``, which is identity for modules; they are held, so that no other module can
-    take the place of one that was replaced. Half a microsecond for each module.
+    Structures are compared with ``==``, which is identity for modules. Modules are held, so that a new one cannot reuse
+    the id of one that was replaced. Half a microsecond per module.
     """
     base = unwrapped(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
@@ -29,7 +29,7 @@ def structure(model: nn.Module) -> list[Any]:
         base.get_input_embeddings(),
         *(getattr(config, name, None) for name in _OF_THE_CONFIG),
         *(own.get(name) for name in _OF_THE_MODEL),
-        # As bound methods, which a step that stands in for them puts back: equal, if not the same.
+        # As bound methods: a step that replaces them restores equal ones, if not the same.
         base.forward,
         model.forward,
         *_of_others(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
@@ -55,7 +55,7 @@ def structure(model: nn.Module) -> list[Any]:
 
 
 def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
-    # Those of torch and transformers themselves observe (a flop counter, a collector of hidden states), or bring
+    # Hooks of torch and transformers themselves only observe (a FLOP counter, a collector of hidden states) or load
     # weights, and come and go.
     return [
         hook

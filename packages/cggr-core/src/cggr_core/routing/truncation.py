@@ -11,7 +11,7 @@ from cggr_core.routing.patches import replaced_forwards
 
 @contextmanager
 def truncated(architecture: Architecture, depth: int, layer_output: Any) -> Iterator[None]:
-    """Hand hidden states through the layers from ``depth`` on unchanged, so that norm and head follow."""
+    """Pass hidden states through the layers from ``depth`` on unchanged, so that norm and head follow directly."""
 
     def skip(*args: Any, **kwargs: Any) -> Any:
         return layer_output(layer_input(args, kwargs))

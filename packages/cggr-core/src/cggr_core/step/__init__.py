@@ -1,4 +1,4 @@
-"""One training step: :func:`run_step` from statistics to loss, and what it is made of."""
+"""One training step: :func:`run_step`, from statistics to loss, and its parts."""
 
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.deferred import DeferredErrors, findings

@@ -34,7 +34,7 @@ class StepBatch:
         draw: Number of the random draw; ``None`` counts up.
         first_row: Number of the first row among the rows of that draw.
         example_ids: int64 ``[B]`` on the CPU, or ``None``.
-        slots: Of every row, where the selection keeps the supervised tokens; ``None`` to count them.
+        slots: Slots per row if the selection keeps the supervised tokens; ``None`` to count them.
     """
 
     arguments: dict[str, Any]
@@ -60,7 +60,7 @@ class StepBatch:
         slots: int | None,
         **given: Any,
     ) -> StepBatch:
-        """The batch, if its arguments fit each other and the settings.
+        """Check the arguments against each other and the settings, and build the batch.
 
         Args:
             settings: Of the step.
@@ -72,15 +72,15 @@ class StepBatch:
 
         Raises:
             TypeError: If an argument has a wrong type or dtype.
-            ValueError: If a shape, a device or (on CPU) a label does not fit, an argument is missing or would not be
-                read, or the model cannot be routed or has another loss.
+            ValueError: If a shape, a device or (on CPU) a label does not match, an argument is missing or would be
+                ignored, or the model cannot be routed or has another loss.
         """
         apart = engine.taken_apart(arguments, num_items=given.get("num_items"), ignore_index=settings.ignore_index)
         arguments, given["num_items"] = apart.rest, apart.num_items
         tokens = engine.inputs(**arguments)
         every_labels = {"labels": labels, "shift_labels": apart.shift_labels}
         check_step_arguments(settings, tokens.shape, tokens.position_ids, every_labels, **given)
-        # How the model aligns its labels is seen on its first batch.
+        # The first batch shows how the model aligns its labels.
         engine.prepare(tokens, routing=settings.routes_keys_and_values, own_loss=True)
         if apart.shift_labels is not None:
             engine.check_reads_shift_labels(tokens)
@@ -93,7 +93,7 @@ class StepBatch:
             ignore_index=settings.ignore_index,
         )
         if values_are_free(labels):
-            divisor(given["num_items"], targets.countable)  # raises before anything of the step is done
+            divisor(given["num_items"], targets.countable)  # raises before the step does anything
         return cls(arguments, tokens, targets, slots=slots, **given)
 
     @property
@@ -103,12 +103,12 @@ class StepBatch:
 
     @property
     def countable(self) -> Tensor:
-        """Bool ``[B, S]``; the labels are aligned at the first look, which a step takes after its first pass."""
+        """Bool ``[B, S]``; labels are aligned at the first access, which a step does after its first pass."""
         return self.targets.countable
 
     @property
     def embeddable(self) -> Tensor:
-        """The targets int64 ``[B, S]``, with some token in place of what is not countable."""
+        """The targets int64 ``[B, S]``, with an arbitrary token at uncountable positions."""
         return torch.where(self.countable, self.targets.tokens, 0)
 
     @property
@@ -117,7 +117,7 @@ class StepBatch:
         return divisor(self.num_items, self.countable)
 
     def rows(self, index: Tensor) -> dict[str, Any]:
-        """The arguments for the rows ``index`` ``[R]`` alone."""
+        """The arguments for only the rows ``index`` ``[R]``."""
         return {name: self._of_rows(name, value, index) for name, value in self.arguments.items()}
 
     def _of_rows(self, name: str, value: Any, index: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Arguments of a training forward that are wrong or cannot go together: each is named, none is ignored."""
+"""Checks of the arguments of a training forward: each error names its argument, and none is ignored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cggr_core.settings import RoutingSettings
 
 __all__ = ["check_not_compiled", "check_step_arguments", "check_unused", "drop_inert_arguments"]
 
-# What the wrapped model could be asked for besides its loss, and the answer that asks for nothing.
+# Outputs that the wrapped model can be asked for besides its loss, and the value that asks for none.
 _INERT = {
     "past_key_values": None,
     "cache": None,
@@ -45,7 +45,7 @@ def check_step_arguments(
     first_row: int | Tensor,
     example_ids: Tensor | None,
 ) -> None:
-    """Raise unless the arguments of a training forward fit the batch and the settings.
+    """Raise unless the arguments of a training forward match the batch and the settings.
 
     Args:
         settings: Of the step.
@@ -62,7 +62,7 @@ def check_step_arguments(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a shape or a device does not fit, or an argument is missing or would not be read.
+        ValueError: If a shape or a device does not match, or an argument is missing or would be ignored.
     """
     per_token = {**labels, "token_weight": token_weight, "reference_nll": reference_nll}
     for name, tensor in per_token.items():
@@ -108,14 +108,14 @@ def _check_selection_fits(
 
 
 def check_unused(why: str, **arguments: Any) -> None:
-    """Raise if something was passed that only a training forward reads; the wrapped model would never see it."""
+    """Raise if an argument was passed that only a training forward reads, since the wrapped model would ignore it."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: used only in training with labels, and {why}; leave it out")
 
 
 def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a training forward less those that ask for nothing (``use_cache=False``).
+    """The arguments of a training forward without those that ask for nothing (``use_cache=False``).
 
     Raises:
         ValueError: If one asks for more than the loss.
@@ -132,7 +132,7 @@ def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_not_compiled(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Raise if a model, its layers or their attention were compiled: the passes change what is built in.
+    """Raise if a model, its layers or their attention were compiled: compiled code would ignore the passes' changes.
 
     Raises:
         ValueError: If one was.

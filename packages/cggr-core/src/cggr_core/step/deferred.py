@@ -1,4 +1,4 @@
-"""What a step finds wrong on a device: raised by a later step, so that no step waits for it."""
+"""Errors found on a device: raised by a later step, so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cggr_core.step.run import StepResult
 
 
 class DeferredErrors:
-    """Counts of bad labels and NaN, and the confidence that moves the ratio, on their way from the device."""
+    """Counts of bad labels and NaN, and the confidence that changes the ratio, in transfer from the device."""
 
     def __init__(self) -> None:
         self._monitor = Monitor()
 
     def post(self, result: StepResult, schedule: Schedule) -> None:
-        """Send what a step found on its way.
+        """Start the transfer of what a step found.
 
         Raises:
-            ValueError: If the loss is NaN, where looking at it costs nothing.
+            ValueError: If the loss is NaN and reading it costs nothing.
         """
         loss = result.loss
         if values_are_free(loss) and bool(loss.isnan()):
@@ -33,13 +33,13 @@ class DeferredErrors:
         self.send(findings(result, schedule))
 
     def send(self, found: Tensor) -> None:
-        """Send the :func:`findings` of a step on their way."""
+        """Start the transfer of a step's :func:`findings`."""
         self._monitor.post(found)
 
     def raise_deferred_errors(
         self, schedule: Schedule, *, vocab_size: int, ignore_index: int, wait: bool = False
     ) -> None:
-        """Raise what an earlier step found, or give its confidence to the schedule.
+        """Raise what an earlier step found, or pass its confidence to the schedule.
 
         Args:
             schedule: Of the steps.
@@ -69,7 +69,7 @@ class DeferredErrors:
 def findings(result: StepResult, schedule: Schedule) -> Tensor:
     """Labels outside the vocabulary, tokens with NaN logits (-1 for some), and the confidence: float32 ``[3]``."""
     loss, targets, statistics = result.loss, result.targets, result.scores.statistics
-    # Without statistics the number of tokens is not known: -1 stands for some.
+    # Without statistics the number of tokens is unknown: -1 means "some".
     nan = -loss.detach().isnan().long()
     confidence = torch.full((), torch.nan, device=targets.invalid.device)
     if statistics is not None:
@@ -77,7 +77,7 @@ def findings(result: StepResult, schedule: Schedule) -> Tensor:
         count = (found.isnan() & targets.countable).sum()
         nan = torch.where(count > 0, count, nan)
         if schedule.reads_confidence:
-            # Of all ranks, so that they go on with the same ratio.
+            # Over all ranks, so that they continue with the same ratio.
             count = result.metrics["countable_tokens"]
             total = sum_over_ranks(torch.stack([result.metrics["confidence"] * count, count.float()]))
             confidence = total[0] / total[1]

@@ -9,7 +9,7 @@ from cggr_core.schedule import Schedule
 
 
 class Draws:
-    """Counts the draws of a schedule on whatever device they are made.
+    """Counts the draws of a schedule on the device that makes them.
 
     Args:
         schedule: Where the count starts, and is kept on the CPU.
@@ -40,5 +40,5 @@ class Draws:
         return self._schedule.state_dict()["draws"] if self._on_device is None else int(self._on_device)
 
     def restart(self) -> None:
-        """Count on from where the schedule says."""
+        """Continue counting from the schedule's count."""
         self._on_device = None

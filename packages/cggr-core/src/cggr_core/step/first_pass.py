@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What it left.
+    """Results of the first pass.
 
     Attributes:
-        depth: Layers that were run; 0 for no pass.
-        values: Head values ``[B, S, ...]`` above them, where the head was run.
-        hidden: Input ``[B, S, H]`` of the layer at the router's depth, where the router reads that.
+        depth: Number of layers that ran; 0 for no pass.
+        values: Head values ``[B, S, ...]`` above them, if the head was run.
+        hidden: Input ``[B, S, H]`` of the layer at the router's depth, if the router reads it.
         context: Keys and values for the gradient pass of ``kv`` and ``detached``.
         auxiliary_loss: The model's, of an ordinary forward.
     """
@@ -46,7 +46,7 @@ def first_pass(
     *,
     scored: bool,
 ) -> FirstPass:
-    """Run all tokens as far as the scores and the other passes need it.
+    """Run all tokens through as many layers as the scores and the other passes need.
 
     Args:
         settings: Of the step.
@@ -54,13 +54,13 @@ def first_pass(
         engine: How ``kv`` and ``detached`` are computed.
         batch: The batch.
         passes: Over the model.
-        router: What scores or looks on; ``None`` where nothing does.
+        router: What scores or observes; ``None`` for nothing.
         scored: Whether the selection is made from scores.
     """
     tap = router.depth if router is not None and router.reads_hidden else None
     own_head = router.depth if scored and router is not None and tap is None else None
     if mode == "sequence":
-        # What is kept is whole rows, which run again: this pass only gives scores.
+        # Whole rows are kept and run again: this pass only gives scores.
         with torch.no_grad():
             if tap is not None:
                 return FirstPass(tap, hidden=passes.hidden(batch.arguments, depth=tap))

@@ -1,4 +1,4 @@
-"""What a step did, read off what it made anyway; see :attr:`cggr_core.CGGRModel.metrics`."""
+"""Metrics of a step, computed from what it has anyway; see :attr:`cggr_core.CGGRModel.metrics`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def step_metrics(
         countable: bool ``[B, S]``.
         kept: bool ``[B, S]``, the kept countable tokens.
         scores: What the selection was made from.
-        auxiliary_loss: What the loss includes of the expert routers', or ``None``.
+        auxiliary_loss: The expert routers' part of the loss, or ``None``.
     """
     count, kept_count = countable.sum(), kept.sum()
     metrics: dict[str, Any] = {

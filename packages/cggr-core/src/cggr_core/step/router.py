@@ -1,4 +1,4 @@
-"""What a step asks of a router, what it gives it to score from, and what it shows it afterwards."""
+"""The router protocol: what a step asks for, what scores can be made from, and what a router observes afterwards."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Router(Protocol):
 
     @property
     def depth(self) -> int | None:
-        """Layers of the trained model that the scores are read above; ``None`` where none of them is."""
+        """Number of layers of the trained model below the scores; ``None`` if the scores do not use it."""
         ...
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether they are read from the hidden states above those layers, rather than from the head there."""
+        """Whether the scores use the hidden states above those layers rather than the head's output."""
         ...
 
     @property
@@ -42,11 +42,11 @@ class Router(Protocol):
         ...
 
     def prepare(self, batch: StepBatch) -> None:
-        """Called first in a step: raise unless the batch has what the router needs, and nothing that none reads."""
+        """Called first in a step: raise unless the batch has what the router needs, and nothing it would ignore."""
         ...
 
     def score(self, request: ScoreRequest) -> Scores:
-        """The scores of all tokens; called where the selection depends on them, without gradients."""
+        """The scores of all tokens; called without gradients, if the selection depends on them."""
         ...
 
     def observe(self, seen: Observation) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class Router(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of it; empty for nothing."""
+        """What a resumed run needs; empty for nothing."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
@@ -71,10 +71,10 @@ class ScoreRequest:
         batch: The batch.
         engine: The passes over the model.
         readout: The model's head.
-        fields: Statistics that are wanted, of those that the router makes.
-        depth: Layers of the pass that was run over all tokens; 0 for none.
-        values: Head values ``[B, S, ...]`` above ``depth`` layers; ``None`` where the head was not run.
-        hidden: Input ``[B, S, H]`` of the layer at the router's depth, where it reads that.
+        fields: Which of the router's statistics are needed.
+        depth: Number of layers run over all tokens; 0 for none.
+        values: Head values ``[B, S, ...]`` above ``depth`` layers; ``None`` if the head was not run.
+        hidden: Input ``[B, S, H]`` of the layer at the router's depth, if it reads that.
     """
 
     settings: RoutingSettings
@@ -87,7 +87,7 @@ class ScoreRequest:
     hidden: Tensor | None
 
     def scores(self, statistics: TokenStatistics, *, full_depth: bool = False) -> Scores:
-        """The scores that the settings make of token statistics."""
+        """Scores from token statistics, as set by the settings."""
         made = score(statistics, scoring=self.settings.scoring, reference_nll=self.batch.reference_nll)
         return Scores(made, statistics, full_depth)
 
@@ -97,10 +97,10 @@ class Scores:
     """The scores of a batch.
 
     Attributes:
-        score: float32 ``[B, S]``; ``None`` where nothing was scored.
-        statistics: What they were made of, where they were made of something.
+        score: float32 ``[B, S]``; ``None`` if nothing was scored.
+        statistics: The statistics they were computed from, if any.
         full_depth: Whether the statistics are the whole model's.
-        metrics: What the router says of them.
+        metrics: The router's metrics.
     """
 
     score: Tensor | None = None

@@ -1,7 +1,7 @@
 """One training step, top to bottom: all tokens, scores, selection, kept tokens, weighted loss.
 
-The labels come in as targets: moved to the positions that predict them (:mod:`cggr_core.targets`). They are what the
-scores are about and what the loss is made of; a position without one is not countable: never scored, kept or counted.
+Labels arrive as targets, moved to the positions that predict them (:mod:`cggr_core.targets`). Scores and loss use
+targets; a position without one is not countable: never scored, kept or counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A loss and what the step leaves besides; ``observation`` is ``None`` where no router looks on."""
+    """The loss and other results of a step; ``observation`` is ``None`` if no router observes."""
 
     loss: Tensor
     metrics: dict[str, Any]
@@ -42,7 +42,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Kept:
-    """Slots ``[R, K]`` of kept tokens: what the loss is made of, and where they stand in the batch."""
+    """Slots ``[R, K]`` of kept tokens: inputs of the loss, and their positions in the batch."""
 
     values: Tensor  # head values [R, K, ...]
     targets: Tensor
@@ -60,9 +60,9 @@ def run_step(
     """Turn a batch into a loss whose backward pass is spent on the kept tokens; see :class:`cggr_core.CGGRModel`."""
     preselected = batch.selection is not None
     reads_scores = settings.reads_scores and not preselected
-    # Where every token is kept nobody asks for a score, but for the confidence that moves the ratio.
+    # If every token is kept, no score is needed, except for the confidence that changes the ratio.
     scored = reads_scores and (schedule.ratio < 1.0 or schedule.reads_confidence)
-    # With every token kept, those without a label too, the step is ordinary training in every mode.
+    # If every token is kept, including those without a label, the step is ordinary training in every mode.
     keeps_all = schedule.ratio == 1.0 and not preselected and settings.selection != SUPERVISED
     mode, engine = "exact" if keeps_all else settings.gradient, "plain"
     if mode in KEY_VALUE_MODES:
@@ -86,7 +86,7 @@ def run_step(
     loss, auxiliary_loss = readout.weighted_loss(kept.values, kept.targets, kept.coefficients), kept.auxiliary_loss
     if auxiliary_loss is not None:
         if batch.num_items is not None:
-            # A mean over this batch's tokens: it counts with the batch's share of the tokens that the loss is about.
+            # A mean over this batch's tokens, so it is scaled by the batch's share of all tokens in the loss.
             auxiliary_loss = auxiliary_loss * (batch.countable.sum() / batch.divisor)
         loss = loss + auxiliary_loss
 
@@ -111,14 +111,14 @@ def _keep_tokens(
     schedule: Schedule,
     draws: Draws,
 ) -> Kept:
-    """Kept tokens of every row: of the pass that ran with gradients, or of a gradient pass of their own."""
+    """Kept tokens of every row: from the pass that ran with gradients, or from a separate gradient pass."""
     selection, inclusion_weight = select_tokens(settings, batch, scores.score, schedule, draws)
     index, auxiliary_loss = selection.index, first.auxiliary_loss
     if mode == "exact":
-        assert first.values is not None  # of an ordinary forward
+        assert first.values is not None  # from an ordinary forward
         values = first.values.gather(1, index[:, :, None].expand(-1, -1, first.values.shape[2]))
     else:
-        assert first.context is not None  # of the modes that route keys and values
+        assert first.context is not None  # from the modes that route keys and values
         values, auxiliary_loss = passes.gradient(
             batch.tokens, selection, first.context, keep_graph=mode == "kv", precision=settings.context_precision
         )

@@ -30,13 +30,13 @@ def _warn_of_single_row() -> None:
 def supervised_slots(labels: Tensor, ignore_index: int, *, margin: int = 0) -> int:
     """Slots that hold the labelled tokens of every row, rounded up so that shapes repeat.
 
-    Labels on a device are read here, the one time that a step waits for it. A step that counted its labels later would
-    wait for its own first pass as well.
+    Labels on a device are read here, the only time that a step waits for the device. Counting them later would wait for
+    the first pass as well.
 
     Args:
         labels: int64 ``[B, S]``. How the model aligns them does not matter: a row has no more targets than labels.
         ignore_index: Label of what is not countable.
-        margin: Tokens before each stretch of them that are kept as well.
+        margin: Tokens before each stretch of them that are kept too.
     """
     largest = int(with_margin(labels != ignore_index, margin).sum(1).max()) if labels.numel() else 0
     return slots_in_steps(largest, labels.shape[1])
@@ -49,8 +49,8 @@ def select_tokens(
 
     Args:
         settings: Of the step.
-        batch: The batch; a selection that its caller made is the answer.
-        score: ``[B, S]``, or ``None`` where the selection reads none.
+        batch: The batch; a selection passed by the caller is returned.
+        score: ``[B, S]``, or ``None`` if the selection does not use scores.
         schedule: The ratio, and with it the slots.
         draws: Numbers the random choice.
     """
