@@ -205,7 +205,7 @@ class TestRun:
         (Routing(router="remembered", router_depth=2), "--router-depth requires"),
         (Routing(router="full_depth", router_depth=2), "--router-depth requires"),
         (Routing(router="learned", selection="random"), "uses no score"),
-        (Routing(router="learned", router_depth=2), "the model has 2"),
+        (Routing(router="learned", router_depth=2), "the model has only 2"),
     ],
 )
 def test_routers_that_cannot_be(routing, message):

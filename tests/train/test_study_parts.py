@@ -75,7 +75,7 @@ def test_fp8_is_an_arm_beside_the_same_without():
     assert {"exact-0.25-random", "exact-0.25-stratified-gradnorm", "exact-supervised"} <= set(found)
     assert all(arm.own_precision is None for arm in arms(context_precisions=["fp8"])), "nothing to compare with"
     asked = "kv-0.25-stratified-gradnorm-fp8"
-    assert "those tokens, and for the keys and values of all, the rest in FP8." in explain(found[asked], [])
+    assert "those tokens and for the keys and values of all tokens, the rest in FP8." in explain(found[asked], [])
     assert Arm.from_dict({**vars(found[asked]), "routing": vars(found[asked].routing)}) == found[asked]
 
 
