@@ -108,7 +108,7 @@ def test_the_error_that_is_said_is_the_one_there_is(monkeypatch):
         values[0, 0] = 0
         return values
 
-    assert compared(monkeypatch, zero) == "relative error 1 where 1e-07 is rounding"
+    assert compared(monkeypatch, zero) == "relative error 1, tolerance 1e-07"
 
 
 def test_rows_without_a_number_agree_where_both_have_none(monkeypatch):
