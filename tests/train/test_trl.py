@@ -122,6 +122,16 @@ def test_evaluation_is_its_own(build):
     assert build(CGGRConfig()).evaluate()["eval_loss"] == build(kind=SFTTrainer).evaluate()["eval_loss"]
 
 
+def test_tokens_are_counted_as_in_the_sft_trainer(build):
+    values = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 2, "logging_steps": 2}
+    counts = []
+    for made in (build(kind=SFTTrainer, **values), build(CGGRConfig(), **values)):
+        made.train()
+        keys = ("num_tokens", "eval_num_tokens")
+        counts.append([{key: record[key] for key in keys if key in record} for record in made.state.log_history])
+    assert counts[0] == counts[1] and counts[0][0]["eval_num_tokens"] < counts[0][1]["num_tokens"]
+
+
 def test_other_losses_are_refused(build):
     with pytest.raises(ValueError, match="loss_type='dft'"):
         build(CGGRConfig(), loss_type="dft")

@@ -17,7 +17,7 @@ from cggr_train.trainer.callback import CGGRCallback
 from cggr_train.trainer.config import CGGRConfig
 from cggr_train.trainer.metrics import MetricsWindow
 from cggr_train.trainer.supported import check_class, check_supported
-from cggr_train.trainer.trl import task_loss, trains_by_task
+from cggr_train.trainer.trl import TokenCount, kind_of, task_loss, trains_by_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +82,7 @@ class CGGRMixin(_Base):
         self._scoring, self._updating, self._update = Stopwatch(), Stopwatch(), ExitStack()
         self.forget_steps()
         super().__init__(*args, **kwargs)
+        self._token_count: TokenCount | None = None
         self._by_task = trains_by_task(type(self))
         self._task_loss = task_loss(self, self.cggr, self._scoring)
         check_supported(self, self.cggr, router, own_loss=self._task_loss is not None)
@@ -90,6 +91,8 @@ class CGGRMixin(_Base):
         # The Trainer only counts the items of a step if the loss is divided by them.
         self._model_takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
+        if kind_of(type(self)) == "sft":
+            self._token_count = TokenCount(self)
         if self.model is not None:
             self.routed_model()  # settings that do not suit this model fail here, not in the first step
         self.add_callback(CGGRCallback(self))
@@ -170,6 +173,8 @@ class CGGRMixin(_Base):
         with routed.routed_forward(), self.accelerator.autocast():
             loss = model(**routed_batch(inputs), num_items=_at_least_one(num_items_in_batch), **place)
         self._metrics_window.add(routed.metrics)
+        if self._token_count is not None:
+            self._token_count.add(inputs)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The items are those of all ranks, and the gradients are averaged over the ranks.
             loss = loss * self.accelerator.num_processes
@@ -186,6 +191,8 @@ class CGGRMixin(_Base):
         """Add the metrics of the steps since the last record to a record of the training loss."""
         if "loss" in logs:
             logs.update(self._read_metrics())
+            if self._token_count is not None:
+                self._token_count.report(self._sum_over_ranks)
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -197,6 +204,8 @@ class CGGRMixin(_Base):
     def _own_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self._by_task:
             return super().compute_loss(*args, **kwargs)
+        if self._token_count is not None:
+            self._token_count.report(self._sum_over_ranks)
         accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._model_takes_items
         try:
             return super().compute_loss(*args, **kwargs)

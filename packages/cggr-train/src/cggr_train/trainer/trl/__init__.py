@@ -1,5 +1,6 @@
 """TRL's trainers: their own losses, with the layers' backward spent on the tokens that those losses are about."""
 
-from cggr_train.trainer.trl.kinds import task_loss, trains_by_task
+from cggr_train.trainer.trl.kinds import kind_of, task_loss, trains_by_task
+from cggr_train.trainer.trl.token_count import TokenCount
 
-__all__ = ["task_loss", "trains_by_task"]
+__all__ = ["TokenCount", "kind_of", "task_loss", "trains_by_task"]
