@@ -17,6 +17,10 @@ class Way:
         ratio: Keep ratio: of the supervised tokens those that are kept.
         block: Neighbouring tokens that are chosen together.
         margin: Tokens before each supervised stretch that are kept without a loss.
+        unit: Where a part of the supervised tokens is kept, what is kept together; see
+            :func:`benchmarks._frontier_units.keep_part`.
+        parts: The whole of the supervised tokens over what is kept of them.
+        layers: Where the layers that route begin and end, as shares of the depth; the others are exact.
         rates: Learning rates that are tried.
         rate_of: Whose learning rate it takes, instead of trying its own.
         answers: Whether test problems are answered.
@@ -30,6 +34,9 @@ class Way:
     ratio: float = 1.0
     block: int = 1
     margin: int = 0
+    unit: str | int = "tokens"
+    parts: int = 1
+    layers: tuple[float, float] = (0.0, 1.0)
     rates: tuple[float, ...] = (1e-4, 2e-4)
     rate_of: str | None = None
     answers: bool = False
@@ -39,6 +46,11 @@ class Way:
     def given(self) -> bool:
         """Whether the kept tokens are known from the labels, and handed over with a fixed number of slots."""
         return self.selection == "supervised"
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some layers route and others are exact: computed in a pass whose time is not that of such a step."""
+        return self.layers != (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Arm:
         micro_batch: Sequences of one forward; None takes all of the batch.
         checkpointing: Whether activations are computed anew in the backward pass.
         role: Of the arm in a study, see :class:`cggr_train.study.arms.Arm`.
+        counted: Arms and shares of their steps, whose sum is taken for the time and memory of this one's.
     """
 
     way: str
@@ -58,6 +71,7 @@ class Arm:
     micro_batch: int | None = None
     checkpointing: bool = False
     role: str = "asked"
+    counted: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,8 @@ class Setting:
         seconds: That every arm gets.
         shares: Of that time, at which all arms are read; the last is 1.
         context: Whether a problem stands behind others that fill the row.
+        limit: Training rows at most.
+        itself: Whether steps that ``CGGRModel`` records by itself are timed besides.
     """
 
     length: int
@@ -87,6 +103,8 @@ class Setting:
     seconds: float | None = None
     shares: tuple[float, ...] = (1.0,)
     context: bool = False
+    limit: int | None = None
+    itself: bool = True
 
 
 def _routed(batch: int, *, margins: tuple[int, ...], late: tuple[str, ...]) -> dict[str, Way]:
@@ -127,6 +145,28 @@ _ANSWERS = {
     **_routed(32, margins=(32,), late=("kv-sampled", "exact-sampled", "kv-stretches")),
     "standard-b16": _standard(16, answers=True),
 }
+
+
+def _parts(batch: int, *, margin: int) -> dict[str, Way]:
+    """Ways to keep half of the supervised tokens, or to route in half of the layers."""
+    half = Way("", batch, rate_of="kv", parts=2)
+    return {
+        "standard": _standard(batch),
+        "kv": Way("kv, supervised tokens", batch),
+        f"kv-margin{margin}": Way(f"kv, supervised and {margin} before", batch, margin=margin, rate_of="kv"),
+        "kv-half": replace(half, label="kv, half of them, scattered"),
+        "kv-window": replace(half, label="kv, half of them, a window that moves", unit="window"),
+        "kv-sentences": replace(half, label="kv, half of them, whole sentences", unit="sentences"),
+        **{
+            f"kv-stretch{n}": replace(half, label=f"kv, half of them, stretches of {n}", unit=n, late=n in (32, 64))
+            for n in (16, 32, 64, 128)
+        },
+        "kv-lower": Way("kv in the lower half, exact above", batch, layers=(0.0, 0.5), rate_of="kv"),
+        "kv-upper": Way("kv in the upper half, exact below", batch, layers=(0.5, 1.0), rate_of="kv"),
+    }
+
+
+_CONTEXT_PARTS, _ANSWERS_PARTS = _parts(16, margin=128), _parts(32, margin=32)
 _BATCHES = {
     "standard-b4": _standard(4, answers=True),
     "standard-b1": _standard(1, answers=True, rates=(5e-5, 1e-4, 2e-4)),
@@ -139,8 +179,9 @@ _TOY = {
     **_routed(4, margins=(8,), late=("exact-sampled", "kv-stretches")),
     "standard-b2": _standard(2),
 }
-_ROLES = {"kv-random": "random", "standard-b6": "equal_cost", "standard-b16": "equal_cost", "standard-b2": "equal_cost",
-          "standard-b1": "batch"}  # fmt: skip
+_TOY_PARTS = _parts(4, margin=8)
+_ROLES = {"kv-random": "random", "kv-half": "random", "standard-b6": "equal_cost", "standard-b16": "equal_cost",
+          "standard-b2": "equal_cost", "standard-b1": "batch"}  # fmt: skip
 
 
 def _arms(ways: dict[str, Way], **fitted: Arm) -> dict[str, Arm]:
@@ -151,15 +192,22 @@ def _arms(ways: dict[str, Way], **fitted: Arm) -> dict[str, Arm]:
     return {**first, **own, **{name.replace("_", "-"): arm for name, arm in fitted.items()}}
 
 
+def _checkpointed(ways: dict[str, Way]) -> Arm:
+    label = f"{ways['standard'].label}, checkpointed"
+    return Arm("standard", label, checkpointing=True, role="checkpointed")
+
+
+_COUNTED = (("kv", 0.5), ("standard", 0.5))
+_HALVES = {"kv_lower": Arm("kv-lower", counted=_COUNTED), "kv_upper": Arm("kv-upper", counted=_COUNTED)}
+
+
 SETTINGS: dict[str, Setting] = {
     "context": Setting(
         2048, 4800, 256, _CONTEXT,
         _arms(
             _CONTEXT,
             standard_micro4=Arm("standard", "standard, batch 16, 4 at a time", micro_batch=4, role="equal_memory"),
-            standard_checkpointed=Arm(
-                "standard", "standard, batch 16, checkpointed", checkpointing=True, role="checkpointed"
-            ),
+            standard_checkpointed=_checkpointed(_CONTEXT),
             exact_sampled=Arm("exact-sampled", "exact, quarter sampled, 4 at a time", micro_batch=4),
         ),
         clock="standard-checkpointed", seconds=8.0, context=True,
@@ -168,9 +216,7 @@ SETTINGS: dict[str, Setting] = {
         320, 2400, 256, _ANSWERS,
         _arms(
             _ANSWERS,
-            standard_checkpointed=Arm(
-                "standard", "standard, batch 32, checkpointed", checkpointing=True, role="checkpointed"
-            ),
+            standard_checkpointed=_checkpointed(_ANSWERS),
         ),
         clock="standard", steps=225, shares=(1 / 3, 1.0),
     ),
@@ -179,11 +225,20 @@ SETTINGS: dict[str, Setting] = {
         _arms(
             _TOY,
             standard_micro2=Arm("standard", "standard, 2 at a time", micro_batch=2, role="equal_memory"),
-            standard_checkpointed=Arm(
-                "standard", "standard, checkpointed", checkpointing=True, role="checkpointed"
-            ),
+            standard_checkpointed=_checkpointed(_TOY),
         ),
         clock="standard", steps=4, shares=(0.5, 1.0),
+    ),
+    "context-parts": Setting(
+        2048, 4800, 256, _CONTEXT_PARTS, _arms(_CONTEXT_PARTS, **_HALVES),
+        clock="standard", seconds=8.0, context=True, limit=640, itself=False,
+    ),
+    "answers-parts": Setting(
+        320, 2400, 256, _ANSWERS_PARTS, _arms(_ANSWERS_PARTS, **_HALVES),
+        clock="standard", seconds=4.0, limit=1000, itself=False,
+    ),
+    "toy-parts": Setting(
+        320, 200, 256, _TOY_PARTS, _arms(_TOY_PARTS, **_HALVES), clock="standard", steps=2, limit=40, itself=False,
     ),
     "batches": Setting(320, 7473, 256, _BATCHES, _arms(_BATCHES), clock="standard-b4", seconds=10.0),
 }  # fmt: skip

@@ -77,8 +77,13 @@ def prepare(path: Path, setting: Setting, gsm8k: Path, tokenizer: PreTrainedToke
     return temporary.rename(path)
 
 
-def load(path: Path) -> tuple[Rows, dict[str, int | float]]:
-    """The rows of a file, and what a result notes of them."""
+def load(path: Path, *, limit: int | None = None) -> tuple[Rows, dict[str, int | float]]:
+    """The rows of a file, and what a result notes of them.
+
+    Args:
+        path: Of the file.
+        limit: Training rows at most.
+    """
     line, _, data = lzma.decompress(path.read_bytes()).partition(b"\n")
     head, offset, found = json.loads(line), 0, {}
     for side in SIDES:
@@ -91,10 +96,11 @@ def load(path: Path) -> tuple[Rows, dict[str, int | float]]:
         first, last = torch.from_numpy(places.astype(np.int64))[:, :, None].unbind(1)
         found[side] = torch.where((place >= first) & (place < last), rows, unsupervised(rows))
     train = found["train"]
+    own = train[:-TUNING][:limit]
     noted: dict[str, int | float] = {
-        "rows": len(train) - TUNING,
+        "rows": len(own),
         "left_out": head["train"]["left_out"],
         "supervised": float((train >= 0).double().mean()),
         "most_supervised": int((train >= 0).sum(1).max()),
     }
-    return Rows(train[:-TUNING], train[-TUNING:], found["test"]), noted
+    return Rows(own, train[-TUNING:], found["test"]), noted

@@ -86,6 +86,8 @@ class Found:
 
     def peak(self, basis: str, arm: str) -> int:
         """Bytes at the peak of a step."""
+        if counted := self.setting.arms[arm].counted:
+            return round(sum(share * self.peak(basis, other) for other, share in counted))
         timing = self.timings[arm]
         kinds = {"recorded": ("recorded", "eager"), "usual": ("itself", "eager")}[basis]
         if basis == "usual" and self.setting.ways[self.setting.arms[arm].way].gradient == "exact":
@@ -176,6 +178,7 @@ def rows_of(found: Found) -> dict[str, dict[str, Any]]:
             "same_run_as": arm.way if arm.way != name else None,
             "batch": way.batch,
             "learning_rate": found.runs[arm.way, found.seeds[0]]["rate"],
+            "counted": dict(arm.counted),
             "step": {kind: timing[kind] for kind in ("eager", "recorded", "itself") if kind in timing},
         }
         if found.diverged(name):

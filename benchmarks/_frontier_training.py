@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from benchmarks._frontier_arms import Arm, Setting, Way
 from benchmarks._frontier_data import Rows
+from benchmarks._frontier_units import keep_part, route_layers
 from cggr_core import CGGRModel, Selection
 from cggr_core.routing import fused_forwards, replaced_forwards
 from cggr_train.data import IGNORED, Batches, count_targets, split_supervised
@@ -54,21 +55,31 @@ class Learner:
         slots: Of the kept tokens of a row, where they are known from the labels.
         seed: Of the selections.
         records_itself: Leave the kept tokens, and recording steps, to ``CGGRModel``.
+        steps_of_epoch: How many steps an epoch has, where kept tokens depend on it.
+        ends: Tokens that end a line, where sentences are kept; see :func:`benchmarks._frontier_units.line_ends`.
     """
 
     memory = None
 
-    def __init__(self, model: Any, way: Way, *, slots: int, seed: int, records_itself: bool = False) -> None:
+    def __init__(
+        self, model: Any, way: Way, *, slots: int, seed: int, records_itself: bool = False, steps_of_epoch: int = 1,
+        ends: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.model: Any = model
-        self.way, self.slots = way, slots + way.margin
+        self.way, self.slots = way, -(-slots // way.parts) + way.margin
         self.records_itself = records_itself
+        self.steps_of_epoch, self.ends = steps_of_epoch, ends
+        self._kept: Tensor | None = None  # where only some of the layers route
+        if way.mixed:
+            route_layers(model.model.layers, way.layers, lambda: self._kept)
+        gradient = "exact" if way.mixed else way.gradient
         self.routed = CGGRModel(
-            model, gradient=way.gradient, selection=way.selection, min_tokens_ratio=way.ratio, block_size=way.block,
+            model, gradient=gradient, selection=way.selection, min_tokens_ratio=way.ratio, block_size=way.block,
             context_margin=way.margin, seed=seed, cuda_graph="auto" if records_itself else False,
         )  # fmt: skip
         self.wrapped: nn.Module = self.routed
         self._fused = ExitStack()
-        if way.gradient == "exact":  # routed passes run the fused layers anyway
+        if gradient == "exact":  # routed passes run the fused layers anyway
             self._fused.enter_context(replaced_forwards(fused_forwards(model.modules())))
 
     def loss(
@@ -83,11 +94,18 @@ class Learner:
         """Of rows ``[B, S]``."""
         input_ids, labels = split_supervised(rows)
         given: dict[str, Any] = {"num_items": num_items}
-        if self.way.given and not self.records_itself:
-            predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-            given["selection"] = Selection.from_mask(
-                predicts, countable=predicts, capacity=self.slots, margin=self.way.margin
-            )
+        way = self.way
+        if way.given and not self.records_itself:
+            kept = predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+            if way.parts > 1:
+                epoch = (0 if draw is None else draw) // self.steps_of_epoch
+                targets = functional.pad(input_ids[:, 1:], (0, 1))
+                kept = keep_part(predicts, targets, unit=way.unit, parts=way.parts, ends=self.ends, epoch=epoch)
+            given["selection"] = Selection.from_mask(kept, countable=predicts, capacity=self.slots, margin=way.margin)
+            if way.mixed:
+                if self._kept is None:  # CGGRModel looks at a model before its first step, on rows of its own
+                    self.routed(input_ids, labels=labels, **given)
+                self._kept = kept
         else:
             given |= {"draw": draw, "first_row": first_row}
         return self.routed(input_ids, labels=labels, **given)
@@ -107,12 +125,13 @@ class Steps:
         checkpointing: Whether activations are computed anew.
         recorded: Whether the optimizer's whole step is one CUDA graph, after a few that run as they are.
         records_itself: See :class:`Learner`.
+        ends: See :class:`Learner`.
     """
 
     def __init__(
         self, base: nn.Module, way: Way, rows: Tensor, setting: Setting, *, seed: int, rate: float,
         micro_batch: int | None = None, checkpointing: bool = False, recorded: bool = False,
-        records_itself: bool = False,
+        records_itself: bool = False, ends: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model: Any = copy.deepcopy(base).train()
         if checkpointing:
@@ -123,7 +142,11 @@ class Steps:
         micro = micro_batch or way.batch
         self.batches = Batches(rows.flatten().numpy(), length=setting.length, batch_size=micro, seed=seed)
         self.accumulate = way.batch // micro
-        learner: Any = Learner(self.model, way, slots=setting.slots, seed=seed, records_itself=records_itself)
+        learner: Any = Learner(
+            self.model, way, slots=setting.slots, seed=seed, records_itself=records_itself,
+            steps_of_epoch=max(1, self.batches.num_sequences // way.batch),
+            ends=None if ends is None else ends.to(self.device),
+        )  # fmt: skip
         self.learner = learner
         cuda = self.device.type == "cuda"
         optimizer = build_optimizer(self.model, weight_decay=WEIGHT_DECAY, capturable=cuda)
@@ -172,7 +195,9 @@ def release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def time_arm(base: nn.Module, rows: Rows, setting: Setting, arm: Arm) -> dict[str, Any]:
+def time_arm(
+    base: nn.Module, rows: Rows, setting: Setting, arm: Arm, *, itself: bool = True, ends: Tensor | None = None
+) -> dict[str, Any]:
     """Seconds and peak memory of a step as it is, recorded as a whole, and recorded by ``CGGRModel`` itself.
 
     Returns:
@@ -182,6 +207,7 @@ def time_arm(base: nn.Module, rows: Rows, setting: Setting, arm: Arm) -> dict[st
     way = setting.ways[arm.way]
     fitted: dict[str, Any] = {
         "seed": 0, "rate": 0.0, "micro_batch": arm.micro_batch, "checkpointing": arm.checkpointing,
+        "ends": ends,
     }  # fmt: skip
     found: dict[str, Any] = {}
 
@@ -205,7 +231,7 @@ def time_arm(base: nn.Module, rows: Rows, setting: Setting, arm: Arm) -> dict[st
     plans: dict[str, tuple[int, int, dict[str, Any]]] = {"eager": (2, 3, {})}
     if device.type == "cuda":
         plans["recorded"] = (4, TIMED, {"recorded": True})
-        if not (arm.checkpointing or arm.micro_batch or way.late):
+        if itself and setting.itself and not (arm.checkpointing or arm.micro_batch or way.late):
             settled = {"records_itself": True, "most": MOST_BEFORE}
             plans["itself"] = (24 if way.given else 6, TIMED, settled)
     for name, (before, count, how) in plans.items():
@@ -238,7 +264,7 @@ def loss_on(model: Any, rows: Tensor) -> float:
 def train(
     base: nn.Module, rows: Rows, setting: Setting, way: Way, *, seed: int, rate: float, points: Sequence[int],
     eval_rows: int, recorded: bool, micro_batch: int | None = None, checkpointing: bool = False, tuning: bool = False,
-    keep: Mapping[int, Callable[[Any], None]] | None = None,
+    keep: Mapping[int, Callable[[Any], None]] | None = None, ends: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train up to the last of ``points``, and read the averaged weights' held-out loss at each.
 
@@ -256,6 +282,7 @@ def train(
         checkpointing: See :class:`Steps`.
         tuning: Read the loss of the rows that rates are chosen by.
         keep: Called at some of ``points`` with the model, averaged.
+        ends: See :class:`Learner`.
 
     Returns:
         ``points`` (``step`` and ``loss`` each), ``seconds`` in all.
@@ -263,7 +290,7 @@ def train(
     began = time.perf_counter()
     steps = Steps(
         base, way, rows.train, setting, seed=seed, rate=rate, recorded=recorded, micro_batch=micro_batch,
-        checkpointing=checkpointing,
+        checkpointing=checkpointing, ends=ends,
     )  # fmt: skip
     average = RunningAverage(steps.model)
     chosen = torch.linspace(0, len(rows.test) - 1, min(eval_rows, len(rows.test))).round().long()

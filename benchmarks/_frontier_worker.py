@@ -36,7 +36,7 @@ class Worker:
 
     @cached_property
     def rows(self) -> Rows:
-        return load(Path(self.told["rows"]))[0]
+        return load(Path(self.told["rows"]), limit=self.setting.limit)[0]
 
     @cached_property
     def base(self) -> Any:
@@ -62,6 +62,14 @@ class Worker:
 
         return load_tokenizer(str(self.told["tokenizer"]))
 
+    @cached_property
+    def ends(self) -> Tensor | None:
+        """See :func:`benchmarks._frontier_units.line_ends`; None where no way needs it."""
+        from benchmarks._frontier_units import line_ends
+
+        needed = any(way.unit == "sentences" for way in self.setting.ways.values())
+        return line_ends(self.tokenizer) if needed else None
+
     def weights(self) -> dict[str, Any]:
         """Write the model as every process loads it within a second."""
         from cggr_train.presets import load_model
@@ -73,10 +81,10 @@ class Worker:
             temporary.rename(folder)
         return {}
 
-    def time(self, *, arm: str) -> dict[str, Any]:
+    def time(self, *, arm: str, itself: bool = True) -> dict[str, Any]:
         """See :func:`benchmarks._frontier_training.time_arm`."""
         found: Arm = self.setting.arms[arm]
-        return time_arm(self.untrained, self.rows, self.setting, found)
+        return time_arm(self.untrained, self.rows, self.setting, found, itself=itself, ends=self.ends)
 
     def train(
         self, *, way: str, seed: int, recorded: bool, keep: dict[int, str] | None = None, **given: Any
@@ -96,7 +104,7 @@ class Worker:
         try:
             return train(
                 self.base, self.rows, self.setting, self.setting.ways[way], seed=seed, recorded=recorded,
-                keep=callbacks, **given,
+                keep=callbacks, ends=self.ends, **given,
             )  # fmt: skip
         except RunError as error:
             if not recorded:

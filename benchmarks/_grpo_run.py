@@ -34,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 _SETTINGS = (
     "start_steps", "rollouts", "group", "prompt", "completion", "rows", "routed_rows", "rate", "steps", "questions",
+    "evaluate_every", "per_device",
 )  # fmt: skip
 _RESERVE = 25.0  # seconds for the last evaluation and writing
 
@@ -145,6 +146,18 @@ def trainer_of(
     return trainer, sampler
 
 
+def answers_of(setup: Setup) -> str:
+    """Greedy answers to the held-out problems, right (1) or not (0) by problem, as one word: ``"0110"``."""
+    asked = [encode(setup.tokenizer, prompt) for prompt in setup.heldout.prompts]
+    texts = setup.tokenizer.batch_decode(setup.rollouts(asked, temperature=0.0, seed=0), skip_special_tokens=True)
+    return "".join(str(int(score)) for score in right(texts, setup.heldout.answers))
+
+
+def before_path(options: argparse.Namespace) -> Path:
+    """Where the answers of the policy that all runs start from are kept, which are the same for all."""
+    return options.output / "runs" / f"{options.name}_before_{options.questions}_{options.completion}.json"
+
+
 def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Callable[[], None]) -> None:
     """One run, until ``options.until`` (seconds since the epoch); ``path`` is written at every evaluation.
 
@@ -160,7 +173,6 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
     began = time.monotonic()
     quiet()
     setup = set_up(options)
-    asked = [encode(setup.tokenizer, prompt) for prompt in setup.heldout.prompts]
     print(f"{arm}, seed {seed}: model and data after {time.monotonic() - began:.0f} s", flush=True)
     found: dict[str, Any] = {
         "arm": arm, "seed": seed, "steps": [], "evaluations": [], "done": False,
@@ -173,15 +185,16 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
         """Evaluates, notes, and ends the run in time."""
 
         def evaluate(self, step: int) -> None:
-            """Greedy answers to the held-out problems."""
+            """Greedy answers to the held-out problems; before training, those that are there already."""
             started = time.monotonic()
-            setup.rollouts.load(trainer.accelerator.unwrap_model(trainer.model))
-            answers = setup.rollouts(asked, temperature=0.0, seed=0)
-            texts = setup.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            scores = right(texts, setup.heldout.answers)
-            # By problem, as one word: "0110".
-            found["evaluations"].append({"step": step, "right": "".join(str(int(score)) for score in scores)})
-            accuracy = statistics.fmean(scores)
+            known = before_path(options)
+            if step == 0 and known.exists():
+                answers = json.loads(known.read_text(encoding="utf-8"))["right"]
+            else:
+                setup.rollouts.load(trainer.accelerator.unwrap_model(trainer.model))
+                answers = answers_of(setup)
+            found["evaluations"].append({"step": step, "right": answers})
+            accuracy = statistics.fmean(map(int, answers))
             spent["evaluations"] += time.monotonic() - started
             note(trainer.state.log_history)
             print(f"{arm}, seed {seed}, step {step}: {accuracy:.1%} after {time.monotonic() - began:.0f} s", flush=True)
@@ -227,10 +240,13 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
 def time_alone(options: argparse.Namespace, path: Path) -> None:
     """Seconds of an update of every arm with the device to itself: ``{arm: [seconds, ...]}``.
 
+    Before that, what the policy answers, see :func:`before_path`.
+
     Each arm makes four generations of two updates each; the first two, which tune kernels, are not among the seconds.
     """
     quiet()
     setup = set_up(options)
+    write_json(before_path(options), {"right": answers_of(setup)})
     seconds = {}
     for arm in options.arms:
         own = Setup(setup.tokenizer, copy.deepcopy(setup.model), setup.problems, setup.heldout, setup.rollouts)

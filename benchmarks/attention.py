@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record
+from benchmarks._kernels import peak_bytes
 from cggr_core import linear_cross_entropy
 from cggr_flash import attention_backends, enable_flash_attention
 
@@ -114,13 +115,8 @@ class Clock:
         if not self.cuda:
             call()
             return 0
-        gc.collect()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_bytes(call)
 
 
 def measure(

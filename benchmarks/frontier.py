@@ -8,6 +8,9 @@ read off one run.
 
 ``context``   a question behind others, 2,048 tokens, of which 6% are supervised
 ``answers``   a question and its answer, which alone is supervised: one and three epochs
+``context-parts``, ``answers-parts``
+              half of the supervised tokens by what is kept together, and routing in half of the layers, over fewer
+              rows in more epochs
 ``batches``   the standard step at batch 1 and at batch 4 against routed steps at batch 4
 ``toy``       a few steps, to try the benchmark on a CPU
 
@@ -21,7 +24,7 @@ import argparse
 import dataclasses
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,24 @@ def steps_at(setting: Setting, times: dict[str, float], budget: float, share: fl
     return {name: max(1, round(share * budget / times[name])) for name in setting.arms}
 
 
+def with_arms(setting: Setting, names: Collection[str]) -> Setting:
+    """The setting with some of its arms alone, and the ways that these have."""
+    arms = {name: arm for name, arm in setting.arms.items() if name in names}
+    left = {arm.way for arm in arms.values()}
+    ways = {name: way for name, way in setting.ways.items() if name in left}
+    return dataclasses.replace(setting, arms=arms, ways=ways)
+
+
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """What the command line asks for."""
+    setting = SETTINGS[arguments.setting]
+    if arguments.only:
+        if unknown := sorted(set(arguments.only) - set(setting.ways)):
+            raise SystemExit(f"--only takes ways of {arguments.setting}: {', '.join(setting.ways)}; not {unknown}")
+        setting = with_arms(setting, [name for name, arm in setting.arms.items() if arm.way in arguments.only])
+    return setting
+
+
 def time_of(record: dict[str, Any], kind: str) -> float | None:
     """Seconds of a step, where there are such."""
     return record.get(kind, {}).get("seconds")
@@ -63,6 +84,7 @@ class Plan:
         timings: Records of :func:`benchmarks._frontier_training.time_arm`, by arm.
         seconds: Of every run, instead of the setting's.
         steps: Of the clock arm, instead of the setting's.
+        answers: Which readings test problems are answered at, ``"all"`` or ``"equal"``: after equal examples alone.
 
     Attributes:
         times: Of a recorded step where it could be recorded.
@@ -74,9 +96,10 @@ class Plan:
     """
 
     def __init__(
-        self, setting: Setting, timings: dict[str, Any], *, seconds: float | None = None, steps: int | None = None
-    ) -> None:
-        self.setting = setting
+        self, setting: Setting, timings: dict[str, Any], *, seconds: float | None = None, steps: int | None = None,
+        answers: str = "all",
+    ) -> None:  # fmt: skip
+        self.setting, self.answers = setting, answers
         self.times, self.usual = {}, {}
         for name in setting.arms:
             found = timings[name]
@@ -84,6 +107,10 @@ class Plan:
             self.times[name] = time_of(found, "recorded") or eager
             routed = setting.ways[setting.arms[name].way].gradient != "exact"
             self.usual[name] = min(filter(None, (eager, time_of(found, "itself")))) if routed else eager
+        for name, arm in setting.arms.items():
+            if arm.counted:
+                for times in (self.times, self.usual):
+                    times[name] = sum(share * times[other] for other, share in arm.counted)
         clock = self.times[setting.clock]
         count = steps or setting.steps
         if seconds is None and count is not None:
@@ -115,7 +142,8 @@ class Plan:
         for name, arm in self.setting.arms.items():
             # Of the arms that are read off the clock's run, this one alone.
             if arm.way == way and (name == self.setting.clock or way != self.setting.arms[self.setting.clock].way):
-                found |= {f"{name}, {share:.2f}": steps[name] for share, steps in self.steps.items()}
+                if self.answers == "all":
+                    found |= {f"{name}, {share:.2f}": steps[name] for share, steps in self.steps.items()}
                 found[f"{name}, equal examples"] = self.equal[name]
         return found
 
@@ -132,7 +160,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace, told: dict[str, Any], noted: dict[str, Any], log: Path) -> None:
         self.arguments, self.told, self.noted = arguments, told, noted
-        self.setting = SETTINGS[arguments.setting]
+        self.setting = setting_of(arguments)
         self.records: list[Any] = read_log(log) if log.exists() else []
         self.log = JsonlLog(log)
         self.ends = time.monotonic() + arguments.seconds - REPORT_SECONDS
@@ -241,7 +269,8 @@ class Study:
         while (waiting or self.doing) and self.left > 0:
             if waiting and timer is not None and timer not in self.doing:
                 name = waiting.pop(0)
-                self.give(timer, "timing", {"arm": name}, {"do": "time", "arm": name})
+                body = {"do": "time", "arm": name, "itself": not self.arguments.as_recorded}
+                self.give(timer, "timing", {"arm": name}, body)
             for _, record in self.results(1.0):
                 if record["event"] == "timing" and time_of(record, "eager") is None:
                     self._leave_out(record["arm"])
@@ -254,17 +283,17 @@ class Study:
             self.processes[-1].kill()  # with the memory of its GPU
         timings = {name: self.known("timing", arm=name) for name in self.setting.arms}
         if None not in timings.values():
-            self.plan = Plan(self.setting, timings, seconds=self.arguments.time, steps=self.arguments.steps)
+            self.plan = Plan(
+                self.setting, timings, seconds=self.arguments.time, steps=self.arguments.steps,
+                answers=self.arguments.answers,
+            )  # fmt: skip
             self.say(f"every arm gets {self.plan.budget:.1f} s: {self.plan.steps}, usual: {self.plan.usual_steps}")
 
     def _leave_out(self, arm: str) -> None:
         """Go on without an arm that has no step, and without its way where no other arm has it."""
         if arm in (self.setting.clock, next(iter(self.setting.arms))):
             raise SystemExit(f"{arm} has no step, and every other arm is compared with it")
-        arms = {name: found for name, found in self.setting.arms.items() if name != arm}
-        left = {found.way for found in arms.values()}
-        ways = {name: way for name, way in self.setting.ways.items() if name in left}
-        self.setting = dataclasses.replace(self.setting, arms=arms, ways=ways)
+        self.setting = with_arms(self.setting, [name for name in self.setting.arms if name != arm])
 
     def _train(self, workers: list[Connection], answering: Connection | None) -> None:
         waiting = [*self._trials(), *self._runs()]
@@ -428,19 +457,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="of the weights")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="records; goes on with what is there")
     parser.add_argument("--name", help="of the result, instead of frontier_SETTING_MODEL")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="of the setting; the standard one among them")
     parser.add_argument("--time", type=float, help="seconds that every arm gets, instead of the setting's")
     parser.add_argument("--steps", type=int, help="of the arm that sets the time, instead of --time")
     parser.add_argument("--rates", type=float, nargs="+", help="to try, of every arm; one: it is not tried")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=3, help="runs at a time")
     parser.add_argument("--questions", type=int, default=330, help="test problems to answer; 0: none")
+    parser.add_argument("--answers", choices=("all", "equal"), default="all", help="equal: after equal examples alone")
+    parser.add_argument("--as-recorded", action="store_true", help="time no steps that CGGRModel records by itself")
     parser.add_argument("--questions-at-a-time", type=int, default=330)
     parser.add_argument("--eval-rows", type=int, default=96)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which everything is at an end")
     arguments = parser.parse_args()
     tokenizer = arguments.tokenizer or arguments.model
-    setting = SETTINGS[arguments.setting]
+    setting = setting_of(arguments)
     if not arguments.rows.exists():
         from cggr_train.tokenizer import load_tokenizer
 
@@ -458,7 +490,10 @@ def main() -> None:
         "questions": arguments.questions, "questions_at_a_time": arguments.questions_at_a_time,
         "threads": max(1, torch.get_num_threads() // (arguments.parallel + 1)),
     }  # fmt: skip
-    noted = {"model": arguments.model.name, "parallel": arguments.parallel, **load(arguments.rows)[1]}
+    noted = {
+        "model": arguments.model.name, "parallel": arguments.parallel, "ways": list(setting.ways),
+        "rates": arguments.rates, "answers": arguments.answers, **load(arguments.rows, limit=setting.limit)[1],
+    }  # fmt: skip
     study = Study(arguments, told, noted, arguments.output / f"{arguments.name}.jsonl")
     study.run()
     study.write()

@@ -18,8 +18,7 @@ the table's, in forwards of the model.
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks import _record
 from benchmarks._frontier_data import load
 from benchmarks._frontier_training import loss_on
+from benchmarks._frontier_units import routed_layers
 from cggr_train.data import Batches, split_supervised
 from cggr_train.device import pick_device
 from cggr_train.presets import load_model
@@ -96,23 +96,6 @@ def choose(variant: Variant, labels: Tensor, generator: torch.Generator) -> tupl
     return kept, drawn.float() / variant.ratio
 
 
-@contextmanager
-def routed(layers: nn.ModuleList, variant: Variant, kept: Tensor) -> Iterator[None]:
-    """Let a layer pass gradients on to the kept positions of its input alone."""
-    first, last = (round(share * len(layers)) for share in variant.layers)
-
-    def cut(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = arguments[0]
-        return torch.where(kept[..., None], hidden, hidden.detach()), *arguments[1:]
-
-    handles = [layer.register_forward_pre_hook(cut) for layer in list(layers)[first:last]]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def loss_of(model: Any, rows: Tensor, variant: Variant | None, generator: torch.Generator, *, bfloat16: bool) -> Tensor:
     """Loss of a batch; of all supervised tokens with the full gradient where there is no variant."""
     input_ids, labels = split_supervised(rows)
@@ -122,7 +105,7 @@ def loss_of(model: Any, rows: Tensor, variant: Variant | None, generator: torch.
         if variant is None:
             logits = model(input_ids=input_ids, use_cache=False).logits
         else:
-            with routed(layers, variant, kept):
+            with routed_layers(layers, variant.layers, kept):
                 logits = model(input_ids=input_ids, use_cache=False).logits
     predicts = labels[:, 1:] != -100
     losses = cross_entropy(logits[:, :-1][predicts].float(), labels[:, 1:][predicts], reduction="none")

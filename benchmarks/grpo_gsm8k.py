@@ -121,7 +121,8 @@ def run_all(options: argparse.Namespace, argv: list[str]) -> None:
     """The seeds that were asked for, and more while there is time."""
     end = time.monotonic() + options.seconds
     model = str(policy(options))
-    runs = Runs(options, [sys.executable, "-m", "benchmarks.grpo_gsm8k", *argv, "--model", model], end)
+    shared = ["--model", model, "--per-device", str(per_device(options))]
+    runs = Runs(options, [sys.executable, "-m", "benchmarks.grpo_gsm8k", *argv, *shared], end)
     done, longest = 0, 0.0
     while done < options.seeds or 1.1 * longest < end - time.monotonic():
         more = options.seeds if done == 0 else 1

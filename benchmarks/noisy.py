@@ -6,7 +6,8 @@
 What is measured is the held-out loss on clean GSM8K. The reference of ``excess`` is the same model, trained on as much
 clean text from the other half of the problems. Every arm takes as many steps as cost what the standard arm's do (the
 table of gradient modes; the clean arm, which has no noise, is what could be reached at most). Unweighted arms keep what
-scores highest and mean over that alone: weights would bring the noise back in.
+scores highest and mean over that alone: weights would bring the noise back in. The same command goes on with the seeds
+that its result lacks.
 """
 
 import argparse
@@ -155,6 +156,22 @@ def train(
     return model
 
 
+def earlier(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a result with the same settings, to go on from; none where there is no such result.
+
+    A result is written when all arms of a seed are done: its rows have as many losses each as it has seeds.
+    """
+    if not (folder / f"{name}.json").exists():
+        return {}
+    result = _record.load(name, folder=folder)
+    free = ("seconds", "seeds", "name", "device", "kinds")  # what may be another
+    same = all(result["settings"].get(key) == value for key, value in settings.items() if key not in free)
+    if not same:
+        raise SystemExit(f"{folder / name}.json is of other settings; give --name or --results")
+    return {row: {key: value for key, value in found.items() if key in ("unit", "cost", "losses")}
+            for row, found in result["rows"].items()}  # fmt: skip
+
+
 def main() -> None:
     """Measure both kinds of noise, and write the result after every arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,9 +200,10 @@ def main() -> None:
     settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     settings |= {"seed": 0, "model": arguments.model.name, "share_of_noise": SHARE}
     every = arms(arguments.ratio)
-    found: dict[str, dict[str, Any]] = {}
+    found = earlier(arguments.name, arguments.results, settings)
+    done = {kind: len(found.get(f"{kind}: reference", {"losses": []})["losses"]) for kind in arguments.kinds}
     for kind in arguments.kinds:
-        for seed in range(arguments.seeds):
+        for seed in range(done[kind], arguments.seeds):
             if found and _record.is_over(deadline):
                 print(f"{kind}, seed {seed}: the time is over", flush=True)
                 continue

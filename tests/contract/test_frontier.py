@@ -17,10 +17,11 @@ from benchmarks._frontier_arms import SETTINGS, Way
 from benchmarks._frontier_data import TUNING, load, prepare
 from benchmarks._frontier_report import Found, report, whole_seeds
 from benchmarks._frontier_training import Learner, loss_on, train
+from benchmarks._frontier_units import keep_part, line_ends, routed_layers
 from benchmarks._greedy import Greedy
-from benchmarks.frontier import Plan
+from benchmarks.frontier import Plan, setting_of
 from benchmarks.frontier_figures import draw
-from benchmarks.gradient_cosine import Variant, routed
+from benchmarks.noisy import earlier
 from cggr_train.data import split_supervised
 
 TOY = SETTINGS["toy"]
@@ -51,25 +52,93 @@ def gradients(model):
     return found
 
 
-@pytest.mark.parametrize(("gradient", "margin"), [("exact", 0), ("kv", 0), ("kv", 5)])
-def test_a_way_is_what_its_name_says(gradient, margin):
+@pytest.mark.parametrize(
+    "way",
+    [Way("", 3, gradient="exact"), Way("", 3), Way("", 3, margin=5), Way("", 3, layers=(0.0, 1 / 3)),
+     Way("", 3, layers=(1 / 3, 1.0))],
+    ids=["exact", "kv", "margin", "kv below", "kv above"],
+)  # fmt: skip
+def test_a_way_is_what_its_name_says(way):
     model, batch = llama(), rows(3, 24)
-    way = Way("", 3, gradient=gradient, margin=margin)
-    loss = Learner(model, way, slots=6, seed=0).loss(batch)
+    routed = llama()
+    loss = Learner(routed, way, slots=6, seed=0).loss(batch)
     loss.backward()
-    own = gradients(model)
+    own = gradients(routed)
 
     input_ids, labels = split_supervised(batch)
     kept = torch.zeros_like(labels, dtype=torch.bool)
     for row, place in (labels[:, 1:] != -100).nonzero().tolist():
-        kept[row, max(0, place - margin) : place + 1] = True
-    if gradient == "exact":
+        kept[row, max(0, place - way.margin) : place + 1] = True
+    if way.gradient == "exact":
         kept[:] = True
-    with routed(model.model.layers, Variant(), kept):
+    with routed_layers(model.model.layers, way.layers, kept):
         expected = model(input_ids=input_ids, labels=labels).loss
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(own, gradients(model), rtol=1e-4, atol=1e-6)
+
+
+def supervised(rows, length, sizes):
+    predicts = torch.zeros(rows, length, dtype=torch.bool)
+    for row, size in enumerate(sizes):
+        predicts[row, 3 + row : 3 + row + size] = True
+    return predicts, torch.randint(50, (rows, length))
+
+
+@pytest.mark.parametrize("unit", ["tokens", 4, 16, "sentences", "window"])
+def test_every_row_keeps_its_half_in_whole_units(unit):
+    torch.manual_seed(0)
+    sizes = [20, 21, 1, 0, 33]
+    predicts, targets = supervised(5, 48, sizes)
+    targets[:, ::4] = 3  # short sentences: a longer one than the half is never kept whole
+    ends = torch.zeros(50, dtype=torch.bool)
+    ends[:6] = True
+    seen = torch.zeros_like(predicts)
+    for epoch in range(40):
+        kept = keep_part(predicts, targets, unit=unit, parts=2, ends=ends, epoch=torch.tensor(epoch))
+        assert not (kept & ~predicts).any()
+        assert kept.sum(1).tolist() == [(size + 1) // 2 for size in sizes]
+        seen |= kept
+        for row, size in enumerate(sizes):
+            own = kept[row, 3 + row : 3 + row + size].tolist()
+            said = targets[row, 3 + row : 3 + row + size].tolist()
+            begins = [n for n in range(size) if own[n] and (n == 0 or not own[n - 1])]
+            if unit == "sentences":
+                assert all(n == 0 or said[n - 1] < 6 for n in begins)
+            if unit == 16:
+                assert len(begins) <= 2
+            if unit == "window":
+                assert len(begins) <= 2
+    assert (seen == predicts).all()
+
+
+def test_a_window_moves_over_the_answer_from_epoch_to_epoch():
+    predicts, targets = supervised(4, 40, [20, 20, 20, 20])
+    windows = [keep_part(predicts, targets, unit="window", parts=4, ends=None, epoch=epoch) for epoch in range(4)]
+    assert (torch.stack(windows).sum(0) == predicts).all()
+    again = keep_part(predicts, targets, unit="window", parts=4, ends=None, epoch=4)
+    assert torch.equal(again, windows[0])
+
+
+def test_a_part_of_the_tokens_is_trained_on_and_fills_its_slots():
+    model, batch = llama(), rows(3, 24)
+    learner = Learner(model, Way("", 3, parts=2, unit="window"), slots=6, seed=0, steps_of_epoch=2)
+    assert learner.slots == 3
+    losses = [learner.loss(batch, draw=torch.tensor(step)).item() for step in range(4)]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    whole = Learner(model, Way("", 3), slots=6, seed=0).loss(batch).item()
+    assert (losses[0] + losses[2]) / 2 == pytest.approx(whole, rel=1e-5)
+
+
+def test_tokens_that_end_a_line():
+    class Tokenizer:
+        def __len__(self):
+            return 3
+
+        def batch_decode(self, ids):
+            return [["a", ".\n", "b"][token] for (token,) in ids]
+
+    assert line_ends(Tokenizer()).tolist() == [False, True, False]
 
 
 def test_micro_batches_and_checkpointing_are_the_same_training():
@@ -186,6 +255,29 @@ def records_of(plan, timings, losses, seeds):
     return found
 
 
+def test_a_step_of_mixed_layers_is_counted_from_its_parts(tmp_path):
+    setting = SETTINGS["toy-parts"]
+    seconds = dict.fromkeys(setting.arms, 5.0) | {"standard": 3.0, "kv": 1.0}
+    timings = {
+        name: {"eager": {"seconds": second, "peak_bytes": round(1e9 * second)}} for name, second in seconds.items()
+    }
+    plan = Plan(setting, timings, seconds=30.0)
+    assert plan.times["kv-lower"] == plan.usual["kv-upper"] == 2.0
+    assert plan.steps[1.0]["kv-lower"] == 15
+    records = [{"event": "timing", "arm": name, **timing} for name, timing in timings.items()]
+    assert Found(plan, records).peak("recorded", "kv-lower") == 2_000_000_000
+
+
+def test_some_ways_alone(tmp_path):
+    asked = argparse.Namespace(setting="context", only=["standard", "kv"])
+    setting = setting_of(asked)
+    assert set(setting.ways) == {"standard", "kv"}
+    assert {"standard-checkpointed", "standard", "kv"} <= set(setting.arms)
+    asked.only = ["kv-32"]
+    with pytest.raises(SystemExit, match="kv-margin128"):
+        setting_of(asked)
+
+
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_the_verdict_says_what_the_rows_say(data, tmp_path_factory):
@@ -209,6 +301,17 @@ def test_the_verdict_says_what_the_rows_say(data, tmp_path_factory):
         assert value == f"{means[label]:.3f}"
         chosen = max((name for name in means if first.startswith(f"Use {name}: ")), default="", key=len)
         assert f"{means[chosen]:.3f}" in first
+
+
+def test_noise_goes_on_with_the_seeds_that_a_result_lacks(tmp_path):
+    given = {"seed": 0, "steps": 50, "seeds": 3, "name": "noisy"}
+    losses = {"domain: standard": {"unit": "nat", "cost": 3, "losses": [1.5, 1.25], "median": 1.375}}
+    _record.write("noisy", losses, settings=given, control="domain: standard", folder=tmp_path)
+    found = earlier("noisy", tmp_path, {**given, "seeds": 4})
+    assert found == {"domain: standard": {"unit": "nat", "cost": 3, "losses": [1.5, 1.25]}}
+    assert earlier("other", tmp_path, given) == {}
+    with pytest.raises(SystemExit, match="other settings"):
+        earlier("noisy", tmp_path, {**given, "steps": 60})
 
 
 def test_the_plot_is_drawn_from_the_file_alone(tmp_path):
