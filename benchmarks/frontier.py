@@ -266,8 +266,9 @@ class Study:
         self.give(worker, "weights", {}, {"do": "weights"})
         waiting = [name for name in self.setting.arms if self.known("timing", arm=name) is None]
         timer = self.start() if waiting else None
+        ready = self.told["config"] is not None  # else the model is timed that is being written
         while (waiting or self.doing) and self.left > 0:
-            if waiting and timer is not None and timer not in self.doing:
+            if ready and waiting and timer is not None and timer not in self.doing:
                 name = waiting.pop(0)
                 body = {"do": "time", "arm": name, "itself": not self.arguments.as_recorded}
                 self.give(timer, "timing", {"arm": name}, body)
@@ -277,6 +278,7 @@ class Study:
                 if record["event"] == "timing" and ("error" in record or "CUDA error" in str(record)):
                     self.processes[-1].kill()  # nothing runs in it any more
                     timer = self.start()
+                ready = ready or record["event"] == "weights"
                 if record["event"] == "weights" and "error" in record:
                     raise SystemExit("the model cannot be loaded")
         if timer is not None:

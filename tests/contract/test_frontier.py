@@ -19,6 +19,7 @@ from benchmarks._frontier_report import Found, report, whole_seeds
 from benchmarks._frontier_training import Learner, loss_on, train
 from benchmarks._frontier_units import keep_part, line_ends, routed_layers
 from benchmarks._greedy import Greedy
+from benchmarks.evidence import frontier_tables, losses_table
 from benchmarks.frontier import Plan, setting_of
 from benchmarks.frontier_figures import draw
 from benchmarks.noisy import earlier
@@ -323,6 +324,22 @@ def test_the_plot_is_drawn_from_the_file_alone(tmp_path):
     first = plot.read_bytes()
     plot.unlink()
     assert draw(path).read_bytes() == first
+
+
+def test_the_tables_say_what_the_file_says(tmp_path):
+    plan, timings = plan_of(dict.fromkeys(TOY.arms, 0.5))
+    arguments = argparse.Namespace(output=tmp_path, name="frontier_toy", device="cpu")
+    records = records_of(plan, timings, {way: 1 + 0.1 * place for place, way in enumerate(TOY.ways)}, 2)
+    result = _record.load(report(arguments, {"model": "m", "supervised": 0.1}, plan, records).stem, folder=tmp_path)
+    lines = frontier_tables(result).splitlines()
+    for row in result["rows"].values():
+        found = row["recorded"]["readings"]["1.00"]
+        line = next(line for line in lines if line.startswith(f"| {row['label']} | 500 |"))
+        assert f"| {found['steps']} |" in line
+        assert f"| {statistics.fmean(found['losses']):.3f} [" in line
+    apart = {"own": {"losses": {"0": 1.0, "1": 2.0}}, "fp8": {"losses": {"1": 2.5}}}
+    told = {"benchmark": "b", "environment": {"device": "d", "commit": "c"}, "control": "own", "rows": apart}
+    assert "| fp8 |  | 2.500 | +0.500 | 1 |" in losses_table(told)
 
 
 def test_arms_of_one_way_are_read_off_one_run(tmp_path):

@@ -1,0 +1,128 @@
+"""The tables of docs/evidence.md, from the JSON files alone: ``python -m benchmarks.evidence [FOLDER]``.
+
+Losses are means over seeds with 95% intervals; differences are paired by seed, and shares of right answers have the
+standard error over all answers that were read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _record
+from cggr_train.study.intervals import interval
+
+
+def with_interval(values: Sequence[float], *, signed: bool = False) -> str:
+    """The mean, and its 95% interval where there are several values.
+
+    Example:
+        >>> with_interval([0.25]), with_interval([0.5, 0.5])
+        ('0.250', '0.500 [0.500, 0.500]')
+    """
+    found, sign = interval(list(values)), "+" if signed else ""
+    ends = "" if found.low is None or found.high is None else f" [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+    return f"{found.mean:{sign}.3f}{ends}"
+
+
+def right_answers(readings: Sequence[Mapping[str, int]]) -> str:
+    """Their share, its standard error in points of a percent, and of how many answers.
+
+    Example:
+        >>> right_answers([{"right": 10, "questions": 100}, {"right": 30, "questions": 100}])
+        '20.0% ± 2.8 of 200'
+    """
+    asked = sum(reading["questions"] for reading in readings)
+    if not asked:
+        return ""
+    share = sum(reading["right"] for reading in readings) / asked
+    return f"{share:.1%} ± {100 * math.sqrt(share * (1 - share) / asked):.1f} of {asked:,}"
+
+
+def frontier_tables(result: Mapping[str, Any]) -> str:
+    """A table for each way of taking steps, and one of what all arms reach from the same examples."""
+    rows = {name: row for name, row in result["rows"].items() if "diverged" not in row}
+    settings = result["settings"]
+    told = [f"### {result['benchmark']}: {settings['seeds']} seeds, {settings['seconds']:.1f} s each, "
+            f"{result['environment']['device']}, {result['environment']['commit']}"]  # fmt: skip
+    if before := settings.get("accuracy_before"):
+        told.append(f"\nBefore training: {right_answers([before])}.")
+    for basis in ("recorded", "usual"):
+        shares = list(next(iter(rows.values()))[basis]["readings"])
+        heads = [f"loss, {share} of the time | right" for share in shares]
+        told += [f"\n{basis}: {' '.join(settings['verdict'][basis])}\n",
+                 f"| step | ms | peak | steps | {' | '.join(heads)} | less the first | share of its control's time |",
+                 "|---" * (6 + 2 * len(shares)) + "|"]  # fmt: skip
+        first = next(iter(rows.values()))[basis]["readings"][shares[-1]]["losses"]
+        for row in rows.values():
+            own = row[basis]
+            read = [f"{with_interval(found['losses'])} | {right_answers(found['accuracy'])}"
+                    for found in own["readings"].values()]  # fmt: skip
+            gap = [mine - its for mine, its in zip(own["readings"][shares[-1]]["losses"], first, strict=True)]
+            reached = "; ".join(
+                f"{control}: {', '.join('never' if value is None else f'{value:.2f}' for value in values)}"
+                for control, values in own["share_of_the_time_of"].items()
+            )
+            counted = ", counted" if row.get("counted") else ""
+            told.append(
+                f"| {row['label']} | {own['step_seconds'] * 1e3:.0f}{counted} | {own['peak_bytes'] / 1e9:.1f} GB "
+                f"| {own['readings'][shares[-1]]['steps']} | {' | '.join(read)} | {with_interval(gap, signed=True)} "
+                f"| {reached} |"
+            )
+    equal = {name: row["equal_examples"] for name, row in rows.items()}
+    first = next(iter(equal.values()))["losses"]
+    told += ["\n| after the same examples | steps | loss | less the first | right |", "|---" * 5 + "|"]
+    for name, found in equal.items():
+        gap = [mine - its for mine, its in zip(found["losses"], first, strict=True)]
+        told.append(
+            f"| {rows[name]['label']} | {found['steps']} | {with_interval(found['losses'])} "
+            f"| {with_interval(gap, signed=True)} | {right_answers(found['accuracy'])} |"
+        )
+    return "\n".join(told)
+
+
+def by_seed(losses: Sequence[float] | Mapping[str, float]) -> dict[str, float]:
+    """Losses by seed; those of a list are of the first seeds."""
+    return dict(losses) if isinstance(losses, Mapping) else {str(seed): loss for seed, loss in enumerate(losses)}
+
+
+def losses_table(result: Mapping[str, Any]) -> str:
+    """Of a result whose rows have losses by seed, each beside the control's."""
+    control = by_seed(result["rows"][result["control"]]["losses"])
+    told = [f"### {result['benchmark']}: {result['environment']['device']}, {result['environment']['commit']}\n",
+            "| step | cost | loss | less the control's | seeds |", "|---" * 5 + "|"]  # fmt: skip
+    for name, row in result["rows"].items():
+        losses = by_seed(row["losses"])
+        gap = [loss - control[seed] for seed, loss in losses.items() if seed in control]
+        less = with_interval(gap, signed=True) if gap else ""
+        told.append(
+            f"| {name} | {row.get('cost', '')} | {with_interval(list(losses.values()))} | {less} | {len(losses)} |"
+        )
+    return "\n".join(told)
+
+
+def main() -> None:
+    """Print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=_record.RESULTS)
+    folder = parser.parse_args().folder
+    for path in sorted(folder.glob("*.json")):
+        result = _record.load(path.stem, folder=folder)
+        if path.stem.startswith("frontier_") and "verdict" in result["settings"]:
+            first = next(iter(result["rows"].values()))
+            if "equal_examples" in first and "recorded" in first:
+                print(frontier_tables(result), end="\n\n")
+        elif path.stem.startswith(("noisy_", "context_precision_finetune", "context_precision_scratch")):
+            print(losses_table(result), end="\n\n")
+        elif path.stem.startswith("grpo_"):
+            from benchmarks.grpo_figures import report
+
+            print(f"### {path.stem}: {result['settings']}")
+            report(result["rows"])
+
+
+if __name__ == "__main__":
+    main()
