@@ -82,19 +82,10 @@ class Learner:
         if gradient == "exact":  # routed passes run the fused layers anyway
             self._fused.enter_context(replaced_forwards(fused_forwards(model.modules())))
 
-    def loss(
-        self,
-        rows: Tensor,
-        *,
-        num_items: float | Tensor | None = None,
-        draw: int | Tensor | None = None,
-        first_row: int = 0,
-        example_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Of rows ``[B, S]``."""
+    def loss(self, rows: Tensor, *, draw: int | Tensor | None = None, first_row: int = 0, **items: Any) -> Tensor:
+        """Of rows ``[B, S]``; ``items`` may say by how many ``num_items`` it is divided."""
         input_ids, labels = split_supervised(rows)
-        given: dict[str, Any] = {"num_items": num_items}
-        way = self.way
+        given, way = dict(items), self.way
         if way.given and not self.records_itself:
             kept = predicts = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
             if way.parts > 1:
