@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from cggr_core import CGGRModel, Selection, create_truncated_router
 from cggr_core.experimental import LearnedRouter
@@ -340,13 +341,21 @@ def offload(base):
     base.model.layers[1]._hf_hook = object()
 
 
+def checkpoint_reentrantly(base):
+    checkpoint_activations(base, use_reentrant=True)
+
+
+def checkpoint_with_wrappers(base):
+    apply_activation_checkpointing(base, check_fn=lambda module: isinstance(module, type(base.model.layers[0])))
+
+
 @pytest.mark.parametrize(
     ("spoil", "gradient", "reason"),
     [
         (hook, "kv", "a LlamaDecoderLayer has hooks"),
         (offload, "kv", "a LlamaDecoderLayer has hooks"),
-        (checkpoint_activations, "exact", "gradient checkpointing restores"),
-        (checkpoint_activations, "sequence", "gradient checkpointing restores"),
+        (checkpoint_reentrantly, "exact", "gradient checkpointing restores"),
+        (checkpoint_with_wrappers, "sequence", "gradient checkpointing restores"),
     ],
 )
 def test_models_that_stand_against_it(spoil, gradient, reason):
@@ -360,7 +369,14 @@ def test_models_that_stand_against_it(spoil, gradient, reason):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"selection": "random"}, {"selection": "sampled"}, {"gradient": "detached", "selection": "topk", "depth": 1}],
+    [
+        {"selection": "random"},
+        {"selection": "sampled"},
+        {"gradient": "detached", "selection": "topk", "depth": 1},
+        {"gradient": "exact", "min_tokens_ratio": 1.0, "selection": "random"},
+        {"gradient": "exact", "selection": "supervised"},
+        {"gradient": "sequence", "selection": "sampled", "min_tokens_ratio": 0.5},
+    ],
 )
 def test_checkpointed_layers(settings):
     """Recomputed by the backward pass of the recording, without the random state that the host would keep."""
@@ -370,10 +386,11 @@ def test_checkpointed_layers(settings):
     assert hold_to_eager(base, steps, **settings)[1:] == [True] * 3
 
 
-def test_checkpointed_layers_with_dropout_are_left_as_they_are():
+@pytest.mark.parametrize("gradient", ["kv", "exact"])
+def test_checkpointed_layers_with_dropout_are_left_as_they_are(gradient):
     base = ROUTABLE["llama"](attention_dropout=0.3)
     checkpoint_activations(base)
-    model = recording_model(base, selection="random")
+    model = recording_model(base, gradient=gradient, selection="random")
     for seed in range(ENOUGH):
         backward(model, tokens(seed=seed))
     assert "draw random numbers" in model._recorder.reason

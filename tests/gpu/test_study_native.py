@@ -38,7 +38,7 @@ def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1):
     """Losses, kept positions and last weights of some steps, at a learning rate that moves."""
     method, routing = LEARNERS[name]
     model = build_model(build_config("nano", vocab_size=512, length=64), seed=0).cuda()
-    learner = build_learner(model, method, routing, seed=3)
+    learner = build_learner(model, method, routing, seed=3, cuda_graph="auto" if recorded == "auto" else False)
     optimizer = build_optimizer(model, weight_decay=0.1, capturable=True)
     stream = np.random.default_rng(0).integers(0, 512, 64 * 40)
     settings = LoopSettings(Budget(STEPS), LearningRate(3e-3), accumulate, bfloat16=bfloat16, cuda_graph=recorded)
@@ -62,14 +62,28 @@ def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1):
         )  # fmt: skip
     kept = learner.metrics["kept_tokens"]
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    return torch.stack(losses), indices, weights, int(kept), len(made)
+    return torch.stack(losses), indices, weights, int(kept), len(made), learner.replayed
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_steps_that_capture_their_passes_are_the_steps(monkeypatch, name, accumulate):
+    """Those of a learned router are left as they are."""
+    losses, _, weights, kept, *_ = trained(monkeypatch, name, recorded=False, bfloat16=False, accumulate=accumulate)
+    again, _, others, as_many, _, replayed = trained(
+        monkeypatch, name, recorded="auto", bfloat16=False, accumulate=accumulate
+    )
+    torch.testing.assert_close(again, losses, rtol=1e-5, atol=0)
+    assert (weights - others).norm() <= 1e-5 * weights.norm()
+    assert as_many == kept
+    assert replayed == (name != "kv, learned router")
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("name", LEARNERS)
 def test_recorded_steps_are_the_steps(monkeypatch, name, bfloat16):
-    losses, indices, weights, kept, _ = trained(monkeypatch, name, recorded=False, bfloat16=bfloat16)
-    again, same, others, as_many, made = trained(monkeypatch, name, recorded=True, bfloat16=bfloat16)
+    losses, indices, weights, kept, *_ = trained(monkeypatch, name, recorded=False, bfloat16=bfloat16)
+    again, same, others, as_many, made, _ = trained(monkeypatch, name, recorded=True, bfloat16=bfloat16)
     torch.testing.assert_close(again, losses, rtol=1e-3 if bfloat16 else 1e-5, atol=0)
     assert same == indices
     assert (weights - others).norm() <= (1e-3 if bfloat16 else 1e-5) * weights.norm()
@@ -88,8 +102,8 @@ def test_a_recorded_step_attends_to_all_tokens_without_a_mask(monkeypatch, name)
 
 
 def test_all_batches_of_an_accumulated_step_are_recorded(monkeypatch):
-    losses, _, weights, _, _ = trained(monkeypatch, "kv, two passes", recorded=False, bfloat16=False, accumulate=2)
-    again, _, others, _, _ = trained(monkeypatch, "kv, two passes", recorded=True, bfloat16=False, accumulate=2)
+    losses, _, weights, *_ = trained(monkeypatch, "kv, two passes", recorded=False, bfloat16=False, accumulate=2)
+    again, _, others, *_ = trained(monkeypatch, "kv, two passes", recorded=True, bfloat16=False, accumulate=2)
     torch.testing.assert_close(again, losses, rtol=1e-5, atol=0)
     assert (weights - others).norm() <= 1e-5 * weights.norm()
 

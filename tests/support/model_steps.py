@@ -29,10 +29,10 @@ def routed(model, gradient="kv", engine=None, **settings) -> CGGRModel:
     return CGGRModel(model, gradient=gradient, engine=engine, selection=selection, **settings)
 
 
-def checkpoint_activations(model):
+def checkpoint_activations(model, *, use_reentrant=False):
     """Switch activation checkpointing on, whatever this version of transformers calls it."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:  # before transformers 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     else:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})

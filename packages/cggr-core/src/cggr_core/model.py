@@ -317,6 +317,19 @@ class CGGRModel(nn.Module):
             "(from cggr_train; for the plain Trainer, use CGGRTrainer)"
         )
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the last training forward replayed a CUDA graph; the log says why one did not.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            ...                      num_attention_heads=4)
+            >>> CGGRModel(LlamaForCausalLM(config)).replayed  # there was none
+            False
+        """
+        return self._recorder is not None and self._recorder.replayed
+
     def step(self) -> None:
         """Advance the curriculum by one optimiser step."""
         self.schedule.step()

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from cggr_core.settings import KEY_VALUE_MODES, ROUTERS, SUPERVISED, RoutingSettings, default_router_depth
+from cggr_core.settings import (
+    KEY_VALUE_MODES,
+    ROUTERS,
+    SUPERVISED,
+    CudaGraph,
+    RoutingSettings,
+    default_router_depth,
+)
 from cggr_train.data import split_supervised
 from cggr_train.errors import InputError
 
@@ -100,6 +107,11 @@ class Learner(Protocol):
         """Metrics of the latest loss, ``keep_ratio`` among them: device tensors, numbers and strings."""
         ...
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the latest loss and its gradient come from a CUDA graph that the method captured by itself."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's weights."""
         ...
@@ -120,13 +132,20 @@ class RoutedLearner:
         routing: Settings of the routing.
         seed: Seed of the selections.
         memory: For ``router="remembered"``.
+        cuda_graph: Of ``CGGRModel``.
 
     Raises:
         InputError: If a setting is not one that ``CGGRModel`` takes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, routing: Routing, *, seed: int, memory: RememberedScores | None = None
+        self,
+        model: PreTrainedModel,
+        routing: Routing,
+        *,
+        seed: int,
+        memory: RememberedScores | None = None,
+        cuda_graph: CudaGraph = False,
     ) -> None:
         from cggr_core import CGGRModel
 
@@ -146,7 +165,7 @@ class RoutedLearner:
                 context_precision=routing.context_precision,
                 context_margin=routing.context_margin,
                 seed=seed,
-                cuda_graph=False,  # --cuda-graph captures the whole optimizer step, of every method alike
+                cuda_graph=cuda_graph,
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
@@ -179,6 +198,11 @@ class RoutedLearner:
         """The metrics of ``CGGRModel``."""
         return self.routed.metrics
 
+    @property
+    def replayed(self) -> bool:
+        """See :class:`Learner`."""
+        return self.routed.replayed
+
     def state_dict(self) -> dict[str, Any]:
         """State of the schedule and of the counter of random draws."""
         return self.routed.routing_state_dict()
@@ -198,10 +222,12 @@ class StandardLearner(RoutedLearner):
         model: A Hugging Face causal language model.
         labelled: Whether some tokens are unsupervised: the head then runs on the others alone, which costs one value
             from the device per step.
+        cuda_graph: Of ``CGGRModel``.
     """
 
-    def __init__(self, model: PreTrainedModel, *, labelled: bool = False) -> None:
-        super().__init__(model, Routing("exact", 1.0, SUPERVISED if labelled else "random"), seed=0)
+    def __init__(self, model: PreTrainedModel, *, labelled: bool = False, cuda_graph: CudaGraph = False) -> None:
+        routing = Routing("exact", 1.0, SUPERVISED if labelled else "random")
+        super().__init__(model, routing, seed=0, cuda_graph=cuda_graph)
 
     def step(self) -> None:
         """Nothing to do."""
@@ -258,6 +284,7 @@ def build_learner(
     seed: int,
     memory: RememberedScores | None = None,
     labelled: bool = False,
+    cuda_graph: CudaGraph = False,
 ) -> Learner:
     """The learner of a method.
 
@@ -268,15 +295,17 @@ def build_learner(
         seed: Seed of the selections.
         memory: Scores of earlier epochs, for ``router="remembered"``.
         labelled: Of ``standard``: whether some tokens are unsupervised, see :class:`StandardLearner`.
+        cuda_graph: ``"auto"`` lets a method capture its forward and backward passes as CUDA graphs where that is
+            faster.
 
     Raises:
         InputError: If the method or a setting of it is unknown.
     """
     if method == "standard":
-        return StandardLearner(model, labelled=labelled)
+        return StandardLearner(model, labelled=labelled, cuda_graph=cuda_graph)
     if method not in METHODS:
         raise InputError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "random":
         routing = dataclasses.replace(routing, selection="random", router=None, router_depth=None)
     remembers = method == "cggr" and routing.router == "remembered"
-    return RoutedLearner(model, routing, seed=seed, memory=memory if remembers else None)
+    return RoutedLearner(model, routing, seed=seed, memory=memory if remembers else None, cuda_graph=cuda_graph)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from cggr_train.learner import Learner
 from cggr_train.optimizer_step import OptimizerStep
 from cggr_train.ranks import ALONE, Ranks
 from cggr_train.recorded import RecordedStep
+
+StepGraph = bool | Literal["auto"]
+"""What of a step is captured as CUDA graphs: all of it, nothing, or the passes of methods that are faster so."""
 
 
 @dataclass
@@ -121,7 +125,8 @@ class LoopSettings:
         accumulate: Batches per optimizer step.
         clip: Largest norm of the gradient; None leaves it as it is.
         bfloat16: Run the forward under bfloat16 autocast.
-        cuda_graph: Record the step and replay it; the optimizer must be capturable then.
+        cuda_graph: Record the step and replay it; the optimizer must be capturable then. ``"auto"`` leaves it to the
+            learner to record its passes.
     """
 
     budget: Budget
@@ -129,7 +134,12 @@ class LoopSettings:
     accumulate: int = 1
     clip: float | None = 1.0
     bfloat16: bool = False
-    cuda_graph: bool = False
+    cuda_graph: StepGraph = False
+
+    @property
+    def whole_graph(self) -> bool:
+        """Whether the whole step is recorded, the optimizer's update included."""
+        return self.cuda_graph is True
 
 
 def build_optimizer(model: torch.nn.Module, *, weight_decay: float, capturable: bool = False) -> torch.optim.AdamW:
@@ -187,7 +197,7 @@ def train_steps(
         learner, optimizer, clip=settings.clip, bfloat16=settings.bfloat16, batch_size=batches.batch_size,
         ranks=ranks,
     )  # fmt: skip
-    recorded = RecordedStep(step, clock.device) if settings.cuda_graph else None
+    recorded = RecordedStep(step, clock.device) if settings.whole_graph else None
     while True:
         stopping, progress.seconds = ranks.agree(stop(), progress.seconds)
         if stopping:

@@ -121,7 +121,7 @@ def _locked(settings: TrainSettings, folder: Path, console: Console) -> Iterator
     shared = joined_ranks(settings.device, batch_size=settings.batch_size)
     with shared as (ranks, device), FolderLock(folder) as lock:
         console.quiet = console.quiet or not ranks.main
-        if settings.cuda_graph:
+        if settings.cuda_graph is True:
             check_recordable(device, settings.method, settings.routing, processes=ranks.size)
         ranks.on_rank_zero(lock.take)
         yield ranks, device

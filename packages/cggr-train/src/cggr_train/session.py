@@ -116,12 +116,15 @@ class RunSession:
             self.memory = self._remembered(resumed)
         self.learner = build_learner(
             model, settings.method, settings.routing, seed=settings.seed, memory=self.memory,
-            labelled=tokens.train.dtype.kind != "u" and not settings.loop.cuda_graph,
+            labelled=tokens.train.dtype.kind != "u" and not settings.loop.whole_graph,
+            cuda_graph="auto" if settings.loop.cuda_graph == "auto" else False,
         )  # fmt: skip
         self.learner.wrapped = ranks.wrap(model, device)
         if ranks.size > 1:
             torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations
-        self.optimizer = build_optimizer(model, weight_decay=settings.weight_decay, capturable=settings.loop.cuda_graph)
+        self.optimizer = build_optimizer(
+            model, weight_decay=settings.weight_decay, capturable=settings.loop.whole_graph
+        )
         self.progress = Progress()
         self.clock = Clock(device)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
+from cggr_train.loop import StepGraph
 from cggr_train.option_checks import check_number, check_routing, check_seed
 
 STUDY = "study.json"
@@ -54,7 +55,7 @@ class TrainSettings:
     keep: int = 2
     device: str = "auto"
     precision: str = "auto"
-    cuda_graph: bool = False
+    cuda_graph: StepGraph = "auto"
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config is None):
@@ -80,6 +81,8 @@ class TrainSettings:
             raise InputError(f"--lr-warmup must be in [0, 1), got {self.lr_warmup}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InputError(f"--precision must be auto, float32 or bfloat16, got {self.precision!r}")
+        if self.cuda_graph not in (True, False, "auto"):
+            raise InputError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""

@@ -46,6 +46,9 @@ class Recorder:
         draws: Numbers their random draws.
         device_type: Device type on which steps are recorded.
         graphs: Creates the recorder of a device.
+
+    Attributes:
+        replayed: Whether the last step was.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Recorder:
         self._stopped: str | None = None
         self._said: set[str] = set()
         self._reason = ""
+        self.replayed = False
         self._recordings: dict[Hashable, Recording] = {}
         self._places: SharedPlaces | None = None
         self._forget()
@@ -82,6 +86,7 @@ class Recorder:
         Raises:
             ValueError: As the step itself does.
         """
+        self.replayed = False
         if not isinstance(call.given["labels"], Tensor) or call.device.type != self._device_type:
             return None
         reason = self._stopped or self._obstacle(call, router)
@@ -100,6 +105,7 @@ class Recorder:
                 return self._as_it_is(reason)
         self._recordings[kind] = recording  # the last one is the most recently used
         self._replays += 1
+        self.replayed = True
         self._eager_in_a_row = 0
         draw = call.given["draw"]
         return recording(call, self._draws.next(call.device) if draw is None else draw)
@@ -127,7 +133,7 @@ class Recorder:
         model = self._engine.model
         checkpointed = checkpoints(model)
         reason = obstacle_in(model, call.device)
-        if checkpointed and not self._routed:
+        if checkpointed and not self._routed and self._engine.keeps_random_states:
             reason = "gradient checkpointing restores a random state on the host"
         if reason is not None:
             return None, reason

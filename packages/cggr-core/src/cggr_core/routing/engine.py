@@ -22,7 +22,7 @@ from cggr_core.routing.loss_agreement import (
     taken_apart,
 )
 from cggr_core.routing.masks import unseen_masks, whole_rows
-from cggr_core.routing.patches import nothing_left
+from cggr_core.routing.patches import nothing_left, recomputes_with_torch, without_random_states
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
@@ -295,10 +295,18 @@ class Engine:
         finally:
             self._capturable = False
 
+    @property
+    def keeps_random_states(self) -> bool:
+        """Whether layers are checkpointed in a way that :meth:`capturable` cannot change for ordinary passes."""
+        architecture = self.architecture
+        switched = (m for m in architecture.checkpointing if m.__dict__.get("gradient_checkpointing") is True)
+        return bool(architecture.checkpoint_wrappers) or not all(map(recomputes_with_torch, switched))
+
     def _forward(self, arguments: dict[str, Any]) -> Any:
         known_whole = arguments.get("attention_mask") is None and arguments.get("position_ids") is None
         around = unseen_masks() if self._capturable else nullcontext()
-        with whole_rows() if known_whole else around:
+        states = without_random_states(self.architecture) if self._capturable else nullcontext()
+        with whole_rows() if known_whole else around, states:
             return self.model(**arguments, use_cache=False)
 
     def _truncated(self, depth: int | None) -> AbstractContextManager[None]:

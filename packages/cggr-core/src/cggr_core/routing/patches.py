@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -232,6 +234,36 @@ def without_checkpointing(architecture: Architecture) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True
+
+
+def recomputes_with_torch(module: nn.Module) -> bool:
+    """Whether a module's gradient checkpointing is torch's, without reentrance: what transformers sets by default."""
+    checkpoints = module.__dict__.get("_gradient_checkpointing_func")
+    return (
+        isinstance(checkpoints, partial)
+        and checkpoints.func is checkpoint
+        and checkpoints.keywords.get("use_reentrant") is False
+    )
+
+
+@contextmanager
+def without_random_states(architecture: Architecture) -> Iterator[None]:
+    """Let checkpointed layers be recomputed under the random state of that time, not that of their forward.
+
+    Reach: the modules of this model that :func:`recomputes_with_torch` is true of.
+    """
+    switched: list[tuple[Any, Any]] = [
+        (module, module.__dict__["_gradient_checkpointing_func"])
+        for module in architecture.checkpointing
+        if module.__dict__.get("gradient_checkpointing") is True and recomputes_with_torch(module)
+    ]
+    try:
+        for module, keeps in switched:
+            module._gradient_checkpointing_func = partial(keeps, preserve_rng_state=False)
+        yield
+    finally:
+        for module, keeps in switched:
+            module._gradient_checkpointing_func = keeps
 
 
 def without_checkpoint_wrappers(architecture: Architecture) -> AbstractContextManager[None]:

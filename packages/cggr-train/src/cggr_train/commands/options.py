@@ -75,5 +75,9 @@ EvalSequences = Annotated[int, typer.Option(help="Held-out sequences per evaluat
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")]
 CudaGraph = Annotated[
-    bool, typer.Option("--cuda-graph", help="Capture the step as one CUDA graph, for small models on a GPU.")
+    bool | None,
+    typer.Option(
+        help="Capture the whole step as one CUDA graph, or nothing; by default the passes, where that is faster.",
+        show_default=False,
+    ),
 ]

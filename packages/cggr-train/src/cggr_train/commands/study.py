@@ -88,7 +88,7 @@ def study(
     calibration_seconds: Annotated[float, typer.Option(help="How long to time each arm's step, in seconds.")] = 4.0,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
-    cuda_graph: options.CudaGraph = False,
+    cuda_graph: options.CudaGraph = None,
 ) -> None:
     """Find out whether CGGR pays off on your data: settings and controls side by side, over several seeds.
 
@@ -144,7 +144,7 @@ def study(
                     eval_sequences=eval_sequences,
                     device=device,
                     precision=precision,
-                    cuda_graph=cuda_graph,
+                    cuda_graph="auto" if cuda_graph is None else cuda_graph,
                 ),
                 gradients=split("--gradient", gradient),
                 ratios=split("--ratio", ratio, float),

@@ -11,7 +11,7 @@ from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors, was_given
 from cggr_train.commands.loading import announce_loading
 
-SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps", "cuda_graph")
+SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps")
 """Options that are meaningless or unsupported where all supervised tokens are kept."""
 
 
@@ -77,7 +77,7 @@ def train(
     keep: Annotated[int, typer.Option(help="Number of most recent checkpoints to keep.")] = 2,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
-    cuda_graph: options.CudaGraph = False,
+    cuda_graph: options.CudaGraph = None,
 ) -> None:
     """Train a causal language model on text, JSON Lines or Parquet files.
 
@@ -107,7 +107,7 @@ def train(
             chosen = defaults(model, learning_rate=learning_rate, weight_decay=weight_decay, field=field, answer=answer)
             if selection is None:
                 by_score = any(was_given(context, name) for name in SCORED) or gradient == "sequence"
-                selection = default_selection(chosen.answer or messages, by_score=by_score)
+                selection = default_selection(chosen.answer or messages, by_score=by_score or cuda_graph is True)
             if model is not None:
                 console.print(announce(chosen, lr_warmup, messages), highlight=False)
             settings = TrainSettings(
@@ -151,7 +151,7 @@ def train(
                 keep=keep,
                 device=device,
                 precision=precision,
-                cuda_graph=cuda_graph,
+                cuda_graph="auto" if cuda_graph is None else cuda_graph,
             )
             result = start_run(settings, out, console)
             folder = out

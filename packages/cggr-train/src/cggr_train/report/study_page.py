@@ -12,6 +12,7 @@ from cggr_train.report.plots import NARROW, colour, draw_frontier, draw_kept, dr
 from cggr_train.report.tables import study_cells
 
 if TYPE_CHECKING:
+    from cggr_train.loop import StepGraph
     from cggr_train.study.analysis import Outcome
     from cggr_train.study.settings import StudySettings
 
@@ -51,10 +52,32 @@ def write_study_page(
         rates=", ".join(f"{arm.title} {arm.learning_rate:g}" for arm in outcome.arms if arm.learning_rate),
         settings=settings,
         study=study,
+        captured=captured_steps(train.cuda_graph, outcome),
         losses=_sizes(draw_losses, outcome),
         by_tokens=_sizes(draw_losses_by_tokens, outcome),
         frontier=_sizes(draw_frontier, outcome),
         kept=_sizes(draw_kept, outcome) if outcome.kept else None,
+    )
+
+
+def captured_steps(cuda_graph: StepGraph, outcome: Outcome) -> str:
+    """A sentence on which arms' steps ran as CUDA graphs; nothing where none did.
+
+    Args:
+        cuda_graph: What the study was asked for.
+        outcome: The figures.
+    """
+    if cuda_graph is True:
+        return "Every arm's optimizer step was captured and replayed as one CUDA graph."
+    replayed = [arm.title for arm in outcome.arms if outcome.replayed.get(arm.name)]
+    others = [arm.title for arm in outcome.arms if not outcome.replayed.get(arm.name)]
+    if not replayed:
+        return ""
+    if not others:
+        return "The forward and backward passes of every arm were captured and replayed as CUDA graphs."
+    return (
+        f"Forward and backward passes of some arms were captured and replayed as CUDA graphs: {'; '.join(replayed)}. "
+        f"The others' were launched one operation at a time, as no capture was possible or faster: {'; '.join(others)}."
     )
 
 

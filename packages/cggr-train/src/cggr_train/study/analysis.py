@@ -52,6 +52,7 @@ class Outcome:
             none were asked.
         accuracy_after_tokens: The same where all arms have seen as many tokens.
         left_out: Why an arm that was planned is not compared, by its name.
+        replayed: Whether an arm's step captures its passes as CUDA graphs by itself.
     """
 
     arms: list[Arm]
@@ -69,6 +70,7 @@ class Outcome:
     accuracy: dict[str, list[float]]
     accuracy_after_tokens: dict[str, list[float]]
     left_out: dict[str, str]
+    replayed: dict[str, bool]
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -178,6 +180,7 @@ def analyse(
         accuracy=_accuracies("time", whole, runs, seed_numbers),
         accuracy_after_tokens=_accuracies("tokens", whole, runs, seed_numbers),
         left_out=dict(left_out or {}),
+        replayed={record["arm"]: record.get("replayed", False) for record in timings},
     )
 
 

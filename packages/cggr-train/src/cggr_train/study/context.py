@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 
 from cggr_train.data import TokenStore
 from cggr_train.device import uses_bfloat16
-from cggr_train.loop import Budget, LearningRate, LoopSettings
+from cggr_train.loop import Budget, LearningRate, LoopSettings, StepGraph
 from cggr_train.presets import build_config, build_model, load_model
 from cggr_train.session import RunSession, SessionSettings
 from cggr_train.study.arms import Arm, load_arms
@@ -34,6 +35,12 @@ def tuning_sequences(settings: StudySettings, tokens: int) -> int:
     return min(settings.train.eval_sequences, max(1, tokens // settings.train.length // 10))
 
 
+def graph_of_steps(settings: StudySettings, arms: Iterable[Arm]) -> StepGraph:
+    """What of the steps is captured: by itself every arm's passes or, where one arm's cannot be, those of none."""
+    asked = settings.train.cuda_graph
+    return False if asked == "auto" and any(arm.scores_from_own_run for arm in arms) else asked
+
+
 class StudyContext:
     """A study's folder, seen from one device.
 
@@ -51,6 +58,7 @@ class StudyContext:
         self.tokens = whole._replace(train=whole.train[: len(whole.train) - aside])
         self.tuning_tokens = whole.train[len(whole.train) - aside :]
         self.arms = {arm.name: arm for arm in load_arms(folder)}
+        self.cuda_graph = graph_of_steps(self.settings, self.arms.values())
         self._kept: PreTrainedModel | None = None
         self.bfloat16 = uses_bfloat16(self.settings.train.precision, device)
 
@@ -115,7 +123,7 @@ class StudyContext:
             accumulate=arm.batch_size // arm.forward_size,
             clip=train.clip or None,
             bfloat16=self.bfloat16,
-            cuda_graph=train.cuda_graph,
+            cuda_graph=self.cuda_graph,
         )
         settings = SessionSettings(
             arm.method, arm.routing, length=train.length, batch_size=arm.forward_size, seed=seed,

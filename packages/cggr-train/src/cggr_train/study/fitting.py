@@ -8,9 +8,10 @@ from typing import Any
 from cggr_train.memory import free_memory, is_out_of_memory, peak_memory, reset_peak_memory
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
+from cggr_train.study.timing import WARMUP_STEPS
 
 STEPS = 2
-"""Taken of each size: the optimizer's state exists from the first on."""
+"""Taken of each size: the optimizer's state exists from the first on. Steps that are captured hold more."""
 
 
 def fit_arm(context: StudyContext, arm: Arm, *, limit: int) -> dict[str, Any]:
@@ -49,9 +50,10 @@ def peak_of_steps(context: StudyContext, arm: Arm) -> int | None:
 
 def _take_steps(context: StudyContext, arm: Arm) -> int | None:
     seed = context.settings.train.seed
+    steps = WARMUP_STEPS if context.device.type == "cuda" and context.cuda_graph else STEPS
     try:
         session = context.session(arm, seed, steps=10**6, warmup_steps=1, eval_sequences=1, still=True)
-        session.train(lambda loss, rate: None, stop=lambda: session.progress.step >= STEPS)
+        session.train(lambda loss, rate: None, stop=lambda: session.progress.step >= steps)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -70,7 +70,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     where = places(settings.train.device, settings.parallel)
     device = where[0][0]
     _check_fp8(settings, device)
-    if settings.train.cuda_graph:  # before the text is read
+    if settings.train.cuda_graph is True:  # before the text is read
         check_recordable(device, "standard", settings.train.routing)
     model, tokenizer, tokens = prepare(settings.train, folder, console)
     supervised = reached_share(tokens, settings.train.length)
@@ -87,7 +87,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     for arm in arms:  # refuses what cannot be used before anything is measured
         memory = RememberedScores.empty(examples=1, length=settings.train.length) if arm.remembers else None
         build_learner(model, arm.method, arm.routing, seed=0, memory=memory)
-        if settings.train.cuda_graph:
+        if settings.train.cuda_graph is True:
             check_recordable(device, arm.method, arm.routing)
     save_arms(folder, arms)
     JsonlLog(folder / RESULTS).write(event="study", supervised=supervised, **_environment(where))

@@ -13,8 +13,8 @@ from cggr_train.recorded import EAGER_STEPS
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 
-WARMUP_STEPS = EAGER_STEPS + 1
-"""Of which the last is recorded, where steps are."""
+WARMUP_STEPS = EAGER_STEPS + 2
+"""Of which the last two are recorded, where steps are: whole, or by a method that looks at its model first."""
 BLOCK = 4
 """Steps between two looks at the clock: waiting after each would keep an accelerator from being fed ahead."""
 
@@ -28,8 +28,8 @@ def time_steps(context: StudyContext, arm: Arm, *, seconds: float) -> dict[str, 
         seconds: How long; at least two blocks of steps are timed.
 
     Returns:
-        ``step_seconds`` (mean of each block), ``peak_bytes``, ``start_bytes`` (held before the first step) and
-        ``engine``.
+        ``step_seconds`` (mean of each block), ``peak_bytes``, ``start_bytes`` (held before the first step),
+        ``engine``, and ``replayed``: whether the last step came from a CUDA graph that the method captured by itself.
     """
     gc.collect()  # what the arm before held is not this one's
     session = context.session(
@@ -57,4 +57,5 @@ def time_steps(context: StudyContext, arm: Arm, *, seconds: float) -> dict[str, 
         "peak_bytes": peak_memory(device),
         "start_bytes": start_bytes,
         "engine": str(session.learner.metrics.get("engine", "")),
+        "replayed": session.learner.replayed,
     }

@@ -1,0 +1,99 @@
+"""Steps of ``cggr train`` with and without captured passes: their time, and whether they train alike.
+
+``python -m benchmarks.train_command --model FOLDER --data train.jsonl --field question,answer`` (one CUDA device)
+trains a model from its folder by each method, first with ``--no-cuda-graph`` and then as the command does by default,
+and compares the losses of every few steps. ``--config nano --device cpu`` tries the script out.
+"""
+
+import argparse
+import io
+import itertools
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks import _record
+from cggr_train.fine_tuning import defaults, local_model
+from cggr_train.learner import Routing
+from cggr_train.log import read_log
+from cggr_train.run import start_run
+from cggr_train.settings import TrainSettings
+
+WINDOW = 5
+"""Steps of a record of the log."""
+METHODS: dict[str, tuple[str, Routing]] = {
+    "standard": ("standard", Routing()),
+    "kv, supervised tokens": ("cggr", Routing("kv", selection="supervised")),
+    "kv, random quarter": ("random", Routing("kv", 0.25)),
+    "kv, sampled quarter": ("cggr", Routing("kv", 0.25, "sampled", "gradnorm")),
+}
+GRAPHS = {"one operation at a time": False, "by default": "auto"}
+
+
+def trained(options: argparse.Namespace, method: str, routing: Routing, cuda_graph: Any) -> dict[str, Any]:
+    """Losses, seconds of a step and peak memory of a run."""
+    model = None if options.model is None else local_model(options.model)
+    chosen = defaults(model, learning_rate=None, weight_decay=None, field=options.field, answer=None)
+    settings = TrainSettings(
+        data=tuple(options.data), model=model, config=None if model else options.config, field=chosen.field,
+        answer=chosen.answer, method=method, routing=routing, length=options.length, batch_size=options.batch,
+        steps=options.steps, learning_rate=chosen.learning_rate, weight_decay=chosen.weight_decay, log_every=WINDOW,
+        eval_every=10**6, save_every=10**6, eval_sequences=options.batch, device=options.device, cuda_graph=cuda_graph,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        start_run(settings, Path(folder) / "run", Console(file=io.StringIO()))
+        log = [record for record in read_log(Path(folder) / "run" / "log.jsonl") if record["event"] == "train"]
+    ends = [0.0, *(record["seconds"] for record in log)]
+    seconds = [(after - before) / WINDOW for before, after in itertools.pairwise(ends)]
+    return {
+        "losses": [record["loss"] for record in log],
+        "seconds": seconds[len(seconds) // 2 :],  # by then everything is compiled and captured
+        "peak": log[-1]["peak_memory_bytes"],
+    }
+
+
+def main() -> None:
+    """Train, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder of a model; without it one is trained from scratch")
+    parser.add_argument("--config", default="nano", help="size of that one")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--field", default="text", help="question,answer: the answers alone are supervised")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--name", default="train_command")
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
+    _record.add_seconds(parser)
+    options = parser.parse_args()
+    disable_progress_bar()
+    until = _record.deadline(options.seconds)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in options.methods:
+        if rows and _record.is_over(until):
+            break
+        method, routing = METHODS[name]
+        found = {graph: trained(options, method, routing, value) for graph, value in GRAPHS.items()}
+        before, after = found.values()
+        apart = max(abs(a - b) / abs(b) for a, b in zip(after["losses"], before["losses"], strict=True))
+        ratio = statistics.median(before["seconds"]) / statistics.median(after["seconds"])
+        for graph, run in found.items():
+            told = {"peak_memory_bytes": run["peak"], "losses": run["losses"]}
+            rows[f"{name}, {graph}"] = {"unit": "s", **_record.summary(run["seconds"]), **told}
+        rows[f"{name}, by default"] |= {"speedup": ratio, "largest_relative_difference_of_losses": apart}
+        print(f"{name}: {ratio:.2f}x by default, losses apart by at most {apart:.1e}", flush=True)
+        device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        settings = {"seed": 0, **{key: str(value) for key, value in vars(options).items()}}
+        first = f"{options.methods[0]}, {next(iter(GRAPHS))}"
+        _record.write(options.name, rows, settings=settings, control=first, device=device, folder=options.output)
+
+
+if __name__ == "__main__":
+    main()
