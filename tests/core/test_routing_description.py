@@ -192,13 +192,11 @@ def test_what_the_layers_of_a_model_number_themselves():
     found = describe(model)
     assert found.places == {1: 0, 2: 1} and found.obstacle is None
     model.model.layers[1].self_attn.layer_idx = None  # no number: its place
-    assert describe(model).places == {1: 0} and "give the cache one number, layer_idx=1" in describe(model).obstacle
+    assert describe(model).places == {1: 0} and "share the cache index layer_idx=1" in describe(model).obstacle
     model.model.layers[1].mlp.layer_idx, model.model.layers[1].self_attn.layer_idx = 2, 7  # two numbers
-    assert "layers 0 and 1 of LlamaForCausalLM give the cache one number" in describe(model).obstacle
+    assert "layers 0 and 1 of LlamaForCausalLM share the cache index" in describe(model).obstacle
     model.model.layers, model.config.num_hidden_layers = nn.ModuleList([rest[0], first, first]), 3
-    assert (
-        describe(model).obstacle == "layers 1 and 2 of LlamaForCausalLM are one module, which runs twice in a forward"
-    )
+    assert describe(model).obstacle == "layers 1 and 2 of LlamaForCausalLM are one module that runs twice in a forward"
 
 
 class RunningNorm(nn.BatchNorm1d):
