@@ -208,11 +208,11 @@ def test_values_are_compared_in_a_mode_that_gives_them_again(noise, training, mo
 def test_two_losses_are_the_same(own, ours, dtype, autocast, same):
     logits = torch.zeros(1, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert loss_agreement._same(torch.tensor(own, dtype=torch.float64), ours, logits) is same
+        assert loss_agreement.same_loss(torch.tensor(own, dtype=torch.float64), ours, logits) is same
 
 
 def test_a_loss_in_half_precision_has_its_tolerance_whatever_the_logits_are():
-    assert loss_agreement._same(torch.tensor(2.0, dtype=torch.bfloat16), 2.015, torch.zeros(1))
+    assert loss_agreement.same_loss(torch.tensor(2.0, dtype=torch.bfloat16), 2.015, torch.zeros(1))
 
 
 def labelled(input_ids, padding=None, *, embeds=None, masked=False, **settings):

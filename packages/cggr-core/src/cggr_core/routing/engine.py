@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from cggr_core.routing.agreement import comparable, difference, verification_interval
 from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
+from cggr_core.routing.batch_loss import check_loss_of_batch
 from cggr_core.routing.context_pass import Context, context_pass, head_at, head_read_by, ignore_head, layer_input
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.loss_agreement import (
+    IGNORED,
     LossArguments,
     auxiliary_loss,
-    check_reads_shift_labels,
+    check_reads,
     loss_arguments,
     taken_apart,
 )
@@ -27,9 +29,12 @@ from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
 from cggr_core.routing.shared import KeyValue
-from cggr_core.routing.structure import structure
+from cggr_core.routing.structure import of_the_loss, structure
 from cggr_core.routing.truncation import truncated
 from cggr_core.selection import Selection
+
+# Changes of settings that are each followed by a look at the loss.
+_EVERY_CHANGE = 8
 
 
 class Engine:
@@ -57,6 +62,9 @@ class Engine:
         self._probe: Probe | None = None
         self._probed: set[str] = set()
         self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by what a batch has
+        self._loss_sizes: dict[frozenset[str], tuple[int, int]] = {}  # of the largest batches that the loss was seen on
+        self._loss_settings: list[Any] = []
+        self._loss_changes = 0
         self._low_precision: LowPrecision | None = None
         self._loads = count_loads(self.model)
         self._loads_seen = self._loads.count
@@ -150,12 +158,49 @@ class Engine:
         """Split a forward's arguments from its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
         return taken_apart(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
 
-    def check_reads_shift_labels(self, inputs: TokenInputs) -> None:
-        """Raise unless the model's own loss reads ``shift_labels``; seen once, on the first batch that has them."""
-        if "shift_labels" not in self._probed:
+    def check_reads(self, name: str, inputs: TokenInputs) -> None:
+        """Raise unless the model's own loss reads an argument as a step does; seen once, on the first batch with it."""
+        assert self._probe is not None, "prepare() comes first"
+        if name not in self._probed and (self._probe.has_loss or name == "shift_labels"):
             with nothing_left(self.model, inputs.position_ids.device):
-                check_reads_shift_labels(self.model, self.architecture, inputs)
-            self._probed.add("shift_labels")
+                check_reads(name, self.model, self.architecture, inputs)
+            self._probed.add(name)
+
+    def check_own_loss(self, inputs: TokenInputs, labels: Tensor, *, ignore_index: int) -> None:
+        """Hold the model's own loss to that of a routed step on this batch, if it says something new about it.
+
+        New are more rows, longer ones, an input that was never there, and other settings of the model or its config; of
+        settings that change in every step, fewer and fewer changes are.
+
+        Args:
+            inputs: The batch, for which :meth:`prepare` held the loss to cross-entropy on a few tokens.
+            labels: int64 ``[B, S]``.
+            ignore_index: Label that does not count.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        if self._probe is None or not self._probe.has_loss or "own_loss" not in self._probed:
+            return
+        settings = of_the_loss(self.model)
+        if settings != self._loss_settings:
+            self._loss_settings = settings
+            self._loss_changes += 1
+            if self._loss_changes <= _EVERY_CHANGE or self._loss_changes.bit_count() == 1:
+                self._loss_sizes.clear()
+        form, (rows, length) = inputs.form, inputs.shape
+        known = self._loss_sizes.get(form)
+        if known is not None:
+            rows, length = max(rows, known[0]), max(length, known[1])
+            # Of a sharded model every rank would have to look in the same step, and batches are other ones elsewhere.
+            if (rows, length) == known or shards_layers(self._description.layers):
+                return
+        outside = (labels == ignore_index) | (labels < 0) | (labels >= self.vocab_size)
+        with nothing_left(self.model, inputs.position_ids.device):
+            check_loss_of_batch(
+                self.model, self.architecture, inputs, labels.masked_fill(outside, IGNORED), self._probe.layer_output
+            )
+        self._loss_sizes[form] = rows, length
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False, applies_head: bool = True) -> None:
         """Look at the model on its first batch, after weights were loaded, and where there is something new in a batch.

@@ -1,6 +1,6 @@
 """Whether a model's logits are its head's matrix, a scale and a softcap, and nothing besides."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from cggr_core.routing.patches import replaced_forwards, without_checkpointing
 _LOGIT_SCALE = 8.0
 # Relative error of what comes after the head; products in half precision round by up to 2 ** -8.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
+# Random numbers that are drawn at most; many logits are these again and again, in other places of every row.
+_MOST_DRAWN = 1048573  # a prime
 
 
 @contextmanager
@@ -38,13 +40,50 @@ def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[li
         logits = own(*args, **kwargs)
         if type(logits) is not Tensor:  # sharded over ranks
             return logits
-        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(len(given)), device="cpu")
-        given.append((noise * _LOGIT_SCALE).to(logits).requires_grad_(traced))
+        given.append((_noise(logits.shape, logits.device, len(given)) * _LOGIT_SCALE).to(logits).requires_grad_(traced))
         torch.set_grad_enabled(traced or torch.is_grad_enabled())
         return given[-1].clone()
 
     with torch.set_grad_enabled(torch.is_grad_enabled()), replaced_forwards({head: with_noise}):
         yield given
+
+
+@contextmanager
+def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Let a head give random logits over some number of classes, without its product.
+
+    Reach: this module, whoever calls it.
+
+    Args:
+        head: The head.
+        classes: How many logits it is to give for each token.
+        change: From standard normal numbers ``[..., classes]`` in float32 to the logits.
+
+    Yields:
+        The logits that the head gave, for every call.
+
+    Raises:
+        TypeError: In a call, if the head is sharded over ranks.
+    """
+    own, given = head.forward, list[Tensor]()
+
+    def stand_in(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        like = own(hidden[:1, :1] if hidden.dim() == 3 else hidden[:1], *args, **kwargs)
+        if type(like) is not Tensor:
+            raise TypeError(f"the head gives a {type(like).__name__}")
+        noise = _noise(torch.Size((*hidden.shape[:-1], classes)), like.device, len(given))
+        given.append(change(noise).to(like))
+        return given[-1]
+
+    with replaced_forwards({head: stand_in}):
+        yield given
+
+
+def _noise(shape: torch.Size, device: torch.device, seed: int) -> Tensor:
+    """Standard normal numbers in float32, the same on every device."""
+    count = shape.numel()
+    drawn = torch.randn(min(count, _MOST_DRAWN), generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
+    return drawn.repeat(-(-count // max(drawn.numel(), 1)))[:count].view(shape)
 
 
 @torch.no_grad()

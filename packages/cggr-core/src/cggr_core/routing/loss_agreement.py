@@ -91,7 +91,7 @@ def own_alignment(
     name = type(base).__name__
     try:
         with without_checkpointing(architecture):
-            output, logits = _loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
+            output, logits = loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
     except MODEL_ERRORS as error:
         raise ValueError(
             f"{name} raised when called with labels for a few tokens, to compare its own loss with cross-entropy: "
@@ -110,48 +110,72 @@ def own_alignment(
     found = {}
     for alignment in (Alignment(shifted, counts) for shifted in (likely, not likely) for counts in (True, False)):
         counted = labels if alignment.counts_padding else unpadded
-        found[alignment] = _routed_loss(model, output, logits, counted, shifted=alignment.shifted)
-        if _same(own, found[alignment], logits):
+        found[alignment] = routed_loss(model, output, logits, counted, shifted=alignment.shifted)
+        if same_loss(own, found[alignment], logits):
             return alignment
-    raise ValueError(
-        f"{name}'s own loss is not the mean cross-entropy of its logits that a routed step computes: on "
-        f"{labels.numel()} tokens it is {float(own):.6g}, cross-entropy {found[Alignment(True, True)]:.6g} with "
-        f"shifted labels and {found[Alignment(False, True)]:.6g} without ({_likely_cause(base)}); train it with its "
-        "own forward, or build your loss from its logits"
+    raise another_loss(base, f"on {labels.numel()} tokens", own, found)
+
+
+def another_loss(base: nn.Module, where: str, own: Tensor, found: dict[Alignment, float]) -> ValueError:
+    """The error that says what a model's own loss is, and what it would be if it were cross-entropy.
+
+    Args:
+        base: The model.
+        where: On which tokens.
+        own: Its own loss.
+        found: By the alignment of labels, what a routed step computes.
+    """
+    shifted, unshifted = (
+        next(value for alignment, value in found.items() if alignment.shifted is kind) for kind in (True, False)
+    )
+    return ValueError(
+        f"{type(base).__name__}'s own loss is not the mean cross-entropy of its logits that a routed step computes: "
+        f"{where} it is {float(own):.6g}, cross-entropy {shifted:.6g} with shifted labels and {unshifted:.6g} without "
+        f"({_likely_cause(base)}); train it with its own forward, or build your loss from its logits"
     )
 
 
 @torch.no_grad()
-def check_reads_shift_labels(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> None:
-    """Raise unless the model's own loss is about ``shift_labels`` where it is given them besides ``labels``.
+def check_reads(name: str, model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> None:
+    """Raise unless the model's own loss reads an argument besides ``labels`` as a routed step does.
 
     Args:
+        name: ``"shift_labels"``, which take the place of labels, or ``"num_items_in_batch"``, which divides a sum.
         model: The model.
         architecture: Its description.
         inputs: The batch to take tokens from.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it does not.
     """
     base = unwrapped(model)
     arguments, labels = _few_labelled_tokens(base, inputs, _TOKENS)
-    other = labels.flip(1)  # aligned in no way with the labels that go with them
+    shifted, targets, items = architecture.shifted, labels, None
+    if name == "shift_labels":
+        shifted, targets = False, labels.flip(1)  # aligned in no way with the labels that go with them
+    elif not architecture.counts_padding and "attention_mask" in arguments:
+        targets = labels.masked_fill(arguments["attention_mask"] == 0, IGNORED)
+    if name == "num_items_in_batch":
+        items = torch.tensor(37.0, device=labels.device)
     own, logits, found = None, None, 0.0
     with (
         suppress(*MODEL_ERRORS),
         without_checkpointing(architecture),
     ):
-        arguments |= {"use_cache": False, "shift_labels": other}
-        output, logits = _loss_and_logits(model, architecture, arguments, labels)
-        own, found = getattr(output, "loss", None), _routed_loss(model, output, logits, other, shifted=False)
-    if own is None or logits is None or own.numel() != 1 or not _same(own, found, logits):
-        raise ValueError(
-            f"shift_labels: the loss of {type(base).__name__} does not use them; pass labels instead, in the model's "
-            "own convention"
+        arguments |= {"use_cache": False, name: targets if items is None else items}
+        output, logits = loss_and_logits(model, architecture, arguments, labels)
+        own = getattr(output, "loss", None)
+        found = routed_loss(model, output, logits, targets, shifted=shifted, items=items)
+    if own is None or logits is None or own.numel() != 1 or not same_loss(own, found, logits):
+        said = (
+            "does not use them; pass labels instead, in the model's own convention"
+            if items is None
+            else "is not a sum divided by it; pass num_items instead, if cross-entropy is to be divided by it"
         )
+        raise ValueError(f"{name}: the loss of {type(base).__name__} {said}")
 
 
-def _loss_and_logits(
+def loss_and_logits(
     model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor
 ) -> tuple[Any, Tensor]:
     """A model's output for labelled tokens, and the logits ``[B, S, V]`` that its loss is made of."""
@@ -208,11 +232,13 @@ class LossArguments:
         rest: The forward's other arguments; the passes have no labels for a loss to go with.
         num_items: Countable tokens of the whole optimiser step, which transformers calls ``num_items_in_batch``.
         shift_labels: Labels int64 ``[B, S]`` that stand at their predictors already, or ``None``.
+        for_own_loss: Names of those that the model's own loss would have read.
     """
 
     rest: dict[str, Any]
     num_items: Tensor | float | None = None
     shift_labels: Tensor | None = None
+    for_own_loss: frozenset[str] = frozenset()
 
 
 def taken_apart(
@@ -234,7 +260,7 @@ def taken_apart(
     given = loss_arguments(model, arguments)
     if not given:
         return LossArguments(arguments, num_items)
-    rest = {name: value for name, value in arguments.items() if name not in given}
+    rest, names = {name: value for name, value in arguments.items() if name not in given}, frozenset(given)
     shift_labels = given.pop("shift_labels", None)
     if shift_labels is not None and not isinstance(shift_labels, Tensor):
         raise TypeError(f"shift_labels must be a tensor, got {type(shift_labels).__name__}")
@@ -255,7 +281,12 @@ def taken_apart(
                 f"{name} is an argument of the model's own loss, but the loss of a routed step is cross-entropy with "
                 "token_weight; leave it out, or build your loss from the model's logits"
             )
-    return LossArguments(rest, num_items, shift_labels)
+    return LossArguments(rest, num_items, shift_labels, names)
+
+
+def takes_mask(base: Any) -> bool:
+    """Whether a model's forward takes an attention mask by name."""
+    return "attention_mask" in inspect.signature(base.forward).parameters
 
 
 def _parameters(function: Any) -> frozenset[str]:
@@ -280,7 +311,7 @@ def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[d
         labels[row, place] = token
     # And -100 itself, more often in one row than in the other: a mean of the rows' means is another number.
     labels[:, 3:4] = labels[1, 5:6] = IGNORED
-    if inputs.padding is not None or "attention_mask" in inspect.signature(base.forward).parameters:
+    if inputs.padding is not None or takes_mask(base):
         # A mask says what is padding, for which models look among the tokens otherwise: one that has a label.
         mask = torch.ones_like(labels if inputs.padding is None else _two_rows(inputs.padding)[:, :length])
         if length > 4:
@@ -318,16 +349,31 @@ def text_alone(input_ids: Tensor, config: Any) -> Tensor:
     return input_ids.masked_fill(placeholders, plain)
 
 
-def _routed_loss(model: nn.Module, output: Any, logits: Tensor, labels: Tensor, *, shifted: bool) -> float:
-    """What a routed step makes of logits: mean cross-entropy, and what expert routers add."""
+def routed_loss(
+    model: nn.Module, output: Any, logits: Tensor, labels: Tensor, *, shifted: bool, items: Tensor | None = None
+) -> float:
+    """What a routed step makes of logits ``[B, S, V]``: mean cross-entropy, and what expert routers add.
+
+    Args:
+        model: The model.
+        output: Of its forward.
+        logits: Its logits.
+        labels: int64 ``[B, S]``.
+        shifted: Whether the prediction of a label is the one before it.
+        items: What the sum is divided by; the number of labels by default.
+    """
     targets = labels[:, 1:] if shifted else labels
     predictions = logits[:, :-1] if shifted else logits
-    nll = cross_entropy(predictions.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    reduction = "mean" if items is None else "sum"
+    nll = cross_entropy(
+        predictions.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+    ) / (1.0 if items is None else items)
     auxiliary = auxiliary_loss(model, output)
     return float(nll if auxiliary is None else nll + auxiliary)
 
 
-def _same(own: Tensor, ours: float, logits: Tensor) -> bool:
+def same_loss(own: Tensor, ours: float, logits: Tensor) -> bool:
+    """Whether two losses are the same number, as exactly as the dtypes of the first and of the logits let them be."""
     exact = all(value.dtype in (torch.float32, torch.float64) for value in (own, logits))
     tolerance = _TOLERANCE if exact and not autocast_active(own.device.type) else _HALF_TOLERANCE
     return abs(float(own) - ours) <= tolerance * max(1.0, abs(float(own)))

@@ -300,6 +300,38 @@ def attention_implementation(architecture: Architecture, choose: Callable[[str],
 
 
 @contextmanager
+def smaller_vocabulary(configured: Iterable[nn.Module], classes: int, fewer: int) -> Iterator[None]:
+    """Let models and configs say that a vocabulary has fewer classes, which is what a loss is told.
+
+    Reach: these modules and their configs, and with them any other model that was made with the same config object.
+
+    Args:
+        configured: The modules that hold a config.
+        classes: How many there are.
+        fewer: How many to say.
+    """
+    holders: dict[int, Any] = {}
+    for module in configured:
+        config = module.config
+        for holder in (module, config, config.get_text_config() if hasattr(config, "get_text_config") else config):
+            holders[id(holder)] = holder
+    said = [
+        (holder.__dict__, name)
+        for holder in holders.values()
+        for name, value in vars(holder).items()
+        if "vocab_size" in name and type(value) is int and value == classes
+    ]
+    try:
+        # Not by setting attributes, which configs check.
+        for values, name in said:
+            values[name] = fewer
+        yield
+    finally:
+        for values, name in said:
+            values[name] = classes
+
+
+@contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Make a model in training mode deterministic: dropout and jitter rates are 0.
 

@@ -33,12 +33,14 @@ class Probe:
         layer_output: Wraps a hidden state the way the model's layers return it.
         packing_obstacle: Why packed rows cannot be routed; ``None`` if they can be (or were not tried).
         saw_loss: Whether the model's own loss was compared with cross-entropy.
+        has_loss: Whether it has one.
     """
 
     architecture: Architecture
     layer_output: LayerOutput
     packing_obstacle: str | None = None
     saw_loss: bool = False
+    has_loss: bool = False
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def _probe(
         architecture = replace(architecture, shifted=own.shifted, counts_padding=own.counts_padding)
     # Rows of one token say nothing about the alignment; wait for longer ones.
     saw_loss = own_loss and inputs.shape[1] > 1
-    return Probe(architecture, layer_output, packing_obstacle, saw_loss)
+    return Probe(architecture, layer_output, packing_obstacle, saw_loss, own is not None)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from cggr_core.routing.architectures import is_plain_matrix, unwrapped
 _OF_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation", "num_hidden_layers", "decoder_layers")
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
+_LOSSES = ("loss_function", "_loss_function")
+_PLAIN = frozenset((bool, int, float, str))
 
 
 def structure(model: nn.Module) -> list[Any]:
@@ -52,6 +54,15 @@ def structure(model: nn.Module) -> list[Any]:
             if forward is not None and module is not base and module is not model:
                 found.append(forward)
     return [*found, *forwards.values()]
+
+
+def of_the_loss(model: nn.Module) -> list[Any]:
+    """The numbers, names and switches that a model's own loss may read: of the model, its config and its loss."""
+    base = unwrapped(model)
+    holders = [base.__dict__, vars(base.config), vars(base.config.get_text_config())]
+    holders += [part.__dict__ for part in base._modules.values() if part is not None and not part._modules]
+    holders += [vars(loss) for name in _LOSSES if hasattr(loss := base.__dict__.get(name), "__dict__")]
+    return [value for holder in holders for value in holder.values() if type(value) in _PLAIN]
 
 
 def _of_others(*registered: Mapping[int, Any]) -> list[Any]:

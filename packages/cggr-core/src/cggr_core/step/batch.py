@@ -82,8 +82,12 @@ class StepBatch:
         check_step_arguments(settings, tokens.shape, tokens.position_ids, every_labels, **given)
         # The first batch shows how the model aligns its labels.
         engine.prepare(tokens, routing=settings.routes_keys_and_values, own_loss=True)
+        if labels.dtype == torch.int64:  # else refused below
+            engine.check_own_loss(tokens, labels, ignore_index=settings.ignore_index)
+        if "num_items_in_batch" in apart.for_own_loss:
+            engine.check_reads("num_items_in_batch", tokens)
         if apart.shift_labels is not None:
-            engine.check_reads_shift_labels(tokens)
+            engine.check_reads("shift_labels", tokens)
         elif tokens.padding is not None and not engine.architecture.counts_padding:
             labels = labels.masked_fill(tokens.padding == 0, settings.ignore_index)
         targets = align_labels(

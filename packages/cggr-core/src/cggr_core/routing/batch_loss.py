@@ -1,0 +1,232 @@
+"""Whether a model's own loss is that of a routed step on whole batches, whatever labels their rows have."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_core.routing.agreement import plain_arguments
+from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
+from cggr_core.routing.context_pass import LayerOutput
+from cggr_core.routing.head_check import random_logits
+from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.loss_agreement import (
+    IGNORED,
+    Alignment,
+    another_loss,
+    loss_and_logits,
+    routed_loss,
+    same_loss,
+    takes_mask,
+    text_alone,
+)
+from cggr_core.routing.patches import smaller_vocabulary, without_checkpointing
+from cggr_core.routing.truncation import truncated
+
+# Logits of one look: a few copies of them are held at a time, in float32 half a gigabyte of the larger number.
+_LOGITS, _LOGITS_OF_IDS = 1 << 23, 1 << 25
+_FEWEST_CLASSES, _MOST_CLASSES = 16, 256
+_ROWS, _LABELS = 2, 3
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Rows with labels, and the logits that stand in for the model's.
+
+    Attributes:
+        said: What is looked at, for a message.
+        arguments: Of the forward.
+        labels: int64 ``[R, S]``.
+        scale: Standard deviation of the logits.
+        sure: Added to the logit of every label.
+    """
+
+    said: str
+    arguments: dict[str, Any]
+    labels: Tensor
+    scale: float = 8.0
+    sure: float = 0.0
+
+
+@torch.no_grad()
+def check_loss_of_batch(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, labels: Tensor, layer_output: LayerOutput
+) -> None:
+    """Hold the model's own loss to that of a routed step on the rows of a batch, with its labels and with others.
+
+    A mean cross-entropy is the same function of logits and labels whether one label or all of them count, in one row or
+    many, in long rows or short ones, and whether they are predicted well or badly; a loss that weights, caps, drops or
+    normalises by any of those is another one somewhere among four looks. No layer is run for them, and random logits
+    over few classes stand in for the head's, so that they cost little beside a step; one more look is at which tokens
+    the labels are. Where the model does not run so, two rows are run as they are.
+
+    Args:
+        model: The model, whose loss agreed on a few tokens.
+        architecture: Its description, with the alignment of its labels.
+        inputs: The batch.
+        labels: int64 ``[B, S]``, -100 where nothing counts.
+        layer_output: Wraps a hidden state the way the model's layers return it.
+
+    Raises:
+        ValueError: If the loss is another one, or cannot be computed.
+    """
+    base, found = unwrapped(model), None
+    with suppress(*MODEL_ERRORS), without_checkpointing(architecture), truncated(architecture, 0, layer_output):
+        found = _without_layers(model, architecture, inputs, labels)
+        if found is None:
+            return
+    rows, length = min(inputs.shape[0], _ROWS), inputs.shape[1]
+    most = max(_LOGITS_OF_IDS // (rows * architecture.head.classes), 8)
+    try:
+        with without_checkpointing(architecture):
+            try:
+                whole = _as_it_is(model, architecture, inputs, labels, rows, min(length, most))
+            except MODEL_ERRORS:  # some run on rows of certain lengths alone, and the batch's is one
+                whole = _as_it_is(model, architecture, inputs, labels, rows, length)
+    except MODEL_ERRORS as error:
+        raise ValueError(
+            f"{type(base).__name__} raised when called with labels for rows of the batch, to compare its own loss with "
+            f"cross-entropy: {type(error).__name__}: {error}"
+        ) from error
+    if whole is None and length <= most and rows == inputs.shape[0]:
+        return
+    differs = found or whole
+    if differs is not None:
+        raise another_loss(base, *differs)
+
+
+def _without_layers(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, labels: Tensor
+) -> tuple[str, Tensor, dict[Alignment, float]] | None:
+    """The first look at which the loss is another one, without the layers and over few classes."""
+    classes, (rows, length) = architecture.head.classes, inputs.shape
+    few = min(classes, _MOST_CLASSES, max(_FEWEST_CLASSES, _LOGITS // (rows * length)))
+    if few < classes:
+        # Before the vocabulary is a smaller one: which tokens the labels are.
+        for look in _of_ids(model, inputs, labels, classes):
+            if (found := _difference(model, architecture, look, classes)) is not None:
+                return found
+    with smaller_vocabulary(architecture.configured, classes, few) if few < classes else ExitStack():
+        for look in _looks(model, inputs, labels, few, as_given=True):
+            if (found := _difference(model, architecture, look, few)) is not None:
+                return found
+    return None
+
+
+def _difference(
+    model: nn.Module, architecture: Architecture, look: _Look, classes: int
+) -> tuple[str, Tensor, dict[Alignment, float]] | None:
+    with _logits_for(architecture, look, classes) as given:
+        output = model(**look.arguments, labels=look.labels, use_cache=False)
+    logits = output.logits
+    if not given or not isinstance(logits, Tensor) or logits.shape != (*look.labels.shape, classes):
+        raise TypeError("the logits of all tokens are not the head's")
+    return _compared(model, architecture, look, output, logits)
+
+
+def _compared(
+    model: nn.Module, architecture: Architecture, look: _Look, output: Any, logits: Tensor
+) -> tuple[str, Tensor, dict[Alignment, float]] | None:
+    counted, mask = look.labels, look.arguments.get("attention_mask")
+    if not architecture.counts_padding and mask is not None and mask.shape == counted.shape:
+        counted = counted.masked_fill(mask == 0, IGNORED)
+    ours = {
+        Alignment(shifted, architecture.counts_padding): routed_loss(model, output, logits, counted, shifted=shifted)
+        for shifted in (architecture.shifted, not architecture.shifted)
+    }
+    found = next(iter(ours.values()))
+    if found != found or same_loss(output.loss, found, logits):  # a mean of nothing is NaN, and is no mean
+        return None
+    return look.said, output.loss, ours
+
+
+def _as_it_is(
+    model: nn.Module, architecture: Architecture, inputs: TokenInputs, labels: Tensor, rows: int, length: int
+) -> tuple[str, Tensor, dict[Alignment, float]] | None:
+    """The first look at which the loss is another one, on a few rows and with the whole model."""
+    for look in _looks(model, inputs, labels, architecture.head.classes, rows=rows, length=length):
+        arguments = {**look.arguments, "use_cache": False}
+        output, logits = loss_and_logits(model, architecture, arguments, look.labels)
+        found = _compared(model, architecture, look, output, logits)
+        if found is not None:
+            return found
+    return None
+
+
+def _looks(
+    model: nn.Module,
+    inputs: TokenInputs,
+    labels: Tensor,
+    classes: int,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    as_given: bool = False,
+) -> Iterator[_Look]:
+    """Four looks at the rows: as many for every batch, since ranks that hold parts of a model look together."""
+    text = _text(model, inputs, rows, length)
+    every = torch.randint(classes, labels.shape, generator=torch.Generator().manual_seed(0)).to(labels.device)
+    labels, every = labels[:rows, :length], every[:rows, :length]
+    few = torch.where(labels == IGNORED, IGNORED, labels % classes)
+    yield _Look("with the batch's labels", plain_arguments(inputs) if as_given else text, few)
+    yield _Look("with a label at every token", text, every, scale=100.0)
+    number, size = every.shape
+    place = torch.arange(size, device=labels.device)
+    chance = torch.rand(every.shape, generator=torch.Generator().manual_seed(1)).to(labels.device)
+    # From a row without labels to a row that has nothing else; half of a single one.
+    share = torch.linspace(0, 1, number, device=labels.device)[:, None] if number > 1 else 0.5
+    yield _Look("with more labels in some rows than in others", text, every.masked_fill(chance >= share, IGNORED))
+    half = max(size // 2, 2)
+    some = every[:1, :half].masked_fill(place[:half] >= 1 + _LABELS, IGNORED)
+    single = _text(model, inputs, 1, half)
+    yield _Look("with few labels in one row, predicted well", single, some, scale=1.0, sure=log(classes) + 3.0)
+
+
+def _of_ids(model: nn.Module, inputs: TokenInputs, labels: Tensor, classes: int) -> Iterator[_Look]:
+    """A look at as many of the tokens that the labels are as there is room for."""
+    length = max(2, min(inputs.shape[1], _LOGITS_OF_IDS // classes))
+    rows = max(1, min(inputs.shape[0], _LOGITS_OF_IDS // (classes * length)))
+    ids = labels[labels != IGNORED].unique()
+    if ids.numel() == 0:
+        ids = torch.arange(classes, device=labels.device)
+    shuffled = ids[torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(0)).to(ids.device)]
+    places = torch.arange(rows * length, device=ids.device) % ids.numel()
+    yield _Look(
+        "with the tokens that the batch's labels are",
+        _text(model, inputs, rows, length),
+        shuffled[places].view(rows, length),
+    )
+
+
+def _text(model: nn.Module, inputs: TokenInputs, rows: int | None, length: int | None) -> dict[str, Any]:
+    """The first rows of a batch without what goes with text; a mask says what is padding, where models would guess."""
+    text = {name: tensor[:rows, :length] for name, tensor in inputs.per_token.items()}
+    base = unwrapped(model)
+    if "input_ids" in text:
+        text["input_ids"] = text_alone(text["input_ids"], base.config)
+    if inputs.padding is not None:
+        text["attention_mask"] = inputs.padding[:rows, :length]
+    elif takes_mask(base):
+        text["attention_mask"] = torch.ones_like(inputs.position_ids[:rows, :length])
+    return {**text, **inputs.quiet}
+
+
+@contextmanager
+def _logits_for(architecture: Architecture, look: _Look, classes: int) -> Iterator[list[Tensor]]:
+    """Let the head give the logits of a look, however many classes it has."""
+    shift = int(architecture.shifted)
+
+    def stand_in(logits: Tensor) -> Tensor:
+        logits = logits * look.scale
+        if look.sure and logits.shape[:2] == look.labels.shape:
+            targets = look.labels[:, shift:]
+            sure = torch.where(targets == IGNORED, 0.0, look.sure).to(logits)
+            logits[:, : targets.shape[1]].scatter_add_(2, targets.clamp(min=0)[:, :, None], sure[:, :, None])
+        return logits
+
+    with random_logits(architecture.head.module, classes, stand_in) as given:
+        yield given
