@@ -8,7 +8,7 @@ import typer
 
 
 def announce_loading(command: str) -> None:
-    """Say on the standard error, once per run, that the command is loading.
+    """Report on standard error, once per run, that the command is loading.
 
     Args:
         command: Name of the command.

@@ -177,10 +177,10 @@ def study(
 
 
 def split(option: str, text: str, kind: Callable[[str], Any] = str) -> tuple[Any, ...]:
-    """The parts of a comma-separated option, each once.
+    """The parts of a comma-separated option, without duplicates.
 
     Raises:
-        InputError: If a part is not of that kind.
+        InputError: If a part has the wrong type.
 
     Example:
         >>> split("--ratio", "0.25, 0.5,0.25", float)

@@ -12,7 +12,7 @@ from cggr_train.commands.errors import check_resume_options, plain_errors, was_g
 from cggr_train.commands.loading import announce_loading
 
 SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps")
-"""Options that are meaningless or unsupported where all supervised tokens are kept."""
+"""Options that are meaningless or unsupported if all supervised tokens are kept."""
 
 
 def train(

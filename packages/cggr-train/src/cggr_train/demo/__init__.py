@@ -110,9 +110,9 @@ def write_corpus(folder: Path, *, max_characters: int, roots: Sequence[Path] = (
     """Write the standard library's source as JSON Lines, every sixteenth file into the held-out part.
 
     Args:
-        folder: Made if missing.
-        max_characters: How much of it, see :func:`cggr_train.demo.corpus.standard_library`.
-        roots: Further folders of source, such as packages'; so much of each.
+        folder: Created if missing.
+        max_characters: Number of characters, see :func:`cggr_train.demo.corpus.standard_library`.
+        roots: More folders of source, such as packages'; this many characters of each.
 
     Returns:
         Paths of the text to train on and of the held-out text.

@@ -11,15 +11,14 @@ from cggr_train.errors import InputError
 LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 )
-"""Skipped: installed packages and tests, which differ between installations, and tables of data, which are no text."""
+"""Skipped: installed packages and tests, which differ between installations, and data tables, which are not text."""
 
 
 def standard_library(*, max_characters: int, root: Path | None = None) -> list[str]:
     """Source files of the standard library, each once.
 
     Files are taken in the order of a hash of their text, so a limit takes a random sample of files that is the
-    same on every machine with the same Python; equal files, and files under 200 characters, are taken once or not
-    at all.
+    same on every machine with the same Python; equal files are taken once, and files under 200 characters are skipped.
 
     Args:
         max_characters: Stop once this many characters are reached.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = {"standard": "#52606d", "half_batch": "#0072b2", "random": "#e69f00", "cggr": "#009e73"}
-"""One colour per method, from the Okabe-Ito palette: which colour-blind readers can tell apart too."""
+"""One colour per method, from the colour-blind-safe Okabe-Ito palette."""
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -37,7 +37,7 @@ def draw_learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Non
 
     Args:
         records: The run's log, see :func:`cggr_train.log.read_log`.
-        path: PNG file to write; replaced as a whole.
+        path: PNG file to write, atomically.
     """
     train = [record for record in records if record.get("event") == "train" and record.get("loss") is not None]
     heldout = [record for record in records if record.get("event") == "heldout"]
@@ -66,7 +66,7 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels:
     Args:
         curves: Method name to its evaluations, each with ``seconds``, ``tokens`` and ``heldout_loss``.
         labels: Method name to its name in the legend.
-        path: PNG file to write; replaced as a whole.
+        path: PNG file to write, atomically.
     """
     with new_figure(10, 4.4) as figure:
         by_time, by_tokens = figure.subplots(1, 2, sharey=True)
@@ -86,7 +86,7 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels:
         by_tokens.set_title("The same runs over the text they saw")
         by_tokens.set_xlabel("thousand tokens")
         by_time.legend()
-        # the untrained model, first of each curve, would squeeze the rest
+        # skip the untrained model, the first point, which would compress the rest
         later = [point["heldout_loss"] for points in curves.values() for point in points[1:]]
         if later:
             room = 0.06 * (max(later) - min(later)) + 0.01
@@ -96,7 +96,7 @@ def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels:
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches in the reports' style, without pyplot: no global state, no display looked for."""
+    """A figure of this size in inches, in the reports' style; without pyplot, so without global state or display."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -41,7 +41,7 @@ def explain(arm: Arm, arms: Sequence[Arm], *, supervised: float = 1.0) -> str:
     Example:
         >>> from cggr_train.study.arms import Arm
         >>> explain(Arm("standard", "standard, batch 8", "standard", "standard", 8), [])
-        'Ordinary training on every token, 8 sequences a step: the baseline of every comparison.'
+        'Ordinary training on every token, 8 sequences per step: the baseline of every comparison.'
     """
     kind = "token" if supervised == 1.0 else "supervised token"
     if arm.method != "standard":

@@ -18,7 +18,7 @@ SHOWN = {
 
 
 def write_inspection_page(path: Path, found: Inspection) -> None:
-    """Write a passage whose colours and marks follow the score and the strategy that the reader picks.
+    """Write a page on which the reader picks the score and strategy that colour and mark the passage.
 
     Args:
         path: HTML file to write.

@@ -1,4 +1,4 @@
-"""HTML pages that open without a network: one file with its pictures, styles and script inside."""
+"""Self-contained HTML pages, with pictures, styles and scripts inside."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cggr_train.errors import SaveError
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill a template of this folder and write it, whole or not at all.
+    """Fill a template of this folder and write it atomically.
 
     Args:
         path: HTML file to write.
         template: Name of the template.
-        **values: What it shows.
+        **values: Values of the template.
 
     Raises:
-        SaveError: If it cannot be written (a full disk, say); a page that was there before is untouched.
+        SaveError: If it cannot be written (a full disk, say); an existing page is unchanged.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

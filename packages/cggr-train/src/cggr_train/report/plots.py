@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 COLOURS = (
     INK, "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7b4ab5", "#a0522d", "#b3a000", "#7f7f7f",
 )  # fmt: skip
-"""One for each arm, most from the Okabe-Ito palette: which colour-blind readers can tell apart too."""
+"""One per arm, mostly from the colour-blind-safe Okabe-Ito palette."""
 SHADES = ((0.0, 1.0), (0.4, 0.0), (0.4, 1.0), (0.65, 0.0), (0.65, 1.0))
-"""Where there are more arms than colours, they come again with so much black (0) or white (1) in them."""
+"""With more arms than colours, colours repeat with this much black (0) or white (1) mixed in."""
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (8, 2, 2, 2)), (0, (1, 1)))
-"""Lines of such shades differ too."""
+"""Line styles of these shades."""
 WIDE, NARROW = 10.0, 4.6
-"""Inches across, for a page on a screen and on a phone: text keeps its size."""
+"""Width in inches for a page on a screen and on a phone: text keeps its size."""
 _BREAK = (": ", "\n")
 
 
 def draw_losses(outcome: Outcome, *, width: float = WIDE) -> bytes:
     """Held-out loss over training time: one panel for each gradient mode and ratio, with its controls.
 
-    Curves carry their names. An arm that diverged is drawn up to there, as far as it fits.
+    Curves are labelled directly. A diverged arm is drawn up to that point, as far as it fits.
     """
     return _draw_curves(
         outcome, width, "training time, seconds (steps times time per step)", outcome.amounts["time"],
@@ -78,12 +78,12 @@ def draw_frontier(outcome: Outcome, *, width: float = WIDE) -> bytes:
 def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
     """Kept share by place in the sequence, by token frequency and by score: one row for each ratio.
 
-    None where every arm keeps all of these alike, so that there is nothing to see.
+    None if all arms keep the same shares, so that there is nothing to show.
     """
     rows: dict[float, dict[str, Arm]] = {}
     for arm in outcome.arms:
         if arm.name in outcome.kept:
-            # the gradient mode has no part in the choice
+            # the gradient mode does not affect the selection
             key = arm.label.split(",")[0]
             rows.setdefault(arm.routing.ratio, {}).setdefault(key, arm)
     titles = {
@@ -114,7 +114,7 @@ def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
 
 
 def _groups(outcome: Outcome) -> list[tuple[str, list[Arm]]]:
-    """Routed arms of one gradient mode and ratio, with the standard arms that they are held against."""
+    """Routed arms of one gradient mode and ratio, with the standard arms they are compared with."""
     standard = [arm for arm in outcome.arms if arm.role in ("standard", "batch", "checkpointed", "equal_memory")]
     groups: dict[tuple[str, float], list[Arm]] = {}
     for arm in outcome.arms:
@@ -138,7 +138,7 @@ def _draw_curves(
         for axes, (title, arms) in zip(grid, groups, strict=True):
             ends = {}
             for arm in arms:
-                # of an arm that diverged, as far as every seed got
+                # for a diverged arm, as far as every seed got
                 across = list(zip(*outcome.curves[arm.name], strict=arm.name not in outcome.diverged))
                 x = [statistics.fmean(where(point) for point in points) for points in across]
                 found = [interval([point["heldout_loss"] for point in points]) for points in across]
@@ -167,7 +167,7 @@ def _name(arm: Arm, outcome: Outcome) -> str:
 
 
 def _name_curves(axes: Axes, outcome: Outcome, ends: dict[str, tuple[float, float]], width: float) -> None:
-    """Write the arms' names where their curves end, one above the other; on a narrow page below the plot."""
+    """Write the arms' names at the ends of their curves without overlap, or below the plot on a narrow page."""
     if width <= NARROW:
         for name in ends:
             axes.plot([], [], label=_name(outcome.arm(name), outcome), **line(outcome.arm(name), outcome))
@@ -188,7 +188,7 @@ def _name_curves(axes: Axes, outcome: Outcome, ends: dict[str, tuple[float, floa
 
 
 def _shares_differ(outcome: Outcome, what: str) -> bool:
-    """Whether some arm keeps the tenths of the tokens by this measure in clearly different shares."""
+    """Whether some arm keeps clearly different shares of the tenths of the tokens by this measure."""
     return any(max(by[what]) - min(by[what]) > 0.05 for by in outcome.kept.values())
 
 

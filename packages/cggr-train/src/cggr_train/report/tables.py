@@ -31,9 +31,9 @@ class Cells(NamedTuple):
     Attributes:
         title: Above it.
         note: Below it.
-        headings: Of the columns, the arm's first.
+        headings: Column headings, the arm's first.
         rows: Name of the arm, then the cells.
-        best: Column numbers and arms of the cells that are lowest in their column.
+        best: Column numbers and arms of the lowest cell of each column.
     """
 
     title: str
@@ -117,7 +117,7 @@ def _read(outcome: Outcome, name: str) -> list[str]:
 
 
 def _accuracies(outcome: Outcome) -> Cells:
-    """Shares of right answers, and of those after as many tokens where they were asked for."""
+    """Shares of right answers, and of those at equal tokens if requested."""
     readings = {"equal time": outcome.accuracy, "equal tokens": outcome.accuracy_after_tokens}
     found = {
         heading: {name: interval(shares) for name, shares in every.items() if shares}

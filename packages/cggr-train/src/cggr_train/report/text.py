@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it.
+    """A time in a suitable unit.
 
     Example:
         >>> duration(0.0123), duration(0.5), duration(1.634), duration(75.0)
@@ -46,7 +46,7 @@ def loss(value: Interval) -> str:
 
 
 def difference(value: Interval | None) -> str:
-    """A difference with its interval; empty where there is nothing to compare with.
+    """A difference with its interval; empty if there is nothing to compare with.
 
     Example:
         >>> from cggr_train.study.intervals import Interval

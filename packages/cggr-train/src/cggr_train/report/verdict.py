@@ -25,10 +25,10 @@ MANY = 3
 
 
 def verdict(outcome: Outcome) -> list[str]:
-    """Which arm to use, how the best arm that was asked for stands to each control, and what it costs.
+    """Which arm to use, how the best requested arm compares with each control, and what it costs.
 
-    The first sentence is read off the frontier of quality against memory (:mod:`cggr_train.study.frontier`). Arms that
-    diverged are named, and compared with nothing.
+    The first sentence follows from the frontier of quality against memory (:mod:`cggr_train.study.frontier`). Diverged
+    arms are named but not compared.
 
     Args:
         outcome: The study.
@@ -58,7 +58,7 @@ def verdict(outcome: Outcome) -> list[str]:
 
 
 def _compare_with_controls(outcome: Outcome, best: Arm, compared: list[Arm]) -> list[str]:
-    """How the best arm stands to its controls."""
+    """How the best arm compares with its controls."""
     comparison = outcome.comparisons["time"][best.name]
     lines = [
         f"In the same time {_named(best, compared)} ({comparison.loss.mean:.3f}) is "

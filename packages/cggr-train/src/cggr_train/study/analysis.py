@@ -1,4 +1,4 @@
-"""What a study's records say: losses at equal tokens, kept tokens and time, and differences to the controls."""
+"""Evaluates a study's records: losses at equal tokens, kept tokens and time, and differences to the controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cggr_train.study.intervals import Interval, interval
 from cggr_train.study.plan import READINGS, Plan
 
 PLACES = ("start", "end")
-"""Where gradients are compared: on the weights that the standard run starts from, and on those it ends with."""
+"""Where gradients are compared: at the weights that the standard run starts from, and at those it ends with."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Comparison:
 
     Attributes:
         loss: Held-out loss over seeds, nats per token.
-        against: Difference to a control at the same seed (this arm less the control), by the control's name; seeds
-            share their start, data order and held-out text, so differences spread less than losses. A control that
-            diverged is not there.
+        against: Difference to a control at the same seed (this arm minus the control), by the control's name. Arms
+            share start, data order and held-out text at each seed, so differences vary less than losses. Controls that
+            diverged are absent.
     """
 
     loss: Interval
@@ -32,25 +32,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that tables, plots and the verdict show.
+    """Everything shown in tables, plots and the verdict.
 
     Attributes:
         arms: In order.
         amounts: See :class:`cggr_train.study.plan.Plan`.
         step_seconds: Seconds of a step and its quartiles, by arm.
-        memory: ``peak_bytes`` and ``start_bytes`` of an arm.
+        memory: ``peak_bytes`` and ``start_bytes`` of each arm.
         engines: Engine of each routed arm.
-        comparisons: For each reading (``tokens``, ``kept``, ``time``), each arm's that did not diverge.
-        curves: For each arm the runs' points, ``seconds`` added; of a run that diverged, those before.
-        diverged: Of an arm whose loss did not stay finite at every seed, the steps where it ceased to be, by seed.
+        comparisons: For each reading (``tokens``, ``kept``, ``time``), the comparison of each arm that did not diverge.
+        curves: For each arm the points of its runs, with ``seconds`` added; for a run that diverged, the points before.
+        diverged: For each arm whose loss did not stay finite, the step at which it diverged, by seed.
         gradients: By place (``start``, ``end``), then by arm; see
             :func:`cggr_train.study.estimators.compare_gradients`.
         kept: See :func:`cggr_train.study.kept.kept_shares`.
         seeds: Runs of each arm.
         losses: For each reading, the held-out loss of each seed of each arm that did not diverge.
-        accuracy: Share of the held-out questions that each seed of an arm answers at the end of its time; empty where
-            none were asked.
-        accuracy_after_tokens: The same where all arms have seen as many tokens.
+        accuracy: Share of the held-out questions that each seed of an arm answers at the end of its time; empty if none
+            were asked.
+        accuracy_after_tokens: The same at equal tokens seen.
         left_out: Why an arm that was planned is not compared, by its name.
         replayed: Whether an arm's step captures its passes as CUDA graphs by itself.
     """
@@ -78,11 +78,11 @@ class Outcome:
 
 
 FURTHER_CONTROLS = ("standard-checkpointed", "standard-equal-memory")
-"""Standard arms that every other arm is held against, where they are in the study."""
+"""Standard arms in the study that every other arm is compared with."""
 
 
 def controls(arm: Arm) -> list[str]:
-    """Names of the arms that an arm is held against, each once: standard, random, and the same without FP8."""
+    """Names of the arms that an arm is compared with, each once: standard, random, and the same without FP8."""
     names = ["standard", *FURTHER_CONTROLS, arm.equal_cost, arm.random, arm.own_precision]
     return [name for name in dict.fromkeys(names) if name is not None and name != arm.name]
 
@@ -112,12 +112,12 @@ def analyse(
     seeds: int,
     left_out: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Bring a study's records together.
+    """Combine a study's records.
 
     Args:
         arms: All arms.
         plan: Where curves are read.
-        records: Of the study's log: ``timing``, ``run``, ``gradients`` and ``kept``; every run must be there.
+        records: Of the study's log: ``timing``, ``run``, ``gradients`` and ``kept``; every run must be present.
         seeds: Runs of each arm.
         left_out: Why an arm that was planned is not among them.
     """
@@ -140,7 +140,7 @@ def analyse(
     for (name, seed), run in runs.items():
         if "diverged" in run:
             diverged.setdefault(name, {})[seed] = run["diverged"]
-    # the other seeds of such an arm are not compared either: they would stand for those that it got through
+    # the other seeds of such an arm are not compared either: they would be a biased sample
     whole = [arm for arm in arms if arm.name not in diverged]
     comparisons: dict[str, dict[str, Comparison]] = {}
     every: dict[str, dict[str, list[float]]] = {}
@@ -162,7 +162,7 @@ def analyse(
             for arm in whole
         }
     timings = [record for record in records if record["event"] == "timing"]
-    # the last turn's: the first one also loads code and libraries
+    # from the last turn: the first one also loads code and libraries
     memory = {record["arm"]: {key: record[key] for key in ("peak_bytes", "start_bytes")} for record in timings}
     return Outcome(
         arms=list(arms),

@@ -1,4 +1,4 @@
-"""The arms of a study: what is compared, and the controls that every comparison needs."""
+"""The arms of a study: what is compared, and the controls of every comparison."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Arm:
     """One way of training.
 
     Attributes:
-        name: Key of the arm, fit for a file name.
-        label: Name for people.
+        name: Key of the arm, usable as a file name.
+        label: Human-readable name.
         role: ``standard``, ``checkpointed`` (standard with gradient checkpointing), ``equal_cost`` (standard at the
-            batch of equal cost), ``equal_memory`` (standard with as many sequences at a time as a routed step's memory
-            has room for), ``batch`` (standard at another batch that was asked for), ``random`` (the control at the same
+            batch of equal cost), ``equal_memory`` (standard with as many sequences at a time as fit into a routed
+            step's memory), ``batch`` (standard at another requested batch size), ``random`` (the control at the same
             ratio and gradient mode) or ``asked``.
         method: Which learner, see :func:`cggr_train.learner.build_learner`.
         batch_size: Sequences per step.
         routing: For the routed learners.
-        equal_cost: Of an asked arm: name of the standard arm whose step costs as many operations.
-        random: Of an asked arm: name of the random control.
-        own_precision: Of an arm whose context has another precision: name of the arm that does the same without.
-        micro_batch: Sequences of one forward, whose gradients are added up to the batch's; None takes the whole batch.
+        equal_cost: For an asked arm: name of the standard arm whose step costs as many operations.
+        random: For an asked arm: name of the random control.
+        own_precision: For an arm with another context precision: name of the same arm without it.
+        micro_batch: Sequences per forward, with gradients accumulated over the batch; None takes the whole batch.
         checkpointing: Whether activations are recomputed in the backward pass.
-        learning_rate: Its own; None takes the study's.
-        memory_of: Of the equal-memory control: name of the arm whose peak memory it may have.
+        learning_rate: Its own learning rate; None takes the study's.
+        memory_of: For the equal-memory control: name of the arm whose peak memory it may use.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """The label, with what was found out about how it fits into memory and about its learning rate."""
+        """The label, with the micro-batch and learning rate found for it."""
         found = [self.label]
         if self.forward_size < self.batch_size:
             found.append(f"{self.forward_size} at a time")
@@ -79,17 +79,17 @@ class Arm:
 
     @property
     def remembers(self) -> bool:
-        """Whether it is served scores that earlier epochs of the run observed."""
+        """Whether it uses scores that earlier epochs of the run observed."""
         return self.method == "cggr" and self.routing.scorer == "remembered"
 
     @property
     def scores_from_own_run(self) -> bool:
-        """Whether its scores are made of what the run itself observed, so that other weights do not tell them."""
+        """Whether its scores depend on what its own run observed, so that other weights cannot give them."""
         return self.method == "cggr" and self.routing.scorer in ("learned", "remembered")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Arm:
-        """The arm that ``dataclasses.asdict`` took apart."""
+        """Rebuild an arm from ``dataclasses.asdict``."""
         return cls(**{**values, "routing": Routing(**values["routing"])})
 
 
@@ -111,7 +111,7 @@ def load_arms(folder: Path) -> list[Arm]:
 
 
 def relative_cost(routing: Routing, *, num_layers: int, supervised: float = 1.0) -> float:
-    """Operations of a routed step over those of the standard step, by the table of gradient modes.
+    """Operations of a routed step relative to the standard step, by the table of gradient modes.
 
     Args:
         routing: Gradient mode, ratio, selection and router.
@@ -154,10 +154,10 @@ def plan_arms(
     supervised: float = 1.0,
     num_layers: int,
 ) -> list[Arm]:
-    """All combinations of the settings asked for, with their controls.
+    """All combinations of the requested settings, with their controls.
 
     Args:
-        base: What the combinations leave open.
+        base: Settings that the combinations do not set.
         gradients: Gradient modes.
         ratios: Keep ratios.
         selections: Strategies; ``random`` is added as the control in any case.
@@ -165,16 +165,16 @@ def plan_arms(
         batch_size: Sequences per step of the standard arm and of every routed one.
         batch_sizes: Further standard arms.
         routers: What scores; empty takes what ``base`` says.
-        context_precisions: Of the tokens that need no gradient; None is the model's own. Modes that have no such tokens
-            are planned without.
-        context_margins: Of the arms of supervised tokens: by margin, the share of all tokens that gradients then reach;
-            by default none, and ``supervised``.
+        context_precisions: Precisions for tokens that need no gradient; None is the model's own. Modes without such
+            tokens ignore them.
+        context_margins: For arms of supervised tokens: maps each margin to the share of all tokens that gradients then
+            reach; by default no margin, with ``supervised``.
         controls: Standard arms besides the first, of :data:`CONTROLS`.
         supervised: Share of all tokens that are supervised.
         num_layers: Layers of the model, for the batch of equal cost.
 
     Returns:
-        The controls first; no two arms do the same.
+        The controls first; no two arms are the same.
 
     Example:
         >>> arms = plan_arms(Routing(), gradients=["kv"], ratios=[0.25], selections=["topk"], scorings=["loss"],
@@ -245,7 +245,7 @@ def plan_arms(
 
 
 def _named(arm: Arm) -> Arm:
-    """The arm, its name and label with the precision of its context."""
+    """The arm, with the context precision in its name and label."""
     precision = arm.routing.context_precision
     if precision is None:
         return arm
@@ -259,7 +259,7 @@ def _with_own_precision(arm: Arm, arms: Mapping[str, Arm]) -> Arm:
 
 
 def _supervised_arms(routing: Routing, margins: Iterable[int], *, batch_size: int) -> list[Arm]:
-    """The arms of the supervised tokens, with each margin that the gradient mode can have; without their controls."""
+    """The arms of the supervised tokens, with each margin that the gradient mode supports; without their controls."""
     found = []
     for margin in margins if routing.gradient in KEY_VALUE_MODES else (0,):
         name, which = f"{routing.gradient}-supervised", "supervised tokens"
@@ -271,7 +271,7 @@ def _supervised_arms(routing: Routing, margins: Iterable[int], *, batch_size: in
 
 
 def _scored_arm(routing: Routing, router: str | None, *, batch_size: int) -> Arm:
-    """The arm of a routing whose tokens are scored, by a router of that name if one is given; without its controls."""
+    """The arm of a routing with scored tokens, by a router of that name if one is given; without its controls."""
     name = f"{routing.gradient}-{routing.ratio:g}-{routing.selection}-{routing.scoring}"
     scored_by = routing.scoring
     if router is not None:
@@ -283,7 +283,7 @@ def _scored_arm(routing: Routing, router: str | None, *, batch_size: int) -> Arm
 
 
 def _equal_cost(cost: float, batch_size: int, equal: dict[int, Arm]) -> str:
-    """Name of the standard arm of that cost, to the nearest whole sequence; adds it to ``equal`` where it is new."""
+    """Name of the standard arm of that cost, to the nearest whole sequence; added to ``equal`` if it is new."""
     size = max(1, round(cost * batch_size))
     if size >= batch_size:
         return "standard"

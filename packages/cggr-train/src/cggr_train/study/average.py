@@ -1,4 +1,4 @@
-"""The mean of a run's latest weights, whatever its length: what a study evaluates."""
+"""The average of a run's latest weights, whatever its length: what a study evaluates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 DECAY = 8
-"""The mean reaches back over about a tenth of the steps so far: step / (DECAY + 2)."""
+"""The average covers about a tenth of the steps so far: step / (DECAY + 2)."""
 
 
 class RunningAverage:
     """Polynomial-decay average of a model's parameters.
 
     After step t the average moves by ``(DECAY + 1) / (t + DECAY)`` towards the weights, so that its window is a fixed
-    share of the run so far. Averaged weights of a run at a constant learning rate come close to those of a run whose
-    learning rate was brought down at that point, at every point at once: one run can be read after any number of
-    steps, tokens or seconds.
+    share of the run so far. At every point, the averaged weights of a run at a constant learning rate are close to
+    those of a run whose learning rate was decayed up to that point, so one run can be read after any number of steps,
+    tokens or seconds.
 
     Source: Shamir and Zhang, "Stochastic gradient descent for non-smooth optimization: convergence results and optimal
     averaging schemes", 2013.
@@ -43,12 +43,12 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after ``step`` steps, from 1."""
+        """Update the average with the weights after ``step`` steps, from 1."""
         torch._foreach_lerp_(self._values, self._parameters, (DECAY + 1) / (step + DECAY))
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """Let the model have the averaged weights inside the block, and its own again after it."""
+        """Swap in the averaged weights inside the block, and restore the model's own after it."""
         self._swap()
         try:
             yield

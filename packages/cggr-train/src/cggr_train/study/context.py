@@ -1,4 +1,4 @@
-"""What every measurement of a study starts from: the arm's model, learner, optimizer and data on the device."""
+"""The starting point of every measurement: the arm's model, learner, optimizer and data on the device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEPT_PARAMETERS = 10**9
-"""The most of a model that is not reread for each run."""
+"""Size limit of models that are kept in memory between runs."""
 WARMUP = 0.05
-"""Share of the standard arm's steps over which every arm's learning rate comes up."""
+"""Share of the standard arm's steps over which every arm's learning rate warms up."""
 
 
 def tuning_sequences(settings: StudySettings, tokens: int) -> int:
-    """Sequences at the end of the training text that are not trained on, since learning rates are chosen by them."""
+    """Sequences at the end of the training text that are used only to choose learning rates."""
     if not settings.rates:
         return 0
     return min(settings.train.eval_sequences, max(1, tokens // settings.train.length // 10))
@@ -68,7 +68,7 @@ class StudyContext:
         return load_tokenizer(str(self.folder / "tokenizer"))
 
     def model(self, seed: int, *, folder: Path | None = None) -> PreTrainedModel:
-        """The weights that every arm of this seed starts from, or those in ``folder``."""
+        """The starting weights of every arm at this seed, or those in ``folder``."""
         train = self.settings.train
         source = str(folder) if folder is not None else train.model
         if source is not None:
@@ -82,7 +82,7 @@ class StudyContext:
         return model
 
     def _copy(self, source: str) -> PreTrainedModel:
-        """A copy of the study's model, which is read once, if it is small, and kept in the host's memory."""
+        """A copy of the study's model; a small model is read once and kept in host memory."""
         if self._kept is None:
             model = load_model(source)
             if model.num_parameters() > KEPT_PARAMETERS:
@@ -106,14 +106,14 @@ class StudyContext:
 
         Args:
             arm: How to train.
-            seed: Of weights, data order and selections.
-            steps: Of the whole run.
-            warmup_steps: Over which the learning rate comes up to where it stays, see
+            seed: Seed of weights, data order and selections.
+            steps: Steps of the whole run.
+            warmup_steps: Steps over which the learning rate warms up to its constant value, see
                 :mod:`cggr_train.study.average`.
             eval_sequences: Held-out sequences of an evaluation.
-            weights: A checkpoint whose weights are taken instead of those that the seed starts from.
-            tuning: Evaluate on the sequences that learning rates are chosen by, instead of the held-out ones.
-            still: At a learning rate of nothing.
+            weights: A checkpoint whose weights replace the seed's starting weights.
+            tuning: Evaluate on the sequences for choosing learning rates, instead of the held-out ones.
+            still: Use a learning rate of 0.
         """
         train = self.settings.train
         rate = 0.0 if still else arm.learning_rate or train.learning_rate

@@ -1,4 +1,4 @@
-"""How good a gradient estimate an arm's step is: against the gradient of the full loss, on held-out batches."""
+"""Compares an arm's gradient estimate with the gradient of the full loss, on held-out batches."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def compare_gradients(context: StudyContext, arm: Arm, *, weights: Path | None, 
     """Draw gradients of an arm and compare them with the full gradient of the same batch.
 
     A standard arm with a smaller batch draws that many sequences of the batch, so that the batch of equal cost is
-    measured as an estimator like the others. Only whole batches are taken: of a shorter one, it would draw too much.
+    measured as an estimator like the others. Only full batches are used: from a shorter one, it would draw too large a
+    share.
 
     Args:
         context: The study; its settings say how many batches and draws.
-        arm: The arm; not one that scores by what its own run observed. Gradients are made as its steps make them: so
-            many sequences at a time, and checkpointed where those are.
-        weights: Folder of the model at which gradients are taken; None takes the start of ``seed``.
-        seed: Of the draws.
+        arm: The arm; not one whose scores depend on its own run. Gradients are computed as in its steps, with the same
+            micro-batches and checkpointing.
+        weights: Folder of the model at which gradients are computed; None takes the start of ``seed``.
+        seed: Seed of the draws.
 
     Returns:
         Over all draws of all batches ``cosine`` (each draw's, to the full gradient), and for each batch ``variance``
         (mean squared distance from the mean over draws) and ``bias`` (squared distance of that mean from the full
-        gradient, less the variance it still has), both over the full gradient's squared norm.
+        gradient, minus its remaining variance), both divided by the full gradient's squared norm.
     """
     settings = context.settings
     train = settings.train
@@ -80,7 +81,7 @@ def _gradient(context: StudyContext, learner: Learner, batch: Tensor, *, at_a_ti
 
 
 class _Draws:
-    """Sums over draws, so that none has to be kept."""
+    """Sums over draws, so that single draws need not be stored."""
 
     def __init__(self, truth: Tensor) -> None:
         self.truth, self.square = truth, truth.double().square().sum()

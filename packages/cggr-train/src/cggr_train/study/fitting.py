@@ -1,4 +1,4 @@
-"""How many sequences of an arm fit into memory at a time: measured, largest first."""
+"""Measures how many sequences of an arm fit into memory at a time, largest first."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cggr_train.study.context import StudyContext
 from cggr_train.study.timing import WARMUP_STEPS
 
 STEPS = 2
-"""Taken of each size: the optimizer's state exists from the first on. Steps that are captured hold more."""
+"""Steps per size: the optimizer's state exists after the first. Steps that are captured hold more."""
 
 
 def fit_arm(context: StudyContext, arm: Arm, *, limit: int) -> dict[str, Any]:
-    """The largest micro-batch whose step stays within ``limit`` bytes, without checkpointing if there is one.
+    """The largest micro-batch whose step stays within ``limit`` bytes, without checkpointing if possible.
 
-    Candidates are the divisors of the batch, so that a step stays the same step.
+    Candidates are the divisors of the batch, so that the step does not change.
 
     Args:
         context: The study.
-        arm: What is to fit; a control that checkpoints does so in any case, and the control of equal memory in none.
-        limit: Bytes: what the allocator holds at its peak, or the resident set on a CPU.
+        arm: The arm to fit. The checkpointed control always checkpoints, the equal-memory control never.
+        limit: In bytes: the allocator's peak, or the resident set on a CPU.
 
     Returns:
-        ``micro_batch``, ``checkpointing`` and ``peak_bytes``; ``micro_batch`` is None where not even one sequence fits,
-        and ``peak_bytes`` what it takes.
+        ``micro_batch``, ``checkpointing`` and ``peak_bytes``; ``micro_batch`` is None if not even one sequence fits,
+        and ``peak_bytes`` is what it needs.
     """
     sizes = [size for size in range(arm.batch_size, 0, -1) if arm.batch_size % size == 0]
     ways = [True] if arm.checkpointing else [False] if arm.memory_of is not None else [False, True]
@@ -41,7 +41,7 @@ def fit_arm(context: StudyContext, arm: Arm, *, limit: int) -> dict[str, Any]:
 
 
 def peak_of_steps(context: StudyContext, arm: Arm) -> int | None:
-    """Peak memory of a few steps of an arm; None where the device itself ran out of it."""
+    """Peak memory of a few steps of an arm; None if the device ran out of memory."""
     reset_peak_memory(context.device)
     peak = _take_steps(context, arm)
     free_memory(context.device)  # what the steps held

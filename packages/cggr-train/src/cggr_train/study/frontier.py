@@ -1,4 +1,4 @@
-"""What a study's arms offer in the same time: quality against peak memory, and the one to use."""
+"""Quality against peak memory of a study's arms at equal time, and the recommended one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cggr_train.study.analysis import Outcome
 
 LESS_MEMORY = 0.95
-"""A peak is called smaller than another where it is at most this share of it: allocators round."""
+"""A peak counts as smaller than another if it is at most this share of it: allocators round."""
 
 
 class Point(NamedTuple):
@@ -21,8 +21,8 @@ class Point(NamedTuple):
 
     Attributes:
         name: Of the arm.
-        quality: Held-out loss over seeds, or the accuracy where questions were asked.
-        cost: Of each seed, lower is better: the loss, or the negated accuracy.
+        quality: Held-out loss over seeds, or the accuracy if questions were asked.
+        cost: For each seed, lower is better: the loss, or the negated accuracy.
         peak_bytes: Peak memory of its step.
     """
 
@@ -34,11 +34,11 @@ class Point(NamedTuple):
     @property
     def mean_cost(self) -> float:
         """Over seeds."""
-        return statistics.fmean(self.cost)  # as intervals are made, so that equal means stay equal
+        return statistics.fmean(self.cost)  # as in intervals, so that equal means stay equal
 
 
 def measured_by_accuracy(outcome: Outcome) -> bool:
-    """Whether arms are compared by their answers instead of their loss: where any of them was right."""
+    """Whether arms are compared by their answers instead of their loss: if any answer was right."""
     return any(any(shares) for shares in outcome.accuracy.values())
 
 
@@ -57,7 +57,7 @@ def points(outcome: Outcome) -> list[Point]:
 
 
 def non_dominated(every: Sequence[Point]) -> list[Point]:
-    """Points than which none is better in one respect and no worse in the other, by memory.
+    """The Pareto-optimal points, sorted by memory.
 
     Example:
         >>> none = Interval(0.0, None, None)
@@ -81,7 +81,7 @@ def non_dominated(every: Sequence[Point]) -> list[Point]:
 
 
 def recommended(every: Sequence[Point]) -> Point:
-    """The arm to use: none is shown to be better, and of those the one with the least memory, or else the simplest.
+    """The arm to use: among those that no other is shown to beat, the one with the least memory, or else the simplest.
 
     Args:
         every: Simpler arms first.
@@ -92,12 +92,12 @@ def recommended(every: Sequence[Point]) -> Point:
 
 
 def is_chosen_for_memory(every: Sequence[Point], chosen: Point, best: Point) -> bool:
-    """Whether ``chosen`` goes before ``best`` because it takes less memory; else, because it is simpler.
+    """Whether ``chosen`` is preferred to ``best`` because it takes less memory, rather than because it is simpler.
 
     Args:
         every: Simpler arms first.
         chosen: The recommended one.
-        best: The one of the best quality.
+        best: The one with the best quality.
     """
     if chosen.peak_bytes <= LESS_MEMORY * best.peak_bytes:
         return True
@@ -105,10 +105,10 @@ def is_chosen_for_memory(every: Sequence[Point], chosen: Point, best: Point) -> 
 
 
 def with_less_memory(every: Sequence[Point], chosen: Point) -> list[Point]:
-    """Points of the frontier for those who have less memory than ``chosen`` takes, the largest first."""
+    """Points of the frontier that need less memory than ``chosen``, the largest first."""
     return [point for point in reversed(non_dominated(every)) if point.peak_bytes <= LESS_MEMORY * chosen.peak_bytes]
 
 
 def _is_cheaper(one: Point, other: Point) -> bool:
-    """Whether the difference, seed by seed, is shown to be in favour of ``one``."""
+    """Whether the difference, paired by seed, is significantly in favour of ``one``."""
     return interval([own - its for own, its in zip(one.cost, other.cost, strict=True)]).sign < 0

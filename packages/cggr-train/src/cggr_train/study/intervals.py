@@ -14,8 +14,8 @@ class Interval(NamedTuple):
     """A mean and its confidence interval.
 
     Attributes:
-        mean: Of the samples.
-        low: Lower end; None where one sample says nothing about the spread.
+        mean: Mean of the samples.
+        low: Lower end; None for a single sample.
         high: Upper end, likewise.
     """
 
@@ -25,17 +25,17 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """−1 if the whole interval is below zero, 1 if above, 0 if it holds zero or is not known."""
+        """−1 if the whole interval is below zero, 1 if above, 0 if it contains zero or is unknown."""
         if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
 def interval(samples: Sequence[float]) -> Interval:
-    """Mean of ``samples`` with its 95% confidence interval, for samples that are independent and about normal.
+    """Mean of ``samples`` with its 95% confidence interval, for independent, approximately normal samples.
 
     Raises:
-        ValueError: If there is no sample.
+        ValueError: If there are no samples.
 
     Example:
         >>> interval([1.0, 2.0, 3.0])

@@ -1,4 +1,4 @@
-"""Which tokens an arm keeps: share by place in the sequence, by frequency of the token, by score."""
+"""Which tokens an arm keeps: shares by position, by token frequency and by score."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
 
     Args:
         context: The study.
-        arms: Routed arms, none of which scores by what its own run observed.
+        arms: Routed arms, none of whose scores depend on its own run.
         weights: Folder of the model that scores.
-        seed: Of the selections.
+        seed: Seed of the selections.
 
     Returns:
         For each arm the kept share in ten bins of equal count: ``position`` (first to last), ``frequency`` (of the
-        token to be predicted in the training text, rarest to most frequent) and ``score`` (lowest to highest; by the
-        gradient norm for arms that look at no score).
+        target token in the training text, rarest to most frequent) and ``score`` (lowest to highest; by the gradient
+        norm for arms that use no score).
     """
     from cggr_core import score, select
 
@@ -85,7 +85,7 @@ def _statistics(context: StudyContext, model: Any, depth: int | None, input_ids:
 
 
 def _bins(values: Tensor) -> Tensor:
-    """Bin of each value, 0 to 9, of about equal count; equal values fall together."""
+    """Bin of each value, 0 to 9, of about equal count; equal values share a bin."""
     values = values.to(torch.float64)
     edges = torch.quantile(values.flatten(), torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1])
     return torch.bucketize(values, edges, right=True)

@@ -1,4 +1,4 @@
-"""What a study shows while it runs: one row for each arm on a terminal, plain lines elsewhere; silent for no one."""
+"""Progress of a study: one row per arm on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cggr_train.study.arms import Arm
 from cggr_train.study.pool import Request
 
 SILENCE_SECONDS = 4.0
-"""Where there is no terminal, a line says where the study stands after so long without any other."""
+"""Without a terminal, a status line is printed after this many seconds without output."""
 
 
 class LiveTable:
     """Follows the records of a study and the progress of its runs.
 
     Args:
-        console: Where to.
+        console: Where to print.
         arms: The rows.
         seeds: Runs of each arm.
     """
@@ -60,7 +60,7 @@ class LiveTable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the table as it is and give the terminal back."""
+        """Stop updating the table and release the terminal."""
         self._ended.set()
         if self._live is not None:
             self._live.stop()
@@ -68,22 +68,22 @@ class LiveTable:
             self._heartbeat.join()
 
     def show_arms(self, arms: Sequence[Arm]) -> None:
-        """Have these rows from now on."""
+        """Replace the rows."""
         self.arms = {arm.name: arm for arm in arms}
 
     def stage(self, name: str) -> None:
-        """What is being done now."""
+        """Set the current stage."""
         self._stage = name
         self._stage_began, self._done_before = time.monotonic(), self._runs_done()
         self._say(f"{name} …")
 
     def progress(self, request: Request, values: Mapping[str, Any]) -> None:
-        """A run tells where it stands."""
+        """Record the progress of a run."""
         key = (request.fields["arm"], request.fields.get("seed", -1))
         self._running[key] = (values["step"] / values["steps"], values["loss"])
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """A measurement is done."""
+        """Record a finished measurement."""
         if record["event"] == "rate":
             self._running.pop((record["arm"], -1), None)
             where = f"{self.arms[record['arm']].label}, learning rate {record['rate']:g}"
@@ -119,12 +119,12 @@ class LiveTable:
                 self._say(self.status_line())
 
     def _runs_done(self) -> float:
-        """Runs that are done, and the shares of those under way."""
+        """Number of finished runs, and the progress of running ones."""
         under_way = [share for (_, seed), (share, _) in list(self._running.items()) if seed >= 0]
         return sum(map(len, self._losses.values())) + sum(self._diverged.values()) + sum(under_way)
 
     def status_line(self) -> str:
-        """Where the study stands: its stage, which runs are under way, and how long the runs will take."""
+        """Status of the study: its stage, which runs are active, and the time left."""
         now = time.monotonic() - self._stage_began
         total = len(self.arms) * self.seeds
         under_way = [share for (_, seed), (share, _) in list(self._running.items()) if seed >= 0]
@@ -163,7 +163,7 @@ class LiveTable:
 
 
 def clock(seconds: float) -> str:
-    """A stretch of time in minutes and seconds.
+    """A duration in minutes and seconds.
 
     Example:
         >>> clock(4.2), clock(75)

@@ -16,16 +16,16 @@ FEWEST_SEQUENCES = 8
 
 
 class Plan(NamedTuple):
-    """What every arm does.
+    """The plan for all arms.
 
     Attributes:
-        amounts: Of each reading, the amount at which all arms are compared: tokens seen, tokens kept, and seconds of
-            training (steps × the time of a step that was measured alone).
-        readings: For each arm the step at which it has reached each amount.
-        points: For each arm the steps after which it is evaluated, readings included.
-        warmup_steps: Steps over which every arm's learning rate comes up.
-        eval_sequences: Held-out sequences of an evaluation, the same for all: those asked for, or as many as keep all
-            evaluations of the standard run within :data:`EVALUATION_SHARE` of its training, but not under
+        amounts: For each reading, the amount at which all arms are compared: tokens seen, tokens kept, and seconds of
+            training (steps × time per step, measured alone).
+        readings: For each arm, the step at which it reaches each amount.
+        points: For each arm, the steps after which it is evaluated, readings included.
+        warmup_steps: Steps over which every arm's learning rate warms up.
+        eval_sequences: Held-out sequences of an evaluation, the same for all: the requested number, or as many as keep
+            all evaluations of the standard run within :data:`EVALUATION_SHARE` of its training, but at least
             :data:`FEWEST_SEQUENCES`.
     """
 
@@ -41,9 +41,9 @@ def make_plan(
 ) -> Plan:
     """Lengths and readings from the measured time of each arm's step.
 
-    The standard arm trains for the steps or the seconds that were asked for. Every other arm trains until it has seen
-    as many tokens, spent as much time, or both, as ``settings.equal`` says. Each comparison is then read where the arm
-    that comes least far ends.
+    The standard arm trains for the requested steps or seconds. Every other arm trains until it has seen as many tokens,
+    used as much time, or both, as set by ``settings.equal``. Each comparison is read where the arm that gets least far
+    ends.
 
     Args:
         settings: The study.

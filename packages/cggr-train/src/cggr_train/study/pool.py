@@ -1,4 +1,4 @@
-"""The worker processes of a study: so many on each device, each handed the next piece of work when it is free."""
+"""The worker processes of a study: some on each device, each given the next piece of work when it is free."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cggr_train.device import pick_device
 from cggr_train.errors import InputError, RunError
 
 KILLED = -9
-"""Status of a process that SIGKILL ended; it could say nothing."""
+"""Exit status of a process killed by SIGKILL, which leaves no message."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Request:
     """One piece of work for a worker.
 
     Attributes:
-        event: Kind of record that its result becomes.
-        fields: What tells that record from others of its kind.
+        event: Kind of record for its result.
+        fields: Fields that identify the record among others of its kind.
         body: What the worker reads, see :mod:`cggr_train.study.worker`.
     """
 
@@ -44,7 +44,7 @@ def places(device: str, parallel: int | None) -> list[tuple[torch.device, int]]:
     """Where workers run: a device and a number of CPU threads for each.
 
     Args:
-        device: As for ``cggr train``; ``auto`` is every accelerator of the machine, else the CPU.
+        device: As for ``cggr train``; ``auto`` means every accelerator of the machine, else the CPU.
         parallel: Workers on each device; None is one on an accelerator and one per core on a CPU.
 
     Raises:
@@ -62,7 +62,7 @@ def places(device: str, parallel: int | None) -> list[tuple[torch.device, int]]:
 
 
 def _threads(workers: int) -> int:
-    """Each worker's share of the threads that torch would take here (``OMP_NUM_THREADS`` limits them)."""
+    """Each worker's share of the threads that torch would use here (limited by ``OMP_NUM_THREADS``)."""
     return max(1, torch.get_num_threads() // workers)
 
 
@@ -74,7 +74,7 @@ def cores() -> int:
 
 
 class Pool:
-    """Workers that are started when they are first needed.
+    """Workers, started when first needed.
 
     Args:
         folder: The study's folder.
@@ -104,17 +104,17 @@ class Pool:
         stop: Callable[[], bool] = lambda: False,
         alone: bool = False,
     ) -> Iterator[tuple[Request, Any]]:
-        """Hand out requests and yield each with its result, in the order in which they are done.
+        """Distribute requests and yield each with its result, in the order in which they finish.
 
         Args:
-            requests: What to do, the first ones first.
-            on_progress: Called with a request and what its worker tells.
-            stop: When true no request is handed out any more, and workers are asked to save and stop.
-            alone: One request at a time on each device: for measurements of time.
+            requests: Work to do, in this order.
+            on_progress: Called with a request and a progress message of its worker.
+            stop: Once it returns true, no more requests are sent, and workers are asked to save and stop.
+            alone: One request at a time on each device, for timing.
 
         Raises:
-            InputError: If a worker found something that the user can repair.
-            RunError: If a worker failed, with its last words.
+            InputError: If a worker found something that the user can fix.
+            RunError: If a worker failed, with its last output.
         """
         waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         events: queue.SimpleQueue[tuple[Request | None, dict[str, Any]]] = queue.SimpleQueue()
@@ -123,7 +123,7 @@ class Pool:
         one_each = list({worker.device: worker for worker in reversed(self._workers)}.values())[::-1]
         workers = (one_each if alone else self._workers)[: max(1, len(requests))]
         for worker in self._workers:
-            if worker.device.type != "cpu":  # there, starting would take time from what is measured
+            if worker.device.type != "cpu":  # starting a worker there would disturb the timing
                 worker.start()
         threads = [
             threading.Thread(target=_serve_requests, args=(worker, waiting, events), daemon=True) for worker in workers
@@ -153,7 +153,7 @@ class Pool:
                 elif event["event"] == "error":
                     raise (InputError if event["kind"] == "input" else RunError)(event["message"])
         finally:
-            _empty(waiting)  # after an error nothing more is handed out
+            _empty(waiting)  # after an error nothing more is sent
 
 
 def _empty(waiting: queue.SimpleQueue[Request]) -> None:
@@ -198,7 +198,7 @@ class Worker:
         try:
             process.stdin.write(json.dumps(body) + "\n")
             process.stdin.flush()
-        except OSError:  # it ended; its output says why
+        except OSError:  # it exited; its output says why
             pass
         for line in process.stdout:
             event = json.loads(line)
@@ -216,11 +216,11 @@ class Worker:
         return f"a worker ended with status {code}: {last} (see {self.errors})"
 
     def start(self) -> subprocess.Popen[str]:
-        """Let the process load its code, where it does not run yet."""
+        """Start the process if it is not running, so that it loads its code."""
         if self._process is not None:
             return self._process
         with self.errors.open("w", encoding="utf-8") as errors:
-            # a session of its own: Ctrl-C reaches the study alone, which asks its workers to save and stop
+            # its own session: Ctrl-C reaches only the study, which asks its workers to save and stop
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},
@@ -228,12 +228,12 @@ class Worker:
         return self._process
 
     def ask_to_stop(self) -> None:
-        """Let it finish its step and save."""
+        """Ask it to finish its step and save."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def end(self) -> None:
-        """End the process; its errors stay where it failed."""
+        """End the process; if it failed, its error file is kept."""
         process = self._process
         if process is None:
             return

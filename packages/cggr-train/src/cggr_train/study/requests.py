@@ -1,4 +1,4 @@
-"""What a study asks of its workers, stage by stage."""
+"""The requests of a study to its workers, stage by stage."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from cggr_train.study.pool import Request
 from cggr_train.study.settings import StudySettings
 
 TUNING_SEED = 1000
-"""Added to the first seed where learning rates are tried: none of the runs that are compared has it."""
+"""Added to the first seed to try learning rates; no compared run uses that seed."""
 
 
 def changes(arm: Arm) -> dict[str, Any]:
-    """What was found out about an arm since the study was planned, for the workers."""
+    """What was found about an arm since planning, for the workers."""
     return {"micro_batch": arm.micro_batch, "checkpointing": arm.checkpointing, "learning_rate": arm.learning_rate}
 
 
 def fit_requests(arms: Sequence[Arm], limits: Mapping[str, int]) -> Iterator[Request]:
-    """How many sequences of each arm stay within its limit, in bytes."""
+    """Requests for how many sequences of each arm stay within its limit, in bytes."""
     for arm in arms:
         yield _request("fit", arm, do="fit", limit=limits[arm.name])
 
 
 def timing_requests(settings: StudySettings, arms: Sequence[Arm]) -> Iterator[Request]:
-    """How long each arm's step takes, in turns."""
+    """Requests to time each arm's step, in turns."""
     turns = settings.timing_turns
     for turn, arm in itertools.product(range(turns), arms):
         yield _request("timing", arm, {"turn": turn}, do="time", seconds=settings.calibration_seconds / turns)
 
 
 def rate_requests(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> Iterator[Request]:
-    """How each arm does at each learning rate, on text of its own."""
+    """Requests to try each arm at each learning rate, on separate text."""
     share = settings.rate_share
     for arm, rate in itertools.product(arms, settings.rates):
         yield _request(
@@ -54,7 +54,7 @@ def rate_requests(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> I
 
 
 def run_requests(settings: StudySettings, arms: Sequence[Arm], plan: Plan, seeds: Sequence[int]) -> Iterator[Request]:
-    """The runs; the first one of the standard arm, which comes first, leaves its model behind."""
+    """The runs. The first run of the standard arm comes first and saves its model."""
     for seed, arm in itertools.product(seeds, arms):
         asked = settings.accuracy and arm.name in (settings.accuracy_of or {arm.name})
         yield _request(
@@ -77,7 +77,7 @@ def gradient_requests(arms: Sequence[Arm], weights: Path, seed: int) -> Iterator
 
 
 def kept_requests(arms: Sequence[Arm], weights: Path, seed: int) -> Iterator[Request]:
-    """What the arms that choose among tokens keep at the end of the standard run, all at once."""
+    """One request for which tokens the selecting arms keep at the end of the standard run."""
     routed = [
         arm.name for arm in arms
         if arm.method != "standard" and arm.routing.gradient != "sequence" and not arm.scores_from_own_run

@@ -1,4 +1,4 @@
-"""A study from beginning to end.
+"""A study from start to finish.
 
 ```
 <study>/settings.json, study.json, arms.json   what was asked for, and what is compared
@@ -8,8 +8,8 @@
 <study>/report.html                             tables, plots, verdict
 ```
 
-Every record is written when its measurement is complete, so a study that was killed goes on with what is missing, and
-runs in flight go on from their checkpoints.
+Every record is written when its measurement is complete, so a killed study continues with what is missing, and
+interrupted runs continue from their checkpoints.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def start_study(settings: StudySettings, folder: Path, console: Console) -> Stud
         console: Where progress, table and verdict are shown.
 
     Raises:
-        InputError: If anything given cannot be used; nothing is measured then.
+        InputError: If any input is invalid; nothing is measured in that case.
         RunError: If a worker fails, or the standard run diverges.
     """
     where = places(settings.train.device, settings.parallel)
@@ -59,7 +59,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     """Write everything that the workers read: settings, arms, tokenizer, tokens.
 
     Raises:
-        InputError: If anything given cannot be used.
+        InputError: If any input is invalid.
     """
     from cggr_core.experimental import RememberedScores
 
@@ -75,7 +75,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
     model, tokenizer, tokens = prepare(settings.train, folder, console)
     supervised = reached_share(tokens, settings.train.length)
     margins = {margin: reached_share(tokens, settings.train.length, margin) for margin in settings.context_margins}
-    if settings.accuracy:  # what cannot be compared is better known before any training
+    if settings.accuracy:  # report what cannot be compared before any training
         rows = torch.from_numpy(tokens.heldout.reshape(-1, settings.train.length).astype("int64"))
         right_answers(rows[: settings.questions], tokenizer, after=settings.answer_after)
     arms = plan_arms(
@@ -84,7 +84,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
         routers=settings.routers, context_precisions=settings.context_precisions, controls=settings.controls,
         supervised=supervised, context_margins=margins, num_layers=model.config.num_hidden_layers,
     )  # fmt: skip
-    for arm in arms:  # refuses what cannot be used before anything is measured
+    for arm in arms:  # refuses invalid input before anything is measured
         memory = RememberedScores.empty(examples=1, length=settings.train.length) if arm.remembers else None
         build_learner(model, arm.method, arm.routing, seed=0, memory=memory)
         if settings.train.cuda_graph is True:
@@ -95,7 +95,7 @@ def prepare_study(settings: StudySettings, folder: Path, console: Console) -> No
 
 
 def resume_study(folder: Path, console: Console) -> StudyResult:
-    """Measure what is missing in ``folder`` and report on all of it; a complete study is only reported on.
+    """Measure what is missing in ``folder`` and write the report; for a complete study, only write the report.
 
     Raises:
         InputError: If the folder holds no study.
@@ -123,12 +123,12 @@ def _check_fp8(settings: StudySettings, device: torch.device) -> None:
 
 
 def reached_share(tokens: TokenStore, length: int, margin: int = 0) -> float:
-    """Share of the tokens that others are predicted from which are supervised ones, or up to ``margin`` before one."""
+    """Share of the predicting positions that are supervised or at most ``margin`` before a supervised one."""
     if tokens.train.dtype.kind == "u":
         return 1.0
     rows = tokens.train[: len(tokens.train) // length * length].reshape(-1, length)
     counts = np.cumsum(rows[:, 1:] >= 0, axis=1, dtype=np.int32)
-    # of those before each place; a margin ends with the row
+    # of the positions before each one; a margin does not cross rows
     before = np.pad(np.pad(counts, ((0, 0), (1, 0))), ((0, 0), (0, margin)), mode="edge")
     return float((before[:, margin + 1 :] > before[:, : length - 1]).mean())
 

@@ -1,4 +1,4 @@
-"""What defines a study, as it is written into its folder: ``study.json`` beside the ``settings.json`` of training."""
+"""The settings of a study, saved in its folder as ``study.json`` next to the ``settings.json`` of training."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ class StudySettings:
     """Settings of a study; see ``cggr study --help`` for each.
 
     Attributes:
-        train: What all arms share: data, model, sizes, learning rate. ``steps`` or ``seconds`` are those of the
-            standard arm; ``seed`` is the first of the seeds; ``routing`` holds what the four lists leave open.
-        gradients: Gradient modes of the arms asked for.
+        train: Shared by all arms: data, model, sizes, learning rate. ``steps`` or ``seconds`` apply to the standard
+            arm; ``seed`` is the first of the seeds; ``routing`` holds what the four lists do not set.
+        gradients: Gradient modes of the requested arms.
         ratios: Their keep ratios.
         selections: Their strategies.
         scorings: Their scores.
-        routers: What scores, each of :data:`cggr_core.settings.ROUTERS`; empty takes what ``train.routing`` says.
+        routers: Routers, each of :data:`cggr_core.settings.ROUTERS`; empty takes the one of ``train.routing``.
         context_precisions: Precisions of the linear layers on tokens that need no gradient; None is the model's own.
-        context_margins: Of the arms of supervised tokens: how many tokens before these gradients reach as well.
+        context_margins: For arms of supervised tokens: how many tokens before them gradients also reach.
         batch_sizes: Further standard arms, in sequences per step.
         seeds: Runs of each arm.
         equal: What every run must reach: the standard arm's ``tokens``, its ``time``, or both.
         evaluations: Points of each curve.
-        draws: Gradient estimates of each arm on each held-out batch; 0 leaves the gradients out.
+        draws: Gradient estimates per arm and held-out batch; 0 skips gradients.
         gradient_batches: Held-out batches on which gradients are compared.
-        parallel: Runs at a time on one device; None is one on an accelerator and one per core on a CPU.
-        calibration_seconds: How long each arm's step is timed, in all turns together.
+        parallel: Parallel runs on one device; None means one on an accelerator and one per core on a CPU.
+        calibration_seconds: Total time for timing each arm's step, over all turns.
         controls: Standard arms besides the first, each of :data:`cggr_train.study.arms.CONTROLS`.
-        memory_limit: Bytes that each arm's step must stay within: as many sequences at a time as fit, and checkpointing
-            where none does without.
-        rates: Learning rates of which each arm gets the one that does best for it, at a seed of its own and on
-            sequences that are neither trained on nor held out; empty gives all arms that of ``train``.
-        rate_share: How long each rate is tried, as a share of the arm's run.
+        memory_limit: Limit in bytes for each arm's step, met with the largest micro-batch that fits, and with
+            checkpointing only if nothing fits without it.
+        rates: Learning rates to try for each arm, with a separate seed and on sequences used neither for training nor
+            for evaluation; each arm uses its best. Empty gives all arms the rate of ``train``.
+        rate_share: Length of each trial, as a share of the arm's run.
         accuracy: Answer the held-out questions.
-        accuracy_readings: Where they are answered: at the end of each arm's ``time``, and where all arms have seen as
-            many ``tokens``. Arms are compared by their answers where those at the end of their time are asked for.
+        accuracy_readings: When they are answered: at the end of each arm's ``time``, and at equal ``tokens``. Arms are
+            compared by accuracy if it is measured at the end of their time.
         accuracy_of: Names of the arms that answer; empty for all.
-        timing_turns: How often each arm is timed; arms take turns, so that a machine that slows down slows all of them.
-        answer_after: Mark in front of what is compared of an answer; None compares whole answers.
-        questions: How many are asked; None asks all.
+        timing_turns: How often each arm is timed; arms take turns, so that a slowdown of the machine affects all of
+            them.
+        answer_after: Marker before the compared part of an answer; None compares whole answers.
+        questions: Number of questions to ask; None asks all.
 
     Raises:
         InputError: If a number is out of range or a list is empty.

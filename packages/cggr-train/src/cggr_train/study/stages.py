@@ -1,4 +1,4 @@
-"""The stages of a study: what fits, how long steps take, learning rates, the runs, gradients, and the report."""
+"""The stages of a study: fitting into memory, timing, learning rates, runs, gradients, and the report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cggr_train.study.settings import StudySettings
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 OUT_OF_MEMORY = "out_of_memory"
-"""Kind of the record of a measurement that memory did not last for; ``during`` is the kind it would have been."""
+"""Kind of record for a measurement that ran out of memory; ``during`` is the kind it would have been."""
 
 
 COMPARED = ("fit", "timing", "rate", "run")
@@ -50,11 +50,11 @@ class StudyResult(NamedTuple):
 
 
 class Stages:
-    """A study in its folder, as far as it has come.
+    """A study in its folder, in its current state.
 
     Args:
         settings: Of the study.
-        folder: What :func:`cggr_train.study.run.prepare_study` wrote, and the records so far.
+        folder: Holds what :func:`cggr_train.study.run.prepare_study` wrote, and the records so far.
         console: Where progress is shown.
     """
 
@@ -67,7 +67,7 @@ class Stages:
         first = settings.train.seed
         self.seeds = range(first, first + settings.seeds)
         self.weights = folder / "runs" / f"{self.arms[0].name}-seed{first}" / "model"
-        if not self.weights.is_dir():  # later measurements need them: that run is done again
+        if not self.weights.is_dir():  # later measurements need them, so that run is repeated
             whose = ("run", self.arms[0].name, first)
             self.records = [
                 r for r in self.records
@@ -75,7 +75,7 @@ class Stages:
             ]  # fmt: skip
 
     def run(self, where: list[tuple[torch.device, int]]) -> StudyResult:
-        """Measure what is not on record yet, on these devices with so many threads each, and report on all of it."""
+        """Measure whatever has no record yet, on these devices with this many threads each, and write the report."""
         with StopRequest(on_hangup=lambda: mute(self.console)) as stop, Pool(self.folder, where) as pool:
             with LiveTable(self.console, self.arms, self.settings.seeds) as table:
                 self.table, self.pool, self.stop = table, pool, stop
@@ -97,7 +97,7 @@ class Stages:
         return StudyResult(self._report(plan), 0)
 
     def _do(self, requests: Iterable[Request], *, alone: bool = False) -> None:
-        """Run what is not on record yet, and put it there."""
+        """Run whatever has no record yet, and record it."""
         known = {_identity(record["event"], record) for record in self.records}
         failed = {(r["during"], r["arm"]) for r in self.records if r["event"] == OUT_OF_MEMORY}
         missing = [
@@ -120,7 +120,7 @@ class Stages:
             self._check_standard(record)
 
     def _note_out_of_memory(self, request: Request, words: str) -> None:
-        """Other arms go on without one that memory does not last for; without the standard one there is no study."""
+        """The study continues without an arm that runs out of memory, unless it is the standard arm."""
         arm = next((arm for arm in self.arms if arm.name == request.fields.get("arm")), None)
         advice = "give --memory-limit, which finds a micro-batch that fits, or a smaller --batch-size or --length"
         if arm is not None and arm is self.arms[0] and request.event in COMPARED:
@@ -140,7 +140,7 @@ class Stages:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _drop_out_of_memory(self, *during: str) -> None:
-        """Go on without the arms that ran out of memory in these measurements."""
+        """Drop the arms that ran out of memory in these measurements."""
         found = {r["arm"]: r["reason"] for r in self.records if r["event"] == OUT_OF_MEMORY and r["during"] in during}
         for arm in self.arms:
             if arm.name in found:
@@ -149,7 +149,7 @@ class Stages:
             self._set_arms([arm for arm in self.arms if arm.name not in found])
 
     def _check_standard(self, record: Mapping[str, Any]) -> None:
-        """Other arms may diverge, and are reported so; without this one there is nothing to compare with."""
+        """Other arms may diverge and are reported as diverged; without this one there is nothing to compare with."""
         if record["event"] == "run" and record["arm"] == self.arms[0].name and "diverged" in record:
             raise DivergedError(
                 f"{self.arms[0].label}, seed {record['seed']}: {record['reason']}. Every arm is compared with this "
@@ -157,7 +157,7 @@ class Stages:
             )
 
     def _fit_and_time(self) -> None:
-        """Find how much of each arm's batch fits at a time, where that matters, and time its step."""
+        """Find how much of each arm's batch fits at a time, if needed, and time its step."""
         limited = [arm for arm in self.arms if arm.memory_of is None]
         if self.settings.memory_limit is not None:
             self._fit(limited, dict.fromkeys((arm.name for arm in limited), self.settings.memory_limit))
@@ -179,7 +179,7 @@ class Stages:
         self._do(fit_requests(arms, limits), alone=True)
 
     def _take_fits(self) -> None:
-        """Give each arm the sizes that fit; one that does not fit at all is left out, which is said."""
+        """Give each arm the sizes that fit; an arm that does not fit at all is left out and reported."""
         fits = {record["arm"]: record for record in self.records if record["event"] == "fit"}
         fitted: list[Arm] = []
         for arm in self.arms:
@@ -213,7 +213,7 @@ class Stages:
         self.console.print(f"left out: {self.left_out[arm.name]}", highlight=False, soft_wrap=True)
 
     def _set_arms(self, arms: Sequence[Arm]) -> None:
-        """What is compared from here on; a control that is not there is not named any more."""
+        """Set the arms to compare from now on; references to missing controls are dropped."""
         names = {arm.name for arm in arms}
         self.arms = [
             dataclasses.replace(
@@ -233,7 +233,7 @@ class Stages:
             self._drop_out_of_memory("timing")
 
     def _tune(self, plan: Plan) -> None:
-        """Give each arm the learning rate that does best for it."""
+        """Give each arm its best learning rate."""
         if not self.settings.rates:
             return
         self.table.stage("trying learning rates")
@@ -252,7 +252,7 @@ class Stages:
             self._drop_out_of_memory("run")
 
     def _compare_gradients(self) -> None:
-        """Gradients at the start and at the end of the standard run, and what each arm keeps there."""
+        """Compare gradients at the start and end of the standard run, and the tokens each arm keeps at the end."""
         self.table.stage("comparing gradients and kept tokens")
         requests = []
         if self.settings.draws and self._has_whole_batches():
@@ -291,13 +291,13 @@ class Stages:
 
 
 def same_training(one: Arm, other: Arm) -> bool:
-    """Whether two arms are one way of training."""
+    """Whether two arms train in the same way."""
     alike = ("method", "batch_size", "routing", "micro_batch", "checkpointing")
     return all(getattr(one, name) == getattr(other, name) for name in alike)
 
 
 def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The learning rate of each arm whose held-out loss was the lowest; none of an arm that diverged at all of them."""
+    """The learning rate with the lowest held-out loss for each arm; none for an arm that diverged at all of them."""
     losses: dict[str, dict[float, float]] = {}
     for record in records:
         if record["event"] == "rate" and "diverged" not in record:
@@ -320,5 +320,5 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _identity(event: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What no two records share; a request and the record it becomes are alike in it."""
+    """The identity of a record, shared with the request that produces it."""
     return (event, *(fields.get(name) for name in ("arm", "seed", "turn", "at", "rate")))

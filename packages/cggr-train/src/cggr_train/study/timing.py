@@ -16,22 +16,22 @@ from cggr_train.study.context import StudyContext
 WARMUP_STEPS = EAGER_STEPS + 2
 """Of which the last two are recorded, where steps are: whole, or by a method that looks at its model first."""
 BLOCK = 4
-"""Steps between two looks at the clock: waiting after each would keep an accelerator from being fed ahead."""
+"""Steps between two clock readings: waiting after each step would stall an accelerator."""
 
 
 def time_steps(context: StudyContext, arm: Arm, *, seconds: float) -> dict[str, Any]:
-    """Take steps for a few seconds at a learning rate of nothing, so that an arm that will diverge is timed too.
+    """Run steps for a few seconds at a learning rate of 0, so that an arm that will diverge is timed too.
 
     Args:
         context: The study.
-        arm: What to time.
+        arm: The arm to time.
         seconds: How long; at least two blocks of steps are timed.
 
     Returns:
         ``step_seconds`` (mean of each block), ``peak_bytes``, ``start_bytes`` (held before the first step),
         ``engine``, and ``replayed``: whether the last step came from a CUDA graph that the method captured by itself.
     """
-    gc.collect()  # what the arm before held is not this one's
+    gc.collect()  # do not count memory of the previous arm
     session = context.session(
         arm, context.settings.train.seed, steps=10**6, warmup_steps=1, eval_sequences=1, still=True
     )

@@ -1,4 +1,4 @@
-"""One run of a study: an arm, a seed, a number of steps, and held-out losses on the way."""
+"""One run of a study: an arm, a seed, a number of steps, and held-out losses along the way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TELL_SECONDS, SAVE_SECONDS = 1.0, 60.0
 ROUTER_METRICS = ("router_correlation", "remembered", "score_age_epochs")
-"""Of a learned router, and of remembered scores: how well they tell the scores, and how old those are."""
+"""For learned routers and remembered scores: how well they predict the scores, and how old those are."""
 
 
 def train_run(
@@ -41,27 +41,26 @@ def train_run(
     accuracy_at: Mapping[str, int] | None = None,
     tuning: bool = False,
 ) -> dict[str, Any] | None:
-    """Train up to the last of ``points``, or go on from where an interrupted run of the same arm and seed left off.
+    """Train up to the last of ``points``, or continue an interrupted run of the same arm and seed.
 
     Args:
         context: The study.
         arm: How to train.
         seed: Of weights, data order and selections.
         points: Steps after which the averaged weights are evaluated on the held-out batches, ascending.
-        warmup_steps: Steps over which the learning rate comes up.
+        warmup_steps: Steps over which the learning rate warms up.
         eval_sequences: Held-out sequences of an evaluation.
-        save_model: Keep the averaged weights at the end.
+        save_model: Save the averaged weights at the end.
         tell: Called about once a second with ``step``, ``steps`` and ``loss``.
-        stop: Asked before every step; a run that is stopped saves a checkpoint.
-        accuracy_at: Those of ``points`` at which the held-out questions are answered, each by its name; None asks none.
-        tuning: The run only tries a learning rate: it is evaluated on the sequences that rates are chosen by.
+        stop: Checked before every step; a stopped run saves a checkpoint.
+        accuracy_at: The ``points`` at which the held-out questions are answered, by name; None asks none.
+        tuning: The run only tries a learning rate: it is evaluated on the sequences for choosing rates.
 
     Returns:
         ``points`` (each with ``step``, ``tokens``, ``kept_tokens`` and ``heldout_loss`` in nats per token), ``engine``,
-        ``router`` (:data:`ROUTER_METRICS` of the last step), ``train_seconds``, the time of all steps beside whatever
-        else ran at the time, and ``accuracy`` (by name, ``right`` and ``questions``) where it was asked for; None if it
-        was stopped. Of a run whose loss is no longer finite ``points`` up to there, ``diverged`` (the step) and
-        ``reason``.
+        ``router`` (:data:`ROUTER_METRICS` of the last step), ``train_seconds`` (time of all steps, with other runs in
+        parallel), and ``accuracy`` (by name, ``right`` and ``questions``) if requested; None if it was stopped. For a
+        run that diverged: ``points`` up to there, ``diverged`` (the step) and ``reason``.
 
     Raises:
         SaveError: If a checkpoint cannot be written.
@@ -107,7 +106,7 @@ def train_run(
 
 
 class _Run:
-    """What a study does around the steps of a session: average the weights, read the curve, save, tell."""
+    """What a study does around the steps of a session: average the weights, evaluate, save, report."""
 
     def __init__(
         self, context: StudyContext, session: RunSession, folder: Path, tell: Callable[..., None],
@@ -164,7 +163,7 @@ class _Run:
             self.accuracy |= dict.fromkeys(names, self.answer())
 
     def answer(self) -> dict[str, int]:
-        """Ask every held-out question of the averaged weights."""
+        """Answer every held-out question with the averaged weights."""
         context, train = self.context, self.context.settings.train
         rows = torch.from_numpy(context.tokens.heldout.reshape(-1, train.length).astype("int64"))
         with self.session.clock.paused(), self.average.average_parameters():

@@ -1,9 +1,9 @@
-"""A process that does a study's measurements one after the other, as requested on its standard input.
+"""A process that runs a study's measurements one after the other, as requested on its standard input.
 
 ``python -m cggr_train.study.worker FOLDER DEVICE THREADS PARENT`` reads one JSON object per line, each with ``do`` and
 the arguments of that measurement, and prints JSON objects: any number of ``{"event": "progress", …}``, then
 ``{"event": "result", …}``, ``{"event": "stopped"}`` or ``{"event": "error", …}``. It ends with its standard input, and
-at once when the process PARENT, which started it, is gone: nobody else may write into the folder of a resumed study.
+immediately if PARENT, the process that started it, is gone, so that it cannot write into the folder of a resumed study.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def serve(context: StudyContext, requests: TextIO, tell: Tell, stop: Callable[[]
 def answer(
     context: StudyContext, request: dict[str, Any], tell: Tell, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
-    """Do what one request asks for; where memory runs out, the result is ``out_of_memory``, in words."""
+    """Handle one request; if memory runs out, the result is ``out_of_memory`` with a message."""
     try:
         return _measure(context, request, tell, stop)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         words = str(error).split(". ")[0].splitlines()
-    free_memory(context.device)  # the error, and with it the step's tensors, is gone by now
+    free_memory(context.device)  # the error, and the step's tensors with it, has been released by now
     return {"out_of_memory": words[0] if words else "memory ran out"}
 
 
@@ -92,7 +92,7 @@ def _measure(
 
 
 def exit_with_parent(parent: int) -> None:
-    """End this process when it is another's child."""
+    """End this process when its parent changes."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os._exit(1)
@@ -104,7 +104,7 @@ def main(folder: str, device: str, threads: str, parent: str) -> None:
 
     threading.Thread(target=exit_with_parent, args=(int(parent),), daemon=True).start()
     disable_progress_bar()
-    # whatever a library prints goes to the errors: the standard output is the answers' alone
+    # library output goes to stderr: stdout is reserved for answers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(int(threads))
@@ -120,7 +120,7 @@ def main(folder: str, device: str, threads: str, parent: str) -> None:
         try:
             serve(StudyContext(Path(folder), where), sys.stdin, tell, lambda: stop.requested)
         except BrokenPipeError:
-            sys.exit(1)  # whoever asked is gone
+            sys.exit(1)  # the requester is gone
 
 
 if __name__ == "__main__":
