@@ -14,7 +14,7 @@ from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 
 WARMUP_STEPS = EAGER_STEPS + 2
-"""Of which the last two are recorded, where steps are: whole, or by a method that looks at its model first."""
+"""The last two are for recording, if steps are recorded: whole, or by a method that probes its model first."""
 BLOCK = 4
 """Steps between two clock readings: waiting after each step would stall an accelerator."""
 
