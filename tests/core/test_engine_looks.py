@@ -2,12 +2,14 @@
 
 import dataclasses
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from cggr_core import Selection
 from cggr_core.routing import engine as engines
+from cggr_core.routing.context_pass import NO_CONTEXT
 from cggr_core.routing.engine import Engine
 from tests.support.model_steps import tokens
 from tests.support.tiny_models import ROUTABLE
@@ -253,6 +255,64 @@ def test_padding_counts_in_a_plain_pass():
     torch.testing.assert_close(engine.logits(packed), model(**packed, use_cache=False).logits)
 
 
+def test_what_a_graph_cannot_capture_is_left_out(monkeypatch):
+    """Looks at masks and positions on the host, and going back to a random state."""
+    engine, ids = Engine(ROUTABLE["llama"]().eval()), tokens(length=LENGTH)[:2]
+    inputs = engine.inputs(input_ids=ids)
+    engine.prepare(inputs, routing=True)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, ::3] = True
+    kept = Selection.from_mask(mask, countable=torch.ones_like(mask), capacity=3)
+    noted = []
+
+    @contextmanager
+    def block(name):
+        noted.append(name)
+        yield
+
+    def gradient_pass(*args, preserve_rng_state, run=engines.gradient_pass, **how):
+        noted.append(preserve_rng_state)
+        return run(*args, preserve_rng_state=preserve_rng_state, **how)
+
+    monkeypatch.setattr(engines, "unseen_masks", lambda: block("unseen"))
+    monkeypatch.setattr(engines, "whole_rows", lambda: block("whole"))
+    monkeypatch.setattr(engines, "gradient_pass", gradient_pass)
+
+    def passes():
+        noted.clear()
+        engine.logits({"input_ids": ids, "attention_mask": None, "position_ids": None})
+        engine.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        engine.logits({"input_ids": ids, "position_ids": torch.arange(LENGTH)[None]})
+        engine.gradient(inputs, kept, NO_CONTEXT, keep_graph=True)
+        return noted
+
+    assert passes() == ["whole", True]
+    with pytest.raises(RuntimeError, match="inside"), engine.capturable():
+        assert passes() == ["whole", "unseen", "unseen", False]
+        raise RuntimeError("inside")
+    assert passes() == ["whole", True]
+
+
+def test_whether_a_loss_reads_shift_labels_is_seen_once(monkeypatch):
+    engine, seen = Engine(ROUTABLE["llama"]()), []
+
+    def check(model, architecture, inputs):
+        seen.append(inputs)
+        if len(seen) == 1:
+            raise ValueError("not read")
+
+    monkeypatch.setattr(engines, "check_reads_shift_labels", check)
+    inputs = engine.inputs(input_ids=tokens(length=LENGTH)[:2])
+    with pytest.raises(ValueError, match="not read"):
+        engine.check_reads_shift_labels(inputs)
+    for _ in range(2):
+        engine.check_reads_shift_labels(inputs)
+    assert len(seen) == 2
+    engine.follow(ROUTABLE["llama"]())
+    engine.check_reads_shift_labels(inputs)
+    assert len(seen) == 3
+
+
 def test_inputs_have_everything_that_was_given():
     engine = Engine(ROUTABLE["llama"]())
     types = torch.ones(2, LENGTH, dtype=torch.int64)
@@ -261,3 +321,5 @@ def test_inputs_have_everything_that_was_given():
     embedded = engine.embeddings(tokens(length=LENGTH)[:2])
     assert embedded.shape == (2, LENGTH, engine.hidden_size) and not embedded.requires_grad
     assert engine.embedding_size == engine.hidden_size == engine.model.config.hidden_size
+    projected = Engine(ROUTABLE["opt"]())  # from its embeddings to its layers
+    assert (projected.embedding_size, projected.hidden_size) == (16, 32)

@@ -17,7 +17,7 @@ from cggr_core.routing.architectures import (
     is_plain_matrix,
     unwrapped,
 )
-from cggr_core.routing.head_check import gives_the_logits, large_random_logits
+from cggr_core.routing.head_check import _leaves, gives_the_logits, large_random_logits
 from cggr_core.routing.inputs import token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.ordering import backward_in_turn
@@ -323,25 +323,53 @@ def test_a_head_gives_large_logits_for_the_length_of_a_block():
     assert torch.equal(given[0], first) and torch.equal(given[1], second) and not torch.equal(first, second)
     assert abs(first.std().item() - 8.0) < 0.6 and first.dtype == own.dtype
     assert torch.equal(head(hidden), own)
+    with large_random_logits(head) as given:
+        head(hidden)
+        assert torch.is_grad_enabled() and not given[0].requires_grad
+    with torch.no_grad():
+        with large_random_logits(head, traced=True) as given:
+            assert not torch.is_grad_enabled()
+            assert head(hidden).requires_grad and given[0].is_leaf and torch.is_grad_enabled()
+        assert not torch.is_grad_enabled()
     with large_random_logits(head):
         assert torch.equal(head(hidden), first)
         assert head.to(torch.bfloat16)(hidden.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "softcap"), [("llama", None), ("gemma2", 30.0)])
-def test_logits_that_are_those_of_the_head(name, softcap):
-    model = ROUTABLE[name]().eval()
+class Sharded(torch.Tensor):
+    pass
+
+
+def test_a_head_that_is_sharded_gives_its_own_logits():
+    model = ROUTABLE["llama"]().eval()
+    head, hidden = model.lm_head, torch.randn(2, 3, 32)
+    own = head(hidden)
+    head.forward = lambda hidden: nn.Linear.forward(head, hidden).as_subclass(Sharded)
+    with large_random_logits(head) as given:
+        assert type(head(hidden)) is Sharded and torch.equal(head(hidden), own) and given == []
+    assert gives_the_logits(model, describe(model), few_tokens(model))
+
+
+def test_the_leaves_of_a_graph():
+    a, b, c = (torch.randn(3, requires_grad=True) for _ in range(3))
+    constant, doubled = torch.randn(3), 2 * a
+    assert _leaves((a + 1) * constant) == {a}
+    assert _leaves(constant * (doubled * b) + doubled * constant) == {a, b}
+    assert _leaves((c.exp() * constant).sum() + constant.sum()) == {c} and _leaves(constant) == set()
+
+
+def few_tokens(model):
+    names = ("inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+    return token_inputs(model, describe(model), input_ids=IDS, **dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "softcap"), [("llama", None), ("gemma2", 30.0), ("granite", None)])
+def test_logits_that_are_those_of_the_head(name, softcap, dtype):
+    model = ROUTABLE[name]().eval().to(dtype)
     description = describe(model)
     assert (description.head.softcap is None) is (softcap is None)
-    few = token_inputs(
-        model,
-        description,
-        input_ids=IDS,
-        inputs_embeds=None,
-        attention_mask=None,
-        position_ids=None,
-        token_type_ids=None,
-    )
+    few = few_tokens(model)
     assert gives_the_logits(model, description, few)
     own = model.forward
 
@@ -356,10 +384,15 @@ def test_logits_that_are_those_of_the_head(name, softcap):
         model.forward = own
         return found
 
-    assert with_logits(lambda logits: logits * (1 + 1e-5))
-    assert not with_logits(lambda logits: logits * 1.01)
-    assert not with_logits(lambda logits: logits + torch.eye(VOCAB)[3] * 5)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    assert with_logits(lambda logits: logits * (1 + 0.7 * tolerance))
+    assert with_logits(lambda logits: logits + 4 * tolerance)
+    assert not with_logits(lambda logits: logits * (1 + 5 * tolerance))
+    assert not with_logits(lambda logits: logits + torch.eye(VOCAB, dtype=dtype)[3] * 5)
     assert not with_logits(lambda logits: logits[:, :-1])
+    # Neither a head that is called twice nor a parameter that changes nothing yet.
+    assert not with_logits(lambda logits: (logits, model.lm_head(torch.randn(2, 6, 32).to(dtype)))[0])
+    assert not with_logits(lambda logits: logits + nn.Parameter(torch.zeros(VOCAB, dtype=dtype)))
     model.final_logits_bias = torch.zeros(VOCAB)
     assert not gives_the_logits(model, description, few)
 
