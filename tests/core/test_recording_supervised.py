@@ -1,5 +1,7 @@
 """Steps that keep the supervised tokens, recorded on the CPU: a recording for every number of slots, rounded up."""
 
+import math
+
 import pytest
 import torch
 
@@ -86,8 +88,21 @@ def test_one_recording_serves_a_bucket():
         backward(model, **batch(seed, (most, 0, 1)))
     assert replayed(model)
     assert model._recorder.recordings == 2
-    for number in range(1, 700):
-        assert 0 <= slots_in_buckets(number, 700) - number <= max(15, number / 4)
+
+
+def test_slots_come_in_few_numbers():
+    most = 2000
+    for made, of_buckets in ((slots_in_steps, False), (slots_in_buckets, True)):
+        # From a number of tokens on, up to the next power of two, multiples of a step.
+        steps = (
+            ((1, 16), (129, 32), (257, 64), (513, 128), (1025, 256))
+            if of_buckets
+            else ((1, 8), (129, 16), (257, 32), (513, 64))
+        )
+        for number in range(1, most):
+            step = max(step for start, step in steps if start <= number)
+            assert made(number, most) == min(most, math.ceil(number / step) * step)
+            assert made(number, number + 1) in (number, number + 1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"engine": "two_pass"}, {"gradient": "exact"}])

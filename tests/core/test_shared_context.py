@@ -1,6 +1,7 @@
 """Rows that share a context run once equal rows that each have it before them."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,14 +241,26 @@ def test_rows_add_up_their_contexts_gradients_in_their_own_precision(dtype, rows
     of_row = torch.tensor([0, 0, 0, 1, 1, 1] if rows is None else rows)
     shared = Shared({0: (key, value)}, 4, None if rows is None else of_row, None)
     weight = torch.randn(6, 3, 11, 5, generator=generator, dtype=dtype)
-    found = shared.before(0, own, constant=False, in_turn=False, made=None)
+    assert shared.takes_gradients and replace(shared, recorded={0: own, 1: (key.detach(), value)}).takes_gradients
+    assert not replace(shared, recorded={0: (key.detach(), value.detach())}).takes_gradients
     wanted = [torch.cat([part[of_row], rest], dim=2) for part, rest in zip((key, value), own, strict=True)]
     operands = (key, value, *own)
-    of_found, of_wanted = (
-        torch.autograd.grad(sum((part * weight).sin().sum() for part in parts), operands) for parts in (found, wanted)
-    )
-    for one, other in zip((*found, *of_found), (*wanted, *of_wanted), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-13 if dtype == torch.float64 else 1e-5, atol=1e-12)
+    of_wanted = torch.autograd.grad(sum((part * weight).sin().sum() for part in wanted), operands)
+    available = tuple(part.detach().clone() for part in wanted)
+    for how in (
+        {"in_turn": False, "made": None},
+        {"in_turn": True, "made": None},
+        {"in_turn": False, "made": available},
+    ):
+        found = shared.before(0, tuple(part * 1 for part in own), constant=False, **how)
+        if how["made"]:
+            assert [part.data_ptr() for part in found] == [part.data_ptr() for part in available]
+        sum((part * weight).sin().sum() for part in found).backward()
+        of_found = [part.grad for part in operands]
+        for part in operands:
+            part.grad = None
+        for one, other in zip((*found, *of_found), (*wanted, *of_wanted), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13 if dtype == torch.float64 else 1e-5, atol=1e-12)
     again = shared.before(0, own, constant=True, in_turn=False, made=None)
-    reached = torch.autograd.grad(again[0].sum(), operands, allow_unused=True)
-    assert [grad is not None for grad in reached] == [False, False, True, False]
+    reached = torch.autograd.grad(again[0].sum() + again[1].sum(), operands, allow_unused=True)
+    assert [grad is not None for grad in reached] == [False, False, True, True]

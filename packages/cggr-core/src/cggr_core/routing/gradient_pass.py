@@ -83,14 +83,14 @@ def gradient_pass(
     others = None
     if context.depth < len(architecture.layers):
         others = OtherTokens(architecture, inputs, index, context, keep_graph, adapters, precision)
-    exist = others is not None and others.exist
+    running = others if others is not None and others.exist else None
     cache = RoutedCache(
         index=index,
         valid=selection.valid,
         length=length,
         recorded=context.recorded,
-        other_index=others.index if others is not None and exist else None,
-        others=others.run if others is not None and exist else None,
+        other_index=None if running is None else running.index,
+        others=None if running is None else running.run,
         keep_graph=keep_graph,
         in_turn=keep_graph and shards_layers(architecture.layers),
         shared=inputs.shared,
@@ -108,7 +108,7 @@ def gradient_pass(
         preserve_rng_state=preserve_rng_state,
     )
     # Which layers are recomputed is read before their switch is turned off.
-    forwards = kept.forwards(others, recorded=context.depth, own_head=read_head is None)
+    forwards = kept.forwards(others, recorded=context.depth)
     with (
         without_checkpointing(architecture),
         attention_implementation(architecture, attention),
@@ -150,15 +150,12 @@ class _KeptTokens:
         key_gradient = "all" if beyond_kept else "kept"
         self._rows = LayerRows(selection.index, inputs.shape[1], key_gradient=key_gradient)
 
-    def forwards(
-        self, others: OtherTokens | None, *, recorded: int, own_head: bool
-    ) -> dict[nn.Module, Callable[..., Any]]:
+    def forwards(self, others: OtherTokens | None, *, recorded: int) -> dict[nn.Module, Callable[..., Any]]:
         """A forward for every layer, for what is fused or checkpointed in them, and for a head that sees whole rows.
 
         Args:
             others: The other tokens, where a layer is not recorded.
             recorded: Layers that a context pass has run.
-            own_head: Whether the model's own head is run.
         """
         architecture = self._architecture
         forwards: dict[nn.Module, Callable[..., Any]] = dict(architecture.fused)
@@ -170,7 +167,7 @@ class _KeptTokens:
                 # Inside the layer's hooks, as transformers does it.
                 forward = self._checkpointed(forward)
             forwards[layer] = partial(self._layer, number, forward, others if number >= recorded else None)
-        if architecture.whole_after_layers and own_head:
+        if architecture.whole_after_layers:
             head = architecture.head.module
             forwards[head] = partial(self._head, head.forward)
         return forwards
