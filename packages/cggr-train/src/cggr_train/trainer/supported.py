@@ -61,6 +61,11 @@ def check_supported(trainer: Any, config: CGGRConfig, router: Any, *, own_loss: 
             "router scores tokens by their cross-entropy, but this trainer selects tokens for its own loss; leave "
             "router out"
         )
+    if not own_loss and config.skip_zero_advantage is not None:
+        raise ValueError(
+            f"skip_zero_advantage={config.skip_zero_advantage} has no effect: a cross-entropy has no advantages; it is "
+            "for GRPOTrainer and RLOOTrainer, so leave it unset"
+        )
     if isinstance(router, RememberedScores):
         raise ValueError(
             "router is RememberedScores, which needs the example ids of a batch on the host, and whose scores the "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+from cggr_train.trainer.trl.known_settings import unknown_settings_message
 
 if TYPE_CHECKING:
     from cggr_core.stopwatch import Stopwatch
     from cggr_train.trainer.config import CGGRConfig
     from cggr_train.trainer.trl.task import TaskLoss
+
+_log = logging.getLogger(__name__)
 
 # The supported classes, by module and name in TRL.
 KNOWN = {
@@ -51,6 +56,9 @@ def task_loss(trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> TaskLoss 
         RuntimeError: If this version of TRL lacks a method that is overridden.
     """
     kind = kind_of(type(trainer))
+    message = None if kind is None else unknown_settings_message(trainer.args)
+    if message is not None:
+        _log.warning(message)
     if kind is None or (kind == "sft" and config.selection != "supervised"):
         return None
     if kind == "policy":

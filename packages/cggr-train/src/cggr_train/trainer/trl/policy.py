@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 ENTROPIES = "cggr_entropies"
+# Values of ``loss_type`` in which the loss of a token depends on no other token but through the importance ratio.
+_BY_TOKEN = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
 
 
 class PolicyLoss(LabelledLoss):
@@ -29,6 +31,8 @@ class PolicyLoss(LabelledLoss):
     without an advantage are skipped. Entropies come from the pass that computes the old log-probabilities if TRL runs
     one, otherwise from a pass without gradients whose results the update reuses.
     """
+
+    has_advantages = True
 
     def __init__(self, trainer: Any, config: CGGRConfig, scoring: Stopwatch) -> None:
         super().__init__(trainer, config, scoring)
@@ -41,10 +45,11 @@ class PolicyLoss(LabelledLoss):
             },
         )
         self._quantile = float(getattr(trainer, "top_entropy_quantile", 1.0))
+        # A loss of which nothing is known counts as one that takes whole completions, as RLOO's does.
         self._sequence_ratio = (
-            getattr(trainer, "importance_sampling_level", "sequence") == "sequence"
+            getattr(trainer, "importance_sampling_level", "sequence") != "token"
             or getattr(trainer, "off_policy_mask_threshold", None) is not None
-            or getattr(trainer, "loss_type", None) == "vespo"
+            or getattr(trainer, "loss_type", None) not in _BY_TOKEN
         )
         self._kl = bool(trainer.beta) and hasattr(trainer, "get_high_entropy_mask")  # RLOO adds KL to the reward
         self._skips_rows = self._may_skip_rows()

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from cggr_train.trainer.config import CGGRConfig
 
 # Settings that only matter where tokens are picked by a score, each with its neutral value.
-_OF_SCORES = {"router": "full_depth", "ratio_warmup_steps": 0, "dynamic_threshold": False, "block_size": 1}
+_OF_SCORES = {
+    "router": "full_depth",
+    "router_depth": None,
+    "ratio_warmup_steps": RoutingSettings.warmup_steps,
+    "dynamic_threshold": RoutingSettings.dynamic_threshold,
+    "threshold_sensitivity": RoutingSettings.threshold_sensitivity,
+    "block_size": RoutingSettings.block_size,
+    "unbiased": RoutingSettings.unbiased,
+}
 
 
 class TaskLoss:
@@ -39,6 +47,8 @@ class TaskLoss:
     selections: tuple[str, ...] = ("supervised", "random")
     scorings: tuple[str, ...] = ()
     default_ratio = RoutingSettings.min_tokens_ratio
+    has_advantages = False
+    """Whether rows have advantages, and leave the update without one."""
     has_margin = False
     """Whether tokens before the kept ones can be kept without a loss."""
 
@@ -97,6 +107,18 @@ class TaskLoss:
                     f"{setting}={getattr(config, setting)!r} applies to tokens selected by a score, but {name} selects "
                     f"its own; leave it at {idle!r}"
                 )
+        if config.engine is not None:
+            raise ValueError(
+                f"engine={config.engine!r} has no effect: with {name}, an update takes two passes if its loss needs "
+                "values of skipped tokens, and otherwise one; leave it unset"
+            )
+        if config.cuda_graph not in ("auto", False):
+            raise ValueError(f"cuda_graph must be 'auto' or False, got {config.cuda_graph!r}")
+        if config.skip_zero_advantage is not None and not self.has_advantages:
+            raise ValueError(
+                f"skip_zero_advantage={config.skip_zero_advantage} has no effect: rows have no advantages in the loss "
+                f"of {name}; leave it unset"
+            )
         if not 0 < self.ratio <= 1:
             raise ValueError(f"min_tokens_ratio must be in (0, 1], got {self.ratio}")
         if self.selection == "supervised" and config.min_tokens_ratio is not None:
