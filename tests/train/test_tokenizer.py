@@ -80,6 +80,18 @@ def model_folder(tmp_path):
     return tmp_path
 
 
+def test_a_model_without_weights_or_tokenizer_is_named_so(model_folder):
+    with pytest.raises(InputError, match=r"holds no tokenizer \(none of tokenizer\.json, "):
+        load_tokenizer(str(model_folder))
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no weights \(\*\.safetensors or \*\.bin\); give a directory written by"):
+        load_model(str(model_folder))
+    (model_folder / "config.json").unlink()
+    (model_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds a PEFT adapter without its base model; merge the two"):
+        load_model(str(model_folder))
+
+
 def test_a_damaged_model_is_refused(model_folder):
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

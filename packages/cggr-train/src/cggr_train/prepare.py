@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cggr_train.busy import busy
 from cggr_train.data import (
     Conversations,
     Documents,
@@ -63,11 +65,11 @@ def prepare(
         build_config(settings.config, vocab_size=settings.vocab_size, length=settings.length)
     if settings.model is not None:
         check_model_folder(settings.model)
-        console.print(f"loading {settings.model} …", highlight=False)
-    tokenizer = _tokenizer(settings, documents, console)
-    if settings.messages is not None:
-        check_chat_template(tokenizer)
-    model = _model(settings, tokenizer)
+    with nullcontext() if settings.model is None else busy(f"loading {settings.model}", console):
+        tokenizer = _tokenizer(settings, documents, console)
+        if settings.messages is not None:
+            check_chat_template(tokenizer)
+        model = _model(settings, tokenizer)
     tokenizer_name = f"the tokenizer in {settings.tokenizer or settings.model or folder}"
     embedding: Any = model.get_input_embeddings()
     check_vocabulary(tokenizer, embedding.weight.shape[0], name=tokenizer_name)
@@ -76,16 +78,16 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be created: {error.strerror or error}") from error
-    console.print("tokenizing …", highlight=False)
     try:
         tokenizer.save_pretrained(folder / "tokenizer")
         build = build_token_store if named is None else build_example_store
         if settings.messages is not None:
             build = partial(build_example_store, rows=conversation_rows)
-        tokens = build(
-            documents, tokenizer, folder / "tokens",
-            length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
-        )  # fmt: skip
+        with busy("tokenizing", console):
+            tokens = build(
+                documents, tokenizer, folder / "tokens",
+                length=settings.length, heldout_fraction=settings.heldout_fraction, heldout_documents=heldout,
+            )  # fmt: skip
     except OSError as error:  # unreadable data raised another error before
         raise SaveError(f"the text's tokens could not be written to {folder}: {error.strerror or error}") from error
     left_out = "bad lines" if named is None else "examples that are bad or longer than --length"
@@ -114,8 +116,8 @@ def _tokenizer(settings: TrainSettings, documents: Documents, console: Console) 
             return load_tokenizer(settings.model)
         except InputError as error:
             raise InputError(f"{error}; give its tokenizer with --tokenizer") from error
-    console.print(f"training a byte-level BPE of {settings.vocab_size:,} tokens …", highlight=False)
-    return train_tokenizer(documents, vocab_size=settings.vocab_size)
+    with busy(f"training a byte-level BPE of {settings.vocab_size:,} tokens", console):
+        return train_tokenizer(documents, vocab_size=settings.vocab_size)
 
 
 def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

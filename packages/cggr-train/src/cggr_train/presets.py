@@ -12,6 +12,9 @@ from cggr_train.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+WEIGHTS = ("*.safetensors", "*.bin")
+"""Files that hold the weights of a model directory with a ``config.json``."""
+
 
 class Preset(NamedTuple):
     """Sizes of a Llama-type decoder; everything else is Llama's default."""
@@ -111,6 +114,11 @@ def check_model_folder(path: str) -> None:
     if gguf_argument(path):
         return  # its configuration stands among its weights, and takes seconds to read
     if not (Path(path) / "config.json").exists():
+        if (Path(path) / "adapter_config.json").exists():
+            raise InputError(
+                f"the model directory {path} holds a PEFT adapter without its base model; merge the two "
+                "(merge_and_unload), save the result with save_pretrained and give that directory"
+            )
         raise InputError(
             f"the model directory {path} holds neither config.json nor a GGUF file; give a directory written by "
             "save_pretrained"
@@ -119,6 +127,11 @@ def check_model_folder(path: str) -> None:
         AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
+    if not any(file for kind in WEIGHTS for file in Path(path).glob(kind)):
+        raise InputError(
+            f"the model directory {path} holds config.json but no weights ({' or '.join(WEIGHTS)}); give a directory "
+            "written by save_pretrained"
+        )
 
 
 def gguf_argument(path: str) -> dict[str, str]:

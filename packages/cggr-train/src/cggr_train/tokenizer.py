@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-text token
 
 
@@ -82,6 +83,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **gguf_argument(folder))
     except Exception as error:  # transformers raises several unrelated types for a directory without a tokenizer
+        if not any((Path(folder) / file).exists() for file in TOKENIZERS) and not gguf_argument(folder):
+            raise InputError(f"the directory {folder} holds no tokenizer (none of {', '.join(TOKENIZERS)})") from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"the directory {folder} holds no tokenizer that can be loaded ({reason})") from error
 

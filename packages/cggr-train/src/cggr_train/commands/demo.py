@@ -9,6 +9,7 @@ import typer
 
 from cggr_train.commands import options
 from cggr_train.commands.errors import plain_errors
+from cggr_train.commands.loading import loading
 from cggr_train.errors import InputError
 
 
@@ -35,16 +36,17 @@ def demo(
 
     Writes report.html, passage.html and results.jsonl; about four minutes on two CPU cores.
     """
-    typer.echo("cggr demo: a small study on this Python's own source code; no GPU, no download. Loading PyTorch …")
+    typer.echo("cggr demo: a small study on this Python's own source code; no GPU, no download")
     with plain_errors(interrupted=f"stopped; continue with: cggr study --resume {out}"):
-        from rich.console import Console
-        from transformers.utils.logging import disable_progress_bar
+        with loading("demo"):
+            from rich.console import Console
+            from transformers.utils.logging import disable_progress_bar
 
-        from cggr_train.demo import announcement, run_demo, write_corpus
-        from cggr_train.learner import Routing
-        from cggr_train.settings import TrainSettings
-        from cggr_train.study import StudySettings
-        from cggr_train.study.pool import places
+            from cggr_train.demo import announcement, run_demo, write_corpus
+            from cggr_train.learner import Routing
+            from cggr_train.settings import TrainSettings
+            from cggr_train.study import StudySettings
+            from cggr_train.study.pool import places
 
         if (out / "study.json").exists():
             raise InputError(f"{out} already holds a study; continue it with cggr study --resume {out}, or give --out")

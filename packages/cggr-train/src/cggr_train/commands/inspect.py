@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from cggr_train.busy import busy
 from cggr_train.commands import options
 from cggr_train.commands.errors import plain_errors
-from cggr_train.commands.loading import announce_loading
+from cggr_train.commands.loading import loading
 from cggr_train.errors import InputError
 
 
@@ -31,22 +32,23 @@ def inspect(
 ) -> None:
     """Write an HTML page of a passage, coloured by each score, that marks the tokens each strategy would keep."""
     with plain_errors(interrupted="stopped; nothing was written"):
-        announce_loading("inspect")
-        from rich.console import Console
-        from transformers.utils.logging import disable_progress_bar
+        with loading("inspect"):
+            from rich.console import Console
+            from transformers.utils.logging import disable_progress_bar
 
-        from cggr_train.fine_tuning import local_model
-        from cggr_train.inspection import inspect_text, read_passage
-        from cggr_train.report.inspection_page import write_inspection_page
+            from cggr_train.fine_tuning import local_model
+            from cggr_train.inspection import inspect_text, read_passage
+            from cggr_train.report.inspection_page import write_inspection_page
 
         disable_progress_bar()
         if out.is_dir() or not out.parent.is_dir():
             what = "is a directory" if out.is_dir() else f"cannot be written: the directory {out.parent} does not exist"
             raise InputError(f"--out {out} {what}; give the path of an HTML file")
-        found = inspect_text(
-            local_model(model), read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
-            router_depth=router_depth, length=length, seed=seed, device=device,
-        )  # fmt: skip
+        with busy(f"scoring the passage with {model}", Console(stderr=True)):
+            found = inspect_text(
+                local_model(model), read_passage(text), tokenizer=tokenizer, reference=reference, ratio=ratio,
+                router_depth=router_depth, length=length, seed=seed, device=device,
+            )  # fmt: skip
         write_inspection_page(out, found)
         cut = f" (the last {found.left_out:,} were left out)" if found.left_out else ""
         Console().print(f"{len(found.tokens):,} tokens{cut} · page {out}", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import typer
 
 from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors
-from cggr_train.commands.loading import announce_loading
+from cggr_train.commands.loading import loading
 from cggr_train.errors import InputError
 
 OWN_PRECISION = "own"
@@ -102,15 +102,15 @@ def study(
     with plain_errors(interrupted=f"stopped; continue with: cggr study --resume {resume or out}"):
         if resume is not None:
             check_resume_options(context, (), what="study")
-        announce_loading("study")
-        from rich.console import Console
-        from transformers.utils.logging import disable_progress_bar
+        with loading("study"):
+            from rich.console import Console
+            from transformers.utils.logging import disable_progress_bar
 
-        from cggr_train.fine_tuning import defaults, local_model
-        from cggr_train.learner import Routing
-        from cggr_train.option_checks import parse_bytes
-        from cggr_train.settings import TrainSettings
-        from cggr_train.study import StudySettings, resume_study, start_study
+            from cggr_train.fine_tuning import defaults, local_model
+            from cggr_train.learner import Routing
+            from cggr_train.option_checks import parse_bytes
+            from cggr_train.settings import TrainSettings
+            from cggr_train.study import StudySettings, resume_study, start_study
 
         disable_progress_bar()  # its progress bars would break ours
         console = Console()

@@ -9,7 +9,7 @@ import typer
 
 from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors, was_given
-from cggr_train.commands.loading import announce_loading
+from cggr_train.commands.loading import loading
 
 SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps")
 """Options that are meaningless or unsupported if all supervised tokens are kept."""
@@ -88,14 +88,14 @@ def train(
     with plain_errors(interrupted="stopped; nothing was saved"):
         if resume is not None:
             check_resume_options(context, ("steps", "seconds"), what="run")
-        announce_loading("train")
-        from rich.console import Console
-        from transformers.utils.logging import disable_progress_bar
+        with loading("train"):
+            from rich.console import Console
+            from transformers.utils.logging import disable_progress_bar
 
-        from cggr_train.fine_tuning import announce, default_selection, defaults, local_model
-        from cggr_train.learner import Routing
-        from cggr_train.run import resume_run, start_run
-        from cggr_train.settings import TrainSettings
+            from cggr_train.fine_tuning import announce, default_selection, defaults, local_model
+            from cggr_train.learner import Routing
+            from cggr_train.run import resume_run, start_run
+            from cggr_train.settings import TrainSettings
 
         disable_progress_bar()  # its progress bars would break ours
         console = Console()

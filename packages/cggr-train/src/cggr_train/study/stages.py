@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from cggr_train.busy import busy
 from cggr_train.data import TokenStore
 from cggr_train.display import mute
 from cggr_train.errors import DivergedError, InputError, RunError
@@ -272,15 +273,16 @@ class Stages:
         return False
 
     def _report(self, plan: Plan) -> Outcome:
-        from cggr_train.report.study_page import write_study_page
-        from cggr_train.report.tables import comparison_tables
-        from cggr_train.report.verdict import verdict
+        with busy("writing the report", self.console):
+            from cggr_train.report.study_page import write_study_page
+            from cggr_train.report.tables import comparison_tables
+            from cggr_train.report.verdict import verdict
 
-        records = [record for record in self.records if record.get("seed", self.seeds[0]) in self.seeds]
-        outcome = analyse(self.arms, plan, records, seeds=self.settings.seeds, left_out=self.left_out)
-        lines = verdict(outcome)
-        page = self.folder / REPORT
-        write_study_page(page, outcome=outcome, verdict=lines, settings=self.settings, study=self.records[0])
+            records = [record for record in self.records if record.get("seed", self.seeds[0]) in self.seeds]
+            outcome = analyse(self.arms, plan, records, seeds=self.settings.seeds, left_out=self.left_out)
+            lines = verdict(outcome)
+            page = self.folder / REPORT
+            write_study_page(page, outcome=outcome, verdict=lines, settings=self.settings, study=self.records[0])
         for table in comparison_tables(outcome):
             self.console.print(table)
         for line in lines:
