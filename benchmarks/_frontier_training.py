@@ -69,7 +69,7 @@ class Learner:
         self.way, self.slots = way, -(-slots // way.parts) + way.margin
         self.records_itself = records_itself
         self.steps_of_epoch, self.ends = steps_of_epoch, ends
-        self._kept: Tensor | None = None  # where only some of the layers route
+        self._looked, self._kept = False, None  # where only some of the layers route
         if way.mixed:
             route_layers(model.model.layers, way.layers, lambda: self._kept)
         gradient = "exact" if way.mixed else way.gradient
@@ -94,12 +94,20 @@ class Learner:
                 kept = keep_part(predicts, targets, unit=way.unit, parts=way.parts, ends=self.ends, epoch=epoch)
             given["selection"] = Selection.from_mask(kept, countable=predicts, capacity=self.slots, margin=way.margin)
             if way.mixed:
-                if self._kept is None:  # CGGRModel looks at a model before its first step, on rows of its own
-                    self.routed(input_ids, labels=labels, **given)
-                self._kept = kept
+                return self._mixed(kept, input_ids=input_ids, labels=labels, **given)
         else:
             given |= {"draw": draw, "first_row": first_row}
         return self.routed(input_ids, labels=labels, **given)
+
+    def _mixed(self, kept: Tensor, **given: Any) -> Tensor:
+        if not self._looked:  # CGGRModel looks at a model before its first step, on rows of its own
+            self.routed(**given)
+            self._looked = True
+        self._kept = kept
+        try:
+            return self.routed(**given)
+        finally:
+            self._kept = None
 
 
 class Steps:

@@ -156,6 +156,19 @@ def test_micro_batches_and_checkpointing_are_the_same_training():
         assert [point["loss"] for point in other] == pytest.approx([point["loss"] for point in curves[0]], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "way", [Way("", 4, layers=(0.0, 0.5)), Way("", 4, parts=2, unit="sentences")], ids=["mixed", "sentences"]
+)
+def test_a_way_trains_and_is_read_on_a_batch_of_another_size(way):
+    setting = SimpleNamespace(length=24, slots=6)
+    train_rows = rows(12, 24)
+    data = SimpleNamespace(train=train_rows, tuning=rows(4, 24, 1), test=train_rows[:6])  # six at a time, not four
+    ends = torch.arange(50) < 9
+    points = train(llama(), data, setting, way, seed=0, rate=1e-2, points=[2, 6], eval_rows=6, recorded=False,
+                   ends=ends)["points"]  # fmt: skip
+    assert points[1]["loss"] < points[0]["loss"] < loss_on(llama(), data.test)
+
+
 def test_the_loss_is_that_of_the_supervised_tokens():
     model, batch = llama(), rows(5, 24)
     input_ids, labels = split_supervised(batch)
