@@ -1,7 +1,7 @@
 """Atomic checkpoints.
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed to ``step-00000120``; unfinished
-ones are ignored, and removed by the next save. Older ones are deleted only after that.
+ones are ignored and removed by the next save. Older ones are deleted only after that.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint and remove the oldest.
 
-    The result can be given to ``from_pretrained`` as it is.
+    The result can be passed to ``from_pretrained`` directly.
 
     Args:
-        folder: Where checkpoints live; made if missing.
+        folder: Folder of the checkpoints; created if missing.
         model: Saved with ``save_pretrained`` (safetensors, no wrapper keys).
-        tokenizer: Saved beside it.
+        tokenizer: Saved with the model.
         state: Optimizer, learner and random state go into ``training_state.safetensors`` and ``.json``.
         keep: Newest checkpoints to keep, at least 1.
-        also: Writes further files into the folder that it is given.
+        also: Writes further files into the given folder.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         DivergedError: If a weight is not finite: no run could resume from it.
-        SaveError: If anything cannot be written (a full disk, say); earlier checkpoints are untouched.
+        SaveError: If anything cannot be written (a full disk, say); earlier checkpoints are unchanged.
     """
     from safetensors import SafetensorError
 
@@ -129,7 +129,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def last_checkpoint_message(folder: Path) -> str:
-    """A sentence for error messages: which checkpoint is left after a failed save."""
+    """A clause for error messages: which checkpoint remains after a failed save."""
     last = latest_checkpoint(folder)
     return f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
 
@@ -144,7 +144,7 @@ def random_state(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device, ranks: Ranks = ALONE) -> None:
-    """Restore what :func:`random_state` returned; with a different number of ranks, generators are left alone."""
+    """Restore what :func:`random_state` returned; with a different number of ranks, generators are unchanged."""
     states = {name: found if isinstance(found, list) else [found] for name, found in state.items()}
     if len(states["cpu"]) != ranks.size:
         return

@@ -24,7 +24,7 @@ app = typer.Typer(
 
 
 def unwrapped(text: str | None) -> str:
-    r"""A docstring whose paragraphs are one line each: the terminal's width decides where help is broken.
+    r"""A docstring with one line per paragraph, so that help wraps at the terminal's width.
 
     Example:
         >>> unwrapped("One.\n\n    Two\n    lines.\n    ")

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cggr_train.loop import Progress as TrainingProgress
 
 
 def bar(console: Console) -> Progress:
-    """A progress bar with a ``numbers`` field, for one run or for several under one another."""
+    """A progress bar with a ``numbers`` field, for one run or several below each other."""
     name, share = TextColumn("[bold]{task.description}"), TextColumn("{task.percentage:>3.0f}%")
     figures = TextColumn("{task.fields[numbers]}")
     if console.width < 110:
@@ -21,7 +21,7 @@ def bar(console: Console) -> Progress:
 
 
 def numbers(*, step: int, loss: float, keep_ratio: float, tokens_per_second: float, memory: int) -> str:
-    """The figures beside the bar.
+    """The figures next to the bar.
 
     Example:
         >>> numbers(step=10, loss=4.5, keep_ratio=0.25, tokens_per_second=9876.5, memory=512 * 2**20)
@@ -34,7 +34,7 @@ def numbers(*, step: int, loss: float, keep_ratio: float, tokens_per_second: flo
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in binary units, three digits or so."""
+    """Bytes in binary units, about three digits."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
@@ -51,8 +51,8 @@ class Display:
     """Shows one run.
 
     Args:
-        console: Where to.
-        name: Title beside the bar.
+        console: Where to print.
+        name: Title next to the bar.
         budget: What the bar counts.
     """
 
@@ -83,7 +83,7 @@ class Display:
             self._bar.update(self._task, completed=min(1.0, self.budget.spent(progress)))
 
     def show(self, text: str) -> None:
-        """Show new figures, beside the bar or as a line if there is no bar."""
+        """Show new figures, next to the bar or as a line if there is no bar."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, numbers=text)
         else:

@@ -98,7 +98,7 @@ def operations() -> list[tuple[str, str, str, str]]:
 
 
 def together(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """One row for all operations that are served alike for the same reason.
+    """One row for all operations with the same implementation and reason.
 
     Example:
         >>> together([("select", "cpu", "torch", "no kernel"), ("difficulty", "cpu", "torch", "no kernel")])

@@ -10,8 +10,8 @@ class RunError(RuntimeError):
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written; earlier ones are untouched."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class DivergedError(RunError):
-    """The loss is no longer finite; the last good checkpoint is untouched."""
+    """The loss is no longer finite; the last good checkpoint is unchanged."""

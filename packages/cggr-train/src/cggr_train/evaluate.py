@@ -23,11 +23,11 @@ def heldout_loss(
     """Mean negative log-likelihood per predicted token, in nats.
 
     Args:
-        model: A Hugging Face causal language model; evaluated in ``eval()`` mode, its mode is put back.
-        batches: Token ids, int64 ``[B, S]`` each; every sequence predicts its supervised tokens but the first token.
+        model: A Hugging Face causal language model; evaluated in ``eval()`` mode, which is restored afterwards.
+        batches: Token ids, int64 ``[B, S]`` each; every supervised token except a first one is predicted.
         device: Where the model is.
         bfloat16: Evaluate under bfloat16 autocast.
-        reduce: Adds a float64 tensor on the CPU up over all ranks, where each evaluates its share of the batches.
+        reduce: Sums a float64 CPU tensor over all ranks, if each evaluates its share of the batches.
 
     Raises:
         ValueError: If there is no token to predict.

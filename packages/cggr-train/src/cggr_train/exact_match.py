@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 SLACK = 32
 TOKENS = 2**18
-"""Limit on a batch, for the sake of its key-value cache: 6 GB for a 135M model."""
+"""Limit on the tokens of a batch, for its key-value cache: 6 GB for a 135M model."""
 
 
 class Accuracy(NamedTuple):
-    """How many were right.
+    """Number of right answers.
 
     Attributes:
         right: Questions answered exactly.
@@ -52,22 +52,22 @@ def exact_match(
     slack: int = SLACK,
     tokens_per_turn: int = 128,
 ) -> Accuracy:
-    """Answer every question of ``rows`` and compare with the answers that stand there.
+    """Answer every question of ``rows`` and compare with the reference answers in it.
 
     Args:
-        model: A causal language model; its mode is put back.
+        model: A causal language model; its mode is restored.
         rows: Examples, int64 ``[N, S]``: the unsupervised tokens at the beginning are the question, the supervised ones
             the answer (:mod:`cggr_train.data.supervision`).
         tokenizer: Of the model.
-        after: Compare what follows the last of this mark ("####"); None compares whole answers.
+        after: Compare the text after the last of this marker ("####"); None compares whole answers.
         device: Where the model is.
         bfloat16: Decode under bfloat16 autocast.
-        batch_size: Questions that are answered at a time, or fewer where they are long (:data:`TOKENS`).
-        slack: Tokens that an answer may be longer than the longest of ``rows``.
-        tokens_per_turn: After so many tokens the questions whose answers have ended leave the batches.
+        batch_size: Questions answered at a time, or fewer if they are long (:data:`TOKENS`).
+        slack: Tokens by which an answer may exceed the longest of ``rows``.
+        tokens_per_turn: Finished questions leave the batches after this many tokens.
 
     Raises:
-        InputError: If an answer of ``rows`` lacks the mark.
+        InputError: If an answer of ``rows`` lacks the marker.
     """
     end: Any = tokenizer.eos_token_id
     questions, answers = zip(*map(_split_question, rows), strict=True)
@@ -99,10 +99,10 @@ def exact_match(
 
 
 def right_answers(rows: Tensor, tokenizer: PreTrainedTokenizerBase, *, after: str | None) -> list[str]:
-    """What is compared of the answers that stand in ``rows``, see :func:`exact_match`.
+    """The compared parts of the reference answers in ``rows``, see :func:`exact_match`.
 
     Raises:
-        InputError: If an answer lacks the mark.
+        InputError: If an answer lacks the marker.
     """
     answers = [_split_question(row)[1] for row in rows]
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -122,7 +122,7 @@ def right_answers(rows: Tensor, tokenizer: PreTrainedTokenizerBase, *, after: st
 def _continue(
     model: PreTrainedModel, texts: Sequence[list[int]], *, end: int, tokens: int, device: torch.device, batch_size: int
 ) -> list[list[int]]:
-    """Decode greedily, up to that many tokens or to the end-of-text token, which is included."""
+    """Decode greedily up to this many tokens or through the end-of-text token."""
     from transformers import GenerationConfig
 
     decoding = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=end, pad_token_id=end)
@@ -142,9 +142,9 @@ def _continue(
 
 
 def final_answer(text: str, after: str | None) -> str | None:
-    """The part of an answer that is compared; None if the mark is missing.
+    """The part of an answer that is compared; None if the marker is missing.
 
-    Separators of thousands, spaces and a full stop at the end do not count.
+    Thousands separators, spaces and a final full stop are ignored.
 
     Example:
         >>> final_answer("3 * 400 = 1,200. #### 1,200.", "####"), final_answer("twelve", "####")

@@ -11,12 +11,12 @@ from cggr_train.errors import InputError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 HUB_SECONDS = 4.0
-"""How long to wait for the hub's first answer, in seconds."""
+"""Timeout for the hub's first response, in seconds."""
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """Files to download: safetensors weights, configuration and tokenizer; no code."""
 FROM_SCRATCH_RATE, FROM_SCRATCH_DECAY, FINE_TUNING_DECAY = 1e-3, 0.1, 0.01
 RATES = ((1e9, 5e-5), (8e9, 2e-5))
-"""Up to so many parameters, this learning rate; 1e-5 beyond."""
+"""Learning rates up to a number of parameters; 1e-5 beyond."""
 
 
 class Defaults(NamedTuple):
@@ -25,8 +25,8 @@ class Defaults(NamedTuple):
     Attributes:
         learning_rate: Peak learning rate.
         weight_decay: Weight decay of matrices.
-        field: Keys of the text, or of the prompt where there is an answer.
-        answer: Key of the answer, which alone is supervised; None for plain text.
+        field: Keys of the text, or of the prompt if there is an answer.
+        answer: Key of the answer, the only supervised part; None for plain text.
     """
 
     learning_rate: float
@@ -40,7 +40,7 @@ def defaults(
 ) -> Defaults:
     """Fill in defaults for fine-tuning a model or for training from scratch.
 
-    In fine-tuning, the last of several fields is the answer to the others, and prompts are masked.
+    In fine-tuning, the last of several fields is the answer, and the others are a masked prompt.
 
     Args:
         model: Directory of the model to fine-tune; None to train from scratch.
@@ -70,11 +70,11 @@ def defaults(
 
 
 def default_selection(answers: str | None, *, by_score: bool) -> str:
-    """All supervised tokens where prompts are masked: a part of them costs about as much and teaches less.
+    """Select all supervised tokens if prompts are masked: keeping part of them costs about as much and teaches less.
 
     Args:
-        answers: Key of what alone is supervised; None where every token is.
-        by_score: Whether a ratio or a score was asked for.
+        answers: Key of the only supervised part; None if every token is supervised.
+        by_score: Whether a ratio or a score was requested.
 
     Example:
         >>> default_selection("answer", by_score=False), default_selection(None, by_score=False)
@@ -123,7 +123,7 @@ def count_parameters(model: str) -> int:
 
 
 def local_model(name: str) -> str:
-    """The directory of a model: a path as it is, a name on the Hugging Face hub after downloading it.
+    """The directory of a model: a path unchanged, or a name on the Hugging Face hub after downloading it.
 
     Args:
         name: Path of a directory, or ``OWNER/NAME`` on the hub.

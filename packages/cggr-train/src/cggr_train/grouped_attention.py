@@ -1,7 +1,7 @@
-"""Attention of one new token to a long cache, each key and value read once for all the heads that share it.
+"""Attention of one new token to a long cache that reads each key and value once for all heads that share it.
 
-transformers repeats keys and values for every head where SDPA is given a mask: of a batch with long prompts that is
-most of the time of a decoded token.
+transformers repeats keys and values for every head if SDPA gets a mask, which takes most of the time of a decoded token
+with long prompts.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers: SDPA's, but for a single query per row.
+    """SDPA attention for transformers, except for a single query per row.
 
     Args:
         module: The attention layer.
         query: ``[B, H, Q, D]``.
         key: ``[B, G, S, D]``, of which ``H / G`` heads share one.
         value: As ``key``.
-        attention_mask: bool ``[B, 1, Q, S]``, false where nothing is attended to; None for no mask.
-        **options: As the layer gives them.
+        attention_mask: bool ``[B, 1, Q, S]``, false for masked keys; None for no mask.
+        **options: As passed by the layer.
 
     Returns:
         ``[B, Q, H, D]``, and no weights.
@@ -51,7 +51,7 @@ def attend(
 
 
 def use_grouped_attention(model: PreTrainedModel) -> bool:
-    """Let a model that attends through SDPA decode with :func:`attend`; any other stays as it is.
+    """Let a model that uses SDPA decode with :func:`attend`; other models are unchanged.
 
     Args:
         model: The model.

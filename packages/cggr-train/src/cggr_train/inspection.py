@@ -26,26 +26,26 @@ FIGURES = ("nll", "entropy", "confidence", "margin", "gradnorm")
 SCORINGS = tuple(name for name in settings.SCORINGS if name != "excess")
 STRATEGIES = settings.SELECTIONS
 PATH_LIKE = re.compile(r"\S*(/\S*|\.[A-Za-z0-9]{1,6})")
-"""One word with a slash, or with what could be a suffix."""
+"""One word with a slash or something like a suffix."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A passage as a model reads it; the first token is predicted by nothing and has no figures.
+    """A passage as a model reads it; the first token is not predicted and has no figures.
 
-    The score at position t is about the token at t+1; here everything stands on that token.
+    The score at position t is about the token at t+1; here all values belong to that token.
 
     Attributes:
         model: The model's folder.
-        tokens: Characters of each token; empty where several tokens share a character.
-        guesses: The likeliest token at each place, from the second token on.
+        tokens: Characters of each token; empty if several tokens share a character.
+        guesses: The most likely token at each position, from the second token on.
         figures: ``nll``, ``entropy`` (nats), ``confidence``, ``margin``, ``gradnorm`` of each token from the second on.
         scores: By scoring, of each token from the second on; higher is more worth learning from.
         ranks: Rank of each score in the passage, from 0 (lowest) to 1 (highest).
         weights: By scoring and strategy, the weight in the loss of each token from the second on; 0 if not kept.
-        ratio: Keep ratio asked for.
+        ratio: Requested keep ratio.
         router_depth: Layers that scored, None for all.
-        left_out: Tokens of the text behind the passage's end.
+        left_out: Tokens of the text beyond the passage.
     """
 
     model: str
@@ -61,16 +61,15 @@ class Inspection:
 
 
 def read_passage(text: str) -> str:
-    """The passage: ``text`` itself, or what is in the file of that name.
+    """The passage: ``text`` itself, or the contents of the file of that name.
 
     Raises:
-        InputError: If it is empty, the file cannot be read as UTF-8, or it looks like the path of a file that is not
-            there.
+        InputError: If it is empty, the file cannot be read as UTF-8, or it looks like the path of a missing file.
     """
     path = Path(text)
     try:
         is_file, is_folder = path.is_file(), path.is_dir() and bool(text)
-    except (OSError, ValueError):  # too long or too odd for a path
+    except (OSError, ValueError):  # not a valid path
         is_file = is_folder = False
     if is_folder:
         raise InputError(f"--text {text} is a directory; give a text file in it")
@@ -109,13 +108,13 @@ def inspect_text(
         tokenizer: Directory of its tokenizer; None is the model's own.
         reference: Directory of a reference model; adds the score ``excess``.
         ratio: Keep ratio in (0, 1].
-        router_depth: Score with so many layers; None with all.
-        length: Most tokens; the passage is cut there, or at the model's positions.
+        router_depth: Score with this many layers; None for all.
+        length: Maximum number of tokens, at most the model's maximum length; longer passages are truncated.
         seed: Seed of the selections.
         device: As for ``cggr train``.
 
     Raises:
-        InputError: If something given cannot be used.
+        InputError: If an argument is invalid.
     """
     _check(ratio, router_depth, length, seed)
     place = pick_device(device)
@@ -218,7 +217,7 @@ def _inspection(
         guesses=[str(tokenizer.decode([guess])) for guess in logits[0, :-1].argmax(-1).tolist()],
         figures={name: getattr(statistics, name).tolist() for name in FIGURES},
         scores={name: values.tolist() for name, values in scores.items()},
-        # by rank: a young model's scores lie so close together that shades by value would all look alike
+        # by rank: scores of a barely trained model are so close together that shades by value would look the same
         ranks={name: (values.argsort(stable=True).argsort() / last).tolist() for name, values in scores.items()},
         weights=weights,
         ratio=ratio,

@@ -1,4 +1,4 @@
-"""Stop cleanly on the first Ctrl-C, at once on the second."""
+"""Stops cleanly on the first Ctrl-C and immediately on the second."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SHOW_CURSOR = b"\x1b[?25h"
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop reads between two steps.
 
-    ``torchrun`` passes a Ctrl-C on as SIGTERM to processes that have had it from the terminal already. Where a launcher
-    started this one (``launched``), a SIGTERM is therefore never taken for a second request.
+    ``torchrun`` forwards a Ctrl-C as SIGTERM to processes that already got it from the terminal. If a launcher started
+    this process (``launched``), a SIGTERM therefore never counts as a second request.
 
-    The second one finds the operating system's own behaviour restored and ends the process there and then,
-    even inside a long tensor operation. Checkpoints are renamed into place when complete, so nothing that was
-    saved is lost. Outside the main thread, where Python allows no handlers, signals are left as they are.
+    After the first signal the default handlers are restored, so a second one ends the process immediately, even inside
+    a long tensor operation. Checkpoints are renamed into place when complete, so nothing saved is lost. Outside the
+    main thread, where Python allows no handlers, signals are unchanged.
 
-    A closed terminal sends SIGHUP more than once, so a second one is not taken for impatience, and under ``nohup`` the
-    first is not either. ``on_hangup`` is called with it: what is shown has nowhere to go any more.
+    A closed terminal sends SIGHUP more than once, so a second one does not end the process, and under ``nohup`` the
+    first is ignored too. ``on_hangup`` is called with it, since output has nowhere to go any more.
 
     Example:
         >>> with StopRequest() as stop:
@@ -45,12 +45,12 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self.received is not None
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process stopped by this signal: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
+        """The exit status for this signal by shell convention: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
         return 128 + (self.received or 0)
 
     def __enter__(self) -> StopRequest:
@@ -65,7 +65,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the former handlers back."""
+        """Restore the former handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -79,8 +79,8 @@ class StopRequest:
             self._on_hangup()
         if self._quiet or number == HANGUP:
             return
-        # os.write, since a handler may run in the middle of a print; the cursor, since a second signal gives the
-        # progress display no chance to bring it back
+        # os.write, since a handler may interrupt a print; it restores the cursor, since a second signal gives the
+        # progress display no chance to
         cursor = SHOW_CURSOR if sys.stderr.isatty() else b""
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # the reader is gone
             os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n" + cursor)

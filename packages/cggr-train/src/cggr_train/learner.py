@@ -1,4 +1,4 @@
-"""Training methods as the training loop sees them: the plain model, or the model routed by CGGR."""
+"""Training methods for the training loop: the plain model, or the model routed by CGGR."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Routing:
         gradient: Gradient mode: ``exact``, ``kv``, ``detached`` or ``sequence``.
         ratio: Keep ratio, in (0, 1].
         selection: Which strategy chooses the kept tokens.
-        scoring: Which score it goes by.
-        router: What scores: ``full_depth``, ``truncated``, ``learned`` or ``remembered``; None takes ``truncated`` if
-            ``router_depth`` is given and ``full_depth`` if not.
+        scoring: Which score it uses.
+        router: Source of the scores: ``full_depth``, ``truncated``, ``learned`` or ``remembered``; None means
+            ``truncated`` if ``router_depth`` is given, else ``full_depth``.
         context_precision: ``fp8``, or None for the model's own precision.
         router_depth: Layers of a truncated or learned router; None takes an eighth of the model's.
-        block_size: Neighbouring tokens that are chosen together.
-        context_margin: Tokens before each stretch of supervised ones that gradients reach as well.
+        block_size: Number of neighbouring tokens chosen together.
+        context_margin: Let gradients also reach this many tokens before each supervised stretch.
         ratio_warmup_steps: Steps over which the ratio goes from 1 to ``ratio``.
     """
 
@@ -61,7 +61,7 @@ class Routing:
 
     @property
     def scorer(self) -> str:
-        """One of :data:`cggr_core.settings.ROUTERS`: ``router``, or what stands for None."""
+        """One of :data:`cggr_core.settings.ROUTERS`: ``router``, or its default."""
         return self.router or ("full_depth" if self.router_depth is None else "truncated")
 
     def depth(self, num_layers: int) -> int | None:
@@ -77,7 +77,7 @@ class Learner(Protocol):
     model: PreTrainedModel
     wrapped: nn.Module
     memory: RememberedScores | None
-    """Scores of earlier epochs, where the method remembers them; :meth:`loss` then needs ``example_ids``."""
+    """Scores of earlier epochs, if the method remembers them; :meth:`loss` then needs ``example_ids``."""
 
     def loss(
         self,
@@ -90,11 +90,11 @@ class Learner(Protocol):
     ) -> Tensor:
         """Loss of next-token prediction on the supervised tokens of ``rows`` ``[B, S]``, float32 scalar with a graph.
 
-        It goes through ``wrapped``: the model itself, or what averages its gradients over the ranks. ``num_items`` is
-        the number of countable tokens to divide by, of all micro-batches of an accumulated step together; None divides
-        by this batch's own. ``draw`` and ``first_row`` number the step's random choices, and the rows within it;
-        ``draw`` is a tensor (0-dim int64, on the device) where the step is recorded. ``example_ids``, int64 ``[B]``,
-        says which example each row is.
+        It calls ``wrapped``: the model itself, or the wrapper that averages its gradients over the ranks. ``num_items``
+        is the number of countable tokens to divide by, of all micro-batches of an accumulated step together; None
+        divides by this batch's own. ``draw`` and ``first_row`` number the step's random choices, and the rows within
+        it; ``draw`` is a tensor (0-dim int64, on the device) if the step is recorded. ``example_ids``, int64 ``[B]``,
+        gives the example in each row.
         """
         ...
 
@@ -109,7 +109,7 @@ class Learner(Protocol):
 
     @property
     def replayed(self) -> bool:
-        """Whether the latest loss and its gradient come from a CUDA graph that the method captured by itself."""
+        """Whether the latest loss and its gradient come from a CUDA graph captured by the method."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class RoutedLearner:
         cuda_graph: Of ``CGGRModel``.
 
     Raises:
-        InputError: If a setting is not one that ``CGGRModel`` takes.
+        InputError: If ``CGGRModel`` does not accept a setting.
     """
 
     def __init__(
@@ -208,20 +208,19 @@ class RoutedLearner:
         return self.routed.routing_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the same selections that the uninterrupted run would have made."""
+        """Restore the state, so that the selections are those of the uninterrupted run."""
         self.routed.load_routing_state_dict(state)
 
 
 class StandardLearner(RoutedLearner):
     """The standard step: every token in the loss and in the gradient.
 
-    Fused layers and the loss through the head are the code that routed steps run, so that what routing gains is not
-    mixed with what those gain; the numbers are those of the model's own loss.
+    Uses the same fused layers and loss through the head as routed steps, so that comparisons measure routing alone; the
+    values equal the model's own loss.
 
     Args:
         model: A Hugging Face causal language model.
-        labelled: Whether some tokens are unsupervised: the head then runs on the others alone, which costs one value
-            from the device per step.
+        labelled: Whether some tokens are unsupervised: the head then skips them, which costs one host read per step.
         cuda_graph: Of ``CGGRModel``.
     """
 
@@ -294,12 +293,11 @@ def build_learner(
         routing: Settings of the first two; ``random`` overrides the selection and needs no router.
         seed: Seed of the selections.
         memory: Scores of earlier epochs, for ``router="remembered"``.
-        labelled: Of ``standard``: whether some tokens are unsupervised, see :class:`StandardLearner`.
-        cuda_graph: ``"auto"`` lets a method capture its forward and backward passes as CUDA graphs where that is
-            faster.
+        labelled: For ``standard``: whether some tokens are unsupervised, see :class:`StandardLearner`.
+        cuda_graph: ``"auto"`` lets a method capture its forward and backward passes as CUDA graphs if that is faster.
 
     Raises:
-        InputError: If the method or a setting of it is unknown.
+        InputError: If the method or one of its settings is unknown.
     """
     if method == "standard":
         return StandardLearner(model, labelled=labelled, cuda_graph=cuda_graph)

@@ -14,13 +14,13 @@ from cggr_train.errors import SaveError
 
 
 class LogError(SaveError):
-    """A record could not be written; those before it are untouched."""
+    """A record could not be written; earlier ones are unchanged."""
 
 
 class JsonlLog:
-    """Appends records to a file that is also readable while the run goes on.
+    """Appends records to a file that can be read during the run.
 
-    A last line that a kill cut short is taken off first, or the next record would be lost with it.
+    A last line truncated by a kill is removed first, or the next record would be lost with it.
 
     Args:
         path: The file; its folder must exist.

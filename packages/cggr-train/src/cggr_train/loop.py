@@ -20,12 +20,12 @@ from cggr_train.ranks import ALONE, Ranks
 from cggr_train.recorded import RecordedStep
 
 StepGraph = bool | Literal["auto"]
-"""What of a step is captured as CUDA graphs: all of it, nothing, or the passes of methods that are faster so."""
+"""What is captured as CUDA graphs: the whole step, nothing, or the passes of methods that gain from it."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         step: Optimizer steps done.
@@ -71,7 +71,7 @@ class LearningRate:
     """Linear warmup, then half a cosine down to ``final`` times the peak, over the share of the budget spent.
 
     With a budget of steps the rate is a function of the step alone and a resumed run repeats it exactly; with
-    a budget of seconds it follows the clock, so that methods of different speed all finish their decay.
+    a budget of seconds it follows the clock, so that methods of different speeds all finish their decay.
     """
 
     peak: float
@@ -123,10 +123,10 @@ class LoopSettings:
         budget: When to end.
         learning_rate: Peak, warmup and final share.
         accumulate: Batches per optimizer step.
-        clip: Largest norm of the gradient; None leaves it as it is.
+        clip: Largest norm of the gradient; None disables clipping.
         bfloat16: Run the forward under bfloat16 autocast.
-        cuda_graph: Record the step and replay it; the optimizer must be capturable then. ``"auto"`` leaves it to the
-            learner to record its passes.
+        cuda_graph: Record the step and replay it, which requires a capturable optimizer. With ``"auto"`` the learner
+            may record its passes.
     """
 
     budget: Budget
@@ -143,12 +143,12 @@ class LoopSettings:
 
 
 def build_optimizer(model: torch.nn.Module, *, weight_decay: float, capturable: bool = False) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone (not on norms and biases).
+    """AdamW with weight decay only on matrices (not on norms and biases).
 
     Args:
         model: Its trainable parameters are optimized.
-        weight_decay: Of the matrices.
-        capturable: Keep the step's number on the device and take the step in few kernels, so that it can be recorded.
+        weight_decay: Weight decay of the matrices.
+        capturable: Keep the step number on the device and update in few kernels, so that the step can be recorded.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -170,24 +170,24 @@ def train_steps(
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Train until the budget is spent or ``stop()`` says so, between two steps.
+    """Train until the budget is spent or ``stop()`` returns true between two steps.
 
     Args:
         learner: The method; its model must be on the clock's device.
         optimizer: Over the learner's parameters.
         batches: The data; step ``n`` takes batches ``n·accumulate`` and on.
         settings: Budget, learning rate, accumulation.
-        progress: Updated in place, so that a checkpoint taken in ``on_step`` knows where it stands.
+        progress: Updated in place, so that a checkpoint saved in ``on_step`` holds it.
         clock: Counts the training time into ``progress.seconds``.
         on_step: Called after every step with the detached loss (a tensor on the device, summed over the
-            accumulated batches; the mean over all ranks is the step's) and the learning rate. Work that is no training
+            accumulated batches; the mean over all ranks is the step's) and the learning rate. Other work than training
             belongs under ``clock.paused()``.
-        stop: Asked before every step.
+        stop: Checked before every step.
         ranks: The processes that share the step; every rank trains on its rows of each batch.
 
     Raises:
-        InputError: If the first step cannot be computed: a mode that the architecture cannot have, NaN weights.
-        DivergedError: If a later one cannot: its logits are no longer numbers.
+        InputError: If the first step cannot be computed: an unsupported mode, NaN weights.
+        DivergedError: If a later one cannot: its logits are NaN.
     """
     learner.model.train()
     # Gradients are averaged over the ranks, so each divides by its share.

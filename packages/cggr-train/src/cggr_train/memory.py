@@ -34,8 +34,8 @@ def peak_memory(device: torch.device) -> int:
 def reset_peak_memory(device: torch.device) -> None:
     """Reset :func:`peak_memory` to what is in use; on CPUs this only works under Linux.
 
-    On a CPU, memory that was freed but is still held by the C library goes back to the system first: what a run uses of
-    it would not show in the resident set.
+    On a CPU, memory that was freed but is still held by the C library is returned to the system first; its reuse would
+    not show in the resident set.
     """
     gc.collect()
     if device.type != "cpu":
@@ -48,7 +48,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of an accelerator or of the host (torch has no class for the latter).
+    """Whether an error means out of memory, on an accelerator or on the host (torch has no class for the latter).
 
     Example:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))

@@ -12,9 +12,9 @@ from cggr_train.ranks import ALONE, Ranks, without_averaging
 
 
 class OptimizerStep:
-    """A step as a function of its batches, its learning rate and its number alone.
+    """A step as a function of only its batches, learning rate and number.
 
-    The host reads nothing, so the whole of it can be recorded, see :class:`cggr_train.recorded.RecordedStep`.
+    The host reads nothing, so the whole step can be recorded, see :class:`cggr_train.recorded.RecordedStep`.
 
     Args:
         learner: The method.
@@ -49,15 +49,15 @@ class OptimizerStep:
         num_items: float | Tensor | None,
         example_ids: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Take the step.
+        """Run the step.
 
         Args:
             batches: This rank's rows of each accumulated batch, int64 ``[B, S]`` on the model's device.
-            rate: Learning rate; a tensor (0-dim, on the device) where the optimizer can be captured.
-            draw: Number of the step's random choices; a tensor (0-dim int64, on the device) where it is recorded.
-            num_items: Supervised tokens to divide by (a 0-dim tensor where the step is recorded); None divides by the
+            rate: Learning rate; a tensor (0-dim, on the device) if the optimizer is capturable.
+            draw: Number of the step's random choices; a tensor (0-dim int64, on the device) if it is recorded.
+            num_items: Supervised tokens to divide by (a 0-dim tensor if the step is recorded); None divides by the
                 batch's own.
-            example_ids: int64 ``[B]`` of each batch, where scores are remembered by example.
+            example_ids: int64 ``[B]`` of each batch, if scores are remembered by example.
 
         Returns:
             The detached loss, summed over the batches; float32 scalar on the device.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cggr_train.learner import Routing
 
 LARGEST_SEED = 2**63 - 1
-"""What torch's generators take."""
+"""The largest seed that torch's generators accept."""
 
 
 def check_number(option: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
@@ -20,9 +20,9 @@ def check_number(option: str, value: float, *, least: float | None = None, above
 
     Args:
         option: Name of the option.
-        value: What was given.
+        value: The value given.
         least: Smallest number that is accepted.
-        above: Number that it has to be larger than.
+        above: Exclusive lower bound.
 
     Raises:
         InputError: If it is not accepted.
@@ -40,7 +40,7 @@ def check_number(option: str, value: float, *, least: float | None = None, above
 
 
 def check_seed(value: int) -> None:
-    """Refuse a seed that generators do not take.
+    """Refuse a seed that generators do not accept.
 
     Raises:
         InputError: If it is not accepted.
@@ -50,16 +50,16 @@ def check_seed(value: int) -> None:
 
 
 def check_routing(routing: Routing, *, labelled: bool = False) -> None:
-    """Refuse names and numbers of a routing that no model can have.
+    """Refuse routing settings that are invalid for every model.
 
-    What depends on the model, or on how settings go together, is found when the model is wrapped.
+    Settings that depend on the model or on each other are checked when the model is wrapped.
 
     Args:
         routing: The settings.
         labelled: Whether only some tokens of the text are supervised.
 
     Raises:
-        InputError: With the nearest name, where one is near.
+        InputError: With the nearest name, if one is close.
 
     Example:
         >>> from cggr_train.learner import Routing
@@ -116,7 +116,7 @@ def parse_bytes(option: str, text: str) -> int:
     """A number of bytes with its unit.
 
     Raises:
-        InputError: If it is none.
+        InputError: If it is not.
 
     Example:
         >>> parse_bytes("--memory-limit", "1.5GB"), parse_bytes("--memory-limit", "2 GiB")

@@ -1,4 +1,4 @@
-"""The first half of a run: tokenizer, model and token store, as the settings say."""
+"""The first half of a run: tokenizer, model and token store from the settings."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def prepare(
 
     Args:
         settings: Settings of the run.
-        folder: The run's folder; made if missing.
-        console: Where the stages are announced.
+        folder: The run's folder; created if missing.
+        console: Where stages are printed.
 
     Raises:
-        InputError: If anything given cannot be used.
+        InputError: If any input is invalid.
     """
     if settings.method not in METHODS:
         raise InputError(f"--method must be one of {', '.join(METHODS)}, got {settings.method!r}")

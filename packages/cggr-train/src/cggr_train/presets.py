@@ -42,8 +42,8 @@ def build_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
 
     Args:
         name: A key of :data:`PRESETS`, or the path of a Hugging Face ``config.json``.
-        vocab_size: Rows of the embedding; overrides what a ``config.json`` says.
-        length: Longest sequence in tokens; raises ``max_position_embeddings`` where it is smaller.
+        vocab_size: Rows of the embedding; overrides a ``config.json``.
+        length: Longest sequence in tokens; raises ``max_position_embeddings`` if it is smaller.
 
     Raises:
         InputError: If ``name`` is neither a preset nor a readable configuration.
@@ -112,7 +112,7 @@ def check_model_folder(path: str) -> None:
             "the Hugging Face hub, give its full name (OWNER/NAME)"
         )
     if gguf_argument(path):
-        return  # its configuration stands among its weights, and takes seconds to read
+        return  # its configuration is inside the weights file and takes seconds to read
     if not (Path(path) / "config.json").exists():
         if (Path(path) / "adapter_config.json").exists():
             raise InputError(

@@ -1,8 +1,8 @@
 """The processes (ranks) of a run, started by ``torchrun`` or ``accelerate launch``; or a single one.
 
-A run on several ranks is the run on one: every batch is split by rows, gradients are averaged by
-``DistributedDataParallel``, and everything that decides what happens next (the clock, a stop, an error) is agreed on.
-Rank 0 alone prepares, writes and shows.
+A run on several ranks equals the run on one: every batch is split by rows, gradients are averaged by
+``DistributedDataParallel``, and the ranks agree on everything that decides what happens next (the clock, a stop, an
+error). Only rank 0 prepares, writes and shows progress.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run.
+    """This process within the run.
 
     Attributes:
         rank: From 0 on.
@@ -42,7 +42,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process prepares, writes and shows."""
+        """Whether this process prepares, writes and shows progress."""
         return self.rank == 0
 
     def rows(self, batch_size: int) -> slice:
@@ -51,7 +51,7 @@ class Ranks:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model as it is called in training: gradients are averaged over the ranks."""
+        """The model to call in training: gradients are averaged over the ranks."""
         if self.size == 1:
             return model
         return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
@@ -68,7 +68,7 @@ class Ranks:
         return (self.sum(torch.tensor(values, dtype=torch.float64)) / self.size).tolist()
 
     def gather(self, value: Tensor) -> list[Tensor]:
-        """A tensor on the CPU, of the same shape on every rank, from all of them."""
+        """Gather a CPU tensor of the same shape from every rank."""
         if self.size == 1:
             return [value]
         found = [torch.empty_like(value) for _ in range(self.size)]
@@ -84,7 +84,7 @@ class Ranks:
         return bool(both[0]), float(both[1])
 
     def on_rank_zero(self, work: Callable[[], T]) -> T | None:
-        """Do something on rank 0 while the others wait.
+        """Run something on rank 0 while the others wait.
 
         Returns:
             What ``work`` returned on rank 0, ``None`` on the others.
@@ -97,7 +97,7 @@ class Ranks:
         if self.main:
             try:
                 result = work()
-            except BaseException as raised:  # Ctrl-C too: the others must not wait for ever
+            except BaseException as raised:  # Ctrl-C too: the others must not wait forever
                 error = raised
         failed, _ = self.agree(error is not None, 0.0)
         if error is not None:
@@ -117,14 +117,14 @@ def without_averaging(model: nn.Module, *, last: bool) -> AbstractContextManager
 
 @contextmanager
 def joined_ranks(device: str, *, batch_size: int) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the other processes of this run, if it was started with any.
+    """Join the other processes of this run, if there are any.
 
     Args:
-        device: ``auto`` or the name of a device; without an index every process takes its own.
-        batch_size: Rows that are to be split.
+        device: ``auto`` or the name of a device; without an index every process uses its own.
+        batch_size: Rows to split.
 
     Yields:
-        This process among the others, and its device.
+        This process's rank information and its device.
 
     Raises:
         InputError: If the device cannot be used, or the rows cannot be split evenly.
@@ -141,7 +141,7 @@ def joined_ranks(device: str, *, batch_size: int) -> Iterator[tuple[Ranks, torch
             raise InputError(f"--device {device} is a single device for {size} processes; give {picked.type}")
         picked = torch.device(picked.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(picked.index)
-    # Named for both: what the ranks agree on is on the CPU, and not every torch adds gloo to a device's own backend.
+    # Both are named: ranks communicate decisions on the CPU, and not every torch adds gloo to a device's own backend.
     own = "" if picked.type == "cpu" else f",{picked.type}:{dist.get_default_backend_for_device(picked)}"
     dist.init_process_group(f"cpu:gloo{own}", timeout=_PATIENCE)
     yield Ranks(dist.get_rank(), size), picked

@@ -13,17 +13,17 @@ from cggr_train.learner import Routing
 from cggr_train.optimizer_step import OptimizerStep
 
 EAGER_STEPS = 3
-"""Steps before the recording: they compile kernels, make the optimizer's state, and train like any other."""
+"""Steps before the recording: they compile kernels, create the optimizer's state, and train like any other."""
 
 
 def check_recordable(device: torch.device, method: str, routing: Routing, *, processes: int = 1) -> None:
-    """Refuse to record what would not be the same step when it is replayed.
+    """Refuse to record a step whose replay would differ.
 
     Args:
         device: Where the step runs.
         method: See :func:`cggr_train.learner.build_learner`.
         routing: Settings of the routed methods.
-        processes: That share the step.
+        processes: Number of processes that share the step.
 
     Raises:
         InputError: With the reason, and what to do.
@@ -62,10 +62,10 @@ def check_recordable(device: torch.device, method: str, routing: Routing, *, pro
 
 
 class RecordedStep:
-    """Takes some steps as they are, records one, and replays it for all later ones.
+    """Runs some steps eagerly, records one, and replays it for all later ones.
 
-    Batches must have the shape of the first ones. What changes from step to step is read on the device: the batches,
-    the learning rate, the number of the draw and the items that the loss is divided by.
+    Batches must have the shape of the first ones. Values that change from step to step are read on the device: the
+    batches, the learning rate, the draw number and the loss's number of items.
 
     Args:
         step: The step. Its optimizer must be capturable (:func:`cggr_train.loop.build_optimizer`), and its model on a
@@ -85,10 +85,10 @@ class RecordedStep:
         self._loss: Tensor | None = None
 
     def __call__(self, batches: Sequence[Tensor], *, rate: float, draw: int, num_items: float | None) -> Tensor:
-        """Take a step; see :meth:`OptimizerStep.__call__`.
+        """Run a step; see :meth:`OptimizerStep.__call__`.
 
         Raises:
-            InputError: If the step cannot be taken at all.
+            InputError: If the step cannot run at all.
             RunError: If it cannot be recorded.
         """
         if self._batches is None:
@@ -115,7 +115,7 @@ class RecordedStep:
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side), warnings.catch_warnings():
-            # Warns users who never capture; these are the warm-up steps before a capture.
+            # This warning is for users who never capture; these are the warm-up steps before a capture.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             loss = self._step(batches, rate=self._rate, draw=self._draw, num_items=self._items)
         current.wait_stream(self._side)

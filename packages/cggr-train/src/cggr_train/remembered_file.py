@@ -1,4 +1,4 @@
-"""Remembered scores on disk: one safetensors file, whole or absent, mapped into memory when it is opened."""
+"""Remembered scores on disk: one safetensors file, written atomically and memory-mapped on opening."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_NAME = "remembered_scores.safetensors"
 
 
 def fingerprint(sequences: np.ndarray) -> str:
-    """A digest of the examples that scores are remembered of: other text, or text cut differently, has another.
+    """A digest of the scored examples: other text, or text split differently, has another one.
 
     Args:
         sequences: Token ids ``[E, L]``; the id of an example is its row.
@@ -35,12 +35,12 @@ def fingerprint(sequences: np.ndarray) -> str:
 
 
 def save_remembered(path: Path, memory: RememberedScores, *, examples: str) -> None:
-    """Write the scores to ``path``: under another name first, then renamed, so that no reader sees half of them.
+    """Write the scores to ``path`` atomically: under another name first, then renamed.
 
     Args:
-        path: The file; what is there is replaced, or left as it is if anything fails.
-        memory: The scores; what is on its way from a device is waited for.
-        examples: Which examples they are of, see :func:`fingerprint`.
+        path: The file; an existing one is replaced, or unchanged if anything fails.
+        memory: The scores; pending transfers from a device are waited for.
+        examples: Which examples they belong to, see :func:`fingerprint`.
 
     Raises:
         SaveError: If the file cannot be written (a full disk, say).
@@ -64,15 +64,15 @@ def save_remembered(path: Path, memory: RememberedScores, *, examples: str) -> N
 def load_remembered(path: Path, *, examples: str) -> RememberedScores:
     """Open what :func:`save_remembered` wrote.
 
-    The file is mapped, copy on write: a score takes memory once it is read or changed, and the file stays as it is
+    The file is mapped copy-on-write: a score takes memory once it is read or changed, and the file does not change
     until the scores are saved again.
 
     Args:
         path: The file.
-        examples: Which examples the scores have to be of.
+        examples: Which examples the scores must belong to.
 
     Raises:
-        InputError: If the file is missing, damaged, or remembers other examples.
+        InputError: If the file is missing, damaged, or belongs to other examples.
     """
     from safetensors import SafetensorError, safe_open
 

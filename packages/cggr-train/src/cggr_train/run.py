@@ -59,12 +59,12 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
     """Train from the beginning.
 
     Args:
-        settings: What to do; without a budget it is one pass over the text.
-        folder: The run's folder; made if missing, refused if it already holds a checkpoint or a study.
+        settings: Settings of the run; without a budget it is one pass over the text.
+        folder: The run's folder; created if missing, refused if it already holds a checkpoint or a study.
         console: Where progress is shown.
 
     Raises:
-        InputError: If anything given cannot be used; nothing is trained then.
+        InputError: If any input is invalid; nothing is trained in that case.
         SaveError: If a checkpoint or the log cannot be written.
         DivergedError: If the loss is no longer finite.
     """
@@ -86,8 +86,8 @@ def start_run(settings: TrainSettings, folder: Path, console: Console) -> RunRes
 def resume_run(folder: Path, console: Console, *, steps: int | None = None, seconds: float | None = None) -> RunResult:
     """Continue from the newest checkpoint, with the settings the run was started with.
 
-    With the budget unchanged and given in steps, the weights become those of a run that was never stopped: the same
-    batches, selections and learning rates, on the same device with the same number of threads.
+    With an unchanged budget in steps, the weights end up equal to those of an uninterrupted run: same batches,
+    selections and learning rates, on the same device with the same number of threads.
 
     Args:
         folder: The run's folder.
@@ -117,7 +117,7 @@ def resume_run(folder: Path, console: Console, *, steps: int | None = None, seco
 
 @contextmanager
 def _locked(settings: TrainSettings, folder: Path, console: Console) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks of a run and its device, with the folder taken by this run alone and one rank that shows progress."""
+    """The ranks of a run and its device, with the folder locked and one rank that shows progress."""
     shared = joined_ranks(settings.device, batch_size=settings.batch_size)
     with shared as (ranks, device), FolderLock(folder) as lock:
         console.quiet = console.quiet or not ranks.main
@@ -128,7 +128,7 @@ def _locked(settings: TrainSettings, folder: Path, console: Console) -> Iterator
 
 
 def session_settings(settings: TrainSettings, device: torch.device) -> SessionSettings:
-    """What ``cggr train`` was asked for, as a session takes it."""
+    """The settings of ``cggr train`` as session settings."""
     return SessionSettings(
         method=settings.method,
         routing=settings.routing,
@@ -149,7 +149,7 @@ def session_settings(settings: TrainSettings, device: torch.device) -> SessionSe
 
 
 class _Run:
-    """What ``cggr train`` does around the steps of a session: log, evaluate, save, show."""
+    """What ``cggr train`` does around the steps of a session: log, evaluate, save, show progress."""
 
     def __init__(
         self, session: RunSession, settings: TrainSettings, folder: Path, console: Console,
@@ -232,7 +232,7 @@ class _Run:
         self._window, self._window_start = [], dataclasses.replace(progress)
 
     def _metrics(self) -> dict[str, Any]:
-        """The learner's, as plain values, of all ranks together; each has the same number of countable tokens."""
+        """The learner's metrics over all ranks, as plain values; each rank has the same number of countable tokens."""
         found = {
             name: value.item() if isinstance(value, Tensor) else value
             for name, value in self.session.learner.metrics.items()

@@ -1,7 +1,7 @@
-"""One training run in one process: built, resumed, trained, evaluated and saved, whoever asks for it.
+"""One training run in one process: built, resumed, trained, evaluated and saved.
 
-``cggr train``, the arms of a study and the benchmarks all train through :class:`RunSession`; what they do between steps
-is theirs.
+``cggr train``, the arms of a study and the benchmarks all train through :class:`RunSession` and differ only in what
+they do between steps.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """What one run does.
+    """Settings of one run.
 
     Attributes:
         method: See :func:`cggr_train.learner.build_learner`.
         routing: Settings of the routed methods.
         length: Tokens of a sequence.
         batch_size: Sequences of one forward; ``loop.accumulate`` of them make a step.
-        seed: Of data order and selections.
+        seed: Seed of data order and selections.
         weight_decay: Of matrices.
-        loop: The optimisation.
+        loop: Optimisation settings.
         eval_sequences: Held-out sequences of an evaluation; None takes all.
         eval_batch: Sequences of one forward of an evaluation; None takes ``batch_size``.
         checkpointing: Recompute activations in the backward pass instead of keeping them.
@@ -71,24 +71,24 @@ class RunSession:
     """A model with its method, optimizer and data on a device.
 
     Args:
-        settings: What to do.
-        model: A Hugging Face causal language model; moved to ``device``. To go on from a checkpoint it has the
-            checkpoint's weights, and :meth:`resume` follows.
+        settings: Settings of the run.
+        model: A Hugging Face causal language model; moved to ``device``. To continue from a checkpoint, pass a model
+            with its weights and then call :meth:`resume`.
         tokens: The data.
         device: Where to train.
         ranks: The processes that share each step.
-        resumed: The checkpoint whose remembered scores are gone on from.
+        resumed: The checkpoint whose remembered scores to continue from.
 
     Attributes:
         learner: The method.
         optimizer: Over the model's parameters.
         batches: The training data, in the order of the seed.
         heldout: The batches of an evaluation.
-        progress: Where the run stands.
+        progress: Progress of the run.
         clock: Of the training time.
 
     Raises:
-        InputError: If a setting does not go with the model.
+        InputError: If a setting does not suit the model.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class RunSession:
         )  # fmt: skip
         self.learner.wrapped = ranks.wrap(model, device)
         if ranks.size > 1:
-            torch.manual_seed(settings.seed + ranks.rank)  # every rank drops out others of its activations
+            torch.manual_seed(settings.seed + ranks.rank)  # every rank has its own dropout masks
         self.optimizer = build_optimizer(
             model, weight_decay=settings.weight_decay, capturable=settings.loop.whole_graph
         )
@@ -136,7 +136,7 @@ class RunSession:
         return RememberedScores.empty(examples=self.batches.num_sequences, length=self.batches.length)
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Stand where a checkpoint was written, and return the ``extra`` that was saved with it.
+        """Restore the state of a checkpoint, and return the ``extra`` saved with it.
 
         Raises:
             InputError: If the checkpoint cannot be read.
@@ -150,7 +150,7 @@ class RunSession:
         return extra
 
     def train(self, on_step: Callable[[Tensor, float], None], *, stop: Callable[[], bool] = lambda: False) -> None:
-        """Take steps until the budget is spent or ``stop()`` says so; see :func:`cggr_train.loop.train_steps`."""
+        """Train until the budget is spent or ``stop()`` returns true; see :func:`cggr_train.loop.train_steps`."""
         self.clock = Clock(self.device, elapsed=self.progress.seconds)
         train_steps(
             self.learner, self.optimizer, self.batches, self.settings.loop, self.progress, self.clock,
@@ -161,7 +161,7 @@ class RunSession:
         """Loss on the held-out batches, in nats per supervised token, with the clock stopped.
 
         Args:
-            weights: Entered while the model is evaluated: an average of its weights, say.
+            weights: Context entered during the evaluation, to swap in averaged weights, say.
         """
         with self.clock.paused(), weights or nullcontext():
             return heldout_loss(
@@ -180,27 +180,27 @@ class RunSession:
         Args:
             folder: Of all checkpoints of the run.
             tokenizer: Saved with the model.
-            keep: How many of the newest are kept.
-            extra: What the caller wants back.
+            keep: Number of newest checkpoints to keep.
+            extra: Data to return on resume.
 
         Returns:
             The checkpoint.
 
         Raises:
-            SaveError: If it cannot be written; earlier ones are untouched.
+            SaveError: If it cannot be written; earlier ones are unchanged.
         """
         learner = {**(extra or {}), "learner": self.learner.state_dict()}
         with self.clock.paused():
             random = random_state(self.device, self.ranks)
             state = TrainingState(self.progress, self.optimizer.state_dict(), learner, random)
             if self.memory is not None:
-                self.memory.flush()  # on every rank, so that all go on from the same scores
+                self.memory.flush()  # on every rank, so that all continue from the same scores
             also = None if self.memory is None else self._save_memory
             self.ranks.on_rank_zero(lambda: save_checkpoint(folder, self.model, tokenizer, state, keep=keep, also=also))
         return checkpoint_path(folder, self.progress.step)
 
     def _save_memory(self, checkpoint: Path) -> None:
-        assert self.memory is not None  # else nobody asks
+        assert self.memory is not None  # otherwise unused
         save_remembered(checkpoint / FILE_NAME, self.memory, examples=fingerprint(self.batches.sequences))
 
 
@@ -208,7 +208,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Enable activation checkpointing, under its name in this version of transformers.
 
     Raises:
-        InputError: If the architecture cannot.
+        InputError: If the architecture does not support it.
     """
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     try:

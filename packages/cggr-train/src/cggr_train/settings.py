@@ -14,7 +14,7 @@ from cggr_train.loop import StepGraph
 from cggr_train.option_checks import check_number, check_routing, check_seed
 
 STUDY = "study.json"
-"""Beside the settings of training, in the folder of a study."""
+"""Next to the settings of training, in the folder of a study."""
 
 
 @dataclass(frozen=True)

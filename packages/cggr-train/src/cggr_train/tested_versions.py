@@ -16,8 +16,8 @@ class Range(NamedTuple):
     newest: str
 
 
-# The ends are held to the requirements of the packages and to constraints.txt by a test; CI's newest set, which takes
-# whatever was released last, says when a newer version has passed and belongs here.
+# A test compares the bounds with the packages' requirements and constraints.txt. CI's newest set, which installs the
+# latest releases, shows when a newer version passes and should be added here.
 TESTED = {
     "torch": Range("2.11", "2.14"),
     "transformers": Range("5.17", "5.24"),

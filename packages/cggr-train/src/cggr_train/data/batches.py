@@ -12,10 +12,10 @@ from cggr_train.errors import InputError
 class Batches:
     """Batches of fixed-length sequences cut from a stream of token ids.
 
-    The stream is cut into ``len(stream) // length`` sequences; every epoch goes through them in a new order
-    drawn from ``(seed, epoch)``. Batch ``i`` depends on nothing but these numbers, so a resumed run, and
-    another method at the same seed, sees the same text in the same order. A batch of half the size sees the
-    same sequences in the same order, half as many at a time.
+    The stream is cut into ``len(stream) // length`` sequences; every epoch uses a new order drawn from ``(seed,
+    epoch)``. Batch ``i`` depends only on these numbers, so a resumed run, or another method at the same seed, gets the
+    same text in the same order. Batches of half the size hold the same sequences in the same order, half as many at a
+    time.
 
     Args:
         stream: Token ids, shape ``[N]``, any integer dtype.
@@ -46,12 +46,12 @@ class Batches:
     def get(self, number: int) -> Tensor:
         """Token ids of batch ``number``, int64 ``[batch_size, length]``; it may span two epochs.
 
-        Where only some tokens are supervised, the others are written as :mod:`cggr_train.data.supervision` says.
+        Unsupervised tokens are encoded as in :mod:`cggr_train.data.supervision`.
         """
         return torch.from_numpy(self.sequences[self._rows(number)].astype(np.int64))
 
     def example_ids(self, number: int) -> Tensor:
-        """Which sequence each row of batch ``number`` is, int64 ``[batch_size]``, the same in every epoch."""
+        """The sequence in each row of batch ``number``, int64 ``[batch_size]``, numbered the same in every epoch."""
         return torch.tensor(self._rows(number), dtype=torch.int64)
 
     def epochs(self, number: int) -> float:

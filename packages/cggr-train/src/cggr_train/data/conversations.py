@@ -1,4 +1,4 @@
-"""Conversations in a model's own chat template, one to a row, of which the assistant's turns are supervised."""
+"""Conversations in a model's own chat template, one per row, with the assistant's turns supervised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ASSISTANT = "assistant"
 
 
 class Conversations(Documents):
-    """Documents whose field is a list of messages, each with the texts ``role`` and ``content``.
+    """Documents whose field is a list of messages, each with the strings ``role`` and ``content``.
 
     Every record is the list as JSON. A conversation without an assistant's turn is a bad line.
     """

@@ -25,8 +25,8 @@ class Documents:
     r"""The documents of some files, reread by every iteration.
 
     ``.jsonl``/``.ndjson`` files hold one JSON object per line and ``.parquet``/``.pq`` files one row per
-    document; the text is their ``field``. Every other file is one document of UTF-8 text, but packed files and
-    ``.json`` are refused.
+    document; the text is their ``field``. Every other file is one document of UTF-8 text, except that compressed files
+    and ``.json`` are refused.
 
     Args:
         paths: The files, read in this order.
@@ -110,7 +110,7 @@ class Documents:
                 except (
                     ValueError,
                     RecursionError,
-                ) as error:  # not JSON, not UTF-8, or absurd numbers or nesting
+                ) as error:  # not JSON, not UTF-8, or too large numbers or too deep nesting
                     self._skip_or_raise(f"{path}, line {number}: not JSON ({error})", error)
                     continue
                 parts = self._parts(record, f"{path}, line {number}")

@@ -1,4 +1,4 @@
-"""Examples of a prompt and an answer, one to a row, of which the answer alone is supervised."""
+"""Examples of a prompt and an answer, one per row, with only the answer supervised."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def build_example_store(
     heldout_documents: Documents | None = None,
     rows: Rows | None = None,
 ) -> TokenStore:
-    """Tokenize examples into ``folder``, one to a row of ``length`` tokens, and map the result.
+    """Tokenize examples into ``folder``, one per row of ``length`` tokens, and map the result.
 
-    A row is the prompt's tokens and a newline, the answer's tokens, the end-of-text token, and padding behind it, which
-    a causal model sees nothing of. All but the answer and its end is unsupervised, see
-    :mod:`cggr_train.data.supervision`. Examples that are longer are left out and counted in ``skipped``.
+    A row is the prompt's tokens and a newline, the answer's tokens, the end-of-text token, and then padding, which does
+    not affect a causal model. Everything except the answer and its end is unsupervised, see
+    :mod:`cggr_train.data.supervision`. Longer examples are left out and counted in ``skipped``.
 
     Args:
         documents: The examples; the last field is the answer, the others are the prompt.
@@ -43,7 +43,7 @@ def build_example_store(
         length: Tokens of a row.
         heldout_fraction: Share of examples held out, by a hash of their text.
         heldout_documents: Examples to hold out instead.
-        rows: Makes the rows of a chunk of examples, None for one that is too long; by default as above.
+        rows: Builds the rows of a chunk of examples, None for one that is too long; by default as above.
 
     Raises:
         InputError: If a side is left without an example, or the tokenizer has no end-of-text token.
@@ -75,7 +75,7 @@ def build_example_store(
 def _split_chunks(
     documents: Documents, heldout: Documents | None, fraction: float
 ) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """Chunks of examples, with the side that they are on."""
+    """Chunks of examples, each with its split."""
     if heldout is not None:
         for side, source in (("train", documents), ("heldout", heldout)):
             yield from ((side, list(chunk)) for chunk in _chunks(source.records()))

@@ -23,7 +23,7 @@ class TokenStore(NamedTuple):
     """Token ids of both splits, one stream each, documents closed by the end-of-text token."""
 
     train: np.ndarray
-    """Shape ``[N]``, uint16 or uint32, mapped from disk; int32 where only some tokens are supervised."""
+    """Shape ``[N]``, uint16 or uint32, mapped from disk; int32 if only some tokens are supervised."""
     heldout: np.ndarray
     """Shape ``[M]``, same dtype."""
     documents: int
@@ -64,13 +64,13 @@ def build_token_store(
     """Tokenize documents into ``folder`` and map the result.
 
     Without ``heldout_documents`` a document is held out when a hash of its text falls below
-    ``heldout_fraction``, so that equal documents are always on the same side. Where that leaves less than one
-    sequence on a side (few, long documents), the last ``heldout_fraction`` of the stream is held out instead.
+    ``heldout_fraction``, so that equal documents are always on the same side. If that leaves less than one sequence on
+    a side (few, long documents), the last ``heldout_fraction`` of the stream is held out instead.
 
     Args:
-        documents: Texts; an attribute ``skipped`` is recorded where there is one.
+        documents: Texts; an attribute ``skipped`` is recorded if present.
         tokenizer: Must have an end-of-text token (``eos_token_id``).
-        folder: Made if missing; ``tokens.json`` is written last, so a killed run leaves no half store.
+        folder: Created if missing; ``tokens.json`` is written last, so a killed run leaves no partial store.
         length: Tokens of one training sequence; each split must hold at least one.
         heldout_fraction: Share of documents held out, in (0, 0.5].
         heldout_documents: Texts to hold out instead.

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class CGGRConfig:
     """How tokens are scored and kept, and what their gradient reaches: the arguments of :class:`cggr_core.CGGRModel`.
 
-    Three settings depend on the trainer where they are left out. ``selection``: ``"stratified"`` for the cross-entropy
-    of Trainer and SFTTrainer; ``"supervised"`` for DPO, KTO, GRPO and RLOO, whose losses say which tokens they are
-    about; ``"topk"`` for distillation. ``scoring``: ``"gradnorm"``; ``"entropy"`` of the student for distillation.
+    The defaults of three settings depend on the trainer. ``selection``: ``"stratified"`` for the cross-entropy of
+    Trainer and SFTTrainer; ``"supervised"`` for DPO, KTO, GRPO and RLOO, whose losses determine their tokens;
+    ``"topk"`` for distillation. ``scoring``: ``"gradnorm"``; ``"entropy"`` of the student for distillation.
     ``min_tokens_ratio``: 0.25; 0.5 for distillation.
 
     It shares no field name with ``TrainingArguments``, so ``HfArgumentParser`` reads both from one command line or one

@@ -56,9 +56,9 @@ class CGGRMixin(_Base):
         **kwargs: Of the Trainer.
 
     Raises:
-        TypeError: When a class is made of the mixin and a Trainer with a loss of its own (DPO, distillation), or the
-            mixin is not the first of its bases; if ``cggr`` is no :class:`CGGRConfig`.
-        ValueError: If the training arguments ask for what cannot be combined with CGGR, or a setting is not valid.
+        TypeError: When a class combines the mixin with a Trainer that has an unsupported loss, or the mixin is not its
+            first base; if ``cggr`` is not a :class:`CGGRConfig`.
+        ValueError: If the training arguments cannot be combined with CGGR, or a setting is invalid.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -144,12 +144,12 @@ class CGGRMixin(_Base):
         Args:
             model: The model, as the Trainer has wrapped it.
             inputs: A batch.
-            return_outputs: Whether the model's outputs are wanted too; in evaluation only.
+            return_outputs: Whether to return the model's outputs too; only in evaluation.
             num_items_in_batch: Countable tokens of the whole optimizer step.
             **kwargs: Of the Trainer.
 
         Raises:
-            ValueError: If outputs are wanted in training, or the batch cannot be routed.
+            ValueError: If outputs are requested in training, or the batch cannot be routed.
         """
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch, **kwargs}
         if not model.training:
@@ -176,7 +176,7 @@ class CGGRMixin(_Base):
         if self._token_count is not None:
             self._token_count.add(inputs)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The items are those of all ranks, and the gradients are averaged over the ranks.
+            # The items are counted over all ranks, and the gradients are averaged over the ranks.
             loss = loss * self.accelerator.num_processes
         return loss
 
@@ -260,8 +260,8 @@ class CGGRTrainer(CGGRMixin, Trainer):
 
 
 def _at_least_one(num_items: Tensor | int | None) -> Any:
-    # A step in which nothing is countable has a loss of 0, not of 0 / 0.
+    # A step without countable tokens has a loss of 0, not 0 / 0.
     if num_items is None:
         return None
-    # A whole number, and of a type that mixed precision does not round: FSDP2 casts what a forward is given.
+    # An integer, since FSDP2's mixed precision would cast and round a float.
     return num_items.clamp(min=1).long() if isinstance(num_items, Tensor) else max(int(num_items), 1)

@@ -1,4 +1,4 @@
-"""TRL's trainers: their own losses, with the layers' backward spent on the tokens that those losses are about."""
+"""TRL's trainers: their own losses, with a backward pass only for the tokens that the losses use."""
 
 from cggr_train.trainer.trl.kinds import kind_of, task_loss, trains_by_task
 from cggr_train.trainer.trl.token_count import TokenCount

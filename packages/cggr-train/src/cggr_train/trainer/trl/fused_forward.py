@@ -1,4 +1,4 @@
-"""TRL's fused forward, ``model(..., labels=labels, fused_lm_head=True)``, where only kept tokens have a backward.
+"""TRL's fused forward, ``model(..., labels=labels, fused_lm_head=True)``, with a backward pass only for kept tokens.
 
 TRL's trainers compute every loss from the per-token log-probabilities that this call returns. TRL skips the logits of
 labels of -100, but runs all tokens through the layers with gradients; here those tokens are forward-only in every layer
@@ -59,8 +59,8 @@ class Plan:
 
     Attributes:
         choose: The kept tokens; all labelled ones if None.
-        rows: bool ``[B]``, the rows that take part in the update; all if None. The others leave the forward too, where
-            ranks need not make the same passes.
+        rows: bool ``[B]``, the rows that take part in the update; all if None. The others leave the forward too, unless
+            ranks must run the same passes.
         measure: Whether values of all labelled tokens are needed, by ``choose`` or by the loss. They cost a forward.
         fill: ``[B, S]`` log-probabilities to report where nothing is computed; 0 if None.
         entropies: ``[B, S]`` entropies to report there; the mean of those that are computed if None.
@@ -76,13 +76,13 @@ class Plan:
 
 
 class RoutedForward:
-    """In place of a model's forward during a training loss; see the module.
+    """Replaces a model's forward during a training loss; see the module.
 
     Args:
         model: The model as the trainer holds it, with TRL's fused head, possibly wrapped by PEFT.
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
         context_precision: ``"fp8"`` or ``None``.
-        context_margin: Tokens before each stretch of kept ones that gradients reach as well.
+        context_margin: Let gradients also reach this many tokens before each kept stretch.
         scoring: Adds up the time of measuring.
         autocast: The trainer's mixed precision.
 
@@ -133,7 +133,7 @@ class RoutedForward:
 
     @property
     def _sharded(self) -> bool:
-        """Whether passes are collectives, of which every rank must make the same ones whatever its rows are."""
+        """Whether passes involve collectives, so that every rank must run the same ones whatever its rows."""
         return shards_layers(self._engine.architecture.layers)
 
     def _fused(self, plan: Plan, *, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
@@ -190,7 +190,7 @@ class RoutedForward:
         arguments = without_needless_mask(take_rows(arguments, rows, len(targets)))
         keep_graph, engine = self._gradient == "kv", self._engine
         with self._router_losses(wanted=bool(inputs.get("output_router_logits"))):
-            # The end of a prompt is what a margin is made of: rows that have one run whole.
+            # A margin consists of the end of the prompt, so rows with a margin run whole.
             shares = plan.shares_prompts and not (self._sharded or self._margin)
             prompts = shared_prompts(arguments, part != IGNORED) if shares else None
             start = 0 if prompts is None else prompts.input_ids.shape[1]
@@ -226,7 +226,7 @@ class RoutedForward:
         return output, keep, weight
 
     def _inputs(self, arguments: dict[str, Any], prompts: SharedContext | None) -> TokenInputs:
-        """The tokens that are run row by row, after the prompts that are run once."""
+        """The tokens that run row by row, after the prompts that run once."""
         if prompts is None:
             batch = self._engine.inputs(**arguments)
             self._engine.prepare(batch, routing=True, applies_head=False)  # the head is TRL's
@@ -259,7 +259,7 @@ class RoutedForward:
     def _beside(
         self, plan: Plan, inputs: dict[str, Any], targets: Tensor, rows: Tensor | None
     ) -> dict[str, Tensor] | None:
-        """Values of the rows that left, ``[B, S]`` each, where the plan measures."""
+        """Values of the rows that left, ``[B, S]`` each, if the plan measures."""
         if rows is None or not plan.measure:
             return None
         others = (~is_in(rows, len(targets), targets.device)).nonzero()[:, 0]
@@ -278,7 +278,7 @@ class RoutedForward:
     def _head(self, hidden: Tensor, targets: Tensor) -> Any:
         """TRL's fused head on hidden states ``[b, K, H]`` with their targets ``[b, K]``."""
         base = unwrapped(self.model)
-        # The fused forward reads the backbone's last hidden state; labels that are shifted are scored as they stand.
+        # The fused forward reads the backbone's last hidden state; shifted labels are scored unchanged.
         backbone = {base.base_model: lambda *_, **__: SimpleNamespace(last_hidden_state=hidden)}
         with replaced_forwards(backbone), without_hooks(base.base_model):
             return base.forward(fused_lm_head=True, shift_labels=targets, output_router_logits=False)
@@ -292,7 +292,7 @@ class RoutedForward:
         plan: Plan,
         measured: Mapping[str, Tensor] | None,
     ) -> Tensor:
-        """What is reported where nothing is computed, ``[B, S]``: 0 without a label, as in TRL."""
+        """Values reported where nothing is computed, ``[B, S]``: 0 without a label, as in TRL."""
         if measured is not None:
             return measured[name]
         if name == "log_probs" and plan.fill is not None:
@@ -305,7 +305,7 @@ class RoutedForward:
         return torch.where(targets == IGNORED, below, known)
 
     def _mean_of(self, entropies: Tensor, valid: Tensor) -> Tensor:
-        """The mean of the computed entropies; where an update computes none, that of the last one that did."""
+        """The mean of the computed entropies; if an update computes none, that of the last one that did."""
         count = valid.sum()
         before = entropies.new_tensor(float("nan")) if self._mean_entropy is None else self._mean_entropy
         mean = torch.where(count > 0, entropies.masked_fill(~valid, 0.0).sum() / count.clamp(min=1), before)
@@ -320,7 +320,7 @@ class RoutedForward:
             return
         base = unwrapped(self.model)
         config = base.config.get_text_config()
-        # A model that notes its coefficient when it is made reads its own; the others read their config's.
+        # Models that store the coefficient at construction read their own; the others read their config's.
         changes: list[tuple[Any, str, Any]] = [(config, "output_router_logits", True)]
         changes += [
             (owner, name, 1.0)
@@ -344,5 +344,5 @@ def _chosen(plan: Plan, countable: Tensor, measured: Mapping[str, Tensor] | None
 
 
 def _per_token(output: Any) -> dict[str, Tensor]:
-    """The fields that the trainer has asked TRL's head for."""
+    """The fields that the trainer requests from TRL's head."""
     return {name: value for name in _PER_TOKEN if (value := output.get(name)) is not None}
