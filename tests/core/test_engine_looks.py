@@ -293,24 +293,24 @@ def test_what_a_graph_cannot_capture_is_left_out(monkeypatch):
     assert passes() == ["whole", True]
 
 
-def test_whether_a_loss_reads_shift_labels_is_seen_once(monkeypatch):
+def test_whether_a_loss_reads_an_argument_is_seen_once(monkeypatch):
     engine, seen = Engine(ROUTABLE["llama"]()), []
 
-    def check(model, architecture, inputs):
-        seen.append(inputs)
+    def check(name, model, architecture, inputs):
+        seen.append(name)
         if len(seen) == 1:
             raise ValueError("not read")
 
-    monkeypatch.setattr(engines, "check_reads_shift_labels", check)
+    monkeypatch.setattr(engines, "check_reads", check)
     inputs = engine.inputs(input_ids=tokens(length=LENGTH)[:2])
     with pytest.raises(ValueError, match="not read"):
-        engine.check_reads_shift_labels(inputs)
-    for _ in range(2):
-        engine.check_reads_shift_labels(inputs)
-    assert len(seen) == 2
+        engine.check_reads("shift_labels", inputs)
+    for name in ("shift_labels", "num_items_in_batch") * 2:
+        engine.check_reads(name, inputs)
+    assert seen == ["shift_labels", "shift_labels", "num_items_in_batch"]
     engine.follow(ROUTABLE["llama"]())
-    engine.check_reads_shift_labels(inputs)
-    assert len(seen) == 3
+    engine.check_reads("shift_labels", inputs)
+    assert len(seen) == 4
 
 
 def test_inputs_have_everything_that_was_given():
