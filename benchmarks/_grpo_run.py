@@ -176,7 +176,10 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
     print(f"{arm}, seed {seed}: model and data after {time.monotonic() - began:.0f} s", flush=True)
     found: dict[str, Any] = {
         "arm": arm, "seed": seed, "steps": [], "evaluations": [], "done": False,
-        "settings": {"model": options.model.name, **{name: getattr(options, name) for name in _SETTINGS}},
+        "settings": {
+            "model": options.model.name.removesuffix(f"_{options.start_steps}"),
+            **{name: getattr(options, name) for name in _SETTINGS},
+        },
         "environment": _record.environment("cuda" if torch.cuda.is_available() else "cpu"),
     }  # fmt: skip
     spent = {"evaluations": 0.0}
