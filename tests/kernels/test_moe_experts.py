@@ -68,6 +68,24 @@ def test_rows_in_parts_are_the_rows_at_once(T, E, K, count, monkeypatch, device)
         assert torch.equal(moe_experts(*operands), whole[0])
 
 
+def test_nothing_is_saved_for_a_backward_pass_that_does_not_come(monkeypatch, device):
+    saved, forward = [], experts_module._forward
+
+    def watched(*arguments):
+        out, z, *plan = forward(*arguments)
+        saved.append(z.numel() > 0)
+        return out, z, *plan
+
+    monkeypatch.setattr(experts_module, "_forward", watched)
+    x, gate_up, down, index, weight = problem(3, 8, 8, 2, 1, torch.float32, device)
+    moe_experts(x, gate_up, down, index, weight)
+    gate_up.requires_grad_()
+    moe_experts(x, gate_up, down, index, weight)
+    with torch.no_grad():
+        moe_experts(x, gate_up, down, index, weight)
+    assert saved == [False, True, False]
+
+
 def test_parts_cover_the_rows():
     plan = Plan(*(torch.zeros(1, dtype=torch.int32) for _ in range(3)), torch.arange(11), torch.tensor([7]))
     made = [(part, own.tile_expert.tolist(), own.tiles.tolist()) for part, own in parts(plan, 3)]

@@ -127,9 +127,10 @@ class _Experts(torch.autograd.Function):
     """Output of the experts, differentiable with respect to the input, both projections and the weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        needs = list(ctx.needs_input_grad[:4])
-        out, z, *plan = _forward(x, gate_up, down, index, weight, any(needs))
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, index: Tensor, save: bool
+    ) -> Tensor:
+        out, z, *plan = _forward(x, gate_up, down, index, weight, save)
         ctx.save_for_backward(x, gate_up, down, weight, z, *plan)
         return out
 
@@ -138,7 +139,7 @@ class _Experts(torch.autograd.Function):
         check_first_derivatives()
         needs = list(ctx.needs_input_grad[:4])
         grads = _gradient(d_out.contiguous(), *ctx.saved_tensors, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> None:
@@ -206,4 +207,6 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight:
         tensor(511.8283, device='cuda:0')
     """
     _check(x, gate_up, down, index, weight)
-    return _Experts.apply(*(tensor.contiguous() for tensor in (x, gate_up, down, weight, index)))
+    # Asked here: within the function gradients are off, and what its inputs require says nothing of the caller's mode.
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weight))
+    return _Experts.apply(*(tensor.contiguous() for tensor in (x, gate_up, down, weight, index)), save)
