@@ -327,7 +327,8 @@ def test_a_model_without_labels_is_looked_at_once():
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sequence"])
-def test_a_model_whose_rows_must_be_whole_chunks_long(gradient):
+@pytest.mark.parametrize("chunk", [6, 12])
+def test_a_model_whose_rows_must_be_whole_chunks_long(gradient, chunk):
     config = transformers.ReformerConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -337,7 +338,7 @@ def test_a_model_whose_rows_must_be_whole_chunks_long(gradient):
         feed_forward_size=48,
         axial_pos_embds=False,
         max_position_embeddings=64,
-        local_attn_chunk_length=6,
+        local_attn_chunk_length=chunk,
         is_decoder=True,
         hidden_dropout_prob=0.0,
         local_attention_probs_dropout_prob=0.0,

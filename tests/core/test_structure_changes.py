@@ -282,3 +282,60 @@ def test_parts_that_are_set_on_the_wrapper_are_the_models(gradient, stepped):
     assert not hasattr(model, "note") and set(dict(wrapped.named_children())) == {"model", "note"}
     wrapped.model = other = ROUTABLE["gpt2"]()
     assert wrapped.model is other
+
+
+def epsilon(model):
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.5
+
+
+def scale(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
+
+
+def window(model):
+    model.config.sliding_window = 5
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached"])
+@pytest.mark.parametrize(("name", "change"), [("llama", epsilon), ("llama", scale), ("mistral-sliding", window)])
+def test_a_setting_of_a_module_that_is_changed_after_a_step_counts(name, change, gradient):
+    input_ids = tokens()
+
+    def step(first):
+        model = ROUTABLE[name]()
+        wrapped = CGGRModel(model, gradient=gradient, selection="random", min_tokens_ratio=0.5).train()
+        if first:
+            wrapped(input_ids, labels=input_ids, draw=0)
+        change(model)
+        loss = wrapped(input_ids, labels=input_ids, draw=1)
+        loss.backward()
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    for found, wanted in zip(step(first=True), step(first=False), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_attention_that_sees_later_tokens_from_some_step_on_is_refused():
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    wrapped = CGGRModel(model, gradient="kv", selection="random").train()
+    wrapped(input_ids, labels=input_ids)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="computes different values for kept tokens than a plain forward"):
+        wrapped(input_ids, labels=input_ids)
+
+
+def test_switches_that_say_nothing_of_a_forward_are_no_reason_to_look_again():
+    model, input_ids = ROUTABLE["gpt2"](), tokens()
+    wrapped = CGGRModel(model, gradient="kv", selection="random").train()
+    wrapped(input_ids, labels=input_ids)
+    seen = wrapped._passes.seen
+    wrapped.eval()
+    wrapped.train()
+    model.transformer.drop.p = 0.1
+    model.config.use_cache = False
+    wrapped(input_ids, labels=input_ids)
+    assert wrapped._passes.seen == seen

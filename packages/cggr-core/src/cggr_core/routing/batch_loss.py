@@ -86,7 +86,7 @@ def check_loss_of_batch(
             try:
                 whole = _as_it_is(model, architecture, inputs, labels, rows, min(length, most))
             except MODEL_ERRORS:  # some run on rows of certain lengths alone, and the batch's is one
-                whole = _as_it_is(model, architecture, inputs, labels, rows, length)
+                whole = _as_it_is(model, architecture, inputs, labels, rows, length, halves=False)
     except MODEL_ERRORS as error:
         raise ValueError(
             f"{type(base).__name__} raised when called with labels for rows of the batch, to compare its own loss with "
@@ -145,10 +145,17 @@ def _compared(
 
 
 def _as_it_is(
-    model: nn.Module, architecture: Architecture, inputs: TokenInputs, labels: Tensor, rows: int, length: int
+    model: nn.Module,
+    architecture: Architecture,
+    inputs: TokenInputs,
+    labels: Tensor,
+    rows: int,
+    length: int,
+    *,
+    halves: bool = True,
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
     """The first look at which the loss is another one, on a few rows and with the whole model."""
-    for look in _looks(model, inputs, labels, architecture.head.classes, rows=rows, length=length):
+    for look in _looks(model, inputs, labels, architecture.head.classes, rows=rows, length=length, halves=halves):
         arguments = {**look.arguments, "use_cache": False}
         output, logits = loss_and_logits(model, architecture, arguments, look.labels)
         found = _compared(model, architecture, look, output, logits)
@@ -166,6 +173,7 @@ def _looks(
     rows: int | None = None,
     length: int | None = None,
     as_given: bool = False,
+    halves: bool = True,
 ) -> Iterator[_Look]:
     """Four looks at the rows: as many for every batch, since ranks that hold parts of a model look together."""
     text = _text(model, inputs, rows, length)
@@ -180,7 +188,7 @@ def _looks(
     # From a row without labels to a row that has nothing else; half of a single one.
     share = torch.linspace(0, 1, number, device=labels.device)[:, None] if number > 1 else 0.5
     yield _Look("with more labels in some rows than in others", text, every.masked_fill(chance >= share, IGNORED))
-    half = max(size // 2, 2)
+    half = max(size // 2, 2) if halves else size
     some = every[:1, :half].masked_fill(place[:half] >= 1 + _LABELS, IGNORED)
     single = _text(model, inputs, 1, half)
     yield _Look("with few labels in one row, predicted well", single, some, scale=1.0, sure=log(classes) + 3.0)

@@ -29,12 +29,9 @@ from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import GatheredWeights, shards_layers
 from cggr_core.routing.shared import KeyValue
-from cggr_core.routing.structure import of_the_loss, structure
+from cggr_core.routing.structure import Settings, structure
 from cggr_core.routing.truncation import truncated
 from cggr_core.selection import Selection
-
-# Changes of settings that are each followed by a look at the loss.
-_EVERY_CHANGE = 8
 
 
 class Engine:
@@ -52,6 +49,7 @@ class Engine:
         self._verified_every = verification_interval()
         self._gradient_passes = self._looks = 0
         self._capturable = False
+        self._settings: Settings | None = None
         self._look()
 
     def _look(self) -> None:
@@ -59,12 +57,14 @@ class Engine:
         self._looks += 1
         self._description = describe(self.model)
         self._structure = structure(self.model)
+        if self._settings is None:
+            self._settings = Settings(self.model)
+        else:
+            self._settings.look_at(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
         self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by what a batch has
         self._loss_sizes: dict[frozenset[str], tuple[int, int]] = {}  # of the largest batches that the loss was seen on
-        self._loss_settings: list[Any] = []
-        self._loss_changes = 0
         self._low_precision: LowPrecision | None = None
         self._loads = count_loads(self.model)
         self._loads_seen = self._loads.count
@@ -73,7 +73,7 @@ class Engine:
     def follow(self, model: nn.Module | None = None) -> bool:
         """Look again where the model is another one than it was; called once a step, before its passes.
 
-        Embeddings are resized, heads and layers replaced and adapters added after a model was wrapped.
+        After a model was wrapped, embeddings are resized, heads and layers replaced, adapters added, settings changed.
 
         Args:
             model: The model from now on; ``None`` for the one that it was.
@@ -83,7 +83,11 @@ class Engine:
         """
         if model is not None:
             self.model = model
-        if structure(self.model) == self._structure:
+        assert self._settings is not None  # the first look made them
+        # Of a sharded model every rank would have to look in the same step, and a setting may be one rank's own.
+        if structure(self.model) == self._structure and (
+            not self._settings.changed() or shards_layers(self._description.layers)
+        ):
             return False
         self._look()
         return True
@@ -169,8 +173,7 @@ class Engine:
     def check_own_loss(self, inputs: TokenInputs, labels: Tensor, *, ignore_index: int) -> None:
         """Hold the model's own loss to that of a routed step on this batch, if it says something new about it.
 
-        New are more rows, longer ones, an input that was never there, and other settings of the model or its config; of
-        settings that change in every step, fewer and fewer changes are.
+        New are more rows, longer ones, and an input that was never there.
 
         Args:
             inputs: The batch, for which :meth:`prepare` held the loss to cross-entropy on a few tokens.
@@ -182,12 +185,6 @@ class Engine:
         """
         if self._probe is None or not self._probe.has_loss or "own_loss" not in self._probed:
             return
-        settings = of_the_loss(self.model)
-        if settings != self._loss_settings:
-            self._loss_settings = settings
-            self._loss_changes += 1
-            if self._loss_changes <= _EVERY_CHANGE or self._loss_changes.bit_count() == 1:
-                self._loss_sizes.clear()
         form, (rows, length) = inputs.form, inputs.shape
         known = self._loss_sizes.get(form)
         if known is not None:
