@@ -303,12 +303,18 @@ def test_whether_a_loss_reads_an_argument_is_seen_once(monkeypatch):
 
     monkeypatch.setattr(engines, "check_reads", check)
     inputs = engine.inputs(input_ids=tokens(length=LENGTH)[:2])
+    engine.prepare(inputs, routing=False)
     with pytest.raises(ValueError, match="not read"):
         engine.check_reads("shift_labels", inputs)
     for name in ("shift_labels", "num_items_in_batch") * 2:
         engine.check_reads(name, inputs)
+    assert seen == ["shift_labels"] * 2, "no loss of the model's own was seen that could be divided"
+    engine.prepare(inputs, routing=False, own_loss=True)
+    for name in ("shift_labels", "num_items_in_batch") * 2:
+        engine.check_reads(name, inputs)
     assert seen == ["shift_labels", "shift_labels", "num_items_in_batch"]
     engine.follow(ROUTABLE["llama"]())
+    engine.prepare(inputs, routing=False)
     engine.check_reads("shift_labels", inputs)
     assert len(seen) == 4
 
