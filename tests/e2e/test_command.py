@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import Command, finish, interrupt_twice_after_step_five
+
 SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "2", "--heldout-fraction", "0.2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
 def cggr(*arguments):
     return [sys.executable, "-m", "cggr_train.cli", *map(str, arguments)]
-
-
-def finish(command, **options):
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options)
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def test_train_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     assert 3 <= stopped < steps
     assert (out / "learning_curve.png").exists()
 
-    done = finish(cggr("train", "--resume", out, "--steps", stopped + 2))
+    done = finish("train", "--resume", out, "--steps", stopped + 2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"done: {stopped + 2} steps, held-out loss" in done.stdout
     assert done.stderr == "cggr train: loading PyTorch and transformers …\n"
@@ -68,25 +66,6 @@ def test_train_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     trained = [record["step"] for record in logged if record["event"] == "train"]
     assert trained == sorted(set(trained))
     assert trained[-1] == stopped + 2
-
-
-TWICE = """
-import os, signal, sys
-from cggr_train import cli, run
-
-original = run._Run._after_step
-
-def after_step(self, loss, rate):
-    original(self, loss, rate)
-    if self.progress.step == 5:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        print("still alive")
-
-run._Run._after_step = after_step
-sys.argv = ["cggr", *sys.argv[1:]]
-cli.main()
-"""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="terminals hang up on POSIX only")
@@ -97,6 +76,7 @@ def test_a_terminal_that_is_closed_saves_the_run(tmp_path, data):
     command = cggr("train", data, *SMALL, "--method", "standard", "--steps", 100_000, "--eval-every", 3, "--out", out)
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored where the tests run under it
         os.execve(command[0], command, ENVIRONMENT)
     shown = b""
     while b"held-out loss" not in shown:
@@ -112,11 +92,11 @@ def test_a_terminal_that_is_closed_saves_the_run(tmp_path, data):
 def test_a_second_ctrl_c_ends_it_at_once_and_loses_no_checkpoint(tmp_path, data):
     out = tmp_path / "run"
     arguments = ["train", data, *SMALL, "--steps", 8, "--save-every", 2, "--method", "standard", "--out", out]
-    done = finish([sys.executable, "-c", TWICE, *map(str, arguments)])
+    done = finish(*arguments, folder=tmp_path, before=interrupt_twice_after_step_five)
     assert done.returncode == -signal.SIGINT
     assert "still alive" not in done.stdout
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-    done = finish(cggr("train", "--resume", out))
+    done = finish("train", "--resume", out, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     assert "done: 8 steps" in done.stdout
@@ -124,7 +104,8 @@ def test_a_second_ctrl_c_ends_it_at_once_and_loses_no_checkpoint(tmp_path, data)
 
 def test_a_line_that_does_not_parse_is_named(tmp_path, data):
     add_a_bad_line(data)
-    done = finish(cggr("train", data, *SMALL, "--steps", 1, "--method", "standard", "--out", tmp_path / "run"))
+    run = ("--steps", 1, "--method", "standard", "--out", tmp_path / "run")
+    done = finish("train", data, *SMALL, *run, folder=tmp_path)
     assert done.returncode == 2
     assert f"error: {data}, line 61: not JSON" in done.stderr
     assert "Traceback" not in done.stderr
@@ -141,20 +122,20 @@ def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
     settings = ["--steps", 12, "--seeds", 2, "--parallel", 1, "--draws", 0, "--calibration-seconds", 0.1]
     # Whether the control of equal memory fits depends on the process's resident memory, which varies from run to run.
     settings += ["--controls", "equal_cost,checkpointed"]
-    start = cggr("study", data, *SMALL, *settings, "--equal", "tokens", "--device", "cpu", "--out", out)
-    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        for line in process.stdout:
+    start = ("study", data, *SMALL, *settings, "--equal", "tokens", "--device", "cpu", "--out", out)
+    with Command(*start, folder=tmp_path) as study:
+        for line in study.lines():
             if "held-out loss" in line:
-                process.send_signal(signal.SIGINT)
+                study.send_signal(signal.SIGINT)
                 break
-        output, errors = process.communicate(timeout=300)
-    assert process.returncode == 130, errors
-    assert f"continue with: cggr study --resume {out}" in output
-    assert "Traceback" not in errors
+        done = study.finish()
+    assert done.returncode == 130, done.stderr
+    assert f"continue with: cggr study --resume {out}" in done.stdout
+    assert "Traceback" not in done.stderr
     stopped = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
     assert 1 <= len(stopped) < 10
 
-    done = finish(cggr("study", "--resume", out))
+    done = finish("study", "--resume", out, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{len(stopped)} of 10 runs are done" in done.stdout
     runs = [(record["arm"], record["seed"]) for record in records(out) if record["event"] == "run"]
@@ -170,14 +151,14 @@ def test_a_study_stops_cleanly_on_ctrl_c_and_resumes(tmp_path, data):
 
 def test_the_demo_is_a_study_of_four_methods(tmp_path):
     out = tmp_path / "demo"
-    size = ["--config", "nano", "--vocab-size", 400, "--length", 64, "--batch-size", 4, "--characters", 400_000]
-    done = finish(cggr("demo", "--out", out, "--seconds", 0.5, "--seeds", 2, *size))
+    size = ["--config", "nano", "--vocab-size", 300, "--length", 32, "--batch-size", 4, "--characters", 100_000]
+    done = finish("demo", "--out", out, "--seconds", 0.5, "--seeds", 1, *size, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for label in ("standard, batch 4", "standard, batch 2", "random 0.25, kv", "stratified 0.25 by"):
         assert label in done.stdout
     assert "Lowest held-out loss in the same time" in done.stdout
     runs = [record for record in records(out) if record["event"] == "run"]
-    assert len(runs) == 8
+    assert len(runs) == 4
     for run in runs:
         assert run["points"][-1]["heldout_loss"] < run["points"][0]["heldout_loss"]
     assert (out / "report.html").exists()

@@ -1,6 +1,5 @@
-"""Two ranks for a test, as ``torchrun`` starts them, but forked from a process that has imported everything once."""
+"""Two ranks for a test, as ``torchrun`` starts them, but forked."""
 
-import multiprocessing
 import os
 import sys
 import traceback
@@ -10,8 +9,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["accelerate", "cggr_train", "cggr_train.trainer", "transformers"])
+from tests.support.forks import FORKS
 
 
 def run_on_two_ranks(work: Callable[..., None], *arguments: object, folder: Path) -> list[str]:
@@ -24,7 +22,7 @@ def run_on_two_ranks(work: Callable[..., None], *arguments: object, folder: Path
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     outputs = [folder / f"rank-{rank}.txt" for rank in range(2)]
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, store.port, output, work, arguments))
+        FORKS.Process(target=_rank, args=(rank, store.port, output, work, arguments))
         for rank, output in enumerate(outputs)
     ]
     for rank in ranks:
