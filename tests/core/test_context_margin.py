@@ -6,11 +6,10 @@ import torch
 from hypothesis import strategies as st
 
 from cggr_core import CGGRModel, Selection
-from cggr_core.recording import recorder
 from cggr_core.selection import with_margin
 from cggr_core.targets import align_labels
 from tests.support.model_steps import backward, tokens
-from tests.support.recorded_steps import hold_to_eager, worth_it
+from tests.support.recorded_steps import hold_to_eager, record_at_once
 from tests.support.reference_routing import gradients, reference_loss, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -82,8 +81,7 @@ def test_it_does_not_reach_into_padding():
 
 
 def test_recorded_steps_have_it(monkeypatch):
-    worth_it(monkeypatch)
-    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+    record_at_once(monkeypatch)
     steps = [[batch(n, [[(30, 31 + n)], [(5, 6)], []]), batch(n + 9, STRETCHES, num_items=50)] for n in range(5)]
     found = hold_to_eager(
         ROUTABLE["llama"](), steps, selection="supervised", context_margin=MARGIN, tolerance=1e-6

@@ -7,12 +7,11 @@ import torch
 
 from cggr_core import CGGRModel, Selection
 from cggr_core.loss import loss_coefficients
-from cggr_core.recording import recorder
 from cggr_core.selection import slots_in_buckets, slots_in_steps
 from cggr_core.step import selecting
 from cggr_core.targets import align_labels
 from tests.support.model_steps import backward, tokens
-from tests.support.recorded_steps import hold_to_eager, recording_model, replayed, worth_it
+from tests.support.recorded_steps import hold_to_eager, record_at_once, recording_model, replayed
 from tests.support.reference_routing import gradients, reference_loss, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -20,9 +19,8 @@ LENGTH = 60
 
 
 @pytest.fixture(autouse=True)
-def kept_whatever_they_save(monkeypatch):
-    worth_it(monkeypatch)
-    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+def _recorded_at_once(monkeypatch):
+    record_at_once(monkeypatch)
 
 
 def batch(seed: int, counts: tuple[int, ...], **more) -> dict:

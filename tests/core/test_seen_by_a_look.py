@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
 from cggr_core.targets import align_labels
 from tests.support.reference_routing import gradients, reference_loss, relative_error
-from tests.support.tiny_models import ROUTABLE, VOCAB
+from tests.support.tiny_models import GPT_NEO, ROUTABLE, VOCAB
 
 ROUTED = [(gradient, engine) for gradient in ("kv", "detached") for engine in ("interleaved", "two_pass")]
 REFUSED = "computes different values for kept tokens than a plain forward"
@@ -78,23 +77,7 @@ def mixing_later() -> PreTrainedModel:
 
 
 def hidden_by_projections_of_zero() -> PreTrainedModel:
-    """GPT-Neo takes its queries for the last tokens of a row."""
-    config = transformers.GPTNeoConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        window_size=4,
-        attention_types=[[["global", "local"], 1]],
-        embed_dropout=0.0,
-        attention_dropout=0.0,
-        resid_dropout=0.0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = transformers.GPTNeoForCausalLM(config).train()
+    model = GPT_NEO()
     for block in model.transformer.h:
         for part in (block.attn.attention.out_proj, block.mlp.c_proj):
             nn.init.zeros_(part.weight)

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from cggr_core import CGGRModel
 from cggr_core.routing import engine as engine_module
 from cggr_core.routing import gradient_pass as passes
-from tests.support.tiny_models import ROUTABLE, VOCAB
+from tests.support.tiny_models import GPT_NEO, ROUTABLE, VOCAB
 
 
 def tokens(length: int = 12) -> torch.Tensor:
@@ -86,22 +85,7 @@ def test_layers_left_out_at_random_are_refused() -> None:
 @pytest.mark.parametrize("length", [9, 33])
 def test_layers_that_take_queries_for_the_last_ones_are_refused(layout: str, length: int) -> None:
     """GPT-Neo's window is a buffer's last rows: with short documents, tokens near the row's end hide that."""
-    config = transformers.GPTNeoConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        window_size=6,
-        attention_types=[[["global", "local"], 1]],
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model, input_ids = transformers.GPTNeoForCausalLM(config), tokens(length)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model, input_ids = GPT_NEO(window_size=6), tokens(length)
     given: dict[str, torch.Tensor] = {}
     if layout == "padded":
         given["attention_mask"] = torch.ones_like(input_ids)

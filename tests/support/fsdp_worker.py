@@ -1,6 +1,5 @@
 """One rank of :mod:`test_distributed`: half of the batch through FSDP2, gradients compared with the whole batch."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

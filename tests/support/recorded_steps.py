@@ -7,8 +7,12 @@ from typing import Any
 import torch
 
 from cggr_core import CGGRModel, create_truncated_router
-from cggr_core.recording import Recorder, replay
+from cggr_core.recording import Recorder, recorder, replay
+from tests.support.model_steps import backward, tokens
 from tests.support.reenacted import Reenacted
+from tests.support.tiny_models import ROUTABLE
+
+ENOUGH = 3  # steps until one is a replay: the first one of a model also looks at it
 
 
 def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRModel:
@@ -98,6 +102,34 @@ def hold_to_eager(
             optimizer.step()
             optimizer.zero_grad(set_to_none=number % 2 == 0)
     return found
+
+
+def batch(seed: int, length: int = 12, **more: Any) -> dict[str, Any]:
+    """Arguments of a forward of three rows."""
+    input_ids = tokens(length=length, seed=seed)
+    return {"input_ids": input_ids, "labels": input_ids, **more}
+
+
+def recorded(architecture: str = "llama", **settings: Any) -> CGGRModel:
+    """A model whose next step of three rows of 12 tokens is a replay."""
+    model = recording_model(ROUTABLE[architecture](), **{"selection": "random", **settings})
+    for seed in range(ENOUGH):
+        backward(model, tokens(seed=seed))
+    assert replayed(model)
+    return model
+
+
+def reason_of(model: CGGRModel, **inputs: Any) -> str:
+    """Why the next step is not a replay."""
+    backward(model, tokens(), **inputs)
+    assert not replayed(model)
+    return model._recorder.reason
+
+
+def record_at_once(monkeypatch) -> None:
+    """Let the step after the first of a shape be recorded, and kept whatever it saves: on the CPU it saves nothing."""
+    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+    worth_it(monkeypatch)
 
 
 def worth_it(monkeypatch) -> None:

@@ -185,3 +185,18 @@ UNROUTABLE: dict[str, Callable[..., PreTrainedModel]] = {
         use_mamba_kernels=False,
     ),
 }
+
+# Takes its queries for the last tokens of a row.
+GPT_NEO = _build(
+    "GPTNeo",
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    window_size=4,
+    attention_types=[[["global", "local"], 1]],
+    bos_token_id=1,
+    eos_token_id=2,
+)

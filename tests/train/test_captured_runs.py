@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from cggr_core.recording import recorder
 from cggr_train.data import TokenStore
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
@@ -19,15 +18,14 @@ from cggr_train.settings import TrainSettings
 from cggr_train.study.arms import plan_arms
 from cggr_train.study.context import graph_of_steps
 from cggr_train.study.settings import StudySettings
-from tests.support.recorded_steps import record_by_doing_again, worth_it
+from tests.support.recorded_steps import record_at_once, record_by_doing_again
 
 LENGTH, VOCAB, STEPS = 16, 257, 6
 
 
 @pytest.fixture(autouse=True)
-def kept_whatever_they_save(monkeypatch):
-    worth_it(monkeypatch)
-    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+def _recorded_at_once(monkeypatch):
+    record_at_once(monkeypatch)
 
 
 def token_store(*, labelled: bool) -> TokenStore:

@@ -54,8 +54,8 @@ def test_gradients_are_not_compared_on_less_than_a_batch(tmp_path, texts):
     data, heldout = tmp_path / "data.jsonl", tmp_path / "heldout.txt"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     heldout.write_text(texts[0][:150])
-    asked = settings([data], seeds=1)
-    asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, heldout=(str(heldout),)))
+    train = {"heldout": (str(heldout),), "steps": 2}
+    asked = settings([data], train, seeds=1, evaluations=1, controls=(), timing_turns=1)
     console = Console(file=io.StringIO(), width=160)
     result = start_study(asked, tmp_path / "study", console)
     assert result.exit_code == 0 and result.outcome.gradients == {}

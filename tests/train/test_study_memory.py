@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -90,6 +92,26 @@ def test_what_needs_checkpointing_takes_it_and_is_compared_once(monkeypatch, dat
     }
     again = resume_study(tmp_path / "study", Console(file=io.StringIO()))
     assert again.outcome.losses == outcome.losses, "nothing is measured twice"
+
+
+def test_a_study_that_is_stopped_while_it_finds_what_fits_goes_on_from_there(monkeypatch, data, tmp_path):
+    peaks(monkeypatch)
+    peak, stops = fitting.peak_of_steps, [signal.SIGINT]
+
+    def stopped(context, arm):
+        if stops:
+            os.kill(os.getpid(), stops.pop())
+        return peak(context, arm)
+
+    monkeypatch.setattr(fitting, "peak_of_steps", stopped)
+    wanted = asked(data, memory_limit=300, controls=(), selections=("supervised",), timing_turns=1, train={"steps": 2})
+    result = start_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
+    assert (result.outcome, result.exit_code) == (None, 130)
+    assert [record["event"] for record in read_log(tmp_path / "study" / RESULTS)][-1] == "fit"
+    assert set(fits(tmp_path / "study")) == {"standard"}, "nothing else was begun"
+    again = resume_study(tmp_path / "study", Console(file=io.StringIO()))
+    assert fits(tmp_path / "study") == {"standard": (1, False), "kv-supervised": (2, False)}
+    assert set(again.outcome.losses["time"]) == {"standard", "kv-supervised"}
 
 
 def test_a_limit_that_nothing_fits_into(monkeypatch, data, tmp_path):

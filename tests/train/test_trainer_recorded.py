@@ -2,16 +2,14 @@
 
 import pytest
 
-from cggr_core.recording import recorder
 from cggr_train import CGGRConfig
-from tests.support.recorded_steps import record_by_doing_again, worth_it
+from tests.support.recorded_steps import record_at_once, record_by_doing_again
 from tests.support.trainer_kit import CHECKPOINTING, change, examples, relative_error, tiny_model, trainer
 
 
 @pytest.fixture(autouse=True)
-def kept_whatever_they_save(monkeypatch):
-    worth_it(monkeypatch)
-    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+def _recorded_at_once(monkeypatch):
+    record_at_once(monkeypatch)
 
 
 def trained(folder, cggr: CGGRConfig, *, recorded: bool, **values):
