@@ -198,7 +198,10 @@ def _checkpointed(ways: dict[str, Way]) -> Arm:
 
 
 _COUNTED = (("kv", 0.5), ("standard", 0.5))
-_HALVES = {"kv_lower": Arm("kv-lower", counted=_COUNTED), "kv_upper": Arm("kv-upper", counted=_COUNTED)}
+_HALVES = {
+    "kv_lower": Arm("kv-lower", "kv in the lower half, exact above; counted", counted=_COUNTED),
+    "kv_upper": Arm("kv-upper", "kv in the upper half, exact below; counted", counted=_COUNTED),
+}
 
 
 SETTINGS: dict[str, Setting] = {
