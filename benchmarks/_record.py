@@ -279,7 +279,7 @@ def load(name: str, *, folder: Path = RESULTS) -> dict[str, Any]:
 
 
 def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, label: str | None = None) -> None:
-    """Draw the rows of a result as bars with their spread, the control in grey.
+    """Draw the rows of a result as bars, losses as points, with their spread; standard steps are grey.
 
     Args:
         result: What :func:`load` returns.
@@ -296,11 +296,16 @@ def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, lab
     for place, (name, row) in enumerate(rows.items()):
         low, high = row["spread"]
         error = [[max(row["median"] - low, 0.0)], [max(high - row["median"], 0.0)]]
-        colour = "0.6" if name == result["control"] else "#2a6f97"
-        axes.barh(place, row["median"], xerr=error, color=colour, height=0.6, capsize=3)
+        colour = "0.6" if name == result["control"] or name.startswith("standard") else "#2a6f97"
+        if row.get("unit") == "nat":  # losses differ by hundredths: a bar from zero would show none of it
+            axes.errorbar(row["median"], place, xerr=error, color=colour, fmt="o", capsize=3)
+        else:
+            axes.barh(place, row["median"], xerr=error, color=colour, height=0.6, capsize=3)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
-    axes.set_xlabel(label or next(iter(rows.values())).get("unit", field or ""))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.08)
+    unit = next(iter(rows.values())).get("unit", field or "")
+    axes.set_xlabel(label or {"nat": "held-out loss, nats per token"}.get(unit, unit))
     axes.set_title(f"{result['benchmark']}: {result['environment']['device']}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -7,7 +7,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 _RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-_IMAGE = re.compile(r"\((?:\.\./)+benchmarks/results/([\w.-]+\.png)\)")
+_IMAGE = re.compile(r"!\[([^\]]*)\]\((?:\.\./)+benchmarks/results/([\w.-]+\.png)\)")
+_PLOT = re.compile(r"\((?:\.\./)+benchmarks/results/([\w.-]+\.png)\)")
 _SOURCE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|examples)[\w./-]*)\)")
 
 
@@ -19,6 +20,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Point images at those copies, and name files of the repository that have no page instead of linking to them."""
+    """Point images at those copies, each a link to its full size; name files that have no page, without a link."""
     up = "../" * page.file.src_uri.count("/")
-    return _SOURCE.sub(r"\1 (`\2`)", _IMAGE.sub(rf"({up}figures/\1)", markdown))
+    with_plots = _IMAGE.sub(rf"[![\1]({up}figures/\2)]({up}figures/\2)", markdown)
+    return _SOURCE.sub(_named, _PLOT.sub(rf"({up}figures/\1)", with_plots))
+
+
+def _named(link: re.Match[str]) -> str:
+    label, path = link.groups()
+    return f"`{path}`" if label == Path(path).stem else f"{label} (`{path}`)"
