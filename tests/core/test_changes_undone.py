@@ -87,10 +87,13 @@ def test_what_forwards_leave_behind():
     with left_by_an_error(), patches.nothing_left(nn.Sequential(module), torch.device("cpu")):
         buffers["counted"] += 1
         buffers["replaced"] += 1
+        with torch.inference_mode():
+            made_for_inference += 1
         module.replaced = other
         torch.randn(3)
         assert not torch.equal(torch.get_rng_state(), state)
-    assert module.counted is buffers["counted"] and buffers["counted"].tolist() == [0, 0]
+    assert module.counted is buffers["counted"] and module.of_inference is made_for_inference
+    assert buffers["counted"].tolist() == made_for_inference.tolist() == [0, 0]
     assert module.replaced is other and other.tolist() == buffers["replaced"].tolist() == [1, 1]
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -111,7 +111,7 @@ def test_builders_of_a_pass(taken_apart, monkeypatch):
     for name in ("flex_attention", "flash_attention_2", "sdpa"):
         monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, build)
     whole = visibility(None, PADDING)
-    with masks.routed_masks(whole, taken_apart=taken_apart):
+    with masks.routed_masks(whole, **({"taken_apart": True} if taken_apart else {})):
         block, flash, plain = (
             ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("flex_attention", "flash_attention_2", "sdpa")
         )

@@ -398,7 +398,7 @@ def nothing_left(model: nn.Module, device: torch.device) -> Iterator[None]:
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_inference()
+        if buffer is not None
     ]
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
