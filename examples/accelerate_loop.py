@@ -20,7 +20,7 @@ from cggr import CGGRModel
 def main(
     name: str, text: str, out: str, *, steps: int = 100, accumulate: int = 2, batch_size: int = 4, length: int = 512
 ) -> None:
-    """Fine-tune on a text, with the backward pass spent on a quarter of the tokens."""
+    """Fine-tune on a text, with the backward pass for a quarter of the tokens."""
     accelerator = Accelerator()
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens = torch.tensor(tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"])
@@ -56,7 +56,7 @@ def main(
 
 
 def endlessly(batches):
-    """Epoch after epoch."""
+    """Repeat the data indefinitely."""
     while True:
         yield from batches
 

@@ -1,4 +1,4 @@
-"""On-policy distillation on half of the completions' tokens: those where the student is least certain.
+"""On-policy distillation on half of the completion tokens: those where the student is least certain.
 
 ``python examples/distillation.py --model STUDENT --teacher TEACHER --data DATA.jsonl --output_dir OUT``; every line of
 the data has a ``prompt``, and both models have the same tokenizer. ``--scoring divergence`` keeps the tokens where
@@ -30,7 +30,7 @@ class Data:
 
 
 def main(arguments: list[str]) -> None:
-    """Distil a teacher into a student, on what the student says."""
+    """Distil a teacher into a student, on the student's own completions."""
     parser = HfArgumentParser((Data, DistillationConfig, CGGRConfig))
     data, training, cggr = parser.parse_args_into_dataclasses(arguments)
     trainer = RoutedDistillationTrainer(

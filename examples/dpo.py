@@ -1,4 +1,4 @@
-"""DPO with the gradient of the completions alone; a pair's prompt is run once, and costs a forward pass.
+"""DPO with gradients for the completions only; a pair's prompt runs once and costs a forward pass.
 
 ``python examples/dpo.py --model MODEL --data DATA.jsonl --output_dir OUT``; every line of the data has a ``prompt``, a
 ``chosen`` and a ``rejected`` completion. Needs ``cggr-train`` and ``trl``; without a GPU add ``--use_cpu true --bf16

@@ -1,4 +1,4 @@
-"""GRPO on the tokens that its loss is about: the completions' high-entropy tokens, and no row without an advantage.
+"""GRPO on the tokens that its loss uses: high-entropy completion tokens, in rows with an advantage.
 
 ``python examples/grpo.py --model MODEL --data DATA.jsonl --output_dir OUT --top_entropy_quantile 0.2``; every line of
 the data has a ``prompt`` and an ``answer``, and a completion is rewarded for ending in the answer. It needs
@@ -17,7 +17,7 @@ from cggr_train import CGGRConfig, CGGRMixin
 
 
 class RoutedGRPOTrainer(CGGRMixin, GRPOTrainer):
-    """GRPOTrainer whose update is spent on what carries an advantage."""
+    """GRPOTrainer whose update covers only tokens with an advantage."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from cggr import CGGRModel
 
 
 def main(name: str, text: str, out: str, *, steps: int = 100, batch_size: int = 8, length: int = 512) -> None:
-    """Fine-tune on random stretches of a text, with the backward pass spent on a quarter of the tokens."""
+    """Fine-tune on random stretches of a text, with the backward pass for a quarter of the tokens."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens = torch.tensor(tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"])
     model = CGGRModel(AutoModelForCausalLM.from_pretrained(name), min_tokens_ratio=0.25, warmup_steps=steps // 10)
@@ -23,7 +23,7 @@ def main(name: str, text: str, out: str, *, steps: int = 100, batch_size: int = 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        model.step()  # moves the keep ratio
+        model.step()  # advances the keep ratio
         print(f"step {step + 1}: loss {loss:.3f}, kept {model.metrics['keep_ratio']:.0%}")
     model.save_pretrained(out)  # the plain model
     tokenizer.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""CGGR in the Hugging Face Trainer: two lines more than without.
+"""CGGR in the Hugging Face Trainer: two extra lines.
 
 ``python examples/trainer.py --model MODEL --text TEXT_FILE --output_dir OUT --min_tokens_ratio 0.25``, or the same
 settings in a YAML file: ``python examples/trainer.py settings.yaml``. On several GPUs with ``torchrun`` or ``accelerate

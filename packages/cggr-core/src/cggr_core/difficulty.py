@@ -131,8 +131,8 @@ def difficulty_reference(
 ) -> tuple[Tensor | None, ...]:
     """Plain-torch op ``difficulty``: the five columns of :data:`FIELDS`, each [N], for ``logits`` [N, V].
 
-    Kernels take the first three arguments and return five tensors; ``fields`` lets this one leave out (as None) what
-    nobody asked for. Without targets, ``nll`` and ``gradnorm`` are zeros when ``fields`` is None.
+    Kernels take the first three arguments and return five tensors; with ``fields``, this one leaves out (as None) what
+    is not requested. Without targets, ``nll`` and ``gradnorm`` are zeros when ``fields`` is None.
     """
     N, V = logits.shape
     wanted = wanted_fields(fields, targets is not None)

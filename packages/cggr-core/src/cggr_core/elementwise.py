@@ -1,4 +1,4 @@
-"""Element by element work of decoder layers, as ops: what kernels do in one launch, models spell out in many."""
+"""Elementwise work of decoder layers as ops: kernels need one launch where models need many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix products in FP8 (e4m3), with a scale for every row of both factors."""
+"""Matrix products in FP8 (e4m3), with one scale per row of both factors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = [
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
-# Below it, the factor that a row is multiplied by would overflow float32.
+# Below this, the factor of a row would overflow float32.
 SMALLEST = 1e-30
-# What the products take: 16 bytes at a time.
+# Sizes must be multiples of this: products read 16 bytes at a time.
 STEP = 16
 
 
@@ -60,14 +60,14 @@ register_reference("quantize_silu_mul", quantize_silu_mul_reference)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`quantize_rows_reference`, by a kernel where the device has FP8 products and a kernel is installed."""
+    """:func:`quantize_rows_reference`, by a kernel if the device has FP8 products and a kernel is installed."""
     if has_fp8_products(x.device):
         return resolve("quantize_rows", x.device.type)(x)
     return quantize_rows_reference(x)
 
 
 def quantize_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`quantize_silu_mul_reference`, by a kernel where the device has FP8 products and a kernel is installed."""
+    """:func:`quantize_silu_mul_reference`, by a kernel if the device has FP8 products and a kernel is installed."""
     if has_fp8_products(gate.device):
         return resolve("quantize_silu_mul", gate.device.type)(gate, up)
     return quantize_silu_mul_reference(gate, up)
@@ -76,7 +76,7 @@ def quantize_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """``(x * x_scale) @ (weight * weight_scale).T + bias``, the factors as :func:`quantize_rows` gives them.
 
-    On a device without FP8 products the same numbers are multiplied in float32: the error of FP8, and not its speed.
+    A device without FP8 products multiplies the same numbers in float32: same error as FP8, but not its speed.
 
     Args:
         x: float8_e4m3fn ``[N, K]``, ``K`` a multiple of 16.
@@ -86,7 +86,7 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bi
         bias: ``[M]``, or ``None``.
 
     Returns:
-        bfloat16 ``[N, M]``, the one dtype in which devices give products with a scale for every row.
+        bfloat16 ``[N, M]``, the only output dtype that devices support for row-scaled products.
 
     Example:
         >>> x, weight = torch.randn(4, 32), torch.randn(16, 32)
@@ -95,8 +95,7 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bi
         True
     """
     if has_fp8_products(x.device):
-        # Without fast accumulation (in 22 bits rather than 32), products with a scale for every row are slower than
-        # those of bfloat16.
+        # Without fast accumulation (in 22 bits rather than 32), row-scaled products are slower than bfloat16.
         return torch._scaled_mm(
             x,
             weight.t(),

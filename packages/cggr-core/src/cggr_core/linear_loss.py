@@ -1,9 +1,9 @@
 """Cross-entropy of a head on chosen rows, without a tensor of all their logits.
 
 The reference of the op ``linear_cross_entropy`` is :func:`chunked_linear_cross_entropy`. With ``reduction="sum"`` the
-gradients are made in the forward pass while a chunk's logits are available: three matrix products per row instead of
-four, and nothing but the gradients is kept for the backward pass.
-:func:`linear_cross_entropy_by_autograd` is the plain form that the tests compare with.
+gradients are computed in the forward pass while a chunk's logits are available: three matrix products per row instead
+of four, and only the gradients are kept for the backward pass. :func:`linear_cross_entropy_by_autograd` is the plain
+form that the tests compare with.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def linear_cross_entropy_by_autograd(
 
 
 class _SumLoss(torch.autograd.Function):
-    """Weighted sum of the losses; its gradients are made in the forward."""
+    """Weighted sum of the losses; its gradients are computed in the forward."""
 
     @staticmethod
     def forward(
@@ -110,14 +110,14 @@ class _SumLoss(torch.autograd.Function):
         hidden, weight, bias, row_index = ctx.saved_tensors
         if hidden is not None:
             hidden = scatter_rows((hidden * upstream).to(ctx.dtypes[0]), row_index, ctx.rows)
-        # Not in place: the graph may be walked twice.
+        # Not in place: the backward pass may run twice.
         weight = None if weight is None else (weight * upstream).to(ctx.dtypes[1])
         bias = None if bias is None else (bias * upstream).to(ctx.dtypes[2])
         return hidden, weight, bias, None, None, None, None, None, None
 
 
 class _RowLoss(torch.autograd.Function):
-    """Weighted loss of each row; the backward makes the logits again, chunk by chunk, for any upstream gradient."""
+    """Weighted loss of each row; the backward recomputes the logits chunk by chunk for any upstream gradient."""
 
     @staticmethod
     def forward(
@@ -180,8 +180,8 @@ def chunked_linear_cross_entropy(
 ) -> Tensor:
     """Plain-torch op ``linear_cross_entropy``, arguments as in :func:`linear_cross_entropy`, unchecked.
 
-    Its chunks are of rows, so that it makes no logits twice and gains nothing from holding more: ``max_logits`` is not
-    used.
+    It works in chunks of rows, so it computes no logits twice and gains nothing from holding more: ``max_logits`` is
+    not used.
     """
     dtype = product_dtype(hidden, weight)
     if not torch.is_grad_enabled():
@@ -228,7 +228,7 @@ def linear_cross_entropy(
         targets: Class indices, shape [N]; ``ignore_index`` for rows to leave out.
         row_index: Rows to use, shape [M] int64; None for all.
         row_weight: Constant factor on each row's loss, shape [M], or [N] (then indexed by ``row_index``). Rows of
-            weight 0 give no loss and no gradient, whatever they hold.
+            weight 0 give no loss and no gradient, whatever they contain.
         bias: The head's bias, shape [V].
         softcap: Bound on the logits; None for none.
         scale: Factor on the logits before the softcap; None for 1.

@@ -1,4 +1,4 @@
-"""CGGRModel: a Hugging Face model whose training step spends its backward pass on the kept tokens."""
+"""CGGRModel: a Hugging Face model that runs its backward pass for the kept tokens only."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ class CGGRModel(nn.Module):
     ==============  ==================================================================  ==========================
     gradient        a kept token's gradient reaches                                     cost of a step (forwards F)
     ==============  ==================================================================  ==========================
-    ``"exact"``     everything; the selection only picks loss terms                     about 3F less the head's share
+    ``"exact"``     everything; the selection only picks loss terms                     about 3F - the head's share
     ``"kv"``        kept tokens at every layer, all tokens' key/value projections       F(1 + 2r) or F(1 + 3r)
     ``"detached"``  kept tokens at every layer; other keys and values are constants     F(1 + 2r) or F(1 + 3r)
     ``"sequence"``  whole kept sequences; the rest is not in the step                   scoring + 3rF
@@ -41,11 +41,11 @@ class CGGRModel(nn.Module):
     needs the selection before the layers: a router, ``selection="random"`` or ``"supervised"``, or a selection that
     is passed in. *Two passes* (1 + 3r) score at full depth, with the model's own head.
 
-    At a ratio of 1 every token is kept, also those without a label, and the step is ordinary training in every mode.
+    At a ratio of 1 every token is kept, even those without a label, and the step is ordinary training in every mode.
 
     ``torch.compile`` of a CGGRModel runs its forward uncompiled; a model that holds compiled modules is refused.
 
-    With dropout, every computation of a token draws its own mask; in two passes kept tokens are computed twice.
+    With dropout, every pass draws its own mask; with two passes, kept tokens are computed twice.
 
     Args:
         model: A Hugging Face causal or masked language model, or a PEFT wrapper of one.
@@ -54,35 +54,35 @@ class CGGRModel(nn.Module):
         gradient: Gradient mode: what the backward pass reaches, see the table.
         min_tokens_ratio: Keep ratio r in (0, 1], after the warm-up.
         selection: ``"stratified"``, ``"sampled"``, ``"random"``, ``"topk"``, ``"sequence_aware"``, or ``"supervised"``,
-            which keeps exactly the countable tokens (its capacity costs one value from the device per step).
+            which keeps exactly the countable tokens (at the cost of one host read per step).
         scoring: ``"gradnorm"``, ``"combined"``, ``"loss"``, ``"entropy"``, ``"margin"`` or ``"excess"``.
         num_strata: Score buckets of ``"stratified"``.
-        min_tokens_per_sequence: For ``"sequence_aware"``: the fewest tokens that a row keeps. Where the keep ratio
-            already gives that many, the selection is that of ``"topk"``.
+        min_tokens_per_sequence: For ``"sequence_aware"``: minimum number of kept tokens per row. If the keep ratio
+            already gives that many, the selection equals ``"topk"``.
         block_size: Select blocks of this many neighbouring tokens.
         unbiased: Weight kept tokens by 1 / inclusion probability, so that the loss estimates the full loss.
         warmup_steps: Steps over which the ratio falls linearly from 1 to ``min_tokens_ratio``; call :meth:`step`.
         dynamic_threshold: Adapt the ratio to the batch's confidence, see :class:`Schedule`.
         threshold_sensitivity: How strongly the confidence changes the ratio.
         engine: ``"interleaved"`` or ``"two_pass"``; ``None`` chooses the cheaper one that the scores allow.
-        context_precision: ``"fp8"`` computes the linear layers in FP8 (e4m3, a scale for every row) where they run on
-            tokens that need no gradient; keys and values of mode ``"kv"`` and the head stay in the model's precision.
-            Kept tokens attend to what it makes, with an error of a few per cent. It is faster on NVIDIA GPUs from
-            compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the model's own precision.
-        context_margin: For ``selection="supervised"`` in modes ``"kv"`` and ``"detached"``: so many tokens before each
-            stretch of supervised ones are kept as well. They have no loss, but gradients of the supervised tokens' loss
-            reach them, and the step misses less of the full gradient.
+        context_precision: ``"fp8"`` runs linear layers in FP8 (e4m3, one scale per row) on tokens that need no
+            gradient; keys and values of mode ``"kv"`` and the head stay in the model's precision. Kept tokens attend to
+            the results, with an error of a few per cent. It is faster on NVIDIA GPUs from compute capability 9.0 on,
+            and emulated elsewhere. ``None``, the default, is the model's own precision.
+        context_margin: For ``selection="supervised"`` in modes ``"kv"`` and ``"detached"``: also keep this many tokens
+            before each supervised stretch. They have no loss of their own, but gradients of the supervised tokens' loss
+            reach them, so the step misses less of the full gradient.
         seed: Seed of the random selections; the same seed and batch give the same selection on every device.
         ignore_index: Label that is never scored, selected or counted.
-        cuda_graph: ``"auto"``, the default, captures steps of equal shapes as CUDA graphs where a replay is faster, and
-            logs once why a step runs eagerly; ``False`` runs every step eagerly. Without effect on other devices. A
-            capture holds the memory of its step, and the backward pass of a replayed step runs once (for
-            ``retain_graph=True``, give ``False``).
+        cuda_graph: ``"auto"``, the default, captures steps of equal shapes as CUDA graphs if a replay is faster, and
+            logs once why a step runs eagerly; ``False`` runs every step eagerly. No effect on other devices. A capture
+            holds the memory of its step, and the backward pass of a replayed step can run only once (for
+            ``retain_graph=True``, use ``False``).
 
     Attributes:
-        scoring_stopwatch: A :class:`~cggr_core.stopwatch.Stopwatch` to add up the time spent on scores alone (the
-            head's statistics, and a router's own pass; not the context pass, which the gradient pass goes on from);
-            ``None``, the default, measures nothing.
+        scoring_stopwatch: A :class:`~cggr_core.stopwatch.Stopwatch` to add up the time spent only on scores (the head's
+            statistics and a router's own pass; not the context pass, which the gradient pass uses too); ``None``, the
+            default, measures nothing.
 
     Raises:
         TypeError: If ``model`` is not a Hugging Face model.
@@ -194,12 +194,13 @@ class CGGRModel(nn.Module):
             selection: Kept tokens chosen by the caller, one row for each row of the batch.
             draw: Number of the random draw, an int or a 0-dim int64 tensor on the device; ``None`` counts up.
             first_row: Number of the batch's first row among the rows of that draw, of the same types. Micro-batches and
-                ranks that share a draw and number their rows consecutively keep what one batch of all the rows would.
-            example_ids: int64 ``[B]`` on the CPU, which example each row is; for ``RememberedScores``.
+                ranks that share a draw and number their rows consecutively keep the same tokens as one batch of all
+                rows.
+            example_ids: int64 ``[B]`` on the CPU, the example in each row; for ``RememberedScores``.
             **inputs: ``attention_mask`` ``[B, S]``, ``position_ids``, ``inputs_embeds``, ``token_type_ids`` and other
                 arguments of the wrapped model. Without an attention mask, position ids that restart mark packed
-                documents, which do not attend to each other. ``shift_labels``, int64 ``[B, S]``, take the place of
-                ``labels`` and stand at their predictors already, as in transformers.
+                documents, which do not attend to each other. ``shift_labels``, int64 ``[B, S]``, replace ``labels`` and
+                are already shifted to the positions that predict them, as in transformers.
 
         Returns:
             A float32 scalar, connected to the graph even if nothing is countable; or the model's output.
@@ -225,7 +226,7 @@ class CGGRModel(nn.Module):
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
-        # Offloading keeps parameters there too, with hooks that bring their values.
+        # Offloading keeps parameters there too, with hooks that load their values.
         if next(self.model.parameters()).is_meta and not any(
             hasattr(part, "_hf_hook") for part in self.model.modules()
         ):
@@ -233,7 +234,7 @@ class CGGRModel(nn.Module):
                 "the model is on the meta device and has no values to train; first load its weights, or move it with "
                 "to_empty(device=...) and initialise it"
             )
-        # The confidence moves the ratio, so it is waited for: selections must not depend on timing.
+        # The confidence changes the ratio, so the step waits for it: selections must not depend on timing.
         self._raise_deferred_errors(wait=self.schedule.reads_confidence)
         self._follow_model()
         call = StepCall(
@@ -272,8 +273,8 @@ class CGGRModel(nn.Module):
     def routed_forward(self) -> Iterator[None]:
         """Within the block, calling the wrapped model runs this model's :meth:`forward`.
 
-        For training loops in which something around the wrapped model must see its call: ``DistributedDataParallel``,
-        ``fully_shard``, a trainer that prepared it. The hooks on the wrapped model run once, around all passes.
+        For training loops in which a wrapper must see the wrapped model's call: ``DistributedDataParallel``,
+        ``fully_shard``, a trainer. The hooks on the wrapped model run once, around all passes.
 
         Example:
             >>> import torch
@@ -300,16 +301,16 @@ class CGGRModel(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        # train() sets this and then the wrapped model's, which is what counts; a value of its own could disagree.
+        # train() sets this and then the wrapped model's, which takes effect; a separate value could disagree.
         pass
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Asked by a Hugging Face Trainer (and each of TRL's) as it is made; a CGGRModel cannot be its model.
+        """Called by a Hugging Face Trainer (and each of TRL's) at construction; a CGGRModel cannot be its model.
 
         Raises:
-            TypeError: Always: a Trainer takes the loss from a model output, and TRL's call the layers past this
-                model's forward, so that the step would be an ordinary one.
+            TypeError: Always: a Trainer takes the loss from a model output, and TRL's trainers bypass this model's
+                forward, so the step would be an ordinary one.
         """
         raise TypeError(
             "a Trainer would not train through a CGGRModel's forward; give it the plain model and put CGGRMixin first: "
@@ -338,27 +339,27 @@ class CGGRModel(nn.Module):
     def metrics(self) -> dict[str, Any]:
         """Metrics of the last training forward; tensors stay on their device until they are read.
 
-        ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``, ``gradient``, ``engine``; where tokens were
+        ``loss``, ``keep_ratio``, ``kept_tokens``, ``countable_tokens``, ``gradient``, ``engine``; if tokens were
         scored, ``score_kept`` and ``score_dropped`` (means), ``confidence`` if the schedule uses it, and
-        ``gradnorm_kept``, the share of the squared logit-gradient norms that kept tokens hold, where the scores
-        know them, ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll;
-        what a router of :mod:`cggr_core.experimental` says; ``auxiliary_loss``, the expert
-        routers' balancing loss over the tokens of the backward pass, which ``loss``
-        includes, where the model's config asks for it (``output_router_logits``).
+        ``gradnorm_kept``, the kept tokens' share of the squared logit-gradient norms, if the scores include them,
+        ``full_loss``, the mean nll of all countable tokens, if they were scored at full depth by their nll; metrics of
+        a router of :mod:`cggr_core.experimental`; ``auxiliary_loss``, the expert routers' balancing loss over the
+        tokens of the backward pass, which ``loss`` includes, if the model's config requests it
+        (``output_router_logits``).
         """
         return dict(self._metrics)
 
     def routing_state_dict(self) -> dict[str, Any]:
         """State besides the model that a resumed run needs to make the same selections; waits for the device.
 
-        The memory of ``RememberedScores`` is not in it, and is saved by whoever made it.
+        It does not include the memory of ``RememberedScores``, which its creator saves.
         """
         self._raise_deferred_errors(wait=True)
         state = self.schedule.state_dict()
         state["draws"] = self._draws.count
         learned = self._router.state_dict()
         if learned:
-            state["router"] = copy.deepcopy(learned)  # it goes on learning
+            state["router"] = copy.deepcopy(learned)  # it keeps learning
         return state
 
     def load_routing_state_dict(self, state: dict[str, Any]) -> None:
@@ -366,7 +367,7 @@ class CGGRModel(nn.Module):
 
         Raises:
             ValueError: If a key is missing or unknown.
-            RuntimeError: If a learned router's state is one of other sizes.
+            RuntimeError: If a learned router's state has other sizes.
         """
         schedule = {name: value for name, value in state.items() if name != "router"}
         learns = bool(self._router.state_dict())
@@ -383,7 +384,7 @@ class CGGRModel(nn.Module):
             self._router.load_state_dict(state["router"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A recording is of these parameters, and cannot be copied or pickled; a copy makes its own.
+        # A recording is bound to these parameters and cannot be copied or pickled; a copy makes its own.
         return {**self.__dict__, "_recorder": None}
 
     def __getattr__(self, name: str) -> Any:
@@ -395,14 +396,14 @@ class CGGRModel(nn.Module):
             return getattr(self.model, name)
 
     def _slots(self, labels: Tensor, arguments: Mapping[str, Any]) -> int | None:
-        """Slots of the supervised tokens, counted before anything of the step is queued; ``None`` for no such step."""
+        """Slots of the supervised tokens, counted before the step launches anything; ``None`` for other steps."""
         counted = arguments.get("shift_labels", labels)
         if self.settings.selection != SUPERVISED or not isinstance(counted, Tensor) or counted.dim() != 2:
-            return None  # whatever is wrong with them is reported by the checks
+            return None  # the checks report what is wrong with them
         return supervised_slots(counted, self.settings.ignore_index, margin=self.settings.context_margin)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What is read off the wrapped model is set on it, or it would be read off this one from then on, and not count.
+        # Set these on the wrapped model, or later reads would find them here and the wrapped model would not use them.
         model = self.__dict__.get("_modules", {}).get("model")
         if model is not None and name not in self._modules and _is_part(model, name):
             setattr(model, name, value)
@@ -416,7 +417,7 @@ class CGGRModel(nn.Module):
             return run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
 
     def _replayed(self, call: StepCall, slots: Callable[[], int | None]) -> StepOutcome | None:
-        """The step by a recording of it, where there is one or one is due."""
+        """The step by its recording, if there is one or one is due."""
         if not self.settings.cuda_graph:
             return None
         if self._recorder is None:
@@ -428,7 +429,7 @@ class CGGRModel(nn.Module):
         return StepOutcome(result.loss, result.metrics, findings(result, self.schedule))
 
     def _follow_model(self) -> None:
-        """See what was done to the wrapped model since the last step, another one in its place among it."""
+        """Detect changes of the wrapped model since the last step, including its replacement."""
         if self._passes.follow(self.model) and self._router is not self.router:
             self.__dict__["_router"] = as_router(self.router, self._passes)
 

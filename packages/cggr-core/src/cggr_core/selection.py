@@ -264,8 +264,8 @@ def select(
     stratified     ``num_strata`` equal buckets by score; Neyman allocation (share of a bucket ∝ its size times the
                    root mean square of its scores, no probability above 1); drawn at random within. The default.
     sampled        probability ∝ score, capped at 1; systematic sampling, so that the count is exact
-    random uniformly: the control that a score has to beat topk the highest scores. It trains on a biased sample of the
-    data: keeping the hardest quarter by loss
+    random         uniformly: the control that a score has to beat
+    topk           the highest scores. It trains on a biased sample of the data: keeping the hardest quarter by loss
                    gave a far worse held-out loss than keeping a random quarter. Use it for research.
     sequence_aware topk over the scope with at least ``min_tokens_per_sequence`` of every row; as biased as topk
     ============== ================================================================================================

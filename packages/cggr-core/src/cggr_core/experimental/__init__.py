@@ -1,4 +1,4 @@
-"""Routers that were tried and have not paid so far; they may change or go in any release.
+"""Experimental routers that have not paid off so far; they may change or be removed in any release.
 
 Training with either was statistically indistinguishable from training on random tokens; see their guides.
 """

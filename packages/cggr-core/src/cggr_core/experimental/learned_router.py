@@ -1,4 +1,4 @@
-"""LearnedRouter: a small head that predicts the score of every token, trained on the scores that were observed."""
+"""LearnedRouter: a small head that predicts the score of every token, trained on observed scores."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,30 +33,30 @@ class LearnedRouter(nn.Module):
 
     Given to :class:`~cggr_core.CGGRModel` as its router. Scoring then costs the first ``depth`` layers, which the
     interleaved engine does not compute again, and no product with the vocabulary. The head is trained online: after
-    each training forward the true score of some kept tokens is read off what the gradient pass left before the
-    language-model head, and some steps of Adam move the prediction towards it. Kept tokens count with 1 / inclusion
-    probability, so that the regression is that over all tokens, whatever was selected (``topk`` and
-    ``sequence_aware`` have no probabilities: there the head learns about the tokens that they keep).
+    each training forward, the true scores of some kept tokens are computed from the gradient pass's final hidden
+    states, and a few steps of Adam fit the head to them. Kept tokens are weighted by 1 / inclusion probability, so the
+    regression targets all tokens, whatever was selected (``topk`` and ``sequence_aware`` have no probabilities: there
+    the head learns about the tokens that they keep).
 
     The prediction is ``mean + std * f(h, e)``, with the running mean and spread of the observed scores and, for
     ``a = A norm(h)`` and ``b = B norm(e)`` of ``width`` numbers each, ``f = c · gelu(M [a, b, a * b, d])``; it is the
-    same for all tokens until something was observed. ``d = D (norm(h) * e)`` are a few numbers, in units of their
-    running spread, that start near ``norm(h) · e``: what the target's logit would be if the model ended here and its
-    head were tied to its embedding. They are left out where hidden states and embeddings differ in length. The
-    regression is by the Huber loss, and predictions are made with a running mean of the weights.
+    same for all tokens until something has been observed. ``d = D (norm(h) * e)`` are a few numbers, in units of their
+    running spread, that start near ``norm(h) · e``: the target's logit if the model ended here with its head tied to
+    its embedding. They are omitted if hidden states and embeddings differ in size. The regression uses the Huber loss,
+    and predictions use a running mean of the weights.
 
-    The head has its own optimizer. Nothing of it reaches the model: not the returned loss, not the gradients, and
-    not the norm that they are clipped to. Its state is part of ``CGGRModel.state_dict()`` and
-    ``routing_state_dict()``. On several ranks (an initialised ``torch.distributed``) gradients are summed over the
-    default process group, so every rank has to run the same training forwards.
+    The head has its own optimizer and does not affect the model: neither the returned loss, nor the gradients, nor
+    their norm for clipping. Its state is part of ``CGGRModel.state_dict()`` and ``routing_state_dict()``. On several
+    ranks (an initialised ``torch.distributed``) gradients are summed over the default process group, so every rank has
+    to run the same training forwards.
 
     Args:
-        depth: Layers below the hidden state that is read, at least 1 and fewer than the model has.
-        width: Numbers that hidden state and target embedding are projected to.
-        learning_rate: Of the head's Adam.
-        observed_tokens: Kept tokens of a forward whose score is observed, at most, but no fewer than one of each row;
+        depth: Number of layers below the hidden state that is read, at least 1 and fewer than the model has.
+        width: Size of the projections of hidden state and target embedding.
+        learning_rate: Learning rate of the head's Adam.
+        observed_tokens: Maximum number of kept tokens per forward whose score is observed, but at least one per row;
             they go through the language-model head once more.
-        seed: Of the head's first weights and of the choice of observed tokens.
+        seed: Seed of the head's initial weights and of the choice of observed tokens.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -109,7 +109,7 @@ class LearnedRouter(nn.Module):
         return f"depth={self.depth}, width={self.width}, learning_rate={self.learning_rate:g}"
 
     def attach(self, *, layers: int, hidden_size: int, embedding_size: int) -> None:
-        """Make the head's weights, the same for the same seed; CGGRModel calls it.
+        """Create the head's weights, the same for the same seed; called by CGGRModel.
 
         Args:
             layers: Layers of the model.
@@ -117,7 +117,7 @@ class LearnedRouter(nn.Module):
             embedding_size: Length of an input embedding.
 
         Raises:
-            ValueError: If the model has too few layers, or the router belongs to a model of other sizes.
+            ValueError: If the model has too few layers, or the router was built for a model of other sizes.
         """
         if self.depth >= layers:
             raise ValueError(
@@ -156,7 +156,7 @@ class LearnedRouter(nn.Module):
             return mean + std * averaged(hidden, target, unit)
 
     def prepare(self, batch: StepBatch) -> None:
-        """Raise if the batch names examples, which this router does not read."""
+        """Raise if the batch has example ids, which this router does not use."""
         if batch.example_ids is not None:
             raise ValueError("example_ids is used only by RememberedScores; leave it out")
 
@@ -180,17 +180,17 @@ class LearnedRouter(nn.Module):
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, target: Tensor, score: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Learn from tokens whose score is known; the host reads nothing.
+        """Learn from tokens with known scores; the host reads nothing.
 
         Args:
             hidden: Their hidden states at layer ``depth``, ``[N, H]``.
             target: Embeddings of their targets, ``[N, E]``.
-            score: Their scores, ``[N]``; what is not finite does not count.
-            weight: 1 / their probability of being observed, up to a factor, ``[N]``; 0 for what does not count.
+            score: Their scores, ``[N]``; non-finite scores are ignored.
+            weight: 1 / their probability of being observed, up to a factor, ``[N]``; 0 for ignored tokens.
 
         Returns:
-            ``router_correlation``: of the predictions (before the step) and the scores over all tokens of this rank,
-            estimated with the weights; 0 where one of both does not vary.
+            ``router_correlation``: correlation between predictions (before the step) and scores over all tokens of this
+                rank, estimated with the weights; 0 if either is constant.
         """
         head, averaged = self._heads_on(hidden.device)
         weight = weight.float().masked_fill(~score.isfinite(), 0.0)
@@ -237,7 +237,7 @@ class LearnedRouter(nn.Module):
                 "model before passing it to CGGRModel"
             )
         if self.moments.device != device:
-            # The model may have been moved by itself.
+            # The model may have been moved without the router.
             self.to(device)
         return self.head, self.averaged
 
@@ -248,7 +248,7 @@ class LearnedRouter(nn.Module):
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
         optimizer.step()
-        # Nobody else's optimizer or clipping shall find them.
+        # Hidden from other optimizers and from clipping.
         optimizer.zero_grad(set_to_none=True)
 
     def _optimizer_for(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
@@ -288,7 +288,7 @@ class RegressionHead(nn.Module):
 
     def __init__(self, hidden_size: int, embedding_size: int, width: int, *, seed: int) -> None:
         super().__init__()
-        # Initialised here alone: nn.Linear would draw from the global generator, and change what the model draws.
+        # Initialised separately: nn.Linear would draw from the global generator and change the model's draws.
         linear: Callable[..., nn.Linear] = partial(
             cast(Any, nn.utils.skip_init), nn.Linear, device="cpu", dtype=torch.float32
         )
@@ -329,7 +329,7 @@ def _projected(value: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def _varies(variance: Tensor, square: Tensor) -> Tensor:
-    """Whether a variance is more than the rounding of the mean square that it was made from."""
+    """Whether a variance exceeds the rounding error of the mean square it was computed from."""
     return variance > 1e-6 * square
 
 

@@ -1,4 +1,4 @@
-"""RememberedScores: the last score of every token, kept by example, as the selection of the next epoch."""
+"""RememberedScores: stores the last score of every token by example, for the selection of the next epoch."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,26 +15,25 @@ NEVER = -1
 
 
 class RememberedScores:
-    """Keeps the last observed score of every token, and serves it when the example comes again.
+    """Stores the last observed score of every token and returns it when the example recurs.
 
     Experimental: three epochs of fine-tuning with it did no better than with random tokens, and worse than with
     fresh scores.
 
-    Given to :class:`~cggr_core.CGGRModel` as its router, with ``example_ids`` in every training forward. No pass and
-    no head scores anything: the selection is known before the first layer, and the interleaved engine starts there.
-    After each training forward the scores of the kept tokens are read off what the gradient pass left before the
-    language-model head, and are remembered.
+    Given to :class:`~cggr_core.CGGRModel` as its router, with ``example_ids`` in every training forward. There is no
+    scoring pass: the selection is known before the first layer, and the interleaved engine starts there. After each
+    training forward, the scores of the kept tokens are computed from the gradient pass's final hidden states and
+    stored.
 
-    A token never seen is served the mean of the scores remembered in its batch; where there is none, as in the first
-    epoch, all tokens are alike and the selection is random. Sampled selections know each token's probability whatever
-    its score, so their weights stay unbiased however old the scores are; ``topk`` might never come back to a token
-    that it did not keep.
+    A token without a score gets the mean of the stored scores of its batch; if there are none, as in the first epoch,
+    all tokens are equal and the selection is random. Sampled selections know each token's probability, so their weights
+    stay unbiased however old the scores are; ``topk`` may never return to a token that it dropped.
 
-    An example has the same tokens at the same positions at every visit: pad on the right, and pack no differently.
-    The scores live in host memory (6 bytes per token), or in a file that is mapped there. On several ranks each
-    remembers what all of them observed, so every rank has to run the same training forwards, on batches of any size.
-    What a forward observed is served from the next but one on: it is fetched from the device meanwhile, and the host
-    does not wait for it (on several ranks it waits until the device has begun the forward).
+    An example must have the same tokens at the same positions every time: pad on the right, and do not change the
+    packing. The scores are in host memory (6 bytes per token) or in a memory-mapped file. On several ranks each stores
+    what all of them observed, so every rank has to run the same training forwards, on batches of any size. Scores
+    observed in one forward are used two forwards later, so that the host does not wait for their transfer (on several
+    ranks it waits until the device has begun the forward).
 
     Args:
         scores: float16 ``[E, L]`` on the CPU, for E examples of at most L tokens.
@@ -77,17 +76,17 @@ class RememberedScores:
 
     @classmethod
     def empty(cls, *, examples: int, length: int) -> "RememberedScores":
-        """A memory of nothing.
+        """An empty memory.
 
         Args:
             examples: Number of examples; their ids are 0 to ``examples - 1``.
-            length: Tokens of the longest.
+            length: Tokens of the longest example.
         """
         shape = (check_at_least("examples", examples, 1), check_at_least("length", length, 1))
         return cls(torch.zeros(shape, dtype=torch.float16), torch.full(shape, NEVER, dtype=torch.int32))
 
     def __getstate__(self) -> dict[str, object]:
-        # Events cannot be copied or pickled: a copy holds what they announce.
+        # Events cannot be copied or pickled: a copy waits for their data.
         self.flush()
         return dict(self.__dict__)
 
@@ -103,7 +102,7 @@ class RememberedScores:
 
     @property
     def scores(self) -> Tensor:
-        """float16 ``[E, L]``: the last score of every token, 0 where there is none; waits for the device."""
+        """float16 ``[E, L]``: the last score of every token, 0 for none; waits for the device."""
         self.flush()
         return self._score
 
@@ -119,14 +118,14 @@ class RememberedScores:
         return self._forwards
 
     def flush(self) -> None:
-        """Wait for all that was observed, and write it; after that, every forward sees it."""
+        """Wait for all observed scores and store them; every later forward uses them."""
         self._write_pending(0)
 
     def attach(self, *, layers: int, hidden_size: int, embedding_size: int) -> None:
-        """Nothing of the model matters."""
+        """Does not depend on the model."""
 
     def prepare(self, batch: StepBatch) -> None:
-        """Check which examples a batch holds, where its kept tokens will be remembered; asked by a step."""
+        """Check a batch's example ids, if its kept tokens will be stored; called by a step."""
         if batch.selection is not None:
             return
         self.check_ids(batch.example_ids, batch.shape)
@@ -138,20 +137,20 @@ class RememberedScores:
             self._largest_batch.post(largest_over_ranks(torch.stack(sizes)))
 
     def score(self, request: ScoreRequest) -> Scores:
-        """The scores of a batch; asked by a step."""
+        """The scores of a batch; called by a step."""
         assert request.batch.example_ids is not None  # checked
         score, metrics = self.recall(request.batch.example_ids, request.batch.countable)
         return Scores(score, metrics=metrics)
 
     def observe(self, seen: Observation) -> dict[str, Tensor]:
-        """Remember the scores of a step's kept tokens."""
+        """Store the scores of a step's kept tokens."""
         assert seen.batch.example_ids is not None  # checked
         row, *slots = self._padded_to_largest_batch(seen.row, seen.position, seen.scores(), seen.weight > 0)
         self.remember(seen.batch.example_ids, row, *slots)
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: whoever made the memory saves it."""
+        """Empty: the creator of the memory saves it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,9 +173,9 @@ class RememberedScores:
             shape: ``(B, S)`` of the batch.
 
         Raises:
-            TypeError: If they are no tensor of int64.
-            ValueError: If they are missing, there is not one for each row, one is not of this memory, they are not on
-                the CPU, or the rows are longer than what is remembered.
+            TypeError: If they are not an int64 tensor.
+            ValueError: If they are missing, not one per row, out of range or not on the CPU, or the rows are longer
+                than the stored examples.
         """
         if example_ids is None:
             raise ValueError("RememberedScores needs example_ids, int64 [B] on the CPU: the example in each row")
@@ -200,7 +199,7 @@ class RememberedScores:
         return example_ids
 
     def recall(self, example_ids: Tensor, countable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores of a batch, and how old they are.
+        """Scores of a batch, and their age.
 
         Args:
             example_ids: int64 ``[B]``, checked.
@@ -226,14 +225,14 @@ class RememberedScores:
         return torch.where(observed != NEVER, score, mean), metrics
 
     def remember(self, example_ids: Tensor, row: Tensor, position: Tensor, score: Tensor, kept: Tensor) -> None:
-        """Remember scores; they are written once they have come from the device.
+        """Store scores; they are written once they have been copied from the device.
 
         Args:
             example_ids: int64 ``[B]``, checked.
-            row: int64 ``[R]``: rows of the batch that the following are about.
+            row: int64 ``[R]``: rows of the batch that the other arguments refer to.
             position: int64 ``[R, K]``, distinct in each row.
             score: ``[R, K]``; on several ranks R and K are the same on all.
-            kept: bool ``[R, K]``; other entries, and scores that are not finite, are not remembered.
+            kept: bool ``[R, K]``; other entries and non-finite scores are not stored.
         """
         largest = torch.finfo(torch.float16).max
         position = torch.where(kept & score.isfinite(), position, NEVER)
@@ -259,7 +258,7 @@ class RememberedScores:
             if arrived is not None:
                 arrived.synchronize()
             slots = (packed.shape[1] - 1) // 2
-            # One row after the other: an example that comes twice in a batch keeps the later row's scores.
+            # Row by row: an example that occurs twice in a batch keeps the later row's scores.
             for example, numbers in zip(packed[:, 0].long().tolist(), packed[:, 1:], strict=True):
                 position, score = numbers[:slots].long(), numbers[slots:]
                 kept = position != NEVER
@@ -268,7 +267,7 @@ class RememberedScores:
 
 
 class _Observed(NamedTuple):
-    """Scores on their way from the device: example, positions and scores of each row, ``[R, 1 + 2K]``."""
+    """Scores in transfer from the device: example, positions and scores of each row, ``[R, 1 + 2K]``."""
 
     packed: Tensor
     forward: int

@@ -1,4 +1,4 @@
-"""Any loss on routed gradients: log-probabilities, entropies and hidden states of the tokens that a loss is about."""
+"""Any loss on routed gradients: log-probabilities, entropies and hidden states of the tokens that a loss uses."""
 
 from cggr_core.logprobs.keeping import keep_nonzero, keep_random, keep_tokens, keep_top_entropy
 from cggr_core.logprobs.linear import linear_logprobs

@@ -1,4 +1,4 @@
-"""The engine of a model, and a call that reaches it through whatever the model is wrapped in."""
+"""The engine of a model, and a call that reaches it through the model's wrappers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ATTRIBUTE = "_cggr_engine_of_model"
 class EngineOfModel:
     """A model's engine and the errors its steps defer, stored in the model's own ``__dict__``.
 
-    A global table would keep every model alive for ever, since an engine holds its model. A copy or a pickle of the
+    A global table would keep every model alive forever, since an engine holds its model. A copy or a pickle of the
     model gets an empty dictionary instead, and builds its own engine when it is used.
     """
 
@@ -47,7 +47,7 @@ def language_model(model: nn.Module) -> nn.Module:
     """The Hugging Face model, or the PEFT wrapper of one, inside ``DistributedDataParallel`` and the like.
 
     Raises:
-        TypeError: If ``model`` is no module, or there is no Hugging Face model in it.
+        TypeError: If ``model`` is not a module, or contains no Hugging Face model.
     """
     inner: Any = model
     while True:
@@ -68,8 +68,8 @@ def language_model(model: nn.Module) -> nn.Module:
 def call_in_forward(model: nn.Module, inner: nn.Module, run: Callable[[], Any], arguments: dict[str, Any]) -> Any:
     """Call ``model`` and let ``run`` be the forward of the ``inner`` one.
 
-    ``DistributedDataParallel``, FSDP2's ``fully_shard`` and whatever else hooks a model see one ordinary call, around
-    all the passes that ``run`` makes.
+    ``DistributedDataParallel``, FSDP2's ``fully_shard`` and other hooks see one ordinary call around all passes of
+    ``run``.
     """
     from cggr_core.routing import forward_replaced_by
 

@@ -18,7 +18,7 @@ __all__ = ["TokenHead"]
 
 
 class TokenHead:
-    """A language-model head at a temperature, without a logits tensor where the head is one matrix.
+    """A language-model head at a temperature, without a logits tensor if the head is one matrix.
 
     Args:
         head: The head.
@@ -37,9 +37,9 @@ class TokenHead:
         """With gradients.
 
         Args:
-            values: The head's input ``[..., H]`` where the head is one matrix, else logits ``[..., V]``.
-            targets: int64 ``[...]``; -100 for rows that count for nothing, which get 0 and no gradient.
-            entropy: Whether the entropies are wanted.
+            values: The head's input ``[..., H]`` if the head is one matrix, else logits ``[..., V]``.
+            targets: int64 ``[...]``; -100 for ignored rows, which get 0 and no gradient.
+            entropy: Whether to compute the entropies.
 
         Returns:
             Log-probabilities and entropies ``[...]``.

@@ -1,4 +1,4 @@
-"""Which tokens a loss is about: keep masks for policy gradients, distillation and other losses of one's own.
+"""Which tokens a loss uses: keep masks for policy gradients, distillation and other custom losses.
 
 All masks are in target alignment: position t is about the prediction of the token at t + 1.
 """
@@ -22,8 +22,8 @@ def keep_tokens(mask: Tensor) -> Tensor:
     predicts the token at t + 1 with its output at t.
 
     Args:
-        mask: bool ``[B, S]``, the tokens whose log-probabilities are wanted. The first token of a row is predicted by
-            nothing, so its entry has no effect.
+        mask: bool ``[B, S]``, the tokens whose log-probabilities you need. Nothing predicts the first token of a row,
+            so its entry has no effect.
 
     Returns:
         bool ``[B, S]`` in target alignment, false at the last position.
@@ -87,12 +87,12 @@ def keep_random(
     Args:
         mask: bool ``[B, S]``, the positions to choose from.
         ratio: Share to keep, in (0, 1]: ``round(ratio * n)`` of a row's n positions, at least one if there is one.
-        seed: Of the draws.
+        seed: Seed of the draws.
         draw: Number of the draw, an int or a 0-dim int64 tensor; count it up with every step.
         first_row: Number of the batch's first row among the rows of that draw, so that micro-batches and ranks that
-            share a draw keep what one batch of all the rows would.
-        capacity: Slots of each row. ``None`` reads the largest row of the mask from the device (a synchronisation),
-            and takes ``ratio`` of it, in steps.
+            share a draw keep the same tokens as one batch of all rows.
+        capacity: Slots of each row. ``None`` reads the largest row count of the mask from the device (a
+            synchronisation) and takes ``ratio`` of it, rounded up so that shapes repeat.
 
     Returns:
         A selection; its ``mask`` is the bool ``[B, S]``.
@@ -124,13 +124,13 @@ def keep_random(
 
 
 def keep_nonzero(advantages: Tensor, mask: Tensor) -> Tensor:
-    """The positions of a mask whose advantage is not 0: with the others, a policy gradient is exactly what it was.
+    """The positions of a mask whose advantage is not 0; dropping the others leaves a policy gradient unchanged.
 
-    That holds as long as the loss of a token is its advantage times something: a KL or entropy term is lost with the
-    tokens that are left out.
+    This holds if the loss of a token is proportional to its advantage: a KL or entropy term at the dropped tokens is
+    lost.
 
     Args:
-        advantages: float ``[B]``, one for each row, or ``[B, S]``.
+        advantages: float ``[B]``, one per row, or ``[B, S]``.
         mask: bool ``[B, S]``.
 
     Returns:

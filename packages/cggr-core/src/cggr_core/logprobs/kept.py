@@ -19,10 +19,10 @@ __all__ = ["Kept", "all_tokens", "bad_keep_message", "count_bad", "kept_tokens"]
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept tokens of a batch, in the rows that are run.
+    """The kept tokens of a batch, in the rows that run.
 
     Attributes:
-        selection: Of the rows that are run.
+        selection: Selection over the rows that run.
         rows: Which rows those are, int64 ``[R]`` ascending; ``None`` for all.
         shape: ``(B, S)`` of the whole batch.
         row_numbers: The rows as numbers on the host; empty for all.
@@ -65,17 +65,17 @@ class Kept:
 
 
 def kept_tokens(keep: Tensor | Selection, batch: TokenInputs, targets: Tensor | None, *, every_row: bool) -> Kept:
-    """Slots for what is to be kept.
+    """Build the slots for the kept tokens.
 
     Args:
-        keep: bool ``[B, S]`` in target alignment; or a selection with slots and weights of its own.
+        keep: bool ``[B, S]`` in target alignment; or a selection with its own slots and weights.
         batch: The inputs.
-        targets: int64 ``[B, S]``, -100 where there is none; ``None`` where none is needed.
+        targets: int64 ``[B, S]``, -100 for none; ``None`` if targets are not needed.
         every_row: Run the rows without a kept token too.
 
     Returns:
-        The kept tokens; at least one slot, so that what comes out is connected to the graph. A mask costs one read
-        from the device, of how many tokens each row keeps.
+        The kept tokens; at least one slot, so that the result is connected to the graph. A mask costs one host read, of
+        the number of kept tokens per row.
 
     Raises:
         TypeError: If ``keep`` is neither bool nor a selection.

@@ -23,7 +23,7 @@ def logits_logprobs(logits: Tensor, targets: Tensor, *, ignore_index: int = -100
 
     Args:
         logits: ``[N, V]``, any floating dtype.
-        targets: int64 ``[N]``; ``ignore_index`` for rows that count for nothing, which get 0 and no gradient.
+        targets: int64 ``[N]``; ``ignore_index`` for ignored rows, which get 0 and no gradient.
         ignore_index: Target value of those rows.
 
     Returns:
@@ -63,7 +63,7 @@ def linear_logprobs_by_autograd(
 
 
 class _LogprobsAndEntropies(torch.autograd.Function):
-    """Both of each row; the backward makes the logits again, chunk by chunk, for any gradients of the two."""
+    """Both values of each row; the backward recomputes the logits chunk by chunk for any gradients of the two."""
 
     @staticmethod
     def forward(
@@ -140,17 +140,16 @@ def linear_logprobs(
     Args:
         hidden: Final hidden states, ``[N, H]``.
         weight: The head's matrix, ``[V, H]``.
-        targets: int64 ``[N]``; ``ignore_index`` for rows that count for nothing: they get 0, and no gradient whatever
-            they hold.
-        entropy: Also the entropies, differentiable as well.
+        targets: int64 ``[N]``; ``ignore_index`` for ignored rows, which get 0 and no gradient whatever they contain.
+        entropy: Also compute entropies, which are differentiable too.
         bias: The head's bias, ``[V]``.
         softcap: Bound of the logits; ``None`` for none.
         scale: Factor on the logits before the softcap; ``None`` for 1. A temperature T is ``scale / T`` with
             ``softcap / T``.
-        ignore_index: Target value of rows that count for nothing.
+        ignore_index: Target value of ignored rows.
 
     Returns:
-        Log-probabilities ``[N]`` and, if asked for, entropies ``[N]``; in nats, float32 (float64 for float64 operands).
+        Log-probabilities ``[N]`` and, if requested, entropies ``[N]``; in nats, float32 (float64 for float64 operands).
 
     Raises:
         TypeError: If a dtype is wrong, or those of ``hidden`` and ``weight`` differ outside of autocast.

@@ -37,7 +37,7 @@ def check_mode(
     """Raise unless the settings of a call exist and can be combined.
 
     Raises:
-        ValueError: If a name is unknown, or a setting would not have the effect it stands for.
+        ValueError: If a name is unknown, or a setting would have no effect.
     """
     if gradient_mode == "sequence":
         raise ValueError(
@@ -70,14 +70,14 @@ def aligned_targets(targets: Tensor | None, batch: TokenInputs, *, shifted: bool
     """Targets of every position, int64 ``[B, S]``, -100 where there is none.
 
     Args:
-        targets: As the caller gave them, aligned; ``None`` for the next input token of the same document.
+        targets: The caller's aligned targets; ``None`` for the next input token of the same document.
         batch: The inputs.
         shifted: Whether the model predicts the next token.
         vocab_size: Targets are 0 to ``vocab_size - 1``.
 
     Raises:
         TypeError: If the targets are not integers.
-        ValueError: If they are needed and not given, their shape or device is wrong, or (on CPU) one is outside the
+        ValueError: If they are required but missing, their shape or device is wrong, or (on CPU) one is outside the
             vocabulary.
     """
     like = batch.position_ids
@@ -108,7 +108,7 @@ class Values:
     Attributes:
         kept: Which tokens were kept.
         at_kept: Head values ``[R, K, ...]`` of the kept tokens, with gradients.
-        everywhere: Head values ``[B, S, ...]`` without gradients, if they were asked for.
+        everywhere: Head values ``[B, S, ...]`` without gradients, if requested.
         auxiliary_loss: Of the model's expert routers, if there is one.
     """
 
@@ -123,12 +123,12 @@ class RoutedPasses:
 
     Args:
         passes: The engine.
-        arguments: Inputs of the model's forward, as the caller gave them; ``None`` for those that were left out.
+        arguments: Inputs of the model's forward, as given by the caller; ``None`` for omitted ones.
         gradient_mode: One of :data:`MODES`; without gradients (``torch.no_grad``) every mode is one plain forward.
         engine: One of :data:`ENGINES`, or ``None``.
         context_precision: One of :data:`CONTEXT_PRECISIONS`, or ``None``.
-        hidden: Give the head's input whatever the head is.
-        context: What stands before the rows, or ``None``.
+        hidden: Return the head's input even if the head is not one matrix.
+        context: The context before the rows, or ``None``.
     """
 
     def __init__(
@@ -167,8 +167,8 @@ class RoutedPasses:
 
         Args:
             keep: As in :func:`kept_tokens`.
-            targets: int64 ``[B, S]``, for the checks of ``keep``; ``None`` where none is needed.
-            everywhere: Whether values of other tokens are wanted too.
+            targets: int64 ``[B, S]``, for the checks of ``keep``; ``None`` if not needed.
+            everywhere: Whether to return values of other tokens too.
         """
         kept = kept_tokens(keep, self.batch, targets, every_row=everywhere)
         if self._context is None and not self._routing:
@@ -199,7 +199,7 @@ class RoutedPasses:
         return Values(kept, at_kept, values, auxiliary_loss)
 
     def _rows(self, kept: Kept) -> TokenInputs:
-        """The rows that are run, after their contexts if they have any."""
+        """The rows that run, after their contexts if they have any."""
         if self._context is None:
             return self.batch if kept.rows is None else _rows_of(self.batch, kept.rows)
         context, arguments = self._context, self._arguments
@@ -236,7 +236,7 @@ def _at_kept(kept: Kept, values: Tensor, auxiliary_loss: Tensor | None, *, every
 
 
 def _rows(value: Any, rows: Tensor, batch_size: int) -> Any:
-    # Position ids [1, S] of a larger batch stand for all of its rows.
+    # Position ids [1, S] apply to all rows of a larger batch.
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch_size:
         return value.index_select(0, rows)
     return value

@@ -18,11 +18,11 @@ class TokenLogprobs(NamedTuple):
     Attributes:
         logprob: ln p of each target, in nats, ``[B, S]`` float32 (float64 for float64 models); with a gradient at the
             kept positions, 0 or a constant at the others.
-        entropy: -Σ p ln p in nats, as ``logprob``; ``None`` where it was not asked for.
+        entropy: -Σ p ln p in nats, as ``logprob``; ``None`` if not requested.
         keep: bool ``[B, S]``, the kept positions.
-        weight: float32 ``[B, S]``: 1 at kept positions, or what the selection weights them with; 0 at the others.
-        auxiliary_loss: The expert routers' balancing loss over the tokens of the backward pass, 0-dim, where the
-            model's config asks for it (``output_router_logits``); else ``None``.
+        weight: float32 ``[B, S]``: 1 or the selection's weight at kept positions; 0 at the others.
+        auxiliary_loss: The expert routers' balancing loss over the tokens of the backward pass, 0-dim, if the model's
+            config requests it (``output_router_logits``); else ``None``.
     """
 
     logprob: Tensor
@@ -34,11 +34,11 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutedHidden:
-    """Final hidden states of the kept tokens, for a head and a loss of one's own.
+    """Final hidden states of the kept tokens, for a custom head and loss.
 
     Attributes:
-        hidden: ``[B, K, H]`` in the model's dtype: what the language-model head would read, with gradients; 0, without
-            a gradient, in slots that hold no kept token.
+        hidden: ``[B, K, H]`` in the model's dtype: the input of the language-model head, with gradients; 0, without a
+            gradient, in slots without a kept token.
         selection: Which positions the slots hold: ``index`` ``[B, K]``, ``valid`` ``[B, K]``, ``weight`` ``[B, K]`` (1
             for kept tokens of a mask), and ``gather`` for other tensors ``[B, S, ...]``.
         auxiliary_loss: As in :class:`TokenLogprobs`.

@@ -1,4 +1,4 @@
-"""Token log-probabilities and hidden states whose gradients are routed: what any loss can be made of."""
+"""Token log-probabilities and hidden states with routed gradients, for any loss."""
 
 from __future__ import annotations
 
@@ -37,52 +37,51 @@ def routed_logprobs(
     context: SharedContext | None = None,
     **inputs: Any,
 ) -> TokenLogprobs:
-    """Log-probabilities of a batch's tokens whose gradients reach the kept ones: any loss can be made of them.
+    """Log-probabilities of a batch's tokens, with gradients routed to the kept ones, for any loss.
 
-    Tokens that are not kept are forward-only in every layer, and rows that keep nothing are not run. Everything is in
-    *target alignment*: position t is about the prediction of the token at t + 1, in ``keep``, in ``targets`` and in
-    what is returned. A mask of the tokens themselves, such as TRL's completion mask, becomes one by
-    :func:`keep_tokens`.
+    Tokens that are not kept are forward-only in every layer, and rows that keep nothing do not run. ``keep``,
+    ``targets`` and the results are in *target alignment*: position t is about the prediction of the token at t + 1.
+    :func:`keep_tokens` converts a mask over the tokens themselves, such as TRL's completion mask.
 
-    With the tokens ``the cat sat``, of which ``cat sat`` is the completion, ``keep`` is ``[True, True, False]``:
-    position 0 predicts ``cat``, position 1 predicts ``sat``, position 2 nothing. ``logprob[0, 0]`` is ln p(cat | the).
+    For the tokens ``the cat sat`` with the completion ``cat sat``, ``keep`` is ``[True, True, False]``: position 0
+    predicts ``cat``, position 1 predicts ``sat``, position 2 nothing. ``logprob[0, 0]`` is ln p(cat | the).
 
-    With dropout, every computation of a token draws its own mask.
+    With dropout, every pass draws its own mask.
 
     Args:
         model: A Hugging Face language model, a PEFT or :class:`CGGRModel` wrapper of one, or either prepared by
-            ``DistributedDataParallel`` or ``fully_shard``: its own call is made, once, around all passes.
+            ``DistributedDataParallel`` or ``fully_shard``: it is called once, around all passes.
         input_ids: int64 ``[B, S]``.
         keep: bool ``[B, S]``, the positions whose log-probabilities take gradients; or a :class:`Selection`, as from
-            :func:`keep_random`. A mask costs one read from the device, which decides how many slots a row has, in
-            steps, and which rows are run; a selection costs none, and runs all rows.
+            :func:`keep_random`. A mask costs one host read, which determines the number of slots per row (rounded up)
+            and the rows that run; a selection costs none, and runs all rows.
         attention_mask: ``[B, S]``, 1 = token, 0 = padding, on any side.
         position_ids: int64 ``[B, S]``. Without an attention mask, positions that restart are packed documents, and
             nothing is attended to, or predicted, across them.
         gradient_mode: What a kept token's gradient reaches: ``"exact"`` everything, ``"kv"`` kept tokens at every layer
-            and all tokens' key/value projections, ``"detached"`` kept tokens alone. Under ``torch.no_grad`` all are one
-            plain forward.
-        engine: ``"interleaved"`` or ``"two_pass"``, same numbers; ``None`` takes the cheaper one that can do it.
+            and all tokens' key/value projections, ``"detached"`` only kept tokens. Under ``torch.no_grad`` every mode
+            is one plain forward.
+        engine: ``"interleaved"`` or ``"two_pass"``, same numbers; ``None`` takes the cheaper one that is possible.
         context_precision: ``"fp8"`` computes the linear layers of tokens that need no gradient, those of a shared
             ``context`` among them, in FP8, as :class:`CGGRModel` does; ``None`` for the model's own precision.
-        targets: int64 ``[B, S]``, what each position is to predict, -100 for nothing. By default the next input token
+        targets: int64 ``[B, S]``, the token that each position predicts, -100 for none. By default the next input token
             of the same document, which masked language models and ``inputs_embeds`` do not have.
         temperature: What the logits are divided by.
-        entropy: Also the entropies, which take gradients as the log-probabilities do.
-        everywhere: Also give the log-probabilities (and entropies) of the positions that are not kept, as constants;
-            this needs a forward of all tokens to the head. Otherwise they are 0.
-        context: Prompts that stand before the rows and are run once, each for all the rows that go on from it; in
-            ``"kv"`` the rows' gradients reach its key/value projections, in ``"exact"`` all of it.
+        entropy: Also compute entropies, with gradients like the log-probabilities.
+        everywhere: Also return the log-probabilities (and entropies) of positions that are not kept, as constants; this
+            needs a forward of all tokens through the head. Otherwise they are 0.
+        context: Prompts before the rows, each of which runs once for all rows that continue it; in ``"kv"`` the rows'
+            gradients reach its key/value projections, in ``"exact"`` all of it.
         **inputs: ``inputs_embeds``, ``token_type_ids`` and other inputs of the model.
 
     Returns:
-        :class:`TokenLogprobs`. Where nothing is kept, zeros that are connected to the graph.
+        :class:`TokenLogprobs`. If nothing is kept, zeros that are connected to the graph.
 
     Raises:
         TypeError: If the model or the dtype of an argument is wrong.
-        ValueError: If shapes or devices do not fit, ``keep`` marks padding or positions without a target, the mode is
-            not possible for this model, or log-probabilities are NaN. What only a look at a device's values can tell
-            of a selection or of targets is raised one call later there.
+        ValueError: If shapes or devices do not match, ``keep`` marks padding or positions without a target, this model
+            does not support the mode, or log-probabilities are NaN. Errors that depend on values on a device are raised
+            one call later.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -124,7 +123,7 @@ def routed_logprobs(
         given = tokens
         if not values_are_free(tokens):
             tokens = tokens.masked_fill((tokens < 0) | (tokens >= found.engine.vocab_size), -100)
-        # A target outside the vocabulary is an error of its own, and no fault of the mask that keeps it.
+        # A target outside the vocabulary is a separate error, not a fault of the mask that keeps it.
         values = passes.run(keep, given, everywhere=everywhere)
         kept, head = values.kept, TokenHead(architecture.head, temperature)
         here = (tokens if kept.rows is None else tokens.index_select(0, kept.rows)).gather(1, kept.selection.index)
@@ -156,15 +155,15 @@ def routed_hidden(
     context: SharedContext | None = None,
     **inputs: Any,
 ) -> RoutedHidden:
-    """Final hidden states of the kept tokens with routed gradients, for a head of one's own.
+    """Final hidden states of the kept tokens with routed gradients, for a custom head.
 
-    For distillation, value and reward heads, and other losses that are not about one target per token. The model's own
-    head is not run, and gets no gradient here: ``DistributedDataParallel`` needs ``find_unused_parameters=True``.
+    For distillation, value and reward heads, and other losses without one target per token. The model's own head does
+    not run and gets no gradient: ``DistributedDataParallel`` needs ``find_unused_parameters=True``.
 
     Args:
         model: As in :func:`routed_logprobs`.
         input_ids: int64 ``[B, S]``.
-        keep: bool ``[B, S]``, the positions whose hidden states are wanted; or a :class:`Selection`.
+        keep: bool ``[B, S]``, the positions whose hidden states you need; or a :class:`Selection`.
         attention_mask: As in :func:`routed_logprobs`.
         position_ids: As in :func:`routed_logprobs`.
         gradient_mode: As in :func:`routed_logprobs`.
@@ -174,11 +173,11 @@ def routed_hidden(
         **inputs: As in :func:`routed_logprobs`.
 
     Returns:
-        :class:`RoutedHidden`. Where nothing is kept, zeros that are connected to the graph.
+        :class:`RoutedHidden`. If nothing is kept, zeros that are connected to the graph.
 
     Raises:
         TypeError: If the model or the dtype of an argument is wrong.
-        ValueError: If shapes or devices do not fit, ``keep`` marks padding, or the mode is not possible for this model.
+        ValueError: If shapes or devices do not match, ``keep`` marks padding, or this model does not support the mode.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -231,7 +230,7 @@ def _post(
     targets: Tensor | None,
     outside: Tensor | None,
 ) -> None:
-    """Note what must not be; on the CPU it is raised at once, elsewhere by the next call."""
+    """Record errors; raised at once on the CPU, elsewhere by the next call."""
     bad = count_bad(keep.mask, passes.batch, targets) if isinstance(keep, Selection) else values.new_zeros(2)
     outside = bad.new_zeros(()) if outside is None else outside
     found.monitor.post(torch.stack([values.detach().isnan().sum(), outside.to(bad.dtype), *bad]).float())

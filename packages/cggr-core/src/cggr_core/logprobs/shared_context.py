@@ -19,16 +19,16 @@ __all__ = ["SharedContext", "SharedRun"]
 
 @dataclass(frozen=True)
 class SharedContext:
-    """What stands before the rows of a batch: prompts that several completions go on from.
+    """The context before the rows of a batch: prompts that several completions continue.
 
-    The rows' tokens attend to the context's keys and values, which are made once for each prompt. Everything comes out
-    as if each row had its prompt before it. The context's own tokens predict nothing, and the first token of a row is
-    predicted by nothing: so the *last token of the prompt is the first of the row*.
+    The rows' tokens attend to the context's keys and values, which are computed once per prompt. Results equal those of
+    repeating the prompt before every row. The context's own tokens predict nothing, and nothing predicts the first
+    token of a row, so the *last token of the prompt is the first of the row*.
 
     Attributes:
         input_ids: int64 ``[N, L]``.
         attention_mask: ``[N, L]``, 1 = token, 0 = padding; ``None`` without padding.
-        rows: int64 ``[B]``, which of the N each row goes on from; ``None`` for ``B / N`` neighbouring rows each.
+        rows: int64 ``[B]``, which of the N each row continues; ``None`` for ``B / N`` neighbouring rows each.
 
     Example:
         >>> prompts, completions = torch.randint(0, 64, (2, 6)), torch.randint(0, 64, (8, 5))
@@ -43,11 +43,11 @@ class SharedContext:
     rows: Tensor | None = None
 
     def check(self, arguments: dict[str, Any]) -> None:
-        """Raise unless this can stand before the rows that ``arguments`` of a forward describe.
+        """Raise unless this context suits the rows that ``arguments`` of a forward describe.
 
         Raises:
             TypeError: If an attribute has a wrong type or dtype.
-            ValueError: If shapes or devices do not fit, or an argument cannot go with a context.
+            ValueError: If shapes or devices do not match, or an argument cannot be combined with a context.
         """
         unwanted = sorted(name for name in arguments if name not in ("input_ids", "attention_mask"))
         if unwanted or "input_ids" not in arguments:
@@ -86,7 +86,7 @@ class SharedContext:
         return per_context.repeat_interleave(batch_size // per_context.shape[0], dim=0)
 
     def of_rows(self, numbers: list[int], batch_size: int) -> SharedContext:
-        """For the rows ``numbers`` (ascending) of the batch alone; contexts of none of them are left out."""
+        """The context for only the rows ``numbers`` (ascending) of the batch; unused contexts are dropped."""
         ids = self.input_ids
         if self.rows is None:
             before = [number * ids.shape[0] // batch_size for number in numbers]
@@ -108,7 +108,7 @@ class SharedContext:
 
 
 class SharedRun:
-    """A context and the rows that go on from it, as inputs of an engine.
+    """A context and the rows that continue it, as inputs of an engine.
 
     Args:
         passes: The engine.
@@ -156,12 +156,13 @@ class SharedRun:
             raise ValueError(f"a shared context requires routed keys and values. {error}") from error
 
     def after_context(self, *, gradient_mode: str, precision: str | None = None) -> TokenInputs:
-        """Run the context, and give the rows as they go on from it.
+        """Run the context, and return the rows that continue it.
 
         Args:
-            gradient_mode: What gradients reach of the context: in ``exact`` everything, in ``kv`` key and value
-                projections, in ``detached`` (and without gradients) nothing.
-            precision: Of the context's products in ``kv`` and ``detached``; ``None`` for the model's own.
+            gradient_mode: The part of the context that gradients reach: in ``exact`` everything, in ``kv`` key and
+                value projections, in ``detached`` (and without gradients) nothing.
+            precision: Precision of the context's matrix products in ``kv`` and ``detached``; ``None`` for the model's
+                own.
         """
         from cggr_core.routing import NO_CONTEXT, Shared
         from cggr_core.routing.sharding import shards_layers

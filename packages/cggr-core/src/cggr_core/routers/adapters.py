@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def as_router(router: Any, engine: Engine) -> Router:
-    """Wrap whatever was passed as a router in the protocol.
+    """Adapt the passed router to the protocol.
 
     Args:
         router: ``None``, a :class:`TruncatedRouter`, a :class:`~cggr_core.step.Router`, or a callable that maps the
@@ -27,7 +27,7 @@ def as_router(router: Any, engine: Engine) -> Router:
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If it does not fit the model.
+        ValueError: If it does not suit the model.
     """
     from cggr_core.routing import unwrapped
 
@@ -49,7 +49,7 @@ class _StatelessRouter:
     """A router that neither learns nor remembers.
 
     Attributes:
-        recordable: Whether its work is the trained model's own, so that a recorded step can hold it.
+        recordable: Whether it only runs the trained model, so that its steps can be recorded.
     """
 
     recordable = False
@@ -61,7 +61,7 @@ class _StatelessRouter:
         """Nothing to learn."""
 
     def prepare(self, batch: StepBatch) -> None:
-        """Raise if the batch names examples, which nothing would read."""
+        """Raise if the batch has example ids, which would be ignored."""
         if batch.example_ids is not None:
             raise ValueError("example_ids is used only by RememberedScores; leave it out")
 
@@ -99,7 +99,7 @@ class FullDepthRouter(_StatelessRouter):
 
 
 class CallableRouter(_StatelessRouter):
-    """A forward of its own: another model, or any callable that returns logits.
+    """A separate forward: another model, or any callable that returns logits.
 
     Args:
         router: The callable.
@@ -123,7 +123,7 @@ class CallableRouter(_StatelessRouter):
 
 
 class OwnLayersRouter(CallableRouter):
-    """The first layers of the trained model: read off its own context pass, where that stops there.
+    """The first layers of the trained model: read from its own context pass if that stops there.
 
     Args:
         router: The router, whose parameters are the model's.
@@ -136,7 +136,7 @@ class OwnLayersRouter(CallableRouter):
         self.depth = router.num_layers
 
     def score(self, request: ScoreRequest) -> Scores:
-        """Scores from the head values above its layers, or from a forward of its own where there are none."""
+        """Scores from the head values above its layers, or from a separate forward if there are none."""
         if request.values is None or request.depth != self.depth:
             return super().score(request)
         tokens = request.batch.targets.tokens

@@ -1,24 +1,24 @@
 """Engines that run kept tokens through a stock Hugging Face model; the one place that imports transformers.
 
-The names below are what the other packages may import from here. Of core besides, they may import the names of
-``cggr_core`` itself, and those of its modules ``settings``, ``checks``, ``backends``, ``monitor``, ``stopwatch``,
-``step``, ``logprobs`` and ``experimental``. Everything else is core's own, and may change in any release.
+Other packages may import the names below. From the rest of core, they may import the names of ``cggr_core`` itself and
+of its modules ``settings``, ``checks``, ``backends``, ``monitor``, ``stopwatch``, ``step``, ``logprobs`` and
+``experimental``. Everything else is private to core and may change in any release.
 
 ============================  =========================================================================================
-name                          what it promises
+name                          contract
 ============================  =========================================================================================
 :class:`Engine`               the passes over one model: ``inputs``, ``prepare``, ``plain``, ``context``, ``gradient``
 :class:`Head`                 what a model does between its last hidden state and its logits
-:class:`TokenInputs`          a checked batch, as :meth:`Engine.inputs` makes it
-:class:`Shared`               a prompt's keys and values, shared by rows that go on from it
-:class:`Context`              what a context pass left; :data:`NO_CONTEXT` stands for none
-:func:`fused_forwards`        forwards to run in place of a model's norms, attentions and MLPs
-:func:`forward_replaced_by`   a call of a module that is a call of something else, in which the module is itself again
-:func:`replaced_forwards`     modules with another ``forward`` for the length of a block
-:func:`replaced_parameters`   modules that find other parameters in place of theirs for the length of a block
-:func:`without_hooks`         a module without its hooks for the length of a block, to be called inside its own call
-:func:`shards_layers`        whether ``fully_shard`` was applied to layers, so that every pass of one is a collective
-:func:`whole_rows`            no look at positions, and no needless mask, for the length of a block
+:class:`TokenInputs`          a checked batch, created by :meth:`Engine.inputs`
+:class:`Shared`               a prompt's keys and values, shared by rows that continue it
+:class:`Context`              the results of a context pass; :data:`NO_CONTEXT` for none
+:func:`fused_forwards`        replacement forwards for a model's norms, attentions and MLPs
+:func:`forward_replaced_by`   redirects a module's call to a function, inside which the module is restored
+:func:`replaced_forwards`     replaces the ``forward`` of modules within a block
+:func:`replaced_parameters`   replaces the parameters of modules within a block
+:func:`without_hooks`         a module without its hooks within a block, to be called inside its own call
+:func:`shards_layers`         whether ``fully_shard`` was applied to layers, so that every pass of one is a collective
+:func:`whole_rows`            no host read of positions, and no needless mask, within a block
 :func:`unwrapped`             the Hugging Face model inside a PEFT wrapper
 ============================  =========================================================================================
 """

@@ -42,9 +42,9 @@ def verification_interval() -> int | None:
 
 @contextmanager
 def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[Tensor]:
-    """Run the model plainly, and stay in a mode in which it gives the same values again.
+    """Run the model plainly, and stay in a mode in which it gives reproducible values.
 
-    The values are the head's input where the head is one matrix, else the model's logits.
+    The values are the head's input if the head is one matrix, else the model's logits.
 
     Args:
         model: The model. In training mode it stays there; where two forwards differ, without dropout and jitter in the
@@ -91,7 +91,7 @@ def difference(
         layer_output: Wraps a hidden state the way the model's layers return it.
 
     Returns:
-        How far they are apart, or ``None`` if they agree. Values are read on the host.
+        A description of the difference, or ``None`` if they agree. Values are read on the host.
     """
     context = NO_CONTEXT
     if depth:
@@ -140,7 +140,7 @@ def finite(values: Tensor) -> Tensor:
 
 
 def alternate_tokens(inputs: TokenInputs) -> Selection:
-    """Every second token of every row, the last one among them."""
+    """Every second token of every row, including the last one."""
     batch, length = inputs.shape
     mask = torch.zeros(batch, length, dtype=torch.bool, device=inputs.position_ids.device)
     mask[:, (length + 1) % 2 :: 2] = True

@@ -11,11 +11,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 # RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
-# What forwards call the cache: transformers before 5.24, and from then on.
+# Names of the cache argument: before transformers 5.24, and since.
 CACHE_NAMES = ("past_key_values", "cache")
 # What a model raises when it does not run as asked.
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
-# Layer types that keep a state of their own instead of keys and values.
+# Layer types with their own state instead of keys and values.
 _STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
 
 
@@ -27,8 +27,8 @@ class Head:
         module: The output embedding; its input is what the statistics and losses read.
         scale: Factor on the logits, or ``None``.
         softcap: Bound on the logits, or ``None``.
-        fused: Whether that formula is all that the head does; otherwise the model's own logits are used.
-        classes: How many logits it gives.
+        fused: Whether the head computes exactly that formula; otherwise the model's own logits are used.
+        classes: Number of logits.
     """
 
     module: nn.Module
@@ -50,16 +50,16 @@ class Architecture:
     """The parts of a model that routing touches.
 
     Attributes:
-        layers: Decoder or encoder layers, in order; empty where they were not found.
-        places: By the number that a layer gives a cache, its place among the layers, where layers were left out or
-            moved since they were numbered; else empty.
+        layers: Decoder or encoder layers, in order; empty if they were not found.
+        places: Maps a layer's cache index to its position among the layers, if layers were removed or moved after
+            numbering; else empty.
         head: The language-model head.
         shifted: Whether the logits at position t predict the token at t + 1 (causal) or at t (masked LM).
         counts_padding: Whether the model's own loss counts labels of padding.
-        obstacle: Why keys and values cannot be routed, or ``None`` where they can.
+        obstacle: Why keys and values cannot be routed; ``None`` if they can.
         takes_positions: Whether the model's forward takes ``position_ids``, by name or among any further arguments.
-        cache_name: What the model's forward calls its key/value cache, one of :data:`CACHE_NAMES`.
-        configured: The modules that hold a config, in which the attention implementation stands.
+        cache_name: Name of the key/value cache in the model's forward, one of :data:`CACHE_NAMES`.
+        configured: The modules with a config, which holds the attention implementation.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
         checkpoint_wrappers: torch's own wrappers (``checkpoint_wrapper``) around modules, with what they wrap.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
@@ -158,7 +158,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def head_rows(base: Any) -> int:
-    """How many classes a model's head tells apart."""
+    """Number of classes of a model's head."""
     head = base.get_output_embeddings()
     if is_parametrized(head, "weight"):  # reading it would compute it
         return head.out_features
@@ -234,17 +234,17 @@ def _setting(base: Any, config: Any, name: str) -> float | None:
 
 
 def is_plain_matrix(module: nn.Module) -> bool:
-    """Whether calling a head is multiplying by its weight and nothing else.
+    """Whether calling a head only multiplies by its weight.
 
-    A subclass with another forward (quantised, LoRA) is not, even where it equals it today; nor is a module with hooks
-    (which may change its output, or bring an offloaded weight) or with a forward of its own.
+    Not true for a subclass with another forward (quantised, LoRA), even if it is equivalent now, nor for a module with
+    hooks (which may change its output or load an offloaded weight) or with a custom forward.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain and "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is done around a module's call, besides gathering its weights (FSDP2)."""
+    """Whether anything wraps a module's call, besides gathering its weights (FSDP2)."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(not is_of_distributed(hook) for registered in hooks for hook in registered.values())
 
@@ -271,8 +271,8 @@ def _cache_parameter(module: nn.Module) -> str | None:
 
 
 def _cache_name(base: nn.Module, owner: nn.Module) -> str:
-    # A masked language model hands the cache on among its other arguments, so what it calls it is up to the module in
-    # it that takes one.
+    # A masked language model passes the cache on among its other arguments, so the inner module that takes it
+    # determines its name.
     takers = (base, getattr(base, "base_model", base), owner)
     return next((name for module in takers if (name := _cache_parameter(module)) is not None), CACHE_NAMES[0])
 
@@ -280,7 +280,7 @@ def _cache_name(base: nn.Module, owner: nn.Module) -> str:
 def default_position_ids(
     model: nn.Module, architecture: Architecture, input_ids: Tensor | None, like: Tensor, padding: Tensor | None
 ) -> Tensor:
-    """The position ids that the model would make up itself, made explicit so that kept tokens can carry theirs.
+    """The position ids that the model would create itself, made explicit so that kept tokens can carry theirs.
 
     Args:
         model: The model.

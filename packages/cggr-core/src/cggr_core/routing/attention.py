@@ -1,8 +1,8 @@
-"""Attention of routed queries through the op ``routed_attention``, where a kernel for it is installed.
+"""Attention of routed queries through the op ``routed_attention``, if a kernel for it is installed.
 
-A dense mask makes SDPA read a ``[B, Q, S]`` tensor in every layer and give up its fastest kernels. What the mask says
-is nearly always "causal by position, within a window, within a document", which the op takes as numbers. Registered
-with transformers as an attention implementation of its own; masks that say anything else are made dense and go to SDPA.
+A dense mask makes SDPA read a ``[B, Q, S]`` tensor in every layer and excludes its fastest kernels. The mask nearly
+always means "causal by position, within a window, within a document", which the op takes as numbers. It is registered
+with transformers as a separate attention implementation; other masks are made dense and go to SDPA.
 """
 
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
         not compile with such masks); SDPA with a mask made once for all layers, on a CPU; else, for flash attention,
         which takes no mask, SDPA (eager attention where scores are capped).
     """
-    # Without this flag, a model's attention does something of its own with the mask.
+    # Without this flag, a model's attention handles the mask in its own way.
     takes_any = bool(getattr(unwrapped(model), "_supports_attention_backend", False))
     config = unwrapped(model).config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -127,6 +127,6 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
     return choose
 
 
-# Outside of a routed pass, masks are those of SDPA.
+# Outside of a routed pass, masks are SDPA's.
 register_attention(ROUTED, _attend, sdpa_mask)
 register_attention(ROUTED_UNCAPPED, _attend_uncapped, sdpa_mask)

@@ -1,8 +1,8 @@
-"""Caches through which the passes see and replace every layer's keys and values.
+"""Caches through which the passes read and replace every layer's keys and values.
 
-A Hugging Face attention layer hands its keys and values (after rotary embedding) to ``cache.update`` and attends to
-what comes back. That one call is the seam: a recording cache notes them, a routed cache returns full-length keys
-and values in which the kept rows are fresh.
+A Hugging Face attention layer passes its keys and values (after rotary embedding) to ``cache.update`` and attends to
+what it returns. Routing hooks into this call: a recording cache stores them, a routed cache returns full-length keys
+and values with the kept rows replaced.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ OptionalKeyValue = tuple[Tensor | None, Tensor | None]
 
 
 def taken(recorded: dict[int, KeyValue], layer: int) -> KeyValue:
-    """A layer's recorded keys and values, let go of where the layer will not come again.
+    """A layer's recorded keys and values, released if the layer will not run again.
 
     Else full-length keys and values would add to what is held when the loss is computed. A layer comes again where it
     is checkpointed by whatever means: then it runs without gradients, or in hooks around saved tensors.
@@ -78,20 +78,20 @@ class PassCache(Cache):
     def _whole(
         self, layer: int, own: KeyValue, *, constant: bool, in_turn: bool = False, made: KeyValue | None = None
     ) -> KeyValue:
-        """Keys and values of all positions, what is shared among them."""
+        """Keys and values of all positions, shared ones included."""
         if self._shared is None:
             return own
         return self._shared.before(layer, own, constant=constant, in_turn=in_turn, made=made)
 
 
 class RecordingCache(PassCache):
-    """Notes keys and values of every layer of a pass over all positions.
+    """Records keys and values of every layer of a pass over all positions.
 
     Args:
         length: Positions ``S``.
         keep_graph: Keep the graph of keys and values (gradient mode ``kv``); gradients are off after each ``update``
             either way, so that nothing else of the layer is kept.
-        shared: What stands before every row.
+        shared: The shared tokens before every row.
         places: As for :class:`PassCache`.
     """
 
@@ -101,7 +101,7 @@ class RecordingCache(PassCache):
         self._keep_graph = keep_graph
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
-        """Note a layer's keys and values, and attend to them as constants."""
+        """Record a layer's keys and values, and attend to them as constants."""
         layer_idx = self._places.get(layer_idx, layer_idx)
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
@@ -110,7 +110,7 @@ class RecordingCache(PassCache):
 
 
 class LastLayerReachedError(Exception):
-    """Ends a layer's call on the other tokens where only its keys and values were wanted."""
+    """Ends a layer's call on the other tokens if only its keys and values are needed."""
 
 
 class OtherTokensCache(PassCache):
@@ -121,9 +121,9 @@ class OtherTokensCache(PassCache):
         kept_index: Kept positions, ``[B, K]``.
         length: Positions ``S = M + K``.
         keep_graph: Keep the graph of keys and values (gradient mode ``kv``).
-        last_layer: Layer whose output for the other tokens nobody reads; ``update`` raises
-            :class:`LastLayerReachedError` there.
-        shared: What stands before every row.
+        last_layer: Layer whose output for the other tokens is unused; ``update`` raises :class:`LastLayerReachedError`
+            there.
+        shared: The shared tokens before every row.
         places: As for :class:`PassCache`.
     """
 
@@ -149,7 +149,7 @@ class OtherTokensCache(PassCache):
         self.merged: KeyValue | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
-        """Note the other tokens' keys and values, and let them attend to all positions."""
+        """Record the other tokens' keys and values, and let them attend to all positions."""
         layer_idx = self._places.get(layer_idx, layer_idx)
         constant = key_states.detach(), value_states.detach()
         self.recorded[layer_idx] = (key_states, value_states) if self._keep_graph else constant
@@ -180,7 +180,7 @@ class RoutedCache(PassCache):
             are at hand, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
         in_turn: Whether the recorded keys and values have their backward pass inside the layer's.
-        shared: What stands before every row.
+        shared: The shared tokens before every row.
         places: As for :class:`PassCache`.
         note: Where to note the kept tokens' own keys and values, or ``None``.
     """

@@ -62,8 +62,8 @@ def context_pass(
 ) -> Context:
     """Run all tokens through the first ``depth`` layers without keeping activations.
 
-    The layers above are passed through unchanged, so that the model itself applies its final norm and whatever else
-    stands before its head.
+    The layers above pass hidden states through unchanged, so that the model itself applies its final norm and anything
+    else before its head.
 
     Args:
         model: The model.
@@ -76,10 +76,10 @@ def context_pass(
         precision: A block in which layers compute in another precision than their own.
 
     Returns:
-        Keys and values, and the hidden state to go on from.
+        Keys and values, and the hidden state to continue from.
 
     Raises:
-        RuntimeError: If a layer did not hand its keys and values over.
+        RuntimeError: If a layer did not pass its keys and values to the cache.
     """
     cache = RecordingCache(
         length=inputs.shape[1], keep_graph=keep_graph, shared=inputs.shared, places=architecture.places
@@ -140,7 +140,7 @@ def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenIn
 
 @contextmanager
 def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> Iterator[None]:
-    """Show the head's input instead of running the head; what the model makes of the result is not used.
+    """Return the head's input instead of running the head; the model's use of the result is discarded.
 
     Hooks on the head are about its logits, and are not run. ``None`` changes nothing. A model that does more than its
     head's matrix gets logits of the right shape to do it to.
@@ -162,7 +162,7 @@ def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> It
 
 @contextmanager
 def head_at(architecture: Architecture, index: Tensor) -> Iterator[None]:
-    """Run the head on some positions alone: its logits are ``[B, K, V]``.
+    """Run the head only on some positions: its logits are ``[B, K, V]``.
 
     Args:
         architecture: Of the model.

@@ -37,8 +37,8 @@ from cggr_core.selection import Selection
 class Engine:
     """Plain, context and gradient passes over a Hugging Face model.
 
-    Every pass gives the *head values*: the input of the language-model head where the head is one matrix, else the
-    model's logits.
+    Every pass returns the *head values*: the input of the language-model head if it is one matrix, else the model's
+    logits.
 
     Args:
         model: A Hugging Face language model, possibly wrapped by PEFT.
@@ -93,7 +93,7 @@ class Engine:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was seen of a model holds functions made for it; a copy looks for itself.
+        # Results of a probe hold functions made for the model; a copy is probed again.
         return {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Engine:
 
     @property
     def seen(self) -> tuple[int, int]:
-        """Changes whenever what was seen of the model may no longer hold."""
+        """Changes whenever earlier findings about the model may no longer hold."""
         return self._looks, self._loads.count
 
     @property
@@ -269,8 +269,8 @@ class Engine:
         Args:
             arguments: Of the model's forward, as its caller gave them.
             depth: Layers to run before the final norm; all by default.
-            hidden: Give the head's input whatever the head is.
-            positions: int64 ``[B, K]``, the tokens whose head values are wanted; all by default.
+            hidden: Return the head's input even if the head is not one matrix.
+            positions: int64 ``[B, K]``, the tokens whose head values are needed; all by default.
 
         Returns:
             Head values ``[B, S, ...]`` or ``[B, K, ...]``, and the model's auxiliary loss if it has one.
@@ -326,10 +326,10 @@ class Engine:
 
     @contextmanager
     def capturable(self) -> Iterator[None]:
-        """Let the passes of the block do nothing that a CUDA graph cannot capture.
+        """Restrict the passes of the block to what a CUDA graph can capture.
 
-        transformers leaves a mask out where the host finds no padding in it; here it is built, whatever is in it.
-        Checkpointed layers are recomputed without going back to a random state, which the host would keep.
+        transformers skips a mask if the host finds no padding in it; here it is always built. Checkpointed layers are
+        recomputed without restoring a random state, which the host would keep.
         """
         self._capturable = True
         try:
@@ -377,13 +377,13 @@ class Engine:
             inputs: The batch.
             depth: Number of layers.
             keep_graph: Keep the graph of keys and values.
-            head: Whether the head values are wanted.
-            hidden: Give the head's input whatever the head is.
+            head: Whether to return the head values.
+            hidden: Return the head's input even if the head is not one matrix.
             precision: One of :data:`~cggr_core.settings.CONTEXT_PRECISIONS` for the layers' products; ``None`` for
                 the model's own.
 
         Returns:
-            Keys and values, and the head values ``[B, S, ...]`` if wanted.
+            Keys and values, and the head values ``[B, S, ...]`` if requested.
         """
         assert self._probe is not None, "prepare() comes first"
         seen: list[Tensor] = []
@@ -419,8 +419,8 @@ class Engine:
             selection: The kept tokens.
             context: Of any depth; ``NO_CONTEXT`` to interleave every layer.
             keep_graph: Mode ``kv`` rather than ``detached``.
-            hidden: Give the head's input whatever the head is.
-            note: Where to note the kept tokens' keys and values of every layer, with their graph.
+            hidden: Return the head's input even if the head is not one matrix.
+            note: Where to record the kept tokens' keys and values of every layer, with their graph.
             precision: As for :meth:`context`, of the other tokens that this pass computes.
 
         Returns:
@@ -451,7 +451,7 @@ class Engine:
         return self._low_precision
 
     def _verify(self, inputs: TokenInputs, selection: Selection, context: Context) -> None:
-        """Compare with a plain forward where ``CGGR_VERIFY`` asks for it."""
+        """Compare with a plain forward if ``CGGR_VERIFY`` requests it."""
         due = self._verified_every is not None and self._gradient_passes % self._verified_every == 0
         self._gradient_passes += 1
         if not due or inputs.shared is not None:  # the inputs do not contain the shared context

@@ -1,8 +1,8 @@
-"""What decoder layers do element by element, in fused ops, for the length of a pass.
+"""Runs the elementwise work of decoder layers in fused ops for the length of a pass.
 
-transformers spells out norms, rotary embeddings and gated activations, a kernel for every operation: on a GPU, together
-as much time as the attention. The fused ops are the same formulas, which round once where the models round in between.
-Each is tried out on numbers, class by class, before it is used; what is not recognised is left as it is.
+transformers implements norms, rotary embeddings and gated activations with one kernel per operation; on a GPU they take
+as long as the attention. The fused ops compute the same formulas but round once, where the models also round in
+between. Each is checked numerically for each class before it is used; unrecognised modules are unchanged.
 """
 
 import inspect
@@ -25,14 +25,14 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fused_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
-    """The forwards to run in place of those of a model's norms, attentions and gated MLPs.
+    """Find replacement forwards for a model's norms, attentions and gated MLPs.
 
     Args:
         modules: Of a model.
 
     Returns:
-        A forward for each module that was recognised. Kernels for rotary embeddings and gated activations are looked
-        up at each call, by device; where there are none, the model's own code runs.
+        A forward for each recognised module. Kernels for rotary embeddings and gated activations are looked up at each
+        call, by device; without one, the model's own code runs.
     """
     modules = list(modules)
     rotaries: dict[type[nn.Module], FunctionType | None] = {}
@@ -69,14 +69,14 @@ def _is_stock(module: nn.Module) -> bool:
 
 
 def _with_fused_rotary(kind: type[nn.Module]) -> FunctionType | None:
-    """The forward of an attention class, in which the name of its rotary embedding stands for the fused op."""
+    """The forward of an attention class, with the name of its rotary embedding bound to the fused op."""
     forward = inspect.unwrap(kind.forward)
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None
     own = forward.__globals__.get(_ROTARY)
     if not callable(own) or not _turns_in_halves(own):
         return None
-    # A function of the same code with a name of its own: nothing of the module that the class is written in changes.
+    # A new function with the same code: the module that defines the class is not changed.
     names = forward.__globals__ | {_ROTARY: partial(_rotary, own)}
     fused = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     fused.__kwdefaults__ = forward.__kwdefaults__

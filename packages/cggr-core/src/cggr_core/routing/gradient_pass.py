@@ -1,9 +1,9 @@
 """The gradient pass: the kept tokens through the stock model with autograd.
 
-Where a context pass has run a layer, its keys and values serve the other positions (two passes). Where it has not,
-the layer's own call on the kept tokens pauses inside ``cache.update``, runs the same layer on the other tokens,
-merges both sets of keys and values, and goes on (interleaved): no token is computed twice. One pass can do both,
-recorded layers first, which is what a truncated router leaves.
+If a context pass has run a layer, its keys and values are used for the other positions (two passes). If not, the
+layer's call on the kept tokens pauses inside ``cache.update``, runs the same layer on the other tokens, merges both
+sets of keys and values, and continues (interleaved): no token is computed twice. One pass can combine both, recorded
+layers first, as after a truncated router.
 """
 
 from collections.abc import Callable
@@ -60,8 +60,8 @@ def gradient_pass(
         architecture: Its description.
         inputs: The whole batch.
         selection: The kept tokens, one row of the selection for each row of the batch.
-        context: What a context pass of any depth left; depth 0 stands for none. Its keys and values are taken out of
-            it, so that it serves one gradient pass.
+        context: Results of a context pass of any depth; depth 0 means none. Its keys and values are moved out, so it
+            can be used for one gradient pass only.
         keep_graph: Mode ``kv``: keys and values of other tokens carry gradients to their projections.
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.
@@ -72,7 +72,7 @@ def gradient_pass(
             without dropout are they the same without it.
 
     Returns:
-        What the model returned; its logits are the kept tokens' where the head was run.
+        What the model returned; its logits are the kept tokens' if the head was run.
 
     Raises:
         RuntimeError: If a layer did not use the cache.
@@ -164,7 +164,7 @@ class _KeptTokens:
         for number, layer in enumerate(architecture.layers):
             forward = forwards.get(layer, layer.forward)
             if uses_checkpointing(layer):
-                # Inside the layer's hooks, as transformers does it.
+                # Inside the layer's hooks, as in transformers.
                 forward = self._checkpointed(forward)
             forwards[layer] = partial(self._layer, number, forward, others if number >= recorded else None)
         if architecture.whole_after_layers:
@@ -188,8 +188,8 @@ class _KeptTokens:
         if others is not None:
             others.note(number, whole, args, kwargs, self._cache)
             if self._keep_graph:
-                # A slot that holds another token counts as one: gradients reach its keys and values, not what came
-                # before.
+                # A slot that holds another token counts as one: gradients reach its keys and values, but not what
+                # precedes them.
                 hidden = stop_gradient(hidden, passes=self._selection.valid)
         args, kwargs = self._rows.call(args, kwargs, replace={id(whole): hidden})
         with self._adapters.at(self._selection.index):

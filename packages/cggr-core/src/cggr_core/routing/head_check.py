@@ -1,4 +1,4 @@
-"""Whether a model's logits are its head's matrix, a scale and a softcap, and nothing besides."""
+"""Checks that a model's logits are its head's matrix, a scale and a softcap, and nothing else."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

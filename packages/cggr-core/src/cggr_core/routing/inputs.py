@@ -20,14 +20,14 @@ class TokenInputs:
 
     Attributes:
         per_token: Tensors ``[B, S, ...]``.
-        position_ids: int64 ``[B, S]``, known even where the caller left them to the model.
+        position_ids: int64 ``[B, S]``, known even if the caller did not pass them.
         padding: The attention mask ``[B, S]``, or ``None``.
         segment: Packed document of every token ``[B, S]``, or ``None``.
-        passes_positions: Whether the model is given ``position_ids`` rather than making its own.
-        passes_padding: Whether the model itself is given the attention mask besides the mask builders.
-        shared: What stands before every row and was run apart, or ``None``.
+        passes_positions: Whether ``position_ids`` are passed to the model, rather than created by it.
+        passes_padding: Whether the attention mask is passed to the model itself, not only to the mask builders.
+        shared: The shared tokens before every row, run separately, or ``None``.
         quiet: Arguments that switch off what only the gradient pass is to report (expert routers' logits).
-        options: Everything else, passed on as it is.
+        options: Everything else, passed on unchanged.
     """
 
     per_token: dict[str, Tensor]
@@ -48,7 +48,7 @@ class TokenInputs:
 
     @property
     def form(self) -> frozenset[str]:
-        """What there is in the batch: models go other ways with padding than without, with position ids, and so on."""
+        """Features of the batch: models take different code paths with padding, with position ids, and so on."""
         present = {"padding": self.padding, "segment": self.segment, "position_ids": self.passes_positions or None}
         given = {**self.per_token, **present, **self.options}
         return frozenset(name for name, value in given.items() if value is not None)
@@ -64,7 +64,7 @@ class TokenInputs:
         return {**arguments, **self.options}
 
     def visibility(self, index: Tensor | None = None, *, key_gradient: str = "all") -> Visibility:
-        """What the queries at ``index`` may attend to."""
+        """The mask of the queries at ``index``."""
         if self.shared is None:
             return Visibility(index, self.shape[1], self.padding, self.segment, self.position_ids, key_gradient)
         length = self.shared.length + self.shape[1]
@@ -74,7 +74,7 @@ class TokenInputs:
 
     @property
     def _whole_padding(self) -> Tensor | None:
-        """The attention mask of what is shared and of the rows, or ``None``."""
+        """The attention mask of the shared tokens and the rows, or ``None``."""
         if self.shared is None:
             return self.padding
         parts = []
