@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -339,3 +340,26 @@ def test_switches_that_say_nothing_of_a_forward_are_no_reason_to_look_again():
     model.config.use_cache = False
     wrapped(input_ids, labels=input_ids)
     assert wrapped._passes.seen == seen
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "detached"])
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "eager_attention_forward"])
+def test_a_function_that_is_replaced_in_the_models_module_after_a_step_counts(name, gradient, monkeypatch):
+    module, input_ids = transformers.models.llama.modeling_llama, tokens()
+    own = getattr(module, name)
+
+    def larger(*args, **kwargs):
+        first, second = own(*args, **kwargs)
+        return first * 1.3, second
+
+    def step(first):
+        with monkeypatch.context() as patched:
+            model = ROUTABLE["llama"]()
+            model.set_attn_implementation("eager")
+            wrapped = CGGRModel(model, gradient=gradient, selection="random", min_tokens_ratio=0.5).train()
+            if first:
+                wrapped(input_ids, labels=input_ids, draw=0)
+            patched.setattr(module, name, larger)
+            return wrapped(input_ids, labels=input_ids, draw=1)
+
+    torch.testing.assert_close(step(first=True), step(first=False))

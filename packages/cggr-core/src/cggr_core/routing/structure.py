@@ -1,9 +1,11 @@
 """What was learned about a model holds while its structure stays the same; checked every step, so it must be cheap."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -25,7 +27,7 @@ _EVERY_CHANGE = 8
 
 
 def structure(model: nn.Module) -> list[Any]:
-    """The modules of a model, their forwards and hooks, its head, and the settings that a description and a loss read.
+    """The modules of a model, their forwards with the functions in them, their hooks, its head, and settings.
 
     Structures are compared with ``==``, which is identity for modules. Modules are held, so that a new one cannot reuse
     the id of one that was replaced. Half a microsecond per module.
@@ -61,7 +63,20 @@ def structure(model: nn.Module) -> list[Any]:
             forward = module.__dict__.get("forward")
             if forward is not None and module is not base and module is not model:
                 found.append(forward)
+    for forward in forwards.values():
+        names, values = _functions_named(forward)
+        found.extend(map(values.get, names))
     return [*found, *forwards.values()]
+
+
+@cache
+def _functions_named(forward: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """The functions that a forward finds by name where it is written, and which may be replaced there; and where."""
+    own = inspect.unwrap(forward)
+    if not isinstance(own, FunctionType):
+        return (), {}
+    values = own.__globals__
+    return tuple(name for name in own.__code__.co_names if isinstance(values.get(name), FunctionType)), values
 
 
 def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
