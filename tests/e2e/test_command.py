@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import Command, finish, interrupt_twice_after_step_five
+from tests.support.commands import Command, finish, interrupt_twice_after_step_five, small_data
 
 SMALL = ["--config", "nano", "--vocab-size", "300", "--length", "32", "--batch-size", "2", "--heldout-fraction", "0.2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -21,10 +21,7 @@ def cggr(*arguments):
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
-    texts = (f"for n in range({n}):\n    print(n, {n} * n)\n" * 4 for n in range(60))
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return small_data(tmp_path)
 
 
 def add_a_bad_line(data: Path) -> None:

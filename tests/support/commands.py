@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -81,6 +82,14 @@ def finish(*arguments: object, folder: Path, before: Callable[[], None] | None =
     """Run a command to its end."""
     with Command(*arguments, folder=folder, before=before) as command:
         return command.finish()
+
+
+def small_data(folder: Path) -> Path:
+    """JSON Lines to train on, in ``folder``."""
+    path = folder / "data.jsonl"
+    texts = (f"for n in range({n}):\n    print(n, {n} * n)\n" * 4 for n in range(60))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def interrupt_twice_after_step_five() -> None:

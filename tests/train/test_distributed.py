@@ -15,6 +15,7 @@ from cggr_train.cli import app
 from cggr_train.errors import InputError, RunError
 from cggr_train.presets import load_model
 from cggr_train.ranks import ALONE, Ranks, joined_ranks
+from tests.support.commands import small_data
 from tests.support.launchers import environment, finish, launched
 from tests.support.trainer_worker import SETTINGS, compare, resume, run
 from tests.support.two_ranks import run_on_two_ranks
@@ -32,10 +33,7 @@ def here(*arguments: object) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
-    texts = (f"for n in range({n}):\n    print(n, {n} * n)\n" * 4 for n in range(60))
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return small_data(tmp_path)
 
 
 def test_the_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):

@@ -41,7 +41,7 @@ def data(tmp_path):
 
 
 def asked(data, *, train=(), **values):
-    given = {"seeds": 1, "draws": 0, "equal": ("time",), "evaluations": 1, **values}
+    given = {"seeds": 1, "draws": 0, "equal": ("time",), "evaluations": 1, "timing_turns": 1, **values}
     return settings([data], train={"answer": "a", "length": 48, **dict(train)}, **given)
 
 
@@ -104,7 +104,7 @@ def test_a_study_that_is_stopped_while_it_finds_what_fits_goes_on_from_there(mon
         return peak(context, arm)
 
     monkeypatch.setattr(fitting, "peak_of_steps", stopped)
-    wanted = asked(data, memory_limit=300, controls=(), selections=("supervised",), timing_turns=1, train={"steps": 2})
+    wanted = asked(data, memory_limit=300, controls=(), selections=("supervised",), train={"steps": 2})
     result = start_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
     assert (result.outcome, result.exit_code) == (None, 130)
     assert [record["event"] for record in read_log(tmp_path / "study" / RESULTS)][-1] == "fit"
@@ -194,7 +194,7 @@ def test_a_model_that_is_kept_is_read_once_and_copied(data, tmp_path, monkeypatc
 def test_some_arms_alone_answer(data, tmp_path):
     wanted = asked(
         data, controls=(), selections=("supervised",), accuracy=True, accuracy_readings=("tokens",), questions=2,
-        accuracy_of=("kv-supervised",), timing_turns=1,
+        accuracy_of=("kv-supervised",),
     )  # fmt: skip
     outcome, text = run(wanted, tmp_path / "study")
     assert (outcome.accuracy, outcome.accuracy_after_tokens) == ({}, {"kv-supervised": [0.0]})
@@ -282,7 +282,7 @@ def test_an_arm_that_memory_does_not_last_for_is_left_out_and_the_others_go_on(
 ):
     wanted = asked(
         data, seeds=1 if rates else 2, controls=("equal_memory",), selections=("supervised", "stratified"), rates=rates,
-        timing_turns=1, train={"eval_sequences": 4, "steps": 2},
+        train={"eval_sequences": 4, "steps": 2},
     )  # fmt: skip
     run_out(monkeypatch, during, "kv-supervised")
     outcome, text = run(wanted, tmp_path / "study")

@@ -213,6 +213,17 @@ def test_a_prompt_of_several_completions_is_run_once(grpo, tokenizer, monkeypatc
     assert rows == ROWS and slots <= COMPLETION + 1
 
 
+def hold_to_trl_with_a_reference(plain, made, tokenizer):
+    """An update whose loss has a KL term."""
+    inputs = batch_for(plain, tokenizer, old=True)
+    inputs["ref_per_token_logps"] = inputs["old_per_token_logps"] - 0.3
+    with stopped_by_hand(plain.model, kept_by_the_loss(plain, inputs, 1.0)):
+        wanted, expected = step(plain, inputs)
+    found, ours = step(made, inputs)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert error(ours, expected) <= 1e-5
+
+
 class TestRowsWithoutAdvantage:
     def test_they_leave_the_forward(self, grpo, tokenizer, monkeypatch):
         made = grpo(CGGRConfig())
@@ -249,13 +260,7 @@ class TestRowsWithoutAdvantage:
         assert f"rows whose advantage is zero stay in the update: {why}" in caplog.text.replace(
             "the entropy", "entropy"
         )
-        inputs = batch_for(plain, tokenizer, old=True)
-        inputs["ref_per_token_logps"] = inputs["old_per_token_logps"] - 0.3
-        with stopped_by_hand(plain.model, kept_by_the_loss(plain, inputs, 1.0)):
-            wanted, expected = step(plain, inputs)
-        found, ours = step(made, inputs)
-        assert found == pytest.approx(wanted, rel=1e-5)
-        assert error(ours, expected) <= 1e-5
+        hold_to_trl_with_a_reference(plain, made, tokenizer)
         assert made._task_loss.metrics["rows_skipped"] == 0
         with pytest.raises(ValueError, match="skip_zero_advantage=True would change the gradient"):
             grpo(CGGRConfig(skip_zero_advantage=True), model=reference(), **values)
@@ -284,13 +289,7 @@ def test_with_a_kl_term_tokens_below_the_quantile_stay(grpo, tokenizer, referenc
     values = {"beta": 0.1, "top_entropy_quantile": 0.4}
     plain, made = grpo(model=reference(), **values), grpo(CGGRConfig(), model=reference(), **values)
     assert "beta=0.1 adds a KL term at every token" in caplog.text
-    inputs = batch_for(plain, tokenizer, old=True)
-    inputs["ref_per_token_logps"] = inputs["old_per_token_logps"] - 0.3
-    with stopped_by_hand(plain.model, kept_by_the_loss(plain, inputs, 1.0)):
-        wanted, expected = step(plain, inputs)
-    found, ours = step(made, inputs)
-    assert found == pytest.approx(wanted, rel=1e-5)
-    assert error(ours, expected) <= 1e-5
+    hold_to_trl_with_a_reference(plain, made, tokenizer)
 
 
 class TestEntropies:
