@@ -10,6 +10,20 @@ from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
 class TestBadInput:
+    def test_the_name_of_a_model_is_not_a_model(self):
+        with pytest.raises(TypeError, match=r"got str; load it first: AutoModelForCausalLM\.from_pretrained\('gpt2'\)"):
+            CGGRModel("gpt2")
+
+    def test_a_batch_is_unpacked(self):
+        with pytest.raises(
+            TypeError, match=r"input_ids must be a tensor, got dict; unpack a batch: model\(\*\*batch\)"
+        ):
+            CGGRModel(ROUTABLE["llama"]())({"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+
+    def test_a_router_is_not_named(self):
+        with pytest.raises(TypeError, match=r"got 'truncated' of type str; create_truncated_router\(model\) makes one"):
+            CGGRModel(ROUTABLE["llama"](), router="truncated")
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -57,7 +71,8 @@ class TestBadInput:
 
     def test_a_router_that_cannot_be_called(self):
         with pytest.raises(
-            TypeError, match=r"router must be callable or have the methods of cggr_core\.step\.Router, got int"
+            TypeError,
+            match=r"must be callable or have the methods of cggr_core\.step\.Router, got 3 of type int",
         ):
             CGGRModel(ROUTABLE["llama"](), 3)
 

@@ -59,9 +59,9 @@ def test_rows_of_a_store_mark_the_rest(chatting, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"messages": "text"}, "must be a list of messages"), ({}, "must be a list of messages"),
+        ({"messages": "text"}, "must be a list of messages, .*, got \"text\""), ({}, "must be a list of messages"),
         ({"question": "", "answer": ""}, r"got no such key \(it has question, answer; see --messages\)"),
-        ({"messages": [{"role": "user"}]}, "must be a list of messages"),
+        ({"messages": [{"role": "user"}]}, r"must be a list of messages, .*, but message 1 is \{\"role\": \"user\"\}"),
         ({"messages": TALK[:1]}, "has the role 'assistant', so there is nothing to train on"),
     ],
 )  # fmt: skip

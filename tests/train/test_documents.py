@@ -70,7 +70,12 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a.jsonl.gz", "is compressed; unpack it"), ("a.JSON", "is JSON: convert it")]
+    ("name", "message"),
+    [
+        ("a.jsonl.gz", "is compressed; unpack it"),
+        ("a.JSON", "is JSON: convert it"),
+        ("a.csv", "is a table: convert it"),
+    ],
 )
 def test_kinds_that_would_be_read_as_something_else(tmp_path, name, message):
     (tmp_path / name).write_text('[{"text": "one"}]')

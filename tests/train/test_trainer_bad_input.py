@@ -70,6 +70,10 @@ class TestClasses:
         with pytest.raises(TypeError, match=r"CGGR would never compute.*write class Routed\(CGGRMixin, "):
             type("Routed", (base, CGGRMixin), {})
 
+    def test_a_mixin_without_a_trainer(self, tmp_path):
+        with pytest.raises(TypeError, match=r"Routed has no Trainer; .*: class Routed\(CGGRMixin, SFTTrainer\)"):
+            trainer(tmp_path, CGGRConfig(), kind=type("Routed", (CGGRMixin,), {}))
+
     def test_something_around_the_loss(self, tmp_path):
         class Routed(CGGRMixin, Trainer):
             losses = ()

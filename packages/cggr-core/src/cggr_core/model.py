@@ -211,6 +211,10 @@ class CGGRModel(nn.Module):
                 the loss are NaN.
             TypeError: If a dtype or the type of an argument is wrong.
         """
+        if isinstance(input_ids, Mapping):
+            raise TypeError(
+                f"input_ids must be a tensor, got {type(input_ids).__name__}; unpack a batch: model(**batch)"
+            )
         arguments = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
         if labels is None or not self.training:
             check_unused(

@@ -41,7 +41,8 @@ def as_router(router: Any, engine: Engine) -> Router:
     if callable(router):
         return CallableRouter(router)
     raise TypeError(
-        f"router must be callable or have the methods of cggr_core.step.Router, got {type(router).__name__}"
+        f"router must be callable or have the methods of cggr_core.step.Router, got {router!r} of type "
+        f"{type(router).__name__}; create_truncated_router(model) makes one"
     )
 
 

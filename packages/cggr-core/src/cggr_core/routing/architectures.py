@@ -111,9 +111,10 @@ def describe(model: nn.Module) -> Architecture:
     base = unwrapped(model)
     config = getattr(base, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(base, "get_output_embeddings"):
+        advice = f"; load it first: AutoModelForCausalLM.from_pretrained({model!r})" if isinstance(model, str) else ""
         raise TypeError(
             f"model must be a Hugging Face transformers language model (PreTrainedModel or a PEFT wrapper of one), "
-            f"got {type(model).__name__}"
+            f"got {type(model).__name__}{advice}"
         )
     if config.is_encoder_decoder:
         raise ValueError(
@@ -212,7 +213,10 @@ def _same_number(base: nn.Module, layers: nn.ModuleList, numbers: list[int]) -> 
 def _find_head(base: Any, config: Any) -> Head:
     module = base.get_output_embeddings()
     if module is None:
-        raise ValueError(f"model {type(base).__name__} has no output embedding; a language-model head is needed")
+        raise ValueError(
+            f"model {type(base).__name__} has no output embedding; load it with its language-model head, for example "
+            "with AutoModelForCausalLM"
+        )
     if next(module.parameters(), None) is None and not isinstance(getattr(module, "weight", None), Tensor):
         raise TypeError(
             f"the head of {type(base).__name__} ({type(module).__name__}) has no weight tensor, as in modules "

@@ -29,13 +29,15 @@ class Conversations(Documents):
         wanted = f"{where}: {key!r} must be a list of messages, each with the strings 'role' and 'content'"
         if isinstance(record, dict) and key not in record:
             wanted += f", got no such key (it has {', '.join(record) or 'none'}; see --messages)"
+        elif not isinstance(messages, list) or not messages:
+            wanted += f", got {_shown(messages)}"
         if not isinstance(messages, list) or not messages:
             self._skip_or_raise(wanted)
             return None
-        for message in messages:
+        for number, message in enumerate(messages, start=1):
             texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
             if not all(isinstance(text, str) for text in texts):
-                self._skip_or_raise(wanted)
+                self._skip_or_raise(f"{wanted}, but message {number} is {_shown(message)}")
                 return None
         if not any(message["role"] == ASSISTANT for message in messages):
             self._skip_or_raise(
@@ -43,6 +45,11 @@ class Conversations(Documents):
             )
             return None
         return (json.dumps([{name: message[name] for name in ("role", "content")} for message in messages]),)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]} …"
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

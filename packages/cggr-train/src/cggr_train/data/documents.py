@@ -14,6 +14,11 @@ REFUSED = {
     **dict.fromkeys(
         (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "is compressed; unpack it and give the files inside"
     ),
+    **dict.fromkeys(
+        (".csv", ".tsv", ".xlsx", ".xls"),
+        "is a table: convert it to .jsonl or .parquet, with the columns as keys (pandas: "
+        "frame.to_json(path, orient='records', lines=True))",
+    ),
     ".json": "is JSON: convert it to .jsonl with one object per line, or name it .txt if its text is the document",
 }
 """Suffixes of files that would be misread as text."""

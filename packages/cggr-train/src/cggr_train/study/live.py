@@ -143,7 +143,7 @@ class LiveTable:
         table = Table(
             title=self.status_line(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
         )
-        table.add_column("arm", no_wrap=True)
+        table.add_column("arm", overflow="fold")  # where there is little room, names break and figures do not
         for heading in ("step", "peak memory", "runs", "now", "training loss", "held-out loss"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, arm in self.arms.items():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cggr_core import CGGRModel
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CGGRConfig:
     """How tokens are scored and kept, and what their gradient reaches: the arguments of :class:`cggr_core.CGGRModel`.
 

@@ -72,6 +72,12 @@ class CGGRMixin(_Base):
         router: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(self, Trainer):
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} has no Trainer; put one of transformers or TRL after the mixin: "
+                f"class {name}(CGGRMixin, SFTTrainer)"
+            )
         if cggr is not None and not isinstance(cggr, CGGRConfig):
             raise TypeError(f"cggr must be a CGGRConfig, got {type(cggr).__name__}; write cggr=CGGRConfig(...)")
         self.cggr = CGGRConfig() if cggr is None else cggr
