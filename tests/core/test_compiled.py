@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cggr_core import CGGRModel
+from cggr_core import CGGRModel, routed_logprobs
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -45,3 +45,15 @@ def test_what_was_compiled_before_is_refused(compiled: Callable[[Any], Any], par
         model.model.layers[0] = compiled(model.model.layers[0])
     with pytest.raises(ValueError, match=r"was compiled .*wrap the model without torch\.compile"):
         CGGRModel(model)
+    input_ids = torch.randint(3, VOCAB, (2, 12))
+    with pytest.raises(ValueError, match=r"was compiled .*wrap the model without torch\.compile"):
+        routed_logprobs(model, input_ids, keep=torch.arange(12).expand(2, -1) < 6)
+
+
+def test_what_was_compiled_since_the_first_call_is_refused() -> None:
+    model, input_ids = ROUTABLE["llama"](), torch.randint(3, VOCAB, (2, 12))
+    keep = torch.arange(12).expand(2, -1) < 6
+    routed_logprobs(model, input_ids, keep=keep)
+    for compiled in (torch.compile(model), in_place(model)):
+        with pytest.raises(ValueError, match="was compiled"):
+            routed_logprobs(compiled, input_ids, keep=keep)

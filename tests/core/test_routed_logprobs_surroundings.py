@@ -188,7 +188,7 @@ def test_padding_cannot_be_kept(form):
     keep = torch.zeros(3, LENGTH).bool()
     keep[0, 1:4], keep[1, 9:12] = True, True  # 1 and 2 are padding; so is what 11 would predict
     for function in (routed_logprobs, routed_hidden):
-        no_target = r" and 1 position\(s\) that predict no token" if function is routed_logprobs else ". It is"
+        no_target = r" and 1 position\(s\) that predict no token" if function is routed_logprobs else r"\. It must be"
         with pytest.raises(ValueError, match=r"keep marks 2 position\(s\) of padding" + no_target):
             function(
                 ROUTABLE["llama"](),
@@ -259,3 +259,10 @@ def test_nan_is_named():
         step(model)
     with pytest.raises(ValueError, match="NaN"):
         routed_hidden(model, tokens(3, LENGTH), keep=Selection.from_mask(KEEP))
+
+
+@pytest.mark.parametrize("argument", [{"temperature": 0.7}, {"everywhere": True}, {"entropy": True}])
+def test_what_only_the_head_has_is_refused_for_hidden_states(argument):
+    input_ids = tokens(3, LENGTH)
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}: routed_hidden gives hidden states"):
+        routed_hidden(ROUTABLE["llama"](), input_ids, keep=some(), **argument)

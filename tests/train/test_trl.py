@@ -30,7 +30,7 @@ def dataset():
 
 @pytest.fixture
 def build(tmp_path, dataset, tokenizer):
-    def make(cggr: CGGRConfig | None = None, *, kind: type = RoutedSFTTrainer, peft_config=None, **values):
+    def make(cggr: CGGRConfig | None = None, *, kind: type = RoutedSFTTrainer, peft_config=None, model=None, **values):
         plain = {
             "max_steps": 2, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.5,
             "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
@@ -38,7 +38,7 @@ def build(tmp_path, dataset, tokenizer):
             "train_sampling_strategy": "sequential", "max_length": 48, "dataset_num_proc": None,
         }  # fmt: skip
         more = {} if cggr is None else {"cggr": cggr}
-        model = tiny_model(vocab_size=len(tokenizer))
+        model = tiny_model(vocab_size=len(tokenizer)) if model is None else model
         return kind(
             model, SFTConfig(str(tmp_path), **{**plain, **values}), train_dataset=dataset, eval_dataset=dataset,
             processing_class=tokenizer, peft_config=peft_config, **more,
@@ -120,6 +120,27 @@ def test_lora(build):
 
 def test_evaluation_is_its_own(build):
     assert build(CGGRConfig()).evaluate()["eval_loss"] == build(kind=SFTTrainer).evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0, 0.3])
+def test_the_router_loss_has_trls_coefficient(build, tokenizer, coefficient):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    records = []
+    for kind, cggr in ((SFTTrainer, None), (RoutedSFTTrainer, CGGRConfig(gradient="exact", min_tokens_ratio=1.0))):
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, router_aux_loss_coef=0.1,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        made = build(cggr, kind=kind, model=MixtralForCausalLM(config), max_steps=1, router_aux_loss_coef=coefficient)
+        made.train()
+        records.append(made.state.log_history[0])
+    plain, routed = records
+    assert ("aux_loss" in plain) == (coefficient != 0.0)
+    assert routed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert routed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
 
 def test_tokens_are_counted_as_in_the_sft_trainer(build):

@@ -9,6 +9,7 @@ from torch import nn
 
 from cggr_core.model import CGGRModel
 from cggr_core.monitor import Monitor
+from cggr_core.step.checks import check_not_compiled
 
 if TYPE_CHECKING:
     from cggr_core.routing import Engine
@@ -29,6 +30,7 @@ class EngineOfModel:
         from cggr_core.routing import Engine
 
         self.engine: Engine = Engine(model)
+        check_not_compiled(model, self.engine.architecture.layers)
         self.monitor = Monitor()
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[()]]:
@@ -48,12 +50,15 @@ def language_model(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: If ``model`` is not a module, or contains no Hugging Face model.
+        ValueError: If that one was compiled.
     """
     inner: Any = model
     while True:
         if isinstance(inner, CGGRModel):
             inner = inner.model
         elif isinstance(inner, nn.Module) and hasattr(inner, "get_output_embeddings"):
+            if "_orig_mod" in inner._modules or inner._compiled_call_impl is not None:
+                check_not_compiled(inner, nn.ModuleList())
             return inner
         elif isinstance(inner, nn.Module) and isinstance(getattr(inner, "module", None), nn.Module):
             inner = inner.module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -191,6 +192,12 @@ def routed_hidden(
         >>> loss = (error * states.selection.valid).sum() / states.selection.valid.sum()
         >>> loss.backward()
     """
+    others = [name for name in inputs if name in signature(routed_logprobs).parameters]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: routed_hidden gives hidden states, before the model's head; leave it out, or use "
+            "routed_logprobs"
+        )
     check_mode(gradient_mode, engine, context_precision, everywhere=False, inputs=inputs)
     inner = language_model(model)
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}

@@ -17,7 +17,7 @@ from cggr_train.trainer.callback import CGGRCallback
 from cggr_train.trainer.config import CGGRConfig
 from cggr_train.trainer.metrics import MetricsWindow
 from cggr_train.trainer.supported import check_class, check_supported
-from cggr_train.trainer.trl import TokenCount, kind_of, task_loss, trains_by_task
+from cggr_train.trainer.trl import TokenCount, kind_of, take_router_coefficient, task_loss, trains_by_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +99,7 @@ class CGGRMixin(_Base):
         self.model_accepts_loss_kwargs = True
         if kind_of(type(self)) == "sft":
             self._token_count = TokenCount(self)
+            take_router_coefficient(self)
         if self.model is not None:
             self.routed_model()  # settings that do not suit this model fail here, not in the first step
         self.add_callback(CGGRCallback(self))

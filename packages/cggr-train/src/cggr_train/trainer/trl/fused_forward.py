@@ -31,6 +31,7 @@ from cggr_core.routing import (
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
 from cggr_train.trainer.trl.hooks import uncached_autocast
+from cggr_train.trainer.trl.router_loss import COEFFICIENTS
 from cggr_train.trainer.trl.rows import (
     check_no_images,
     is_in,
@@ -45,8 +46,6 @@ IGNORED = -100
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Not passed on: the caller's cache is never filled, and router losses are requested separately.
 _INERT = frozenset({"use_cache", "output_router_logits", "return_dict"})
-
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient")
 
 # Maps countable tokens [B, S] and, if the plan measures, values of all labelled tokens by name [B, S] to the kept
 # tokens [B, S] and factors on their gradients [B, S] (or None).
@@ -325,7 +324,7 @@ class RoutedForward:
         changes += [
             (owner, name, 1.0)
             for owner in (base, config)
-            for name in _COEFFICIENTS
+            for name in COEFFICIENTS
             if getattr(owner, name, None) is not None
         ]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
