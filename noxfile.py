@@ -98,6 +98,7 @@ def empty_environment(session: nox.Session, folder: Path) -> str:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train a small model four ways side by side on this Python's own source, and write the report."""
+    session.log("installing CGGR and what it needs: seconds to minutes, 0.3 GB with the CPU build of PyTorch")
     install(session, packages=("cggr-core", "cggr-train", "cggr"))
     session.run("cggr", "demo", *session.posargs, env=BYTECODE)
 

@@ -69,6 +69,12 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert list(Documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == ["one", "two"]
 
 
+def test_a_field_is_named_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"answer": "a"}\n')
+    with pytest.raises(InputError, match="--field must name each key once, got 'answer,answer'"):
+        Documents([tmp_path / "a.jsonl"], field="answer,answer")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

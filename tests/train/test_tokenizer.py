@@ -83,6 +83,8 @@ def model_folder(tmp_path):
 def test_a_model_without_weights_or_tokenizer_is_named_so(model_folder):
     with pytest.raises(InputError, match=r"holds no tokenizer \(none of tokenizer\.json, "):
         load_tokenizer(str(model_folder))
+    with pytest.raises(InputError, match=r"model\.safetensors is a file; give the directory that holds it"):
+        load_model(str(model_folder / "model.safetensors"))
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no weights \(\*\.safetensors or \*\.bin\); give a directory written by"):
         load_model(str(model_folder))
@@ -95,7 +97,7 @@ def test_a_model_without_weights_or_tokenizer_is_named_so(model_folder):
 def test_a_damaged_model_is_refused(model_folder):
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"cannot be loaded: .*incomplete metadata"):
+    with pytest.raises(InputError, match=r"cannot be loaded: .*incomplete metadata.*; if a file of it is damaged"):
         load_model(str(model_folder))
 
 
@@ -110,5 +112,5 @@ def test_a_model_is_not_filled_up_with_random_weights(model_folder):
 def test_a_model_that_its_configuration_does_not_describe(model_folder):
     config = model_folder / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 300', '"vocab_size": 310'))
-    with pytest.raises(InputError, match=r"embed_tokens\.weight has shape \[300, 64\], .* asks for \[310, 64\]"):
+    with pytest.raises(InputError, match=r"embed_tokens\.weight has shape \[300, 64\], .* requires \[310, 64\]"):
         load_model(str(model_folder))

@@ -106,6 +106,8 @@ def check_model_folder(path: str) -> None:
     """
     from transformers import AutoConfig
 
+    if Path(path).is_file():
+        raise InputError(f"--model {path} is a file; give the directory that holds it, {Path(path).parent}")
     if not Path(path).is_dir():
         raise InputError(
             f"the model directory {path} does not exist; to train from scratch, give --config instead; for a model on "
@@ -168,7 +170,10 @@ def load_model(path: str) -> PreTrainedModel:
             **gguf_argument(path),
         )  # fmt: skip
     except Exception as error:  # several libraries raise unrelated types for a damaged directory
-        raise InputError(f"the model directory {path} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(
+            f"the model directory {path} cannot be loaded: {_first_line(error)}; if a file of it is damaged, save or "
+            "download the model again"
+        ) from error
     model, report = loaded
     if gguf_argument(path):  # the weights are plain float32 now and can be trained and saved
         del model.config.quantization_config

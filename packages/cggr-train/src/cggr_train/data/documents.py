@@ -30,8 +30,8 @@ class Documents:
     r"""The documents of some files, reread by every iteration.
 
     ``.jsonl``/``.ndjson`` files hold one JSON object per line and ``.parquet``/``.pq`` files one row per
-    document; the text is their ``field``. Every other file is one document of UTF-8 text, except that compressed files
-    and ``.json`` are refused.
+    document; the text is their ``field``. Every other file is one document of UTF-8 text, except that compressed files,
+    tables (``.csv``) and ``.json`` are refused.
 
     Args:
         paths: The files, read in this order.
@@ -63,6 +63,8 @@ class Documents:
             raise InputError("no data files were given; give at least one text, .jsonl or .parquet file")
         if not self.fields:
             raise InputError(f"--field must be the key or column that holds the text, got {field!r}")
+        if len(set(self.fields)) < len(self.fields):
+            raise InputError(f"--field must name each key once, got {field!r}")
         for path in self.paths:
             if not path.is_file():
                 kind = "is a directory; give the files in it" if path.is_dir() else "does not exist"
