@@ -288,7 +288,7 @@ def reference(tmp_path, tokenizer):
 def test_with_a_kl_term_tokens_below_the_quantile_stay(grpo, tokenizer, reference, caplog):
     values = {"beta": 0.1, "top_entropy_quantile": 0.4}
     plain, made = grpo(model=reference(), **values), grpo(CGGRConfig(), model=reference(), **values)
-    assert "beta=0.1 adds a KL term at every token" in caplog.text
+    assert "beta=0.1 adds a KL term at every completion token" in caplog.text
     hold_to_trl_with_a_reference(plain, made, tokenizer)
 
 
