@@ -16,6 +16,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_learning_curves(monkeypatch):
+    """Half of the time of a run of six steps; test_run has a run that draws its curve."""
+    monkeypatch.setattr("cggr_train.report.curves.draw_learning_curve", lambda records, path: None)
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return [TEXT + f"# file {n}\n" * (n + 1) for n in range(12)]

@@ -26,7 +26,8 @@ METHODS = {
 }
 
 
-def test_a_run_leaves_everything_it_promises(tmp_path, data_files, console):
+def test_a_run_leaves_everything_it_promises(tmp_path, data_files, console, monkeypatch):
+    monkeypatch.undo()  # with its learning curve
     folder = tmp_path / "run"
     result = start_run(settings(data_files), folder, console)
     assert result.exit_code == 0
