@@ -11,6 +11,7 @@ from cggr_train.commands import options
 from cggr_train.commands.errors import plain_errors
 from cggr_train.commands.loading import loading
 from cggr_train.errors import InputError
+from cggr_train.program import program
 
 
 def demo(
@@ -37,7 +38,7 @@ def demo(
     Writes report.html, passage.html and results.jsonl; about four minutes on two CPU cores.
     """
     typer.echo("cggr demo: a small study on this Python's own source code; no GPU, no download")
-    with plain_errors(interrupted=f"stopped; continue with: cggr study --resume {out}"):
+    with plain_errors(interrupted=f"stopped; continue with: {program()} study --resume {out}"):
         with loading("demo"):
             from rich.console import Console
             from transformers.utils.logging import disable_progress_bar
@@ -49,7 +50,9 @@ def demo(
             from cggr_train.study.pool import places
 
         if (out / "study.json").exists():
-            raise InputError(f"{out} already holds a study; continue it with cggr study --resume {out}, or give --out")
+            raise InputError(
+                f"{out} already holds a study; continue it with {program()} study --resume {out}, or give --out"
+            )
         disable_progress_bar()
         console = Console()
 
@@ -83,5 +86,5 @@ def demo(
         console.print("reading the standard library's source …", highlight=False)
         result = run_demo(settings(*write_corpus(out, max_characters=characters)), out, console)
         if result.exit_code:
-            console.print(f"stopped; continue with: cggr study --resume {out}", highlight=False, soft_wrap=True)
+            console.print(f"stopped; continue with: {program()} study --resume {out}", highlight=False, soft_wrap=True)
             raise typer.Exit(result.exit_code)

@@ -12,6 +12,7 @@ from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors
 from cggr_train.commands.loading import loading
 from cggr_train.errors import InputError
+from cggr_train.program import program
 
 OWN_PRECISION = "own"
 
@@ -99,7 +100,7 @@ def study(
     step's memory, and random tokens at the same ratio. Writes results.jsonl and report.html. Ctrl-C stops after the
     current steps and saves (exit code 130); --resume continues.
     """
-    with plain_errors(interrupted=f"stopped; continue with: cggr study --resume {resume or out}"):
+    with plain_errors(interrupted=f"stopped; continue with: {program()} study --resume {resume or out}"):
         if resume is not None:
             check_resume_options(context, (), what="study")
         with loading("study"):
@@ -171,7 +172,7 @@ def study(
             result = start_study(settings, out, console)
         if result.exit_code:
             console.print(
-                f"stopped; continue with: cggr study --resume {resume or out}", highlight=False, soft_wrap=True
+                f"stopped; continue with: {program()} study --resume {resume or out}", highlight=False, soft_wrap=True
             )
             raise typer.Exit(result.exit_code)
 

@@ -10,6 +10,7 @@ import typer
 from cggr_train.commands import options
 from cggr_train.commands.errors import check_resume_options, plain_errors, was_given
 from cggr_train.commands.loading import loading
+from cggr_train.program import program
 
 SCORED = ("ratio", "scoring", "router", "router_depth", "ratio_warmup_steps")
 """Options that are meaningless or unsupported if all supervised tokens are kept."""
@@ -158,7 +159,8 @@ def train(
         where = f"checkpoint {result.checkpoint} · log and curve in {folder}"
         if result.exit_code:
             console.print(
-                f"stopped at step {result.progress.step:,} · {where}\ncontinue with: cggr train --resume {folder}",
+                f"stopped at step {result.progress.step:,} · {where}\n"
+                f"continue with: {program()} train --resume {folder}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
             raise typer.Exit(result.exit_code)

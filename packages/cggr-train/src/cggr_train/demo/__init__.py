@@ -12,6 +12,7 @@ from rich.console import Console
 from cggr_train.demo.corpus import standard_library
 from cggr_train.inspection import inspect_text
 from cggr_train.presets import build_config
+from cggr_train.program import program
 from cggr_train.study import StudySettings, start_study
 from cggr_train.study.arms import Arm, plan_arms, relative_cost
 from cggr_train.study.stages import StudyResult
@@ -51,7 +52,8 @@ def run_demo(settings: StudySettings, folder: Path, console: Console) -> StudyRe
         console.print(
             f"passage, with the tokens that each strategy keeps: {(folder / 'passage.html').resolve()}\n\n"
             f"[bold]Found:[/] {verdict(result.outcome)[0]}\n\n"
-            "Next, the same on your own data and model:\n  cggr study data.jsonl --model path/to/model --steps 300",
+            "Next, the same on your own data and model:\n"
+            f"  {program()} study data.jsonl --model path/to/model --field question,answer --steps 300",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return result
