@@ -132,23 +132,25 @@ def outcome_of(found: Found, basis: str) -> Outcome:
     setting, seconds = found.setting, found.seconds(basis)
     last = found.steps(basis, setting.shares[-1])
     arms, records, readings = [], [], {}
+    # The verdict compares with what it knows as "standard".
+    called = {name: "standard" if place == 0 else name for place, name in enumerate(found.arms)}
     for name in found.arms:
         arm = setting.arms[name]
         way = setting.ways[arm.way]
         arms.append(
             study_arms.Arm(
-                name, arm.label or way.label, arm.role, "standard" if way.gradient == "exact" and way.given else "cggr",
+                called[name], arm.label or way.label, arm.role, "standard" if way.gradient == "exact" and way.given else "cggr",
                 way.batch, Routing(gradient=way.gradient, ratio=way.ratio, selection=way.selection),
-                equal_cost=next((n for n in found.arms if setting.arms[n].role == "equal_cost"), found.arms[0]),
+                equal_cost=next((n for n in found.arms if setting.arms[n].role == "equal_cost"), "standard"),
                 random="kv-random" if way.selection in ("sampled", "stratified") and way.gradient == "kv" else None,
                 checkpointing=arm.checkpointing,
             )
         )  # fmt: skip
-        readings[name] = {
+        readings[called[name]] = {
             "tokens": min(found.plan.equal[name], last[name]), "kept": last[name], "time": last[name],
         }  # fmt: skip
         records.append(
-            {"event": "timing", "arm": name, "step_seconds": [seconds[name]], "peak_bytes": found.peak(basis, name),
+            {"event": "timing", "arm": called[name], "step_seconds": [seconds[name]], "peak_bytes": found.peak(basis, name),
              "start_bytes": 0, "engine": ""}
         )  # fmt: skip
         for seed in found.seeds:
@@ -158,7 +160,7 @@ def outcome_of(found: Found, basis: str) -> Outcome:
                 for p in run["points"]
             ]
             told = {"diverged": run["diverged"]} if "diverged" in run else {}
-            records.append({"event": "run", "arm": name, "seed": seed, "points": points, **told})
+            records.append({"event": "run", "arm": called[name], "seed": seed, "points": points, **told})
     amounts = {"tokens": 0.0, "kept": 0.0, "time": found.plan.budget}
     plan = study_plan.Plan(amounts, readings, {}, 0.0, 0)
     return analyse(arms, plan, records, seeds=len(found.seeds))
