@@ -139,8 +139,9 @@ def outcome_of(found: Found, basis: str) -> Outcome:
         way = setting.ways[arm.way]
         arms.append(
             study_arms.Arm(
-                called[name], arm.label or way.label, arm.role, "standard" if way.gradient == "exact" and way.given else "cggr",
-                way.batch, Routing(gradient=way.gradient, ratio=way.ratio, selection=way.selection),
+                called[name], arm.label or way.label, arm.role,
+                "standard" if way.gradient == "exact" and way.given else "cggr", way.batch,
+                Routing(gradient=way.gradient, ratio=way.ratio, selection=way.selection),
                 equal_cost=next((n for n in found.arms if setting.arms[n].role == "equal_cost"), "standard"),
                 random="kv-random" if way.selection in ("sampled", "stratified") and way.gradient == "kv" else None,
                 checkpointing=arm.checkpointing,
@@ -150,8 +151,8 @@ def outcome_of(found: Found, basis: str) -> Outcome:
             "tokens": min(found.plan.equal[name], last[name]), "kept": last[name], "time": last[name],
         }  # fmt: skip
         records.append(
-            {"event": "timing", "arm": called[name], "step_seconds": [seconds[name]], "peak_bytes": found.peak(basis, name),
-             "start_bytes": 0, "engine": ""}
+            {"event": "timing", "arm": called[name], "step_seconds": [seconds[name]],
+             "peak_bytes": found.peak(basis, name), "start_bytes": 0, "engine": ""}
         )  # fmt: skip
         for seed in found.seeds:
             run = found.runs[arm.way, seed]

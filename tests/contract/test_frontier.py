@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks import _record
 from benchmarks._frontier_arms import SETTINGS, Way
 from benchmarks._frontier_data import TUNING, load, prepare
-from benchmarks._frontier_report import Found, report, whole_seeds
+from benchmarks._frontier_report import Found, outcome_of, report, whole_seeds
 from benchmarks._frontier_training import Learner, loss_on, train
 from benchmarks._frontier_units import keep_part, line_ends, routed_layers
 from benchmarks._greedy import Greedy
@@ -24,6 +24,7 @@ from benchmarks.frontier import Plan, setting_of
 from benchmarks.frontier_figures import draw
 from benchmarks.noisy import earlier
 from cggr_train.data import split_supervised
+from cggr_train.report.verdict import verdict
 
 TOY = SETTINGS["toy"]
 
@@ -337,6 +338,20 @@ def test_the_plot_is_drawn_from_the_file_alone(tmp_path):
     first = plot.read_bytes()
     plot.unlink()
     assert draw(path).read_bytes() == first
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_has_a_verdict(name):
+    setting = SETTINGS[name]
+    timings = {arm: {"eager": {"seconds": 1.0, "peak_bytes": 10**9}} for arm in setting.arms}
+    plan = Plan(setting, timings, seconds=8.0)
+    records = [{"event": "timing", "arm": arm, **timing} for arm, timing in timings.items()]
+    for place, way in enumerate(setting.ways):
+        points = [{"step": step, "loss": 1 + 0.1 * place + 1 / step} for step in plan.points[way]]
+        records.append({"event": "run", "way": way, "seed": 0, "rate": 1e-4, "points": points})
+    said = verdict(outcome_of(Found(plan, records), "recorded"))
+    first = next(iter(setting.ways.values())).label
+    assert f"Lowest held-out loss in the same time: {first} (" in " ".join(said)
 
 
 def test_the_tables_say_what_the_file_says(tmp_path):
