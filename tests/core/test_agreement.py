@@ -34,6 +34,50 @@ def test_tokens_that_are_compared(length, alternate, early):
         assert made.valid.all()
 
 
+def test_a_pass_before_the_kept_tokens_is_compared_with_it(monkeypatch):
+    passes, expected = [], torch.randn(1, 4, 8)
+    selection = Selection.from_mask(torch.ones(1, 4, dtype=torch.bool), capacity=4)
+
+    def context_pass(model, architecture, inputs, *, depth, keep_graph, read_head, layer_output):
+        passes.append((depth, keep_graph, layer_output))
+        return "context"
+
+    def gradient_pass(model, architecture, inputs, selection, context, *, keep_graph, read_head):
+        passes.append((context, keep_graph))
+        read_head(expected)
+
+    monkeypatch.setattr(agreement, "context_pass", context_pass)
+    monkeypatch.setattr(agreement, "gradient_pass", gradient_pass)
+    given = nn.Identity(), ARCHITECTURE, rows(1, 4), selection, expected
+    assert agreement.difference(*given, depth=2, layer_output="wrap") is None
+    assert passes == [(2, False, "wrap"), ("context", False)]
+
+
+def test_infinities_are_apart_from_other_values_alone():
+    inf = float("inf")
+    value, wanted = torch.tensor([inf, -inf, inf, 1.0]), torch.tensor([inf, -inf, -inf, 3.0])
+    assert agreement.apart(value, wanted).tolist() == [0.0, 0.0, inf, -2.0]
+    assert agreement.finite(value).tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_layers", "tolerance"),
+    [
+        (torch.float64, [torch.float64], (1e-7, 1.0)),
+        (torch.float64, [torch.float64, torch.int8], (1e-7, 1.0)),
+        (torch.float64, [torch.float32], (1e-7, 1.0)),
+        (torch.float32, [torch.float64], (2e-4, 0.99)),
+        (torch.float64, [torch.bfloat16], (5e-2, 0.75)),
+    ],
+)
+def test_the_tolerance_is_that_of_the_least_precise_part(dtype, of_layers, tolerance):
+    layers = nn.ModuleList(nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=each), False)]) for each in of_layers)
+    architecture = SimpleNamespace(layers=layers)
+    assert agreement._tolerance(architecture, torch.zeros(1, dtype=dtype)) == tolerance
+    on_device = torch.zeros(1, dtype=dtype, device="meta")
+    assert agreement._tolerance(architecture, on_device) == (tolerance if dtype == torch.float64 else (1e-2, 0.75))
+
+
 @pytest.mark.parametrize(("value", "steps"), [("", None), ("1", 1), ("2", 2), ("10", 10)])
 def test_steps_between_comparisons(value, steps, monkeypatch):
     monkeypatch.setenv("CGGR_VERIFY", value)

@@ -1,12 +1,14 @@
 """Each change to a model for the length of a block reaches what it says, and is undone whatever happens."""
 
 import dataclasses
+import functools
 import types
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cggr_core.routing import patches
 from cggr_core.routing.architectures import describe
@@ -73,6 +75,48 @@ def test_parameters_of_an_earlier_call():
     with left_by_an_error(), patches.own_parameters(module, earlier):
         assert module._parameters is earlier and module.weight is earlier["weight"] and module.bias is None
     assert module._parameters is own and module.weight is own["weight"]
+
+
+def holding(**values):
+    module = nn.Module()
+    module.config = types.SimpleNamespace(**values)
+    return module
+
+
+def test_a_smaller_vocabulary_is_said_wherever_a_whole_one_is():
+    inner = types.SimpleNamespace(vocab_size=9)
+    outer, plain = holding(vocab_size=9, get_text_config=lambda: inner), holding(my_vocab_size=9, hidden_size=9)
+    plain.vocab_size, plain.padded_vocab_size, plain.old_vocab_size = 9, 9.0, 8
+    with left_by_an_error(), patches.smaller_vocabulary([outer, plain], 9, 4):
+        assert outer.config.vocab_size == inner.vocab_size == plain.config.my_vocab_size == plain.vocab_size == 4
+        assert plain.config.hidden_size == 9 and plain.old_vocab_size == 8
+        assert plain.padded_vocab_size == 9 and isinstance(plain.padded_vocab_size, float)
+    assert outer.config.vocab_size == inner.vocab_size == plain.config.my_vocab_size == plain.vocab_size == 9
+
+
+def test_random_states_that_are_not_gone_back_to():
+    torchs = functools.partial(checkpoint, use_reentrant=False)
+    others = {
+        "reentrant": functools.partial(checkpoint, use_reentrant=True),
+        "unsaid": functools.partial(checkpoint),
+        "another": functools.partial(print, use_reentrant=False),
+        "plain": checkpoint,
+    }
+    modules = {name: nn.Module() for name in ("torchs", "off", *others)}
+    for name, module in modules.items():
+        module.gradient_checkpointing = name != "off"
+        module._gradient_checkpointing_func = others.get(name, torchs)
+        assert patches.recomputes_with_torch(module) is (name not in others)
+    assert patches.recomputes_with_torch(nn.Module()) is False
+    with left_by_an_error(), patches.without_random_states(types.SimpleNamespace(checkpointing=modules.values())):
+        for name, module in modules.items():
+            if name == "torchs":
+                changed = module._gradient_checkpointing_func
+                assert changed.func is checkpoint
+                assert changed.keywords == {"use_reentrant": False, "preserve_rng_state": False}
+            else:
+                assert module._gradient_checkpointing_func is others.get(name, torchs)
+    assert modules["torchs"]._gradient_checkpointing_func is torchs
 
 
 def test_what_forwards_leave_behind():

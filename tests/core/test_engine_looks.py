@@ -11,7 +11,7 @@ from cggr_core import Selection
 from cggr_core.routing import engine as engines
 from cggr_core.routing.context_pass import NO_CONTEXT
 from cggr_core.routing.engine import Engine
-from tests.support.model_steps import tokens
+from tests.support.model_steps import checkpoint_activations, tokens
 from tests.support.tiny_models import ROUTABLE
 
 LENGTH = 8
@@ -317,6 +317,49 @@ def test_whether_a_loss_reads_an_argument_is_seen_once(monkeypatch):
     engine.prepare(inputs, routing=False)
     engine.check_reads("shift_labels", inputs)
     assert len(seen) == 4
+
+
+def test_labels_that_a_whole_batch_is_looked_at_with(monkeypatch):
+    """Of more rows, longer ones and other inputs alone; and without what no label can be."""
+    engine, seen = Engine(ROUTABLE["llama"]()), []
+
+    def check(model, architecture, inputs, labels, layer_output):
+        seen.append(labels)
+
+    monkeypatch.setattr(engines, "check_loss_of_batch", check)
+
+    def held(rows=2, length=LENGTH, **given):
+        ids = tokens(length=LENGTH)[:rows, :length]
+        inputs = engine.inputs(input_ids=ids, **given)
+        before = len(seen)
+        engine.check_own_loss(inputs, ids, ignore_index=5)
+        return len(seen) - before
+
+    assert held() == 0, "not before the loss was seen"
+    engine.prepare(engine.inputs(input_ids=tokens(length=LENGTH)[:2]), routing=False)
+    assert held() == 0
+    engine.prepare(engine.inputs(input_ids=tokens(length=LENGTH)[:2]), routing=False, own_loss=True)
+    assert [held(), held(), held(1), held(1, 5)] == [1, 0, 0, 0]
+    assert [held(3, 5), held(3), held(2)] == [1, 0, 0]
+    assert [held(2, 4, attention_mask=torch.ones(2, 4)), held(2, 5, attention_mask=torch.ones(2, 5))] == [1, 1]
+    labels = torch.tensor([[5, -100, -1, 0, 96, 97, 98, 7]])
+    engine.check_own_loss(engine.inputs(inputs_embeds=torch.randn(1, LENGTH, 32)), labels, ignore_index=5)
+    assert seen[-1].tolist() == [[-100, -100, -100, 0, 96, -100, -100, 7]]
+    monkeypatch.setattr(engines, "shards_layers", lambda layers: True)
+    assert held(4) == 0 and held(1, 2, position_ids=torch.zeros(1, 2, dtype=torch.int64)) == 1
+
+
+def test_checkpointing_that_keeps_random_states():
+    model = ROUTABLE["llama"]().train()
+    engine = Engine(model)
+    assert not engine.keeps_random_states
+    checkpoint_activations(model)
+    assert not engine.keeps_random_states
+    layer = model.model.layers[1]
+    layer._gradient_checkpointing_func = lambda run, *args: run(*args)
+    assert engine.keeps_random_states
+    layer.gradient_checkpointing = False
+    assert not engine.keeps_random_states
 
 
 def test_inputs_have_everything_that_was_given():

@@ -17,7 +17,7 @@ from cggr_core.routing.architectures import (
     is_plain_matrix,
     unwrapped,
 )
-from cggr_core.routing.head_check import _leaves, gives_the_logits, large_random_logits
+from cggr_core.routing.head_check import _leaves, _noise, gives_the_logits, large_random_logits, random_logits
 from cggr_core.routing.inputs import token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.ordering import backward_in_turn
@@ -145,6 +145,9 @@ def test_layers_and_what_stands_around_them():
     assert "has layers without keys and values (linear_attention)" in describe(model).obstacle
     model.config.layer_types, model.config.layers_block_type = None, ["attention", "mamba", "attention"]
     assert "has layers without keys and values (mamba)" in describe(model).obstacle
+    for kind in ("recurrent", "conv", "mamba2", "ssm", "rwkv"):
+        model.config.layers_block_type = ["attention", kind]
+        assert f"has layers without keys and values ({kind})" in describe(model).obstacle
 
 
 def test_of_two_lists_as_long_as_the_layers_the_outer_one_of_the_decoder_is_meant():
@@ -245,13 +248,14 @@ def test_positions_that_a_model_makes_up_itself():
     padding = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
     embedded, ids = torch.randn(2, 4, 32), torch.tensor([[0, 5, 6, 7], [5, 6, 0, 7]])
 
-    def made(name, input_ids, mask):
-        model = ROUTABLE[name]()
+    def made(name, input_ids, mask, **settings):
+        model = ROUTABLE[name](**settings)
         return default_position_ids(model, describe(model), input_ids, embedded, mask).tolist()
 
     counted = [[0, 1, 2, 3]] * 2
     assert made("llama", ids, padding) == made("llama", None, None) == made("opt", ids, None) == counted
     assert made("opt", ids, padding) == [[-1, 0, 1, 2], [0, 1, -1, 2]]
+    assert made("roberta-masked", None, padding, pad_token_id=5) == [[6, 7, 8, 9]] * 2
     # RoBERTa's padding is the token 0 here, and what is not a token counts as none.
     assert made("roberta-masked", ids, padding) == [[0, 1, 2, 3], [1, 2, 0, 3]]
     assert made("roberta-masked", None, padding) == [[1, 2, 3, 4]] * 2
@@ -348,6 +352,30 @@ def test_a_head_that_is_sharded_gives_its_own_logits():
     with large_random_logits(head) as given:
         assert type(head(hidden)) is Sharded and torch.equal(head(hidden), own) and given == []
     assert gives_the_logits(model, describe(model), few_tokens(model))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32), (6, 32)])
+def test_a_head_gives_random_logits_over_other_classes(shape):
+    head, hidden, called = nn.Linear(32, 7).bfloat16(), torch.randn(shape).bfloat16(), []
+    own = head.forward
+    head.forward = lambda hidden: (called.append(hidden.shape), own(hidden))[1]
+    with random_logits(head, 5, lambda noise: noise * 3) as given:
+        first, second = head(hidden), head(hidden)
+    assert given[0] is first and given[1] is second and not torch.equal(first, second)
+    assert first.shape == (*shape[:-1], 5) and first.dtype == torch.bfloat16
+    assert called == [torch.Size([1] * (len(shape) - 1) + [32])] * 2, "a row is enough to know the kind of its logits"
+    drawn = torch.randn(30, generator=torch.Generator().manual_seed(0)).view(first.shape)
+    assert torch.equal(first, (drawn * 3).bfloat16())
+    head.forward = lambda hidden: own(hidden).as_subclass(Sharded)
+    with random_logits(head, 5, lambda noise: noise), pytest.raises(TypeError, match="the head gives a Sharded"):
+        head(hidden)
+
+
+def test_random_logits_are_repeated_where_there_are_many(monkeypatch):
+    monkeypatch.setattr("cggr_core.routing.head_check._MOST_DRAWN", 4)
+    drawn = torch.randn(4, generator=torch.Generator().manual_seed(3)).tolist()
+    assert _noise(torch.Size((2, 5)), torch.device("cpu"), 3).flatten().tolist() == (drawn * 3)[:10]
+    assert _noise(torch.Size((2, 0)), torch.device("cpu"), 3).shape == (2, 0)
 
 
 def test_the_leaves_of_a_graph():

@@ -198,13 +198,23 @@ def test_hidden_states_at_positions_and_back():
         rows.hidden(torch.randn(2, 4, 4))
 
 
-@pytest.mark.parametrize("name", ["position_embeddings", "position_ids", "hidden_states", "cos"])
+@pytest.mark.parametrize(
+    "name", ["position_embeddings", "position_ids", "hidden_states", "cos", "sin", "rotary_pos_emb"]
+)
 def test_as_many_kinds_of_position_as_rows(name):
     value = torch.randn(2, 2, LENGTH, 4)
     _, kwargs = LayerRows(KEPT, LENGTH).call((), {name: value}, replace={})
     for kind in range(2):
         for row in range(2):
             assert torch.equal(kwargs[name][kind, row], value[kind, row, KEPT[row]])
+
+
+def test_a_single_row_is_not_taken_for_kinds_or_heads():
+    value = torch.randn(1, 1, LENGTH, 4)
+    for kinds in (1, 2):
+        whole = value.expand(kinds, -1, -1, -1)
+        _, kwargs = LayerRows(KEPT[:1], LENGTH).call((), {"streams": whole}, replace={})
+        assert torch.equal(kwargs["streams"], whole[:, :, KEPT[0]])
 
 
 def test_as_many_heads_as_rows_is_refused():

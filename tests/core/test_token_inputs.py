@@ -64,6 +64,10 @@ def test_a_batch_made_explicit():
     assert set(made.arguments()) == {"inputs_embeds", "token_type_ids", "attention_mask"}
     assert made.arguments()["inputs_embeds"] is embedded and made.arguments()["token_type_ids"] is several
     seen = torch.ones(2, 1, 6, 6)
+    for form in (seen, seen[:, 0], seen[:1]):
+        assert inputs(attention_mask=form).arguments()["attention_mask"] is form
+    kinds = positions.expand(3, 1, 6)
+    assert inputs(position_ids=kinds).arguments()["position_ids"] is kinds
     made = inputs(position_ids=positions, attention_mask=seen)
     assert made.segment is made.padding is None and made.arguments()["attention_mask"] is seen
 
