@@ -51,22 +51,23 @@ def build_example_store(
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token (eos_token), which ends every answer")
     folder.mkdir(parents=True, exist_ok=True)
-    counts, longer = {"train": 0, "heldout": 0}, 0
+    counts, longer = {"train": 0, "heldout": 0}, {"train": 0, "heldout": 0}
     with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
         files = {"train": train, "heldout": heldout}
         for side, parts in _split_chunks(documents, heldout_documents, heldout_fraction):
             for row in (rows or _rows)(parts, tokenizer, length):
                 if row is None:
-                    longer += 1
+                    longer[side] += 1
                     continue
                 files[side].write(row.tobytes())
                 counts[side] += 1
-    skipped = documents.skipped + (0 if heldout_documents is None else heldout_documents.skipped) + longer
+    skipped = documents.skipped + (0 if heldout_documents is None else heldout_documents.skipped) + sum(longer.values())
     for side, count in counts.items():
         if count == 0:
+            few = "no example fell to it; give more data, a larger --heldout-fraction or --heldout FILE"
+            long = f"{longer[side]:,} exceed --length {length:,}; increase it or give more data"
             raise InputError(
-                f"no example is left in the {side} data: {longer:,} exceed --length {length:,}; increase it or give "
-                "more data"
+                f"no example is left in the {side} data: {long if longer[side] or side == 'train' else few}"
             )
     tokens = {side: count * length for side, count in counts.items()}
     return write_meta(folder, np.dtype(np.int32), tokens, documents=sum(counts.values()), skipped=skipped)
