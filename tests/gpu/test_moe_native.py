@@ -35,7 +35,9 @@ def check_against_truth(*operands):
     truths = run(moe_experts_reference, *(x.double() if x.is_floating_point() else x for x in operands))
     for place, (value, rival, truth) in enumerate(zip(values, rivals, truths, strict=True)):
         error, rival_error = (value.double() - truth).norm(), (rival.double() - truth).norm()
-        assert error <= rival_error + TOLERANCE[operands[0].dtype] * truth.norm(), (place, error / truth.norm())
+        # The gradient of a choice's weight is a scalar product with the expert's output, which may come to nothing.
+        size = max(truth.norm(), truths[0].norm() / operands[4].norm()) if place == 4 else truth.norm()
+        assert error <= rival_error + TOLERANCE[operands[0].dtype] * size, (place, error / size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -5,7 +5,7 @@ import cggr_kernels.moe_experts as experts_module
 import cggr_kernels.moe_plan as plan_module
 import cggr_kernels.moe_products as products
 from cggr_kernels.moe_experts import moe_experts
-from cggr_kernels.moe_plan import Plan, combine, expand, make_plan, parts, row_bound
+from cggr_kernels.moe_plan import Plan, combine, expand, make_plan, row_bound
 from cggr_moe.grouped import moe_experts_reference
 
 
@@ -52,22 +52,6 @@ def test_output_and_gradients(T, H, I, E, K, dtype, device):
     check_against_truth(*problem(T, H, I, E, K, dtype, device))
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize(("T", "E", "K"), [(300, 9, 2), (260, 3, 1), (700, 2, 1)])
-def test_rows_in_parts_are_the_rows_at_once(T, E, K, count, monkeypatch, device):
-    """Some parts end within an expert, some hold several, and the last ones are in use in part or not at all."""
-    operands = problem(T, 8, 8, E, K, torch.float32, device)
-    operands[3][: T // 3] = -1
-    monkeypatch.setattr(experts_module, "MOST_PARTS", 1)
-    whole = run(moe_experts, *operands)
-    monkeypatch.setattr(experts_module, "MOST_PARTS", count)
-    monkeypatch.setattr(experts_module, "PART_ROWS", 128)
-    for value, expected in zip(run(moe_experts, *operands), whole, strict=True):
-        assert torch.equal(value, expected)
-    with torch.no_grad():
-        assert torch.equal(moe_experts(*operands), whole[0])
-
-
 def test_nothing_is_saved_for_a_backward_pass_that_does_not_come(monkeypatch, device):
     saved, forward = [], experts_module._forward
 
@@ -84,17 +68,6 @@ def test_nothing_is_saved_for_a_backward_pass_that_does_not_come(monkeypatch, de
     with torch.no_grad():
         moe_experts(x, gate_up, down, index, weight)
     assert saved == [False, True, False]
-
-
-def test_parts_cover_the_rows():
-    plan = Plan(*(torch.zeros(1, dtype=torch.int32) for _ in range(3)), torch.arange(11), torch.tensor([7]))
-    made = [(part, own.tile_expert.tolist(), own.tiles.tolist()) for part, own in parts(plan, 3)]
-    assert made == [
-        (slice(0, 512), [0, 1, 2, 3], [4]),
-        (slice(512, 1024), [4, 5, 6, 7], [3]),
-        (slice(1024, 1408), [8, 9, 10], [0]),
-    ]
-    assert [part for part, _ in parts(plan, 1)] == [slice(0, 1408)]
 
 
 def test_several_tiles_of_one_expert_and_none_of_others(device):

@@ -14,14 +14,10 @@ from torch import Tensor
 from cggr_kernels._checks import check_device, check_first_derivatives, check_float, check_index
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._dispatch import SEGMENT
-from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan, parts
+from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan
 from cggr_kernels.moe_products import ALIGNMENT, group_product, row_product, swiglu_gradient, up
 
 MAX_ROWS = 2**30  # twice as many are numbered in int32
-PART_ROWS = 8192
-"""Rows that keep a device's multiprocessors busy: no part of fewer is made to save memory."""
-MOST_PARTS = 4
-"""More would save little, since the sorted rows themselves, and what is saved of them, stay whole."""
 
 
 def _launch(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, ...]:
@@ -29,19 +25,12 @@ def _launch(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Ten
         out, *rest = _fake(x, gate_up, down, index, weight, save)
         return (out.zero_(), *rest)
     plan = make_plan(index, gate_up.shape[0])
-    rows_PH, _ = expand(x, plan)
-    P, I = rows_PH.shape[0], down.shape[2]
-    z_2PI = x.new_empty(2 * P if save else 0, I)
-    buffer: Tensor | None = None
-    for part, own in parts(plan, min(MOST_PARTS, max(1, P // PART_ROWS))):
-        rows = rows_PH[part]
-        # The first part is the largest. SwiGLU of one part at a time, and outputs in the place of their inputs.
-        buffer = x.new_empty(rows.shape[0], I) if buffer is None else buffer
-        h = buffer[: rows.shape[0]]
-        up(rows, gate_up, own, h, z_2PI[part.start :] if save else None, P)
-        row_product(h, down, own, planes=1, transposed=True, out=rows)
-    del buffer, h
-    return combine(rows_PH, plan, weight), z_2PI, *plan
+    x_PH, _ = expand(x, plan)
+    h_PI, z_2PI = up(x_PH, gate_up, plan, save)
+    del x_PH
+    y_PH = row_product(h_PI, down, plan, planes=1, transposed=True)
+    del h_PI
+    return combine(y_PH, plan, weight), z_2PI, *plan
 
 
 def _fake(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ host knows; kernels read how much of them is in use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ _MOST_TOKENS = 256
 _PAD_PROGRAMS = 8
 _COPY_BLOCK = 1024
 _COLLECT_BLOCK = 512
-_ALIGNED = 4  # tiles whose numbers take 16 bytes, so that kernels are compiled once for all parts of a plan
 
 
 class Plan(NamedTuple):
@@ -115,26 +113,6 @@ def make_plan(index: Tensor, num_experts: int) -> Plan:
         num_warps=4,
     )
     return plan
-
-
-def parts(plan: Plan, count: int) -> Iterator[tuple[slice, Plan]]:
-    """The rows in up to ``count`` parts of about the same size, and a plan of each, for products of its rows alone.
-
-    Args:
-        plan: Of all rows.
-        count: At least 1.
-
-    Yields:
-        The rows of a part, and a plan that numbers its tiles from 0; ``row``, ``segment`` and ``used`` stay those of
-        all rows.
-    """
-    tiles = plan.tile_expert.shape[0]
-    size = triton.cdiv(triton.cdiv(tiles, count), _ALIGNED) * _ALIGNED
-    for first in range(0, tiles, size):
-        last = min(first + size, tiles)
-        used = plan.tiles if size >= tiles else (plan.tiles - first).clamp_(0, last - first)
-        own = plan._replace(tile_expert=plan.tile_expert[first:last], tiles=used)
-        yield slice(first * SEGMENT.value, last * SEGMENT.value), own
 
 
 def expand(x: Tensor, plan: Plan, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

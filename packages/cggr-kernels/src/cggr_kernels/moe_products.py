@@ -95,38 +95,42 @@ def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def up(x_PH: Tensor, gate_up: Tensor, plan: Plan, h_PI: Tensor, z: Tensor | None = None, planes_apart: int = 0) -> None:
-    """Gate and up projections of the sorted rows, and their SwiGLU; undefined beyond the rows in use.
+def up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up projections of the sorted rows, and their SwiGLU.
 
     Args:
         x_PH: ``[P, H]``, the sorted rows.
         gate_up: ``[E, 2I, H]``.
         plan: Which rows belong to which expert.
-        h_PI: ``[P, I]``, where SwiGLU goes.
-        z: Where gate and up go, if they are wanted: gate to the first ``P`` rows, ``[P, I]``.
-        planes_apart: How many rows of ``z`` further on the row of up is.
+        save: Whether to return gate and up as well.
+
+    Returns:
+        SwiGLU ``[P, I]``, and gate and up ``[2P, I]`` (empty without ``save``); undefined beyond the rows in use.
     """
-    (_, H), E = x_PH.shape, gate_up.shape[0]
+    (P, H), E = x_PH.shape, gate_up.shape[0]
     I = gate_up.shape[1] // 2
     blocks = _table(x_PH).up
+    h_PI = x_PH.new_empty(P, I)
+    z_2PI = x_PH.new_empty(2 * P if save else 0, I)
     out = (blocks.m, blocks.n)
     up_kernel[(_multiprocessors(x_PH.device),)](
         _descriptor(x_PH, blocks.m, blocks.k),
         _descriptor(gate_up.view(2 * E, I, H), 2, blocks.n, blocks.k),
-        _descriptor(h_PI if z is None else z, *out),
+        _descriptor(z_2PI if save else h_PI, *out),
         _descriptor(h_PI, *out),
         plan.tile_expert,
         plan.tiles,
-        planes_apart,
+        P,
         I,
         H,
-        SAVE=z is not None,
+        SAVE=save,
         PRECISION=_precision(),
         **blocks.options(x_PH.device),
     )
+    return h_PI, z_2PI
 
 
-def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool, out: Tensor | None = None) -> Tensor:
+def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool) -> Tensor:
     """Sorted rows times their experts' matrices, summed over planes.
 
     Args:
@@ -135,7 +139,6 @@ def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool,
         plan: Which rows belong to which expert.
         planes: Matrices per expert.
         transposed: Whether the matrices are transposed.
-        out: Where the result goes; by default somewhere new.
 
     Returns:
         ``[P, N]``, undefined beyond the rows in use.
@@ -143,7 +146,7 @@ def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool,
     P, K = a.shape[0] // planes, a.shape[1]
     N = w.shape[1] if transposed else w.shape[2]
     blocks = _table(a).rows
-    out = a.new_empty(P, N) if out is None else out
+    out = a.new_empty(P, N)
     row_product_kernel[(_multiprocessors(a.device),)](
         _descriptor(a, blocks.m, blocks.k),
         _descriptor(w, 1, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))),
