@@ -34,14 +34,17 @@ LEARNERS = {
 }
 
 
-def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1):
+def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1, sgd=False):
     """Losses, kept positions and last weights of some steps, at a learning rate that moves."""
     method, routing = LEARNERS[name]
     model = build_model(build_config("nano", vocab_size=512, length=64), seed=0).cuda()
     learner = build_learner(model, method, routing, seed=3, cuda_graph="auto" if recorded == "auto" else False)
     optimizer = build_optimizer(model, weight_decay=0.1, capturable=True)
+    if sgd:
+        optimizer = torch.optim.SGD(model.parameters())
     stream = np.random.default_rng(0).integers(0, 512, 64 * 40)
-    settings = LoopSettings(Budget(STEPS), LearningRate(3e-3), accumulate, bfloat16=bfloat16, cuda_graph=recorded)
+    rate = LearningRate(0.3 if sgd else 3e-3)
+    settings = LoopSettings(Budget(STEPS), rate, accumulate, bfloat16=bfloat16, cuda_graph=recorded)
     made, losses, indices = [], [], []
     select = cggr_core.step.selecting.select
 
@@ -68,18 +71,12 @@ def trained(monkeypatch, name, *, recorded, bfloat16, accumulate=1):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", LEARNERS)
 def test_steps_that_capture_their_passes_are_the_steps(monkeypatch, name, accumulate):
-    """Those of a learned router are left as they are."""
-    losses, indices, weights, kept, *_ = trained(
-        monkeypatch, name, recorded=False, bfloat16=False, accumulate=accumulate
-    )
-    again, same, others, as_many, _, replayed = trained(
-        monkeypatch, name, recorded="auto", bfloat16=False, accumulate=accumulate
-    )
-    # Weights that differ in their last bits may swap two tokens whose scores are all but equal; then runs part.
-    alike = next((step for step, (a, b) in enumerate(zip(same, indices, strict=True)) if a != b), STEPS)
-    assert alike > EAGER_STEPS, "replayed steps are compared"
-    torch.testing.assert_close(again[:alike], losses[:alike], rtol=1e-5, atol=0)
-    assert (weights - others).norm() <= (1e-5 if alike == STEPS else 1e-2) * weights.norm()
+    """Those of a learned router are left as they are. AdamW would make whole steps of what a sum's order changes."""
+    given = {"bfloat16": False, "accumulate": accumulate, "sgd": True}
+    losses, _, weights, kept, *_ = trained(monkeypatch, name, recorded=False, **given)
+    again, _, others, as_many, _, replayed = trained(monkeypatch, name, recorded="auto", **given)
+    torch.testing.assert_close(again, losses, rtol=1e-5, atol=0)
+    assert (weights - others).norm() <= 1e-5 * weights.norm()
     assert as_many == kept
     assert replayed == (name != "kv, learned router")
 
