@@ -231,9 +231,8 @@ def _logits_for(architecture: Architecture, look: _Look, classes: int) -> Iterat
     def stand_in(logits: Tensor) -> Tensor:
         logits = logits * look.scale
         if look.sure and logits.shape[:2] == look.labels.shape:
-            targets = look.labels[:, shift:]
-            sure = torch.where(targets == IGNORED, 0.0, look.sure).to(logits)
-            logits[:, : targets.shape[1]].scatter_add_(2, targets.clamp(min=0)[:, :, None], sure[:, :, None])
+            targets = look.labels[:, shift:, None]
+            logits[:, : targets.shape[1]] += look.sure * (targets == torch.arange(classes, device=logits.device))
         return logits
 
     with random_logits(architecture.head.module, classes, stand_in) as given:
