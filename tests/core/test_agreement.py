@@ -412,6 +412,47 @@ def test_a_structure_is_its_modules_and_settings():
     )
 
 
+def test_settings_that_are_changed():
+    model = ROUTABLE["llama"]()
+    layer, model.loss = model.model.layers[0], nn.Module()
+    layer.mlp.p, model.loss.gamma, layer.mlp.drop = 0.5, 2.0, nn.Dropout(0.5)
+    settings = structures.Settings(model)
+    assert settings.changed() is False
+    for holder, name, value in (
+        (layer.self_attn, "scaling", 0.3),
+        (layer.mlp, "p", 0.25),
+        (layer.mlp.drop, "inplace", True),
+        (model.config, "rms_norm_eps", 1e-3),
+        (model.config, "of_today", "new"),
+        (model, "of_today", 3),
+        (model.loss, "gamma", 1.0),
+        (model.loss, "of_today", None),
+        (model.loss, "of_today", False),
+    ):
+        setattr(holder, name, value)
+        assert (settings.changed(), settings.changed()) == (name != "of_today" or value is not None, False), name
+    del model.config.of_today
+    assert settings.changed() is True
+    # Noise, what is a module's own business, switches of a forward that leave its values, and what is no plain value.
+    layer.mlp.drop.p, layer.self_attn.attention_dropout, layer.mlp._count, layer.mlp.jitter_noise = 0.1, 0.2, 3, 0.4
+    model.config.use_cache, model.config.attention_dropout, model._of_today, model.config.of_today = False, 0.3, 5, [1]
+    model.eval()
+    assert settings.changed() is False
+    assert structures.Settings(ROUTABLE["llama"]()).changed() is False
+
+
+def test_a_setting_that_changes_in_every_step_counts_less_and_less():
+    model = ROUTABLE["llama"]()
+    settings, found = structures.Settings(model), []
+    for step in range(1, 34):
+        model.config.temperature = model.model.layers[1].self_attn.scaling = float(step)
+        found.append(settings.changed())
+    assert [step for step, counts in enumerate(found, 1) if counts] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+    model.config.temperature = 0.0
+    model.model.layers[2].self_attn.scaling = 7.0
+    assert settings.changed() is True, "the other one did not change before"
+
+
 def test_a_head_of_its_own_is_a_change_of_structure():
     model = ROUTABLE["llama"]()
     before = structures.structure(model)

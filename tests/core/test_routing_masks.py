@@ -325,6 +325,25 @@ def test_attention_without_a_kernel_is_that_of_the_dense_mask(heads):
     check(*attended(lambda mask: mask.dense, heads=heads))
 
 
+@pytest.mark.parametrize(("size", "calls"), [(1, 3), (2, 2), (192, 1)])
+def test_attention_in_stretches_of_queries(size, calls, monkeypatch):
+    monkeypatch.setattr(masks, "STRETCH", size)
+    made = []
+
+    def noted(*operands, **options):
+        made.append(operands)
+        return scaled_dot_product_attention(*operands, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
+    for pattern in (causal_mask_function, sliding_window_causal_mask_function(2)):
+        found, wanted = attended(pattern=pattern)
+        check(found, wanted)
+        assert found.is_contiguous() and len(made) == calls
+        made.clear()
+    attended(dropout=0.5)
+    assert len(made) == 1, "one draw for all"
+
+
 def test_what_the_op_does_not_know_is_left_to_the_dense_mask(kernel):
     check(*attended())
     assert len(kernel) == 1 and kernel[0][5:] == (None, None, 0.3, "all")
