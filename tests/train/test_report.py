@@ -186,7 +186,8 @@ def test_an_arm_that_diverged_is_named_and_compared_with_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("supervised", "which"), [(1.0, ""), (0.06, "supervised ")])
-def test_shares_are_of_what_is_supervised(tmp_path, supervised, which):
+def test_shares_are_of_what_is_supervised(tmp_path, supervised, which, monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: b"")
     found = outcome()
     study = {"devices": ["x"], "workers": 1, "threads": 1, "versions": {}, "supervised": supervised}
     page = tmp_path / "page.html"
