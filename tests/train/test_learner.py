@@ -55,9 +55,10 @@ def test_a_checkpointed_standard_learner_keeps_its_fused_norms_in_the_backward_p
         return fused(hidden, *arguments)
 
     learner = build_learner(model, "standard", Routing(), seed=0)
-    learner.loss(torch.arange(8)[None])  # looks at the model too
+    input_ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(2))
+    learner.loss(input_ids)  # looks at the model too
     monkeypatch.setattr(cggr_core.routing.norms, "rms_norm", noting)
-    loss = learner.loss(torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(2)))
+    loss = learner.loss(input_ids)
     layers = model.config.num_hidden_layers
     assert len(calls) == 2 * layers + 1
     loss.backward()

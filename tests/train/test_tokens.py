@@ -41,7 +41,7 @@ def test_given_heldout_documents(tmp_path, tokenizer, texts):
 
 
 def test_too_little_text(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="the data files hold no text"):
+    with pytest.raises(InputError, match="the data files contain no text"):
         build_token_store([], tokenizer, tmp_path, length=16)
     with pytest.raises(InputError, match=r"the text has 7 tokens, fewer than two sequences of 64 \(--length\)"):
         build_token_store(["def f(): return 1"], tokenizer, tmp_path, length=64)
@@ -53,7 +53,7 @@ def test_lines_that_were_left_out_explain_why_too_little_is_left(tmp_path, token
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x"}\n' * 3)
     documents = Documents([path], skip_bad=True)
-    with pytest.raises(InputError, match="hold no text; 3 bad lines were left out"):
+    with pytest.raises(InputError, match="contain no text; 3 bad lines were left out"):
         build_token_store(documents, tokenizer, tmp_path, length=16)
     with pytest.raises(InputError, match="to train a tokenizer on; 3 bad lines were left out"):
         train_tokenizer(documents, vocab_size=300)
