@@ -215,3 +215,23 @@ def test_every_session_that_a_document_names_exists(document):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+TRANSLATED = (
+    r"\banew\b|\bat hand\b|\bfor want of\b|\b(?:is|are|was|were) told\b|\bof one's own\b|\bnext to nothing\b|"
+    r"\bis not asked\b"
+)
+"""Constructions that read as a translation, which no prose linter knows."""
+
+
+@pytest.mark.parametrize("folder", ["docs", "examples", "packages"])
+def test_prose_is_idiomatic(folder):
+    paths = [path for kind in ("*.md", "*.py") for path in sorted((ROOT / folder).rglob(kind))]
+    assert len(paths) > 5
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if re.search(TRANSLATED, line)
+    ]
+    assert not found, "\n".join(found)

@@ -176,8 +176,8 @@ class RoutedCache(PassCache):
         recorded: Full-length keys and values of the layers that a context pass has run through; taken out as layers
             come to them.
         other_index: Positions of the other tokens, ``[B, S - K]``; ``None`` if every layer was recorded.
-        others: ``(layer, kept key and value)`` to the other tokens' key and value, and the two put together if they
-            are at hand, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
+        others: ``(layer, kept key and value)`` to the other tokens' key and value, and the two merged if that is
+            already done, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
         in_turn: Whether the recorded keys and values have their backward pass inside the layer's.
         shared: The shared tokens before every row.

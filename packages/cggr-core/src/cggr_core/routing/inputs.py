@@ -109,9 +109,9 @@ def token_inputs(
         inputs_embeds: ``[B, S, H]``, or ``None`` with ``input_ids``.
         attention_mask: ``[B, S]``, 1 = token, 0 = padding; or ``[B, 1, S, S]``, which keys every query sees, for passes
             over whole rows alone; or ``None``.
-        position_ids: int64 ``[B, S]`` or ``[1, S]``, or ``None``. Without an attention mask, positions that start
-            anew mark packed documents, as in transformers. Of several kinds, ``[3, B, S]``, or ``[4, B, S]`` with the
-            text's first.
+        position_ids: int64 ``[B, S]`` or ``[1, S]``, or ``None``. Without an attention mask, positions that
+            restart mark packed documents, as in transformers. Of several kinds, ``[3, B, S]``, or ``[4, B, S]`` with
+            the text's first.
         token_type_ids: int64 ``[B, S]``, or ``None``.
         options: Other arguments of the model's forward.
 

@@ -301,7 +301,7 @@ def attention_implementation(architecture: Architecture, choose: Callable[[str],
 
 @contextmanager
 def smaller_vocabulary(configured: Iterable[nn.Module], classes: int, fewer: int) -> Iterator[None]:
-    """Let models and configs say that a vocabulary has fewer classes, which is what a loss is told.
+    """Let models and configs report a vocabulary with fewer classes, as their losses read it.
 
     Reach: these modules and their configs, and with them any other model that was made with the same config object.
 
