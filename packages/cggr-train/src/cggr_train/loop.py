@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +16,7 @@ from cggr_train.errors import DivergedError, InputError
 from cggr_train.learner import Learner
 from cggr_train.optimizer_step import OptimizerStep
 from cggr_train.ranks import ALONE, Ranks
-from cggr_train.recorded import RecordedStep
-
-StepGraph = bool | Literal["auto"]
-"""What is captured as CUDA graphs: the whole step, nothing, or the passes of methods that gain from it."""
+from cggr_train.recorded import RecordedStep, StepGraph
 
 
 @dataclass

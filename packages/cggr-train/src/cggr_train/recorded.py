@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from cggr_train.errors import InputError, RunError
 from cggr_train.learner import Routing
 from cggr_train.optimizer_step import OptimizerStep
 
+StepGraph = bool | Literal["auto"]
+"""What is captured as CUDA graphs: the whole step, nothing, or the passes of methods that gain from it."""
 EAGER_STEPS = 3
 """Steps before the recording: they compile kernels, create the optimizer's state, and train like any other."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cggr_train.errors import InputError
 from cggr_train.learner import Routing
-from cggr_train.loop import StepGraph
 from cggr_train.option_checks import check_number, check_routing, check_seed
+from cggr_train.recorded import StepGraph
 
 STUDY = "study.json"
 """Next to the settings of training, in the folder of a study."""

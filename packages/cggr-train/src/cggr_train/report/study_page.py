@@ -12,7 +12,7 @@ from cggr_train.report.plots import NARROW, colour, draw_frontier, draw_kept, dr
 from cggr_train.report.tables import study_cells
 
 if TYPE_CHECKING:
-    from cggr_train.loop import StepGraph
+    from cggr_train.recorded import StepGraph
     from cggr_train.study.analysis import Outcome
     from cggr_train.study.settings import StudySettings
 

@@ -12,8 +12,9 @@ import torch
 
 from cggr_train.data import TokenStore
 from cggr_train.device import uses_bfloat16
-from cggr_train.loop import Budget, LearningRate, LoopSettings, StepGraph
+from cggr_train.loop import Budget, LearningRate, LoopSettings
 from cggr_train.presets import build_config, build_model, load_model
+from cggr_train.recorded import StepGraph
 from cggr_train.session import RunSession, SessionSettings
 from cggr_train.study.arms import Arm, load_arms
 from cggr_train.study.settings import StudySettings
