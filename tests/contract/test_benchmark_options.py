@@ -10,7 +10,7 @@ from benchmarks import _record
 from tests.support.documents import ROOT
 
 # They measure nothing.
-DRAW = {"distributed_figures", "study_figures", "trl_figures"}
+DRAW = {"distributed_figures", "evidence", "study_figures", "trl_figures"}
 SCRIPTS = sorted(
     path.stem
     for path in (ROOT / "benchmarks").glob("[a-z]*.py")

@@ -70,7 +70,7 @@ def sections(document: Path) -> Iterator[tuple[str, str]]:
 
 def results_named(section: str) -> list[str]:
     """Names of the results that a section links to or names in backticks; ``moe_h*`` stands for several."""
-    named = re.findall(r"results/([\w*-]+)|`([\w*]+)(?:\.json)?`", section)
+    named = re.findall(r"results/([\w*.-]+?)(?=\.(?:json|png)|[^\w*.-])|`([\w*]+)(?:\.json)?`", section)
     return sorted({path.stem for one in named for path in RESULTS.glob(f"{one[0] or one[1]}.json")})
 
 
