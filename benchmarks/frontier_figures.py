@@ -37,9 +37,10 @@ def draw(path: Path, bases: Sequence[str] = tuple(TITLES), *, suffix: str = "") 
         axes.set_xlabel("peak memory of a step, GB")
     panels[0].set_ylabel("held-out loss, nats per answer token")
     settings = result["settings"]
+    seeds = "one seed" if settings["seeds"] == 1 else f"{settings['seeds']} seeds"
     figure.suptitle(
         f"{settings['model']}, {settings['length']:,} tokens, {settings['supervised']:.0%} supervised: loss after "
-        f"{settings['seconds']:.1f} s, {settings['seeds']} seeds,{' ' if len(bases) > 1 else chr(10)}95% intervals. "
+        f"{settings['seconds']:.1f} s, {seeds},{' ' if len(bases) > 1 else chr(10)}95% intervals. "
         f"{result['environment']['device']}",
         fontsize=9, x=0.01, ha="left",
     )  # fmt: skip
