@@ -130,6 +130,7 @@ def test_the_vocabulary_meets_no_more_than_kept_and_observed_tokens(gradient, en
     model, input_ids = ROUTABLE["llama"](), tokens(rows=4, length=24)
     router = LearnedRouter(1, width=4, observed_tokens=8)
     wrapped = learned(model, forwards=1, router=router, gradient=gradient, engine=engine)
+    backward(wrapped, input_ids)  # a first batch of its size is looked at
     with VocabularyProducts() as products:
         wrapped(input_ids, labels=input_ids)
     kept = 2 * 24 if gradient == "sequence" else 4 * 10  # slots of 0.4 of the rows, or of the tokens

@@ -129,7 +129,8 @@ def _advantages_by_token(inputs):
     "change", [_ratios_of_vllm, _observations_of_tools, _a_truncated_completion, _advantages_by_token]
 )
 def test_whatever_a_batch_holds_is_in_the_loss(grpo, tokenizer, change, loss, gradient):
-    plain, made = (grpo(cggr, top_entropy_quantile=0.4, **OPTIONS[loss]) for cggr in (None, CGGRConfig(gradient)))
+    configurations = (None, CGGRConfig(gradient=gradient))
+    plain, made = (grpo(cggr, top_entropy_quantile=0.4, **OPTIONS[loss]) for cggr in configurations)
     inputs = batch_for(plain, tokenizer, old=True)
     before = step(plain, inputs)[0]
     change(inputs)
@@ -146,7 +147,7 @@ def test_whatever_a_batch_holds_is_in_the_loss(grpo, tokenizer, change, loss, gr
 
 @pytest.mark.parametrize("gradient", ["exact", "kv"])
 def test_where_all_completions_were_cut_off_nothing_is_learned(grpo, tokenizer, gradient):
-    plain, made = (grpo(cggr, top_entropy_quantile=0.4) for cggr in (None, CGGRConfig(gradient)))
+    plain, made = (grpo(cggr, top_entropy_quantile=0.4) for cggr in (None, CGGRConfig(gradient=gradient)))
     inputs = batch_for(plain, tokenizer, old=True)
     inputs["completion_mask"][:] = 0
     for trainer in (plain, made):
