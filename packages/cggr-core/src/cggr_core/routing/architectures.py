@@ -109,7 +109,7 @@ def describe(model: nn.Module) -> Architecture:
         ValueError: If it has no output embedding, or is an encoder-decoder model.
     """
     base = unwrapped(model)
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(base, "get_output_embeddings"):
         advice = f"; load it first: AutoModelForCausalLM.from_pretrained({model!r})" if isinstance(model, str) else ""
         raise TypeError(

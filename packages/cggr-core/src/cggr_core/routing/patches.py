@@ -312,7 +312,7 @@ def smaller_vocabulary(configured: Iterable[nn.Module], classes: int, fewer: int
     """
     holders: dict[int, Any] = {}
     for module in configured:
-        config = module.config
+        config: Any = module.config
         for holder in (module, config, config.get_text_config() if hasattr(config, "get_text_config") else config):
             holders[id(holder)] = holder
     said = [

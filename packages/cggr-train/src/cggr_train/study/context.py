@@ -59,7 +59,7 @@ class StudyContext:
         self.tokens = whole._replace(train=whole.train[: len(whole.train) - aside])
         self.tuning_tokens = whole.train[len(whole.train) - aside :]
         self.arms = {arm.name: arm for arm in load_arms(folder)}
-        self.cuda_graph = graph_of_steps(self.settings, self.arms.values())
+        self.cuda_graph: StepGraph = graph_of_steps(self.settings, self.arms.values())
         self._kept: PreTrainedModel | None = None
         self.bfloat16 = uses_bfloat16(self.settings.train.precision, device)
 
