@@ -279,7 +279,7 @@ def load(name: str, *, folder: Path = RESULTS) -> dict[str, Any]:
 
 
 def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, label: str | None = None) -> None:
-    """Draw the rows of a result as bars, losses as points, with their spread; standard steps are grey.
+    """Draw the rows of a result as bars, losses as points, with their spread; standard steps and TRL's own are grey.
 
     Args:
         result: What :func:`load` returns.
@@ -296,7 +296,7 @@ def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, lab
     for place, (name, row) in enumerate(rows.items()):
         low, high = row["spread"]
         error = [[max(row["median"] - low, 0.0)], [max(high - row["median"], 0.0)]]
-        colour = "0.6" if name == result["control"] or name.startswith("standard") else "#2a6f97"
+        colour = "0.6" if name == result["control"] or name.startswith(("standard", "TRL")) else "#2a6f97"
         if row.get("unit") == "nat":  # losses differ by hundredths: a bar from zero would show none of it
             axes.errorbar(row["median"], place, xerr=error, color=colour, fmt="o", capsize=3)
         else:
