@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         r"<class 'torch\.autograd\.function\.Function'> should not be:DeprecationWarning",
         "`torch.jit.script_method` is deprecated:DeprecationWarning",
         "_compile flag on create_block_mask was originally added:DeprecationWarning",  # transformers' call of it
+        "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",  # Dynamo's, in flex
     )
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
