@@ -24,7 +24,7 @@ from cggr_core.routing.loss_agreement import (
     takes_mask,
     text_alone,
 )
-from cggr_core.routing.patches import smaller_vocabulary, without_checkpointing
+from cggr_core.routing.patches import attention_of_any_mask, smaller_vocabulary, without_checkpointing
 from cggr_core.routing.truncation import truncated
 
 # Logits of one look: a few copies of them are held at a time, in float32 half a gigabyte of the larger number.
@@ -82,7 +82,7 @@ def check_loss_of_batch(
     rows, length = min(inputs.shape[0], _ROWS), inputs.shape[1]
     most = max(_LOGITS_OF_IDS // (rows * architecture.head.classes), 8)
     try:
-        with without_checkpointing(architecture):
+        with attention_of_any_mask(), without_checkpointing(architecture):
             try:
                 whole = _as_it_is(model, architecture, inputs, labels, rows, min(length, most))
             except MODEL_ERRORS:  # some run on rows of certain lengths alone, and the batch's is one

@@ -422,3 +422,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def attention_of_any_mask() -> Iterator[None]:
+    """Let SDPA fall back to its math backend, where a user allows flash attention alone: looks bring masks.
+
+    Reach: all of torch, CPUs too, despite the switch's name.
+    """
+    allowed = torch.backends.cuda.math_sdp_enabled()
+    torch.backends.cuda.enable_math_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_math_sdp(allowed)

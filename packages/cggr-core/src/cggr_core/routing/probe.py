@@ -1,7 +1,6 @@
 """Probes the model on a batch before training: what its layers return, and whether routing is exact."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.head_check import gives_the_logits
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.loss_agreement import own_alignment, text_alone
-from cggr_core.routing.patches import evaluation_mode, grown_parameters, without_checkpointing
+from cggr_core.routing.patches import attention_of_any_mask, evaluation_mode, grown_parameters, without_checkpointing
 
 _ROWS, _TOKENS = 2, 8
 # Bound on the relative error of three quarters of the tokens' logits, for a head that is one matrix.
@@ -62,7 +61,7 @@ def probe(
     Raises:
         ValueError: If the logits are NaN or not one row per token, or if the model's own loss differs.
     """
-    with _attention_of_any_mask():
+    with attention_of_any_mask():
         try:
             return _probe(model, architecture, inputs, _TOKENS, routing=routing, own_loss=own_loss)
         except MODEL_ERRORS as error:
@@ -71,17 +70,6 @@ def probe(
                 with suppress(*MODEL_ERRORS):
                     return _probe(model, architecture, inputs, inputs.shape[1], routing=routing, own_loss=own_loss)
             raise error
-
-
-@contextmanager
-def _attention_of_any_mask() -> Iterator[None]:
-    """Let SDPA fall back to its math backend even if only flash attention is allowed: probes use masks."""
-    allowed = torch.backends.cuda.math_sdp_enabled()  # of CPUs too, despite its name
-    torch.backends.cuda.enable_math_sdp(True)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_math_sdp(allowed)
 
 
 def _probe(
