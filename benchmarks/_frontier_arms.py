@@ -172,7 +172,9 @@ _BATCHES = {
     "standard-b1": _standard(1, answers=True, rates=(5e-5, 1e-4, 2e-4)),
     "kv": Way("kv, supervised tokens, batch 4", 4, answers=True),
     "kv-stratified": Way("kv, stratified quarter, batch 4", 4, selection="stratified", ratio=0.25, answers=True),
-    "kv-random": Way("kv, random quarter, batch 4", 4, selection="random", ratio=0.25, rate_of="kv-stratified"),
+    "kv-random": Way(
+        "kv, random quarter, batch 4", 4, selection="random", ratio=0.25, rate_of="kv-stratified", answers=True
+    ),
 }
 _TOY = {
     "standard": _standard(4, answers=True),

@@ -16,7 +16,7 @@ from cggr_train.study import plan as study_plan
 from cggr_train.study.analysis import Outcome, analyse
 
 if TYPE_CHECKING:
-    from benchmarks.frontier import Plan
+    from benchmarks._frontier_plan import Plan
 
 BASES = ("recorded", "usual")
 """Every arm's step recorded where it can be; or as it runs by default."""

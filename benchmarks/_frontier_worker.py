@@ -169,11 +169,14 @@ def serve(pipe: Connection, told: dict[str, Any]) -> None:
     while True:
         try:
             task = dict(pipe.recv())
-        except EOFError:
+        except (EOFError, OSError):  # the coordinator is at its end
             return
         try:
             result = getattr(worker, task.pop("do"))(**task)
         except Exception as error:  # whatever it is, the coordinator says it and goes on
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
-        pipe.send(result)
+        try:
+            pipe.send(result)
+        except OSError:
+            return

@@ -10,14 +10,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from cggr_core.routing import Engine
-from cggr_train.grouped_attention import attend
 
-_ATTENTION, _PREFILL = "one_token_grouped", "sdpa"
+_ATTENTION, _PREFILL = "one_token_folded", "sdpa"
 _CHECK_EVERY = 16
+_EVEN = 16
+"""Slots are a multiple of this: memory-efficient attention copies a mask of any other length."""
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """One query per row; heads that share keys are queries of one head, so that SDPA reads these once.
+
+    Args:
+        module: The attention layer.
+        query: ``[R, H, 1, D]``.
+        key: ``[R, G, L, D]``.
+        value: As ``key``.
+        attention_mask: Added to scores, ``[R, 1, 1, L]``.
+        **options: As passed by the layer; ``scaling`` is used.
+    """
+    rows, heads, _, size = query.shape
+    folded = query.reshape(rows, key.shape[1], -1, size)
+    mask = attention_mask.expand(-1, key.shape[1], folded.shape[2], -1)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        found = functional.scaled_dot_product_attention(
+            folded, key, value, attn_mask=mask, scale=options.get("scaling")
+        )  # fmt: skip
+    return found.reshape(rows, 1, heads, -1), None
 
 
 class _PlacedCache(Cache):
@@ -64,10 +90,11 @@ class Greedy:
         self.end, self.rows, self.prompt, self.new, self.prefill = end, rows, prompt, new, prefill
         config = self.model.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (rows, config.num_key_value_heads, prompt + new, size)
+        slots = -(-(prompt + new) // _EVEN) * _EVEN
+        shape = (rows, config.num_key_value_heads, slots, size)
         self._cache = _PlacedCache(shape, config.num_hidden_layers, next(self.model.parameters()))
         self._cache_name = Engine(self.model).architecture.cache_name
-        self._slots = torch.arange(prompt + new, device=device)
+        self._slots = torch.arange(slots, device=device)
         self._token = torch.zeros(rows, dtype=torch.int64, device=device)
         self._done = torch.zeros(rows, dtype=torch.bool, device=device)
         self._graph: Any = None
@@ -152,9 +179,10 @@ class Greedy:
     def _step(self) -> None:
         """Write the latest token of every row into its place, and choose the one after it."""
         place = self._cache.place
-        allowed = self._slots <= place[:, None]
+        dtype = self._cache.keys[0].dtype
+        mask = torch.where(self._slots <= place[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
         output = self.model(
-            input_ids=self._token[:, None], position_ids=place[:, None], attention_mask=allowed[:, None, None],
+            input_ids=self._token[:, None], position_ids=place[:, None], attention_mask=mask[:, None, None],
             use_cache=True, **{self._cache_name: self._cache},
         )  # fmt: skip
         chosen = torch.where(self._done, self.end, output.logits[:, -1].argmax(-1))

@@ -15,12 +15,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks import _record
 from benchmarks._frontier_arms import SETTINGS, Way
 from benchmarks._frontier_data import TUNING, load, prepare
+from benchmarks._frontier_plan import Plan, setting_of
 from benchmarks._frontier_report import Found, outcome_of, report, whole_seeds
 from benchmarks._frontier_training import Learner, loss_on, train
 from benchmarks._frontier_units import keep_part, line_ends, routed_layers
 from benchmarks._greedy import Greedy
 from benchmarks.evidence import frontier_tables, losses_table
-from benchmarks.frontier import Plan, setting_of
 from benchmarks.frontier_figures import draw
 from benchmarks.noisy import earlier
 from cggr_train.data import split_supervised
