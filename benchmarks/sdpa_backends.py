@@ -1,0 +1,102 @@
+"""Time of causal attention by each kernel behind SDPA, and by the op ``routed_attention``, on a CUDA device.
+
+``forward`` is what the passes over all tokens need, ``forward + backward`` what a standard step does. The op is given
+all tokens as queries, or three quarters of them at random: the other tokens of an interleaved pass at keep ratio 0.25,
+for which SDPA needs a mask. Every row is written as soon as it is there.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import _record
+from benchmarks._kernels import SEED, Table
+from cggr_core.backends import resolve
+
+HEADS = {64: (32, 8), 128: (32, 8)}
+SHAPES = ((8, 2048, 64), (4, 2048, 128), (1, 8192, 64), (2, 8192, 128), (2, 2048, 64))
+KERNELS = {"sdpa, flash": SDPBackend.FLASH_ATTENTION, "sdpa, cudnn": SDPBackend.CUDNN_ATTENTION}
+CONTROL = "sdpa, by default"
+KEPT = 0.75
+
+
+def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
+    """Calls by pass and name."""
+    torch.manual_seed(SEED)
+    heads, key_heads = HEADS[size]
+
+    # As projections make them: heads beside each other in a row of the sequence.
+    def rows(count: int) -> Tensor:
+        return torch.randn(batch, length, count, size, device=device, dtype=dtype, requires_grad=True)
+
+    q, k, v = rows(heads), rows(key_heads), rows(key_heads)
+    cotangent = torch.randn_like(q)
+    everywhere = torch.arange(length, device=device).expand(batch, length).contiguous()
+    chosen = torch.rand(batch, length, device=device).topk(int(KEPT * length), dim=1).indices.sort(dim=1).values
+    few = q.detach().gather(1, chosen[:, :, None, None].expand(-1, -1, heads, size))
+    attend = resolve("routed_attention", q.device.type, dtype)
+
+    def sdpa(kernel: SDPBackend | None) -> Tensor:
+        arguments = (part.transpose(1, 2) for part in (q, k, v))
+        if kernel is None:
+            return scaled_dot_product_attention(*arguments, is_causal=True, enable_gqa=True).transpose(1, 2)
+        with sdpa_kernel(kernel):
+            return scaled_dot_product_attention(*arguments, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    outputs: dict[str, Callable[[], Tensor]] = {CONTROL: lambda: sdpa(None)}
+    outputs |= {name: (lambda kernel=kernel: sdpa(kernel)) for name, kernel in KERNELS.items()}
+    outputs["cggr, routed_attention"] = lambda: attend(q, k, v, everywhere)
+
+    def forward(output: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return torch.no_grad()(output)
+
+    def both(output: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(output(), (q, k, v), cotangent)
+
+    alone = {name: forward(output) for name, output in outputs.items()}
+    alone["cggr, routed_attention, 3/4 of the queries"] = forward(lambda: attend(few, k, v, chosen))
+    return {"forward": alone, "forward + backward": {name: both(output) for name, output in outputs.items()}}
+
+
+def main() -> None:
+    """Time, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cpu tries the calls out and times nothing")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
+    _record.add_seconds(parser)
+    options = parser.parse_args()
+    until = _record.deadline(options.seconds)
+    if options.device == "cpu":
+        for calls in candidates(1, 16, 64, "cpu", torch.float32).values():
+            for name, call in calls.items():
+                if name not in KERNELS:
+                    call()
+        return
+    table = Table(options.repeats)
+    for batch, length, size in SHAPES:
+        for name, calls in candidates(batch, length, size, "cuda", torch.bfloat16).items():
+            if table.rows and _record.is_over(until):
+                return
+            heads, key_heads = HEADS[size]
+            op = f"B{batch} S{length} D{size} H{heads}/{key_heads}, {name}"
+            products = 2.0 if name == "forward" else 7.0  # of 2 * S * S / 2 * D each
+            flop = products * batch * heads * length**2 * size
+
+            def rate(row: str, median: float, flop: float = flop) -> float:
+                return flop * (KEPT if "3/4" in row else 1.0) / median
+
+            table.measure(op, calls, CONTROL, flop_per_second=rate)
+            settings = {"seed": SEED, "repeats": options.repeats, "dtype": "bfloat16", "queries": KEPT}
+            first = next(iter(table.rows))
+            _record.write("sdpa_backends", table.rows, settings=settings, control=first, device="cuda",
+                          folder=options.output)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
