@@ -291,8 +291,9 @@ def test_the_tokens_that_a_loss_is_tried_on():
         assert labelled(input_ids, pad_token_id=outside)[1][0, 2] == input_ids[0, 2]
     assert labelled(input_ids, pad_token_id=VOCAB - 1)[1][0, 2] == VOCAB - 1
     wanted[1, 2], wanted[0, 4], wanted[1, 4], wanted[0, 6], wanted[1, 6] = 90, 91, 2, 92, 93
-    specials = {"bos_token_id": 2, "x_token_index": 92, "pad_token_id": 0, "y_token_ids": [90, 93, 94], "size": 95}
+    specials = {"size": 95, "bos_token_id": 2, "x_token_index": 92, "pad_token_id": 0, "y_token_ids": [90, 93, 94]}
     assert torch.equal(labelled(input_ids, eos_token_id=[90, 91], **specials)[1], wanted)
+    assert torch.equal(labelled(input_ids[:2], eos_token_id=[90, 91], **specials)[1], wanted)
     assert labelled(input_ids[:, :2], pad_token_id=0)[1].tolist() == input_ids[:2, :2].tolist()
     assert labelled(input_ids[:, :3], pad_token_id=0)[1].tolist() == [[3, 4, 0], [13, 14, 15]]
     assert labelled(input_ids[:, :4])[1].tolist() == [[3, 4, 5, -100], [13, 14, 15, -100]]
@@ -314,8 +315,9 @@ def test_the_tokens_that_a_loss_is_tried_on_are_attended_to_but_for_one(padding)
         wanted[0, 7] = 0
         assert torch.equal(given["attention_mask"], wanted) and given["attention_mask"].dtype == wanted.dtype
         assert labels[0, 7] == 10
-    given, _ = labelled(torch.arange(3, 33).view(3, 10)[:, :4], masked=True)
-    assert given["attention_mask"].tolist() == [[1] * 4] * 2
+    for length, last in ((4, 1), (5, 0)):
+        given, _ = labelled(torch.arange(3, 33).view(3, 10)[:, :length], masked=True)
+        assert given["attention_mask"].tolist() == [[*[1] * (length - 1), last], [1] * length]
 
 
 def test_embeddings_have_labels_too():
@@ -337,13 +339,18 @@ def test_placeholders_of_images_become_other_tokens():
 
 
 def test_which_arguments_only_a_loss_reads():
-    def loss_function(logits, labels, vocab_size, focal_gamma=1.0, **kwargs):
+    def loss_function(
+        logits, labels, vocab_size, input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, focal_gamma
+    ):
         raise AssertionError("not called")
 
     model = SimpleNamespace(loss_function=loss_function)
-    given = {"input_ids": 1, "attention_mask": 2, "labels": 3, "vocab_size": 4, "use_cache": 5}
+    # What the model reads besides is no argument of its loss alone.
+    read = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "labels", "vocab_size")
+    given = {**dict.fromkeys(read, 1), "use_cache": 5}
     assert loss_agreement.loss_arguments(model, given) == {}
     of_loss = {"num_items_in_batch": 6, "ignore_index": 7, "focal_gamma": 8, "my_labels": 9, "reduction": "sum"}
+    of_loss |= {"shift_labels": 1, "label_smoothing": 0.1, "class_weights": 2}
     assert loss_agreement.loss_arguments(model, given | of_loss) == of_loss
     assert loss_agreement.loss_arguments(SimpleNamespace(), {"focal_gamma": 8, "reduction": "sum"}) == {
         "reduction": "sum"
@@ -499,6 +506,31 @@ def test_hooks_of_torch_itself_are_no_change_of_structure():
             for hook in hooks:
                 hook.remove()
     assert model(tokens()).logits.shape[-1] == VOCAB
+
+
+def test_the_error_gives_the_loss_with_either_alignment():
+    base = nn.Identity()
+    base.config = SimpleNamespace(get_text_config=SimpleNamespace)
+    kinds = [(False, True), (False, False), (True, True), (True, False)]
+    for of_kind in (kinds, kinds[::-1]):
+        found = {loss_agreement.Alignment(*kind): 1.0 + sum(kind) + 2 * kind[0] for kind in of_kind}
+        said = str(loss_agreement.another_loss(base, "on 16 tokens", torch.tensor(9.5), found))
+        shifted, unshifted = (5, 2) if of_kind is kinds else (4, 1)
+        assert f"on 16 tokens it is 9.5, cross-entropy {shifted} with shifted labels and {unshifted} without" in said
+        assert "(it has an additional term, another weighting or other ignored labels)" in said
+
+
+def test_what_a_routed_step_makes_of_logits():
+    logits, labels = torch.randn(2, 6, 9).bfloat16(), torch.randint(9, (2, 6))
+    labels[0, 2] = labels[1] = -100
+    output, items = SimpleNamespace(), torch.tensor(7.0)
+    for shifted in (True, False):
+        targets, predictions = (labels[:, 1:], logits[:, :-1]) if shifted else (labels, logits)
+        nll = -predictions.double().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+        nll, count = nll[targets != -100].sum().item(), (targets != -100).sum().item()
+        for divided, by in ((None, count), (items, 7)):
+            found = loss_agreement.routed_loss(nn.Identity(), output, logits, labels, shifted=shifted, items=divided)
+            assert found == pytest.approx(nll / by, rel=1e-6), "in float32"
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,8 @@ def test_num_items_in_batch_is_num_items(gradient):
     [
         ({"ignore_index": 0}, r"create it with CGGRModel\(model, ignore_index=0\)"),
         ({"label_smoothing": 0.1}, "label_smoothing is an argument of the model's own loss"),
+        ({"class_weights": [1.0] * VOCAB}, "class_weights is an argument of the model's own loss"),
+        ({"reduction": "sum"}, "reduction is an argument of the model's own loss"),
     ],
 )
 def test_arguments_of_the_loss_are_refused_by_name(arguments, said):
@@ -232,6 +234,83 @@ def test_arguments_of_the_loss_are_refused_by_name(arguments, said):
 def test_arguments_of_the_loss_are_refused_without_labels(name):
     with pytest.raises(ValueError, match=f"{name}: used only in training with labels, and labels is None"):
         CGGRModel(ROUTABLE["llama"]()).train()(tokens(), **{name: 1})
+
+
+@pytest.mark.parametrize("shift_labels", [[[3, 4]], 3, True])
+def test_shift_labels_that_are_no_tensor(shift_labels):
+    with pytest.raises(TypeError, match=f"shift_labels must be a tensor, got {type(shift_labels).__name__}"):
+        CGGRModel(ROUTABLE["llama"]()).train()(tokens(), labels=tokens(), shift_labels=shift_labels)
+
+
+class Reads(transformers.LlamaForCausalLM):
+    """Reads ``num_items_in_batch`` or ``shift_labels`` in a way of its own."""
+
+    how = "as a routed step does"
+
+    def forward(
+        self, input_ids=None, labels=None, attention_mask=None, num_items_in_batch=None, shift_labels=None, **options
+    ):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if labels is None:
+            return output
+        if "padding" in self.how and attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        loss = shifted_nll(output.logits, labels)
+        given = num_items_in_batch if shift_labels is None else shift_labels
+        if given is None or "ignores" in self.how:
+            output.loss = loss
+        elif "raises" in self.how:
+            raise TypeError("not in this model")
+        elif "gives nothing" in self.how:
+            output.loss = None
+        elif "gives rows" in self.how:
+            output.loss = torch.stack([loss, loss])
+        elif shift_labels is None:
+            output.loss = shifted_nll(output.logits, labels, reduction="sum") / num_items_in_batch
+        else:
+            output.loss = cross_entropy(output.logits.flatten(0, 1), shift_labels.flatten())
+        return output
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("how", ["as a routed step does", "without padding, as a routed step does"])
+def test_num_items_in_batch_of_a_model_whose_loss_reads_it(how, padded):
+    model, mask = scattered(Reads(ROUTABLE["llama"]().config)), torch.ones_like(tokens())
+    model.how, mask[0, -4:] = how, 0 if padded else 1
+    given = {"labels": tokens(), "attention_mask": mask, "num_items_in_batch": 37}
+    own = model(input_ids=tokens(), **given).loss
+    found = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0)(tokens(), **given)
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "said"), [("num_items_in_batch", "no sum|is not a sum"), ("shift_labels", "not use")])
+@pytest.mark.parametrize("how", ["ignores it", "raises with it", "gives nothing with it", "gives rows with it"])
+def test_an_argument_that_the_models_loss_reads_in_another_way_is_refused(how, name, said):
+    model, input_ids = scattered(Reads(ROUTABLE["llama"]().config)), tokens()
+    wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0)
+    value = 37 if name == "num_items_in_batch" else input_ids.roll(-1, 1)
+    wrapped(input_ids, labels=input_ids, **{name: value})
+    wrapped.model = other = scattered(Reads(model.config))
+    other.how = how
+    wrapped(input_ids, labels=input_ids)
+    with pytest.raises(ValueError, match=rf"^{name}: the loss of Reads .*({said})"):
+        wrapped(input_ids, labels=input_ids, **{name: value})
+
+
+def test_alignment_is_seen_at_starting_weights_of_a_model_without_logits_in_training():
+    class WithoutLogits(transformers.BartForCausalLM):
+        def forward(self, *args, labels=None, **options):
+            output = super().forward(*args, labels=labels, **options)
+            if self.training and labels is not None:
+                output.logits = None
+            return output
+
+    model, input_ids = WithoutLogits(transformers.BartConfig(**BART, init_std=1e-5)).train(), tokens()
+    wrapped = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0)
+    wrapped(torch.full_like(input_ids, 7), labels=torch.full_like(input_ids, 7))
+    scattered(model)
+    own = cross_entropy(model(input_ids=input_ids).logits.flatten(0, 1), input_ids.flatten())
+    torch.testing.assert_close(wrapped(input_ids, labels=input_ids), own, rtol=1e-5, atol=1e-6)
 
 
 def test_labels_are_given_by_name():

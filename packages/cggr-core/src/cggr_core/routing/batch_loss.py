@@ -1,7 +1,7 @@
 """Whether a model's own loss is that of a routed step on whole batches, whatever labels their rows have."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -120,12 +120,9 @@ def _without_layers(
 def _difference(
     model: nn.Module, architecture: Architecture, look: _Look, classes: int
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
-    with _logits_for(architecture, look, classes) as given:
+    with _logits_for(architecture, look, classes):
         output = model(**look.arguments, labels=look.labels, use_cache=False)
-    logits = output.logits
-    if not given or not isinstance(logits, Tensor) or logits.shape != (*look.labels.shape, classes):
-        raise TypeError("the logits of all tokens are not the head's")
-    return _compared(model, architecture, look, output, logits)
+    return _compared(model, architecture, look, output, output.logits)
 
 
 def _compared(
@@ -223,8 +220,7 @@ def _text(model: nn.Module, inputs: TokenInputs, rows: int | None, length: int |
     return {**text, **inputs.quiet}
 
 
-@contextmanager
-def _logits_for(architecture: Architecture, look: _Look, classes: int) -> Iterator[list[Tensor]]:
+def _logits_for(architecture: Architecture, look: _Look, classes: int) -> AbstractContextManager[None]:
     """Let the head give the logits of a look, however many classes it has."""
     shift = int(architecture.shifted)
 
@@ -235,5 +231,4 @@ def _logits_for(architecture: Architecture, look: _Look, classes: int) -> Iterat
             logits[:, : targets.shape[1]] += look.sure * (targets == torch.arange(classes, device=logits.device))
         return logits
 
-    with random_logits(architecture.head.module, classes, stand_in) as given:
-        yield given
+    return random_logits(architecture.head.module, classes, stand_in)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[li
 
 
 @contextmanager
-def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let a head give random logits over some number of classes, without its product.
 
     Reach: this module, whoever calls it.
@@ -57,33 +58,28 @@ def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tens
     Args:
         head: The head.
         classes: How many logits it is to give for each token.
-        change: From standard normal numbers ``[..., classes]`` in float32 to the logits.
-
-    Yields:
-        The logits that the head gave, for every call.
+        change: From standard normal numbers ``[..., classes]`` in float32, others in every call, to the logits.
 
     Raises:
         TypeError: In a call, if the head is sharded over ranks.
     """
-    own, given = head.forward, list[Tensor]()
+    own, calls = head.forward, count()
 
     def stand_in(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         like = own(hidden[:1, :1] if hidden.dim() == 3 else hidden[:1], *args, **kwargs)
         if type(like) is not Tensor:
             raise TypeError(f"the head gives a {type(like).__name__}")
-        noise = _noise(torch.Size((*hidden.shape[:-1], classes)), like.device, len(given))
-        given.append(change(noise).to(like))
-        return given[-1]
+        return change(_noise(torch.Size((*hidden.shape[:-1], classes)), like.device, next(calls))).to(like)
 
     with replaced_forwards({head: stand_in}):
-        yield given
+        yield
 
 
 def _noise(shape: torch.Size, device: torch.device, seed: int) -> Tensor:
     """Standard normal numbers in float32, the same on every device."""
-    count = shape.numel()
-    drawn = torch.randn(min(count, _MOST_DRAWN), generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
-    return drawn.repeat(-(-count // max(drawn.numel(), 1)))[:count].view(shape)
+    size = shape.numel()
+    drawn = torch.randn(min(size, _MOST_DRAWN), generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
+    return drawn.repeat(-(-size // max(drawn.numel(), 1)))[:size].view(shape)
 
 
 @torch.no_grad()

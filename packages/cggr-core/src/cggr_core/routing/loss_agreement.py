@@ -22,25 +22,10 @@ _ROWS, _TOKENS = 2, 8
 _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 # Words in the names of settings that change a loss or add a term to it.
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
-# What losses are known to read, besides what the model's own loss function declares.
-_LOSS_ARGUMENTS = frozenset(
-    {"num_items_in_batch", "ignore_index", "shift_labels", "label_smoothing", "reduction", "class_weights"}
-)
+# What losses are known to read, besides what the model's own loss function declares and what is named after labels.
+_LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "reduction", "class_weights"})
 _NOT_FOR_LOSS_ALONE = frozenset(
-    {
-        "logits",
-        "labels",
-        "vocab_size",
-        "config",
-        "kwargs",
-        "args",
-        "self",
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "inputs_embeds",
-        "token_type_ids",
-    }
+    {"labels", "vocab_size", "input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids"}
 )
 # Settings that are a token, or several, which a loss may treat as none other.
 _SPECIAL_TOKEN = re.compile(r"token_ids?$|token_index$")
