@@ -206,7 +206,7 @@ def test_layers_that_the_config_counts_otherwise_are_said_by_number():
     model.model.layers = model.model.layers[:2]
     input_ids = torch.arange(12)[None] + 3
     wrapped = CGGRModel(model, gradient="kv").train()
-    with pytest.raises(ValueError, match=r"it has no module list as long as config\.num_hidden_layers=3 says"):
+    with pytest.raises(ValueError, match=r"it has no ModuleList of length config\.num_hidden_layers=3"):
         wrapped(input_ids, labels=input_ids)
     model.config.num_hidden_layers = 2
     assert wrapped(input_ids, labels=input_ids).isfinite()

@@ -1,4 +1,4 @@
-"""Adapters that look at token ids: PEFT's activated LoRA, which is on from its invocation tokens to the row's end."""
+"""Adapters that depend on token ids: PEFT's activated LoRA, active from its invocation tokens to the end of the row."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,13 +11,13 @@ from cggr_core.routing.patches import replaced_forwards
 
 
 class InvokedAdapters:
-    """Where activated LoRA begins among the tokens that a layer is run on.
+    """Where activated LoRA begins among the tokens that a layer runs on.
 
-    PEFT finds the invocation tokens in the whole rows that the model is given, and tells every adapter how many tokens
-    of a row it is to change, counted from the row's end.
+    PEFT finds the invocation tokens in the whole rows passed to the model and tells every adapter how many tokens at
+    the end of each row to change.
 
     Args:
-        model: The model; without such adapters nothing is done.
+        model: The model; without such adapters, this does nothing.
         length: Positions ``S`` of a row.
     """
 
@@ -30,7 +30,7 @@ class InvokedAdapters:
         self._counts: dict[int, list[int]] = {}
 
     def at(self, index: Tensor) -> AbstractContextManager[None]:
-        """Count among the positions ``index`` ``[B, Q]``, ascending, for the length of the block."""
+        """Within the block, count among the positions ``index`` ``[B, Q]``, which ascend."""
         return self._replaced(index) if self._modules else nullcontext()
 
     @contextmanager
@@ -56,7 +56,7 @@ class InvokedAdapters:
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward, also inside a block that has replaced it."""
+    """A module's own forward, even inside a block that replaces it."""
     forward = module.forward
     while isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), InvokedAdapters):
         forward = forward.args[1]

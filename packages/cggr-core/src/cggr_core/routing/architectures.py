@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-# RoBERTa and its descendants count from padding_idx + 1 and leave padding where it is.
+# RoBERTa and its descendants count positions from padding_idx + 1 and skip padding.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
 # Names of the cache argument: before transformers 5.24, and since.
 CACHE_NAMES = ("past_key_values", "cache")
@@ -65,10 +65,10 @@ class Architecture:
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
         norms: The norms of every layer.
         linears: The plain linear layers of every layer.
-        whole_after_layers: Whether the model expects rows of their whole length from its layers, whatever of them it
-            reads after that; unknown until the model has been examined.
-        fused: Norms, attentions and gated MLPs, each with the forward that the passes run in its place; none until the
-            model was looked at.
+        whole_after_layers: Whether the model needs full-length rows from its layers, even if it reads only part of them
+            afterwards; unknown until the model has been probed.
+        fused: Norms, attentions and gated MLPs, each with the forward that the passes run in its place; empty until the
+            model has been probed.
     """
 
     layers: nn.ModuleList
@@ -102,7 +102,7 @@ def describe(model: nn.Module) -> Architecture:
         model: A causal or masked language model, possibly wrapped by PEFT.
 
     Returns:
-        Its description; nothing of the model is copied or changed.
+        Its description; the model is neither copied nor changed.
 
     Raises:
         TypeError: If ``model`` is not a Hugging Face model.
@@ -134,8 +134,8 @@ def describe(model: nn.Module) -> Architecture:
         shifted=getattr(base, "loss_type", None) != "ForMaskedLM",
         obstacle=_obstacle(base, text_config, owner) or _same_number(base, layers, numbers)
         if layers
-        else f"the layers of {type(base).__name__} were not found: it has no module list as long as "
-        f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)} says",
+        else f"the layers of {type(base).__name__} were not found: it has no ModuleList of length "
+        f"config.num_hidden_layers={getattr(text_config, 'num_hidden_layers', None)}",
         # Some forwards pass on all keyword arguments.
         takes_positions=any(each.name == "position_ids" or each.kind is each.VAR_KEYWORD for each in parameters),
         cache_name=_cache_name(base, owner),
@@ -172,7 +172,7 @@ def head_rows(base: Any) -> int:
 def _find_layers(base: Any, config: Any) -> tuple[nn.ModuleList, nn.Module]:
     # Vision towers can have as many layers as the text model, so the text decoder is searched first.
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    # What decoders of encoder-decoder models call num_hidden_layers is the number of the encoder's.
+    # In decoders of encoder-decoder models, num_hidden_layers is the number of encoder layers.
     for setting in ("decoder_layers", "num_hidden_layers"):
         count = getattr(config, setting, 0)
         for root in (decoder, base):
@@ -190,7 +190,7 @@ def _find_layers(base: Any, config: Any) -> tuple[nn.ModuleList, nn.Module]:
 
 
 def _numbers(layers: nn.ModuleList) -> list[int]:
-    """The number that each layer gives a cache; its place where the layers do not have just one."""
+    """The index under which each layer uses the cache; its place in the list if the layer has no single index."""
     found = [
         {number for part in layer.modules() if type(number := getattr(part, "layer_idx", None)) is int}
         for layer in layers
@@ -254,7 +254,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_of_distributed(hook: Any) -> bool:
-    """Whether a hook is torch's own, which gathers a module's weights."""
+    """Whether a hook is one of torch's own, which gather a module's weights."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
@@ -275,7 +275,7 @@ def _cache_parameter(module: nn.Module) -> str | None:
 
 
 def _cache_name(base: nn.Module, owner: nn.Module) -> str:
-    # A masked language model passes the cache on among its other arguments, so the inner module that takes it
+    # A masked language model forwards the cache among its keyword arguments, so the inner module that takes it
     # determines its name.
     takers = (base, getattr(base, "base_model", base), owner)
     return next((name for module in takers if (name := _cache_parameter(module)) is not None), CACHE_NAMES[0])

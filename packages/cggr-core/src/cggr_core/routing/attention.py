@@ -38,14 +38,15 @@ def _attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a layer, ``[B, H, Q, D]`` each, to ``[B, Q, H, D]``, in the form transformers asks for."""
+    """A layer's attention, ``[B, H, Q, D]`` each to ``[B, Q, H, D]``, with the signature that transformers expects."""
     mask = attention_mask
     if not isinstance(mask, RoutedMask):
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
     in_numbers, window = mask.pattern
     plain = key.shape == value.shape and all(options.get(name) is None for name in _NOT_IN_NUMBERS)
     if autocast_active(query.device.type) and query.dtype != torch.float64:
-        # As autocast does for SDPA: rotations leave queries and keys in float32 beside the values of a projection.
+        # As autocast does for SDPA: rotary embedding leaves queries and keys in float32, while values keep the
+        # projection's dtype.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (part.to(dtype) for part in (query, key, value))
     attend = resolve(_OP, query.device.type, query.dtype)
@@ -74,10 +75,11 @@ def _attend_on_cpu(
     *,
     in_stretches: bool,
 ) -> Tensor:
-    # Added rather than boolean, so that SDPA does not convert it in every layer; grouped keys are not repeated.
+    # An additive mask, so that SDPA need not convert a boolean one in every layer; grouped keys are not repeated.
     added = mask.added(query.dtype)
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    # It computes every key that it is given, seen or not: stretches of queries are given those that some of them see.
+    # SDPA computes scores for every key it gets, masked or not, so each stretch of queries gets only the keys that some
+    # of them see.
     stretches = mask.stretches if in_stretches else [(slice(None), slice(None))]
     outputs = [
         scaled_dot_product_attention(
@@ -90,7 +92,7 @@ def _attend_on_cpu(
 
 
 def _attend_uncapped(*args: Any, softcap: float | None = None, **options: Any) -> tuple[Tensor, None]:
-    """What SDPA does: the softcap is left out."""
+    """As SDPA does: without the softcap."""
     return _attend(*args, **options)
 
 
@@ -102,10 +104,10 @@ def implementation(model: nn.Module, device_type: str) -> Callable[[str], str]:
         device_type: Of its inputs.
 
     Returns:
-        A function from the implementation that the model is set to, to the one to use: the op where it has a kernel
-        and the model's attention is SDPA's, flash attention's or flex attention's (whose kernel for few queries does
-        not compile with such masks); SDPA with a mask made once for all layers, on a CPU; else, for flash attention,
-        which takes no mask, SDPA (eager attention where scores are capped).
+        A function that maps the model's attention implementation to the one to use: the op if it has a kernel and the
+        model's attention is SDPA's, flash attention's or flex attention's (whose kernel for few queries does not
+        compile with such masks); SDPA with a mask made once for all layers, on a CPU; else, for flash attention, which
+        takes no mask, SDPA (eager attention where scores are capped).
     """
     # Without this flag, a model's attention handles the mask in its own way.
     takes_any = bool(getattr(unwrapped(model), "_supports_attention_backend", False))

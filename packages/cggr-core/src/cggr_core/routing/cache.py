@@ -22,26 +22,26 @@ OptionalKeyValue = tuple[Tensor | None, Tensor | None]
 
 
 def taken(recorded: dict[int, KeyValue], layer: int) -> KeyValue:
-    """A layer's recorded keys and values, released if the layer will not run again.
+    """A layer's recorded keys and values, which are released if the layer will not run again.
 
-    Else full-length keys and values would add to what is held when the loss is computed. A layer comes again where it
-    is checkpointed by whatever means: then it runs without gradients, or in hooks around saved tensors.
+    Otherwise they would still take memory when the loss is computed. A checkpointed layer runs again; while its first
+    run is in progress, gradients are off or saved-tensor hooks are active.
     """
     comes_again = saved_tensors_are_hooked() or not torch.is_grad_enabled()
     return recorded[layer] if comes_again else recorded.pop(layer)
 
 
 class PassCache(Cache):
-    """A cache for one pass over ``queries`` of ``length`` positions; ``update`` is what subclasses differ in.
+    """A cache for one pass over ``queries`` of ``length`` positions; subclasses differ in ``update``.
 
     Args:
         queries: Tokens of the pass in each row.
         length: Positions of the batch's rows.
-        shared: What stands before them.
+        shared: The shared tokens before them.
         places: Of :class:`~cggr_core.routing.architectures.Architecture`.
 
     Attributes:
-        in_layers: Whether the model is past what it makes for whole rows, and in its layers.
+        in_layers: Whether the model has finished its work on whole rows and is now in its layers.
     """
 
     is_compileable: Any = False  # a property of Cache
@@ -56,7 +56,7 @@ class PassCache(Cache):
         self.in_layers = False
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Positions before the queries, as models count them."""
+        """Number of positions before the queries, by the models' count."""
         if not self.in_layers or self._length - self._before == self._queries:
             return self._before
         if layer_idx is not None:
@@ -64,7 +64,7 @@ class PassCache(Cache):
                 f"layer {layer_idx} derives positions from the number of cached tokens, which gives wrong positions "
                 "for kept tokens"
             )
-        # Layers derive the number of keys as this plus the number of queries (ALiBi).
+        # Layers with ALiBi add the number of queries to this to get the number of keys.
         return self._length - self._queries
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class PassCache(Cache):
 
 
 class RecordingCache(PassCache):
-    """Records keys and values of every layer of a pass over all positions.
+    """Records the keys and values of every layer in a pass over all positions.
 
     Args:
         length: Positions ``S``.
@@ -173,13 +173,13 @@ class RoutedCache(PassCache):
         index: Kept positions, ``[B, K]``.
         valid: ``[B, K]``; where false, the slot is filled with another token.
         length: Positions ``S``.
-        recorded: Full-length keys and values of the layers that a context pass has run through; taken out as layers
-            come to them.
+        recorded: Full-length keys and values of the layers that a context pass has run; each layer removes its own.
         other_index: Positions of the other tokens, ``[B, S - K]``; ``None`` if every layer was recorded.
-        others: ``(layer, kept key and value)`` to the other tokens' key and value, and the two merged if that is
-            already done, for layers that were not recorded; ``None`` if all were, or there are no other tokens.
+        others: For layers that were not recorded, maps ``(layer, kept key and value)`` to the other tokens' key and
+            value, and to the merged ones if they exist already; ``None`` if all layers were recorded or there are no
+            other tokens.
         keep_graph: Whether keys and values of other tokens carry gradients (mode ``kv``).
-        in_turn: Whether the recorded keys and values have their backward pass inside the layer's.
+        in_turn: Whether the backward pass of recorded keys and values runs inside the layer's own.
         shared: The shared tokens before every row.
         places: As for :class:`PassCache`.
         note: Where to note the kept tokens' own keys and values, or ``None``.
@@ -216,8 +216,8 @@ class RoutedCache(PassCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValue:
         """Keys and values of all positions, the kept rows fresh."""
-        # Called again with the same keys and values when a checkpointed layer is recomputed: nothing here may depend
-        # on how often that happens, and the other tokens' are answered from memory.
+        # Called again with the same keys and values when a checkpointed layer is recomputed: nothing here may depend on
+        # how often, and the other tokens' keys and values come from memory.
         layer_idx = self._places.get(layer_idx, layer_idx)
         self.updated.add(layer_idx)
         fresh = key_states, value_states
@@ -233,7 +233,7 @@ class RoutedCache(PassCache):
         return self._whole(layer_idx, self._own(layer_idx, fresh)[0], constant=True)
 
     def _own(self, layer_idx: int, fresh: KeyValue) -> tuple[KeyValue, KeyValue | None]:
-        """Keys and values of the rows' own positions, and of all positions if they were put together already."""
+        """Keys and values of the rows' own positions, and of all positions if they are already merged."""
         if layer_idx in self._recorded_layers:
             recorded = taken(self._recorded, layer_idx)
             if self._in_turn:

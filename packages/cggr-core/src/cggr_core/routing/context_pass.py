@@ -62,8 +62,8 @@ def context_pass(
 ) -> Context:
     """Run all tokens through the first ``depth`` layers without keeping activations.
 
-    The layers above pass hidden states through unchanged, so that the model itself applies its final norm and anything
-    else before its head.
+    Layers above ``depth`` return hidden states unchanged, so the model itself applies its final norm and anything else
+    before its head.
 
     Args:
         model: The model.
@@ -73,7 +73,7 @@ def context_pass(
         keep_graph: Keep the graph from each layer's (detached) input to its keys and values, for mode ``kv``.
         read_head: Called with the head's input ``[B, S, H]`` in place of the head; ``None`` runs the model's own head.
         layer_output: Wraps a hidden state the way the model's layers return it.
-        precision: A block in which layers compute in another precision than their own.
+        precision: A context in which layers compute in a lower precision; ``None`` for their own.
 
     Returns:
         Keys and values, and the hidden state to continue from.
@@ -127,8 +127,8 @@ def context_pass(
 
 @contextmanager
 def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[None]:
-    # transformers looks for packed documents only where no cache is passed, so they are put into the mask here;
-    # without padding and packing its own shortcuts (plain causal attention) stay in force.
+    # transformers detects packed documents only without a cache, so the mask built here separates them; without padding
+    # and packing, its own shortcuts (plain causal attention) still apply.
     if inputs.segment is None and inputs.padding is None and inputs.shared is None:
         with whole_rows():
             yield
@@ -142,8 +142,8 @@ def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenIn
 def head_read_by(architecture: Architecture, read_head: HeadReader | None) -> Iterator[None]:
     """Return the head's input instead of running the head; the model's use of the result is discarded.
 
-    Hooks on the head are about its logits, and are not run. ``None`` changes nothing. A model that does more than its
-    head's matrix gets logits of the right shape to do it to.
+    Hooks on the head concern its logits and are not run. With ``None``, the head runs as usual. A model that goes on to
+    process its logits gets placeholders of the right shape.
     """
     if read_head is None:
         yield
@@ -190,5 +190,5 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def with_layer_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another hidden state."""
+    """The same arguments with the hidden state replaced."""
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

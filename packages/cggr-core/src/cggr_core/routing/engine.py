@@ -63,28 +63,29 @@ class Engine:
             self._settings.look_at(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
-        self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by what a batch has
-        self._loss_sizes: dict[frozenset[str], tuple[int, int]] = {}  # of the largest batches that the loss was seen on
+        self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by the batch's features
+        self._loss_sizes: dict[frozenset[str], tuple[int, int]] = {}  # of the largest batches whose loss was checked
         self._low_precision: LowPrecision | None = None
         self._loads = count_loads(self.model)
         self._loads_seen = self._loads.count
         self._gathered = GatheredWeights(self._description.layers)
 
     def follow(self, model: nn.Module | None = None) -> bool:
-        """Look again where the model is another one than it was; called once a step, before its passes.
+        """Examine the model again if it has changed; called once per step, before the passes.
 
-        After a model was wrapped, embeddings are resized, heads and layers replaced, adapters added, settings changed.
+        After a model has been wrapped, users resize embeddings, replace heads and layers, add adapters and change
+        settings.
 
         Args:
-            model: The model from now on; ``None`` for the one that it was.
+            model: The model from now on; ``None`` for the same one.
 
         Returns:
-            Whether it is.
+            Whether it has changed.
         """
         if model is not None:
             self.model = model
-        assert self._settings is not None  # the first look made them
-        # Of a sharded model every rank would have to look in the same step, and a setting may be one rank's own.
+        assert self._settings is not None  # set by the first look
+        # If the model is sharded, all ranks must look in the same step, and a setting may change on one rank alone.
         if structure(self.model) == self._structure and (
             not self._settings.changed() or shards_layers(self._description.layers)
         ):
@@ -153,17 +154,17 @@ class Engine:
         )
 
     def loss_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What only the model's loss would read of a forward's arguments."""
+        """The arguments of a forward that only the model's loss would read."""
         return loss_arguments(self.model, arguments)
 
     def taken_apart(
         self, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
     ) -> LossArguments:
-        """Split a forward's arguments from its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
+        """Separate a forward's arguments from its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
         return taken_apart(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
 
     def check_reads(self, name: str, inputs: TokenInputs) -> None:
-        """Raise unless the model's own loss reads an argument as a step does; seen once, on the first batch with it."""
+        """Raise unless the model's own loss reads an argument as a step does; checked on the first such batch."""
         assert self._probe is not None, "prepare() comes first"
         if name not in self._probed and (self._probe.has_loss or name == "shift_labels"):
             with nothing_left(self.model, inputs.position_ids.device):
@@ -171,17 +172,17 @@ class Engine:
             self._probed.add(name)
 
     def check_own_loss(self, inputs: TokenInputs, labels: Tensor, *, ignore_index: int) -> None:
-        """Hold the model's own loss to that of a routed step on this batch, if it says something new about it.
+        """Check the model's own loss against that of a routed step, on batches that are new in some way.
 
-        New are more rows, longer ones, and an input that was never there.
+        A batch is new if it has more rows, longer rows, or an input that no earlier batch had.
 
         Args:
-            inputs: The batch, for which :meth:`prepare` held the loss to cross-entropy on a few tokens.
+            inputs: The batch; :meth:`prepare` has compared the loss with cross-entropy on a few of its tokens.
             labels: int64 ``[B, S]``.
-            ignore_index: Label that does not count.
+            ignore_index: The label that is not counted.
 
         Raises:
-            ValueError: If it is another one.
+            ValueError: If the two losses differ.
         """
         if self._probe is None or not self._probe.has_loss or "own_loss" not in self._probed:
             return
@@ -189,7 +190,7 @@ class Engine:
         known = self._loss_sizes.get(form)
         if known is not None:
             rows, length = max(rows, known[0]), max(length, known[1])
-            # Of a sharded model every rank would have to look in the same step, and batches are other ones elsewhere.
+            # If the model is sharded, all ranks must look in the same step, and their batches differ.
             if (rows, length) == known or shards_layers(self._description.layers):
                 return
         outside = (labels == ignore_index) | (labels < 0) | (labels >= self.vocab_size)
@@ -200,18 +201,20 @@ class Engine:
         self._loss_sizes[form] = rows, length
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False, applies_head: bool = True) -> None:
-        """Look at the model on its first batch, after weights were loaded, and where there is something new in a batch.
+        """Probe the model on its first batch, after weights were loaded, and on batches that are new in some way.
 
-        New are longer rows, and the first padding, position ids or other input.
+        A batch is new if its rows are longer than before, or if it is the first with padding, position ids or some
+        other input.
 
         Args:
             inputs: The batch.
             routing: Whether keys and values will be routed.
-            own_loss: Whether the step's loss stands for the model's own, which is then held to it.
-            applies_head: Whether the passes apply the model's head, which is said if it needs logits of all tokens.
+            own_loss: Whether the step's loss replaces the model's own; the two are then compared.
+            applies_head: Whether the passes apply the model's head; if it then needs the logits of all tokens, a
+                warning says so.
 
         Raises:
-            ValueError: If they will, and this model cannot; or if the model's own loss is another one.
+            ValueError: If keys and values cannot be routed in this model or batch, or if the model's own loss differs.
         """
         packed = routing and inputs.segment is not None
         wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
@@ -226,7 +229,7 @@ class Engine:
         length, form = inputs.shape[1], inputs.form
         new = length > self._probed_lengths.get(form, 0)
         if new and self._probed_lengths and shards_layers(self._description.layers):
-            new = False  # every rank would have to look in the same step, and batches are other ones elsewhere
+            new = False  # all ranks must look in the same step, and their batches differ
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
             self._looks += 1
@@ -264,10 +267,10 @@ class Engine:
         hidden: bool = False,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """An ordinary forward, with or without gradients as the caller has set them.
+        """An ordinary forward, under the caller's gradient mode.
 
         Args:
-            arguments: Of the model's forward, as its caller gave them.
+            arguments: Of the model's forward, as the caller passed them.
             depth: Layers to run before the final norm; all by default.
             hidden: Return the head's input even if the head is not one matrix.
             positions: int64 ``[B, K]``, the tokens whose head values are needed; all by default.
@@ -321,7 +324,7 @@ class Engine:
 
     @torch.no_grad()
     def embeddings(self, tokens: Tensor) -> Tensor:
-        """Input embeddings ``[..., E]`` of token ids, without the model's scaling of them."""
+        """Input embeddings ``[..., E]`` of token ids, before any scaling by the model."""
         return unwrapped(self.model).get_input_embeddings()(tokens)
 
     @contextmanager
@@ -329,7 +332,7 @@ class Engine:
         """Restrict the passes of the block to what a CUDA graph can capture.
 
         transformers skips a mask if the host finds no padding in it; here it is always built. Checkpointed layers are
-        recomputed without restoring a random state, which the host would keep.
+        recomputed without restoring the random state, which lives on the host.
         """
         self._capturable = True
         try:
@@ -358,7 +361,7 @@ class Engine:
         return truncated(self.architecture, depth, self._probe.layer_output)
 
     def step(self) -> AbstractContextManager[None]:
-        """The length of a step whose gradient pass follows a context pass: weights are gathered once for both."""
+        """Context of a step in which a gradient pass follows a context pass: weights are gathered once for both."""
         return self._gathered.step()
 
     def context(

@@ -51,7 +51,7 @@ def fused_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[...
 
 
 def gated_mlps(modules: Iterable[nn.Module]) -> list[Any]:
-    """The modules that compute ``down_proj(silu(gate_proj(x)) * up_proj(x))``, tried out class by class."""
+    """The modules that compute ``down_proj(silu(gate_proj(x)) * up_proj(x))``, checked numerically for each class."""
     gates: dict[type[nn.Module], bool] = {}
     found = []
     for module in modules:
@@ -123,7 +123,7 @@ def _computes_gated_product(module: nn.Module) -> bool:
     sizes = {"gate_proj": (4, 6), "up_proj": (4, 6), "down_proj": (6, 4)}
     small: dict[str, nn.Module] = {}
     for name, (inputs, outputs) in sizes.items():
-        linear = nn.Linear(inputs, outputs, bias=False, device="meta")  # initialised there, it draws nothing
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")  # initialising there draws no random numbers
         weight = torch.randn(outputs, inputs, generator=generator, device="cpu", dtype=torch.float32)
         linear.weight = nn.Parameter(weight)
         small[name] = linear

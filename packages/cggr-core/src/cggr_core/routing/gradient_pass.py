@@ -65,11 +65,11 @@ def gradient_pass(
         keep_graph: Mode ``kv``: keys and values of other tokens carry gradients to their projections.
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.
-        note: Where to note the kept tokens' keys and values ``[B, H, K, D]`` of every layer, with their graph.
-        precision: From a layer's number to a block in which that layer computes other tokens in another precision than
-            its own.
-        preserve_rng_state: Whether checkpointed layers are recomputed under the random state of their forward; only
-            without dropout are they the same without it.
+        note: Where to record the kept tokens' keys and values ``[B, H, K, D]`` of every layer, with their graph.
+        precision: Maps a layer's number to a context in which that layer computes other tokens in a lower precision;
+            ``None`` for its own.
+        preserve_rng_state: Whether checkpointed layers are recomputed under the random state of their forward; needed
+            if there is dropout.
 
     Returns:
         What the model returned; its logits are the kept tokens' if the head was run.
@@ -107,7 +107,7 @@ def gradient_pass(
         keep_graph=keep_graph,
         preserve_rng_state=preserve_rng_state,
     )
-    # Which layers are recomputed is read before their switch is turned off.
+    # Read which layers are recomputed before their switch is turned off.
     forwards = kept.forwards(others, recorded=context.depth)
     with (
         without_checkpointing(architecture),
@@ -125,7 +125,7 @@ def gradient_pass(
 
 
 class _KeptTokens:
-    """The kept tokens' side of a pass: the forwards that run on them in place of the model's."""
+    """The kept tokens' side of a pass: the forwards that replace the model's."""
 
     def __init__(
         self,
@@ -151,10 +151,10 @@ class _KeptTokens:
         self._rows = LayerRows(selection.index, inputs.shape[1], key_gradient=key_gradient)
 
     def forwards(self, others: OtherTokens | None, *, recorded: int) -> dict[nn.Module, Callable[..., Any]]:
-        """A forward for every layer, for what is fused or checkpointed in them, and for a head that sees whole rows.
+        """Forwards for every layer, its fused and checkpointed modules, and a head that receives whole rows.
 
         Args:
-            others: The other tokens, where a layer is not recorded.
+            others: The other tokens, for layers that were not recorded.
             recorded: Layers that a context pass has run.
         """
         architecture = self._architecture
@@ -173,7 +173,7 @@ class _KeptTokens:
         return forwards
 
     def reader(self, read_head: HeadReader) -> HeadReader:
-        """``read_head``, for the kept positions of what reaches the head."""
+        """``read_head``, applied to the kept positions of the head's input."""
         if not self._architecture.whole_after_layers:
             return read_head
         return lambda hidden: read_head(self._rows.hidden(hidden))
@@ -188,8 +188,8 @@ class _KeptTokens:
         if others is not None:
             others.note(number, whole, args, kwargs, self._cache)
             if self._keep_graph:
-                # A slot that holds another token counts as one: gradients reach its keys and values, but not what
-                # precedes them.
+                # A filler slot is treated as the other token it holds: gradients reach its keys and values, but nothing
+                # before them.
                 hidden = stop_gradient(hidden, passes=self._selection.valid)
         args, kwargs = self._rows.call(args, kwargs, replace={id(whole): hidden})
         with self._adapters.at(self._selection.index):
@@ -207,7 +207,7 @@ class _KeptTokens:
         return partial(checkpoint, recomputable, use_reentrant=False, preserve_rng_state=self._preserve_rng_state)
 
     def _recomputable(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Recomputed during backward, when the changes around the pass have been undone.
+        # Runs again during backward, when the changes around the pass have been undone.
         with (
             without_checkpointing(self._architecture),
             attention_implementation(self._architecture, self._attention),

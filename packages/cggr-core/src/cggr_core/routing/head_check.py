@@ -12,28 +12,28 @@ from cggr_core.routing.architectures import Architecture, Head
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import replaced_forwards, without_checkpointing
 
-# Standard deviation of the logits that stand in for a head's: a softcap bends them, and a loss tells its labels apart,
-# which those of starting weights do not.
+# Standard deviation of the logits that replace a head's: large enough for a softcap to show, and for a loss to depend
+# on its labels, which it hardly does with untrained weights.
 _LOGIT_SCALE = 8.0
-# Relative error of what comes after the head; products in half precision round by up to 2 ** -8.
+# Tolerated relative error of what follows the head; products in half precision round by up to 2 ** -8.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
-# Random numbers that are drawn at most; many logits are these again and again, in other places of every row.
+# Most random numbers to draw; larger logits repeat them, at different places in every row.
 _MOST_DRAWN = 1048573  # a prime
 
 
 @contextmanager
 def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[list[Tensor]]:
-    """Let a head give large random logits, the same in every block; whatever stands around it is as it was.
+    """Let a head return large random logits, the same in every block; the rest of the model runs as usual.
 
     Scope: this module, whoever calls it.
 
     Args:
         head: The head.
-        traced: Switch gradients on from the head's call to the end of the block, so that what is made of its logits
-            has a graph that ends at them.
+        traced: Enable gradients from the head's call to the end of the block, so that everything computed from its
+            logits has a graph that ends at them.
 
     Yields:
-        The logits that the head gave, for every call; the model has copies of them.
+        The logits of every call of the head; the model gets copies of them.
     """
     own, given = head.forward, list[Tensor]()
 
@@ -51,17 +51,17 @@ def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[li
 
 @contextmanager
 def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a head give random logits over some number of classes, without its product.
+    """Let a head return random logits over a given number of classes, without computing its product.
 
-    Reach: this module, whoever calls it.
+    Scope: this module, whoever calls it.
 
     Args:
         head: The head.
-        classes: How many logits it is to give for each token.
-        change: From standard normal numbers ``[..., classes]`` in float32, others in every call, to the logits.
+        classes: Number of logits per token.
+        change: Maps standard normal numbers ``[..., classes]`` in float32, which differ in every call, to the logits.
 
     Raises:
-        TypeError: In a call, if the head is sharded over ranks.
+        TypeError: When the head is called, if it is sharded over ranks.
     """
     own, calls = head.forward, count()
 
@@ -84,9 +84,10 @@ def _noise(shape: torch.Size, device: torch.device, seed: int) -> Tensor:
 
 @torch.no_grad()
 def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> bool:
-    """Whether what a model makes of its head's output is the scale and the softcap that its description says.
+    """Whether all that a model does to its head's output is to apply the scale and softcap in its description.
 
-    In the mode that the model is in. A parameter that takes part counts, also where its value changes nothing yet.
+    Checked in the model's current mode. A parameter that takes part counts as a change, even if its value has no effect
+    yet.
 
     Args:
         model: The model.
@@ -94,7 +95,7 @@ def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: Token
         inputs: A few tokens.
     """
     head = architecture.head
-    if getattr(model, "final_logits_bias", None) is not None:  # a buffer that is 0 until a checkpoint brings another
+    if getattr(model, "final_logits_bias", None) is not None:  # a buffer, 0 until a checkpoint sets it
         return False
     with (
         without_checkpointing(architecture),
@@ -102,7 +103,7 @@ def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: Token
     ):
         logits = model(**inputs.arguments(), use_cache=False).logits
     if not given:
-        return True  # sharded over ranks: the probe compares the values alone
+        return True  # sharded over ranks: the probe compares values only
     if len(given) != 1 or logits.shape != given[0].shape or not _is_close(_scaled_and_capped(head, given[0]), logits):
         return False
     return _leaves(logits) <= {given[0]}

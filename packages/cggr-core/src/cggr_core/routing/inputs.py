@@ -26,7 +26,7 @@ class TokenInputs:
         passes_positions: Whether ``position_ids`` are passed to the model, rather than created by it.
         passes_padding: Whether the attention mask is passed to the model itself, not only to the mask builders.
         shared: The shared tokens before every row, run separately, or ``None``.
-        quiet: Arguments that switch off what only the gradient pass is to report (expert routers' logits).
+        quiet: Arguments that switch off outputs that only the gradient pass should return (expert routers' logits).
         options: Everything else, passed on unchanged.
     """
 
@@ -100,18 +100,18 @@ def token_inputs(
     token_type_ids: Tensor | None = None,
     options: dict[str, Any] | None = None,
 ) -> TokenInputs:
-    """Check a batch and make everything in it explicit.
+    """Check a batch and make its defaults explicit.
 
     Args:
         model: The model that the inputs are for.
         architecture: Its description.
         input_ids: int64 ``[B, S]``, or ``None`` with ``inputs_embeds``.
         inputs_embeds: ``[B, S, H]``, or ``None`` with ``input_ids``.
-        attention_mask: ``[B, S]``, 1 = token, 0 = padding; or ``[B, 1, S, S]``, which keys every query sees, for passes
-            over whole rows alone; or ``None``.
+        attention_mask: ``[B, S]``, 1 = token, 0 = padding; or ``[B, 1, S, S]``, the keys that each query sees, for
+            passes over whole rows only; or ``None``.
         position_ids: int64 ``[B, S]`` or ``[1, S]``, or ``None``. Without an attention mask, positions that
-            restart mark packed documents, as in transformers. Of several kinds, ``[3, B, S]``, or ``[4, B, S]`` with
-            the text's first.
+            restart mark packed documents, as in transformers. With several kinds of positions, ``[3, B, S]``,
+            or ``[4, B, S]`` with the text's first.
         token_type_ids: int64 ``[B, S]``, or ``None``.
         options: Other arguments of the model's forward.
 
@@ -119,8 +119,8 @@ def token_inputs(
         The inputs.
 
     Raises:
-        TypeError: If an input is no tensor, or has a wrong dtype.
-        ValueError: If a shape or a device does not fit, or there is no token.
+        TypeError: If an input is not a tensor, or has the wrong dtype.
+        ValueError: If shapes or devices do not match, or there are no tokens.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -154,8 +154,8 @@ def token_inputs(
         position_ids = position_ids.expand(shape)
         if attention_mask is None and "attention_mask" not in options:
             segment = packed_segments(position_ids)
-    # With it, Mixtral's kind of balancing loss would expect router logits of all S tokens in every pass.
-    # An argument goes before the config, as in the model.
+    # With router logits on, balancing losses like Mixtral's would expect those of all S tokens in every pass. An
+    # argument overrides the config, as in the model.
     configured = getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False)
     asked = options.get("output_router_logits")
     balancing = bool(configured if asked is None else asked)
@@ -172,7 +172,7 @@ def token_inputs(
 
 
 def _check_mask_of_queries(mask: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless a mask that is not ``[B, S]`` says for every query which keys it sees."""
+    """Raise unless a mask that is not ``[B, S]`` gives the keys that each query sees."""
     batch, length = shape
     if mask.dim() not in (3, 4) or mask.shape[0] not in (1, batch) or tuple(mask.shape[-2:]) != (length, length):
         raise ValueError(
@@ -182,17 +182,18 @@ def _check_mask_of_queries(mask: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _text_positions(position_ids: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The text's among positions of several kinds, which models of images and text take; ``None`` where it has none."""
+    """The text positions among several kinds, as vision-language models take them; ``None`` if not included."""
     kinds, *rest = position_ids.shape
     if tuple(rest) not in (shape, (1, shape[1])):
         raise ValueError(
-            f"position_ids must have shape {list(shape)} or [3, ...] of it, got {list(position_ids.shape)}"
+            f"position_ids must have shape {list(shape)}, or {[3, *shape]} for several kinds of positions, got "
+            f"{list(position_ids.shape)}"
         )
     return position_ids[0] if kinds == 4 else None
 
 
 def _checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The one of the two that is there."""
+    """Whichever of the two was given."""
     if input_ids is not None:
         name, like, form = "input_ids", check_integers("input_ids", input_ids), "[B, S]"
     else:
@@ -204,7 +205,7 @@ def _checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> T
 
 
 def other_positions(index: Tensor, length: int) -> Tensor:
-    """The positions of every row that ``index`` leaves out, ascending.
+    """The positions of each row that are not in ``index``, ascending.
 
     Args:
         index: Distinct positions ``[B, K]``.

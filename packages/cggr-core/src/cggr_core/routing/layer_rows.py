@@ -1,8 +1,8 @@
 """Slices a decoder layer's arguments, built by the model for whole rows, to some of the positions.
 
-A pass over some of the tokens lets the model see whole rows: it makes embeddings, positions, rotary frequencies,
-masks and whatever depends on a row's length, on later tokens or on token types as in any forward. Only what it hands
-to its layers is taken apart here.
+In a pass over some of the tokens, the model itself still sees whole rows: it builds embeddings, positions, rotary
+frequencies, masks and whatever depends on a row's length, on later tokens or on token types as in any forward. Only
+what it passes to its layers is sliced here.
 """
 
 import weakref
@@ -26,7 +26,7 @@ class LayerRows:
     Args:
         index: Distinct positions, int64 ``[B, Q]``.
         length: Positions ``S`` of a row.
-        key_gradient: ``"all"``, or ``"kept"`` where keys and values need gradients at ``index`` only.
+        key_gradient: ``"all"``, or ``"kept"`` if keys and values need gradients at ``index`` only.
     """
 
     def __init__(self, index: Tensor, length: int, *, key_gradient: str = "all") -> None:
@@ -38,12 +38,12 @@ class LayerRows:
         self._taken: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, replace: dict[int, Any]) -> LayerCall:
-        """The arguments beside the hidden state, at the positions.
+        """A layer's arguments, sliced to the positions.
 
         Args:
-            args: Of the layer, the hidden state first, unless it is among ``kwargs``.
-            kwargs: Of the layer.
-            replace: By the ``id`` of an argument, what to give in its place (the hidden state, a cache).
+            args: Positional arguments of the layer, starting with the hidden state unless that is in ``kwargs``.
+            kwargs: Keyword arguments of the layer.
+            replace: Maps the ``id`` of an argument to its replacement (the hidden state, a cache).
         """
         first = tuple(replace[id(value)] if id(value) in replace else self._take("", value) for value in args)
         named = {
@@ -53,14 +53,14 @@ class LayerRows:
         return first, named
 
     def hidden(self, hidden: Tensor) -> Tensor:
-        """Hidden states of whole rows at the positions, with their graph."""
+        """Whole rows of hidden states, sliced to the positions, with their graph."""
         taken = self._rows_of("hidden_states", hidden)
         if taken is None:
             raise ValueError(f"hidden states {list(hidden.shape)} have no dimension for the {self._length} tokens")
         return taken
 
     def spread(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[B, Q, ...]`` of the positions as whole rows, 0 elsewhere, with their graph."""
+        """Hidden states ``[B, Q, ...]`` of the positions as whole rows with 0 elsewhere, with their graph."""
         batch, slots = self.index.shape
         if slots == self._length:
             return hidden
@@ -89,10 +89,10 @@ class LayerRows:
         return value if taken is None else taken
 
     def _rows_of(self, name: str, value: Tensor) -> Tensor | None:
-        """The part of a tensor that belongs to the positions; ``None`` where it is not about tokens of the pass."""
+        """The part of a tensor that belongs to the positions; ``None`` if it is not per token."""
         batch, slots = self.index.shape
         shape, is_mask = value.shape, "mask" in name
-        if value.dim() < 2 or (value.dim() == 2 and is_mask):  # two dimensions say which keys are padding
+        if value.dim() < 2 or (value.dim() == 2 and is_mask):  # a mask of two dimensions marks padded keys
             return None
         if slots == self._length:
             return value  # every position, in order

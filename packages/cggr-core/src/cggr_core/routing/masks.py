@@ -1,7 +1,7 @@
 """Attention masks for queries that are a subset of the positions, on any Hugging Face backend that takes a mask.
 
-Models build their masks through one registry of mask builders. In a pass, each builder is one that asks the same
-question about other rows: query ``i`` of row ``b`` stands at ``position[b, i]``.
+Models build their masks through one registry of mask builders. During a pass, each builder is replaced by one that
+evaluates the same pattern for other queries: query ``i`` of row ``b`` is at ``position[b, i]``.
 """
 
 import inspect
@@ -19,14 +19,14 @@ from cggr_core.routing.patches import MaskBuilder, changed_mask_builders
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
-# The attention implementations of :mod:`cggr_core.routing.attention`: in place of flash attention, and in place of
-# SDPA, which knows no softcap. transformers runs checks of its own on names that contain "sdpa" or "flash".
+# The attention implementations of :mod:`cggr_core.routing.attention`: one replaces flash attention, the other SDPA,
+# which ignores softcaps. The names avoid "sdpa" and "flash", for which transformers runs its own checks.
 ROUTED = "cggr_routed"
 ROUTED_UNCAPPED = "cggr_routed_uncapped"
-# Queries that are worth a call of SDPA of their own on a CPU.
+# Number of queries that justify a separate call of SDPA on a CPU.
 STRETCH = 192
 
-# Masks are left out as plain causal, or as full, after a look at the padding on the host.
+# To skip a plain causal or full mask, transformers reads the padding on the host.
 _BUILT = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
@@ -35,12 +35,12 @@ class Visibility:
     """What a query may attend to besides the model's own pattern.
 
     Attributes:
-        position: Row index of every query, ``[B, Q]`` int64; ``None`` where query ``i`` is row ``i``.
+        position: Position of every query, ``[B, Q]`` int64; ``None`` if query ``i`` is at position ``i``.
         length: Number of keys ``S``.
         padding: ``[B, S]``, false or 0 at padding; ``None`` without padding.
         segment: ``[B, S]`` int64, the packed document of every token; ``None`` without packing.
         position_ids: ``[B, S]`` int64; read only with ``segment``.
-        key_gradient: ``"all"``, or ``"kept"`` where keys and values need gradients at the queries' positions only.
+        key_gradient: ``"all"``, or ``"kept"`` if keys and values need gradients at the queries' positions only.
     """
 
     position: Tensor | None
@@ -56,7 +56,7 @@ class Visibility:
         return replace(self, position=position, key_gradient=key_gradient)
 
     def restrict(self, mask_function: MaskFunction) -> MaskFunction:
-        """``mask_function`` over (batch, head, query, key) asked about the routed queries."""
+        """``mask_function`` over (batch, head, query, key), evaluated for the routed queries."""
         if self.segment is not None:
             mask_function = _within_segment(mask_function, self.segment, self.position_ids)
         if self.position is None:
@@ -70,7 +70,7 @@ class Visibility:
 
 
 def packed_segments(position_ids: Tensor) -> Tensor:
-    """The document of every token of packed rows: a new one starts wherever positions do not go on by one.
+    """The document of every token of packed rows: a new one starts wherever positions do not increase by one.
 
     Args:
         position_ids: int64 ``[B, S]``.
@@ -83,7 +83,7 @@ def packed_segments(position_ids: Tensor) -> Tensor:
 
 
 def _within_segment(mask_function: MaskFunction, segment: Tensor, position_ids: Tensor) -> MaskFunction:
-    # Patterns in terms of distance or chunks hold inside a document, so they are asked about positions in it.
+    # Patterns based on distance or chunks hold within a document, so they are evaluated at positions within it.
     def packed(batch: Any, head: Any, query: Any, key: Any) -> Any:
         same = segment[batch, query] == segment[batch, key]
         return same & mask_function(batch, head, position_ids[batch, query], position_ids[batch, key])
@@ -93,7 +93,7 @@ def _within_segment(mask_function: MaskFunction, segment: Tensor, position_ids: 
 
 @dataclass(frozen=True, eq=False)
 class RowMask:
-    """A mask that models hand through to their layers, and that can be asked about some of its queries.
+    """A mask that models pass on to their layers, and that can be reduced to some of its queries.
 
     Attributes:
         visibility: What the queries may attend to besides the model's pattern.
@@ -106,13 +106,13 @@ class RowMask:
     arguments: dict[str, Any]
 
     def at(self, index: Tensor, *, key_gradient: str) -> Any:
-        """The mask of the queries at ``index`` ``[B, Q]``, as the attention takes it."""
+        """The mask of the queries at ``index`` ``[B, Q]``, in the form that the attention takes."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class UnbuiltMask(RowMask):
-    """A mask that another builder makes once the queries are known.
+    """A mask whose builder runs once the queries are known.
 
     Attributes:
         build: The builder.
@@ -121,14 +121,14 @@ class UnbuiltMask(RowMask):
     build: Callable[..., Any]
 
     def at(self, index: Tensor, *, key_gradient: str) -> Any:
-        """The builder's."""
+        """The mask that the builder returns for these queries."""
         visibility = self.visibility.at(index, key_gradient=key_gradient)
         return _routed_builder(self.build, visibility)(mask_function=self.mask_function, **self.arguments)
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedMask(RowMask):
-    """A mask in numbers, which models hand through to the attention function as they do with flex attention's."""
+    """A mask given by a few numbers, which models pass to the attention function as they do flex attention's."""
 
     def at(self, index: Tensor, *, key_gradient: str) -> "RoutedMask":
         """The mask of the queries at ``index``."""
@@ -136,7 +136,7 @@ class RoutedMask(RowMask):
 
     @cached_property
     def pattern(self) -> tuple[bool, int | None]:
-        """Whether the model's pattern is plain causal or a sliding window, and the window."""
+        """Whether the model's pattern is plain causal or a sliding window, and the window's length."""
         return causal_window(self.mask_function)
 
     @cached_property
@@ -163,7 +163,7 @@ class RoutedMask(RowMask):
 
     @cached_property
     def stretches(self) -> list[tuple[slice, slice]]:
-        """Stretches of queries with the keys that some query of each may see; reads positions, so for a CPU alone."""
+        """Stretches of queries, and the keys that some query of each may see; reads positions, so for the CPU only."""
         everything, window = self.position, self.pattern[1]
         size = max(STRETCH, -(-everything.shape[1] // 4))
         found = []
@@ -178,7 +178,7 @@ class RoutedMask(RowMask):
         return {}
 
     def added(self, dtype: torch.dtype) -> Tensor:
-        """The mask ``[B, 1, Q, S]`` as a number to add to scores, which SDPA makes of a boolean one in every call."""
+        """The mask ``[B, 1, Q, S]`` as numbers added to the scores; SDPA would convert a boolean one in every call."""
         if dtype not in self._added:
             zeros = torch.zeros(self.dense.shape, dtype=dtype, device=self.dense.device)
             self._added[dtype] = zeros.masked_fill_(~self.dense, -torch.inf)
@@ -192,7 +192,7 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
         mask_function: Of (batch, head, query, key).
 
     Returns:
-        Whether it is one, and the number of keys that a query sees at most.
+        Whether it is one of the two, and the largest number of keys that a query sees (``None`` without a window).
     """
     if mask_function is causal_mask_function:
         return True, None
@@ -209,11 +209,12 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
 
 
 def routed_masks(visibility: Visibility, *, taken_apart: bool = False) -> AbstractContextManager[None]:
-    """Make the models' mask builders build masks for the queries of a pass inside the block.
+    """Within the block, make the models' mask builders build masks for the queries of a pass.
 
     Args:
         visibility: What the queries may attend to.
-        taken_apart: Whether layers run on some of the queries, see :class:`~cggr_core.routing.layer_rows.LayerRows`.
+        taken_apart: Whether layers run on only some of the queries; see
+            :class:`~cggr_core.routing.layer_rows.LayerRows`.
     """
 
     def change(name: str, build: MaskBuilder) -> MaskBuilder:
@@ -221,7 +222,7 @@ def routed_masks(visibility: Visibility, *, taken_apart: bool = False) -> Abstra
             return _numeric_builder(visibility)
         if taken_apart and name == "flex_attention":  # its block masks cannot be sliced
             return _unbuilt(visibility, build)
-        # Flash attention takes no mask; the passes do not run on it where one is needed.
+        # Flash attention takes no mask; passes that need one do not use it.
         return build if name.startswith("flash") else _routed_builder(build, visibility)
 
     return changed_mask_builders(change)
@@ -250,7 +251,7 @@ def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callab
             q_offset=0,
             kv_offset=0,
             attention_mask=None if visibility.padding is None else visibility.padding.bool(),
-            **_BUILT,  # what masks are left out for holds for consecutive queries only
+            **_BUILT,  # the conditions for skipping a mask assume consecutive queries
         )
         return build(mask_function=visibility.restrict(mask_function), **arguments)
 
@@ -258,10 +259,11 @@ def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callab
 
 
 def whole_rows() -> AbstractContextManager[None]:
-    """Let SDPA go without a mask where plain causal attention needs none, for rows of one document without padding.
+    """Let SDPA skip the mask when plain causal attention needs none, for rows of one document without padding.
 
-    transformers leaves such masks out after a look at the positions on the host. While a CUDA graph is recorded it
-    cannot look, and makes a dense mask, which costs SDPA its fastest kernels. Whoever enters the block has looked.
+    transformers skips such masks after reading the positions on the host. While a CUDA graph is recorded it cannot read
+    them and builds a dense mask, which rules out SDPA's fastest kernels. Callers must already know that the rows are
+    whole.
     """
     return changed_mask_builders(_without_needless_masks, documents=_one_document)
 
@@ -271,7 +273,7 @@ def _one_document(position_ids: Tensor) -> None:
 
 
 def unseen_masks() -> AbstractContextManager[None]:
-    """Let SDPA's mask be built whatever padding it holds: to leave it out takes a look at the padding on the host."""
+    """Always build SDPA's mask: to skip it, transformers would have to read the padding on the host."""
     return changed_mask_builders(_always_built, documents=packed_segments)
 
 

@@ -56,12 +56,12 @@ def is_fused(forward: Callable[..., Any]) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward, neither replaced nor compiled."""
+    """Whether a module still runs its class's forward, neither replaced nor compiled."""
     return "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """The norm's epsilon; ``None`` for modules that are not such a norm, or no longer transformers' own."""
+    """The norm's epsilon; ``None`` for modules that are not such a norm, or are no longer transformers' own."""
     kind = type(module)
     if not kind.__name__.endswith(_NAME) or not kind.__module__.startswith("transformers."):
         return None

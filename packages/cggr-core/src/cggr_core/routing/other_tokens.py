@@ -56,7 +56,7 @@ class OtherTokens:
         self._hidden = context.hidden if context.hidden is None else self._rows.hidden(context.hidden)
 
     def note(self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any) -> None:
-        """Arguments for a layer's call on whole rows; only the first layer's hidden states are the other tokens'."""
+        """Note a layer's arguments for whole rows; only the first layer's hidden states are the other tokens'."""
         if not self.exist:
             return
         if self._hidden is None:
@@ -64,7 +64,7 @@ class OtherTokens:
         self._calls[layer] = id(hidden), cache, (args, kwargs)
 
     def run(self, layer: int, kept: KeyValue) -> tuple[KeyValue, KeyValue | None]:
-        """Keys and values of the other tokens at ``layer``, computed at the first call; all tokens' if made."""
+        """The other tokens' keys and values at ``layer``, computed once; and all tokens', if they exist."""
         if layer not in self._cache.recorded:
             self._cache.kept = kept
             hidden, cache, (args, kwargs) = self._calls.pop(layer)  # frees the masks of finished layers
@@ -73,7 +73,7 @@ class OtherTokens:
                 args, kwargs, replace={hidden: self._hidden.detach(), id(cache): self._cache}
             )
             hooked = self._hooked.get(layer)
-            if hooked is not None and self._ran:  # else the hooks were around what was noted
+            if hooked is not None and self._ran:  # otherwise the hooks have run around what was noted
                 args, kwargs = _before(hooked, args, kwargs)
             # The layer's forward, not the layer: this runs inside its call, while its parameters are gathered. It keeps
             # its own saved tensors, outside a checkpoint around the kept tokens' call, and runs in its own context, so

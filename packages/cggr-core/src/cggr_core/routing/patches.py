@@ -1,8 +1,8 @@
 """Every change to an object of transformers or torch, in one place, each with its scope in its docstring.
 
 All of them nest and are always undone. Two models may run in two threads: changes to a model affect only that model,
-and whatever models share is changed once, at import, by code that checks which context it runs in. A single model must
-not run in two threads at a time.
+and whatever models share is changed once, at import, by code that checks its calling context. A single model must not
+run in two threads at a time.
 """
 
 import re
@@ -33,14 +33,14 @@ _SMALL = 0.1
 
 _change_of_builders: ContextVar[ChangeBuilder | None] = ContextVar("change_of_builders", default=None)
 _documents: ContextVar[FindDocuments | None] = ContextVar("documents", default=None)
-# Compiled code cannot read its context, and need not while no pass runs: then it gets transformers' own.
+# Compiled code cannot read context variables, and need not while no pass runs: it then gets transformers' own builders.
 _some_pass_runs = False
 _passes = 0
 _lock = threading.Lock()
 
 
 class _BuildersInContext(AttentionMaskInterface):
-    """The registry of mask builders, with the changes of the reading context."""
+    """The registry of mask builders, with the changes that apply in the caller's context."""
 
     def __getitem__(self, name: str) -> MaskBuilder:
         build = super().__getitem__(name)
@@ -58,7 +58,7 @@ def _find_packed_sequences_in_context(position_ids: Tensor) -> Tensor | None:
     return (find or _find_packed_sequences)(position_ids)
 
 
-# Scope: the process, from the first import on; outside of the blocks below, both behave like transformers.
+# Scope: the process, from the first import on; outside the blocks below, both behave as in transformers.
 ALL_MASK_ATTENTION_FUNCTIONS.__class__ = _BuildersInContext
 masking_utils.find_packed_sequence_indices = _find_packed_sequences_in_context
 
@@ -67,7 +67,7 @@ masking_utils.find_packed_sequence_indices = _find_packed_sequences_in_context
 def changed_mask_builders(change: ChangeBuilder, *, documents: FindDocuments | None = None) -> Iterator[None]:
     """Replace the mask builders that models get from transformers' registry.
 
-    Scope: mask builders that are looked up in the block and in its context, of every model; other threads see
+    Scope: mask builders of any model that are looked up within the block and its context; other threads see
     transformers' own.
 
     Args:
@@ -132,8 +132,8 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
 def left_gathered(groups: Iterable[Any]) -> Iterator[None]:
     """Let weights that FSDP2 gathers for a forward stay gathered after it.
 
-    Sets what ``set_reshard_after_forward(False)`` sets and restores it, since the user's choice cannot be read in
-    another way.
+    Sets the attribute behind ``set_reshard_after_forward(False)`` and restores it, since there is no public way to read
+    the user's choice.
 
     Scope: these groups of parameters, whoever calls their modules.
     """
@@ -188,7 +188,7 @@ def own_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]
 
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Call a module inside its own call: its forward hooks have run around the outer one, once.
+    """Let a module be called inside its own call without running its forward hooks a second time.
 
     Scope: this module, whoever calls it.
     """
@@ -204,7 +204,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 def forward_replaced_by(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """Redirect a call of a module to ``run``, inside which the module is restored.
 
-    Hooks and wrappers of the module see one ordinary call around everything that ``run`` does with it.
+    The module's hooks and wrappers see one ordinary call, whatever ``run`` does with the module.
 
     Scope: this module, whoever calls it.
     """
@@ -237,7 +237,7 @@ def without_checkpointing(architecture: Architecture) -> Iterator[None]:
 
 
 def recomputes_with_torch(module: nn.Module) -> bool:
-    """Whether a module's gradient checkpointing is torch's, without reentrance: what transformers sets by default."""
+    """Whether a module's gradient checkpointing is torch's non-reentrant one, the default of transformers."""
     checkpoints = module.__dict__.get("_gradient_checkpointing_func")
     return (
         isinstance(checkpoints, partial)
@@ -248,9 +248,9 @@ def recomputes_with_torch(module: nn.Module) -> bool:
 
 @contextmanager
 def without_random_states(architecture: Architecture) -> Iterator[None]:
-    """Let checkpointed layers be recomputed under the random state of that time, not that of their forward.
+    """Let checkpointed layers be recomputed without restoring the random state of their forward.
 
-    Reach: the modules of this model that :func:`recomputes_with_torch` is true of.
+    Scope: the modules of this model for which :func:`recomputes_with_torch` is true.
     """
     switched: list[tuple[Any, Any]] = [
         (module, module.__dict__["_gradient_checkpointing_func"])
@@ -281,9 +281,9 @@ def uses_checkpointing(layer: nn.Module) -> bool:
 
 @contextmanager
 def attention_implementation(architecture: Architecture, choose: Callable[[str], str]) -> Iterator[None]:
-    """Run every (sub)config of the model on another attention implementation for the length of the block.
+    """Within the block, switch every (sub)config of the model to another attention implementation.
 
-    Scope: these configs, and with them any other model that was made with the same config object.
+    Scope: these configs, and so any other model that shares one of the config objects.
     """
     configs: dict[int, Any] = {id(module.config): module.config for module in architecture.configured}
     before = {
@@ -291,7 +291,7 @@ def attention_implementation(architecture: Architecture, choose: Callable[[str],
     }
     try:
         for key, name in before.items():
-            # The internal attribute: the public setter walks over sub-configs and may refuse.
+            # The internal attribute: the public setter also visits sub-configs, and may refuse.
             configs[key]._attn_implementation_internal = choose(name)
         yield
     finally:
@@ -301,14 +301,14 @@ def attention_implementation(architecture: Architecture, choose: Callable[[str],
 
 @contextmanager
 def smaller_vocabulary(configured: Iterable[nn.Module], classes: int, fewer: int) -> Iterator[None]:
-    """Let models and configs report a vocabulary with fewer classes, as their losses read it.
+    """Let models and configs report a smaller vocabulary to their losses.
 
-    Reach: these modules and their configs, and with them any other model that was made with the same config object.
+    Scope: these modules and their configs, and so any other model that shares one of the config objects.
 
     Args:
         configured: The modules that hold a config.
-        classes: How many there are.
-        fewer: How many to say.
+        classes: Size of the vocabulary.
+        fewer: The size to report.
     """
     holders: dict[int, Any] = {}
     for module in configured:
@@ -322,7 +322,7 @@ def smaller_vocabulary(configured: Iterable[nn.Module], classes: int, fewer: int
         if "vocab_size" in name and type(value) is int and value == classes
     ]
     try:
-        # Not by setting attributes, which configs check.
+        # Written to ``__dict__``, since configs validate attributes when they are set.
         for values, name in said:
             values[name] = fewer
         yield
@@ -354,11 +354,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def grown_parameters(model: nn.Module) -> Iterator[bool]:
-    """Replace parameters that are all one small value, as many are at the start of training, by random numbers.
+    """Replace parameters that hold one small value throughout, as many do at the start of training, by random numbers.
 
     A zero projection hides everything before it. Sharded and offloaded parameters are unchanged.
 
-    Scope: the values of these parameters; their version counters stay, for a graph with a pending backward pass.
+    Scope: the values of these parameters. Their version counters do not change, since a backward pass may be pending.
 
     Yields:
         Whether there are any.
@@ -386,9 +386,9 @@ def grown_parameters(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def nothing_left(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo the side effects of forwards in the block: running statistics, power iterations, random numbers drawn.
+    """Undo the side effects of forwards in the block: running statistics, power iterations, advanced random generators.
 
-    Scope: the buffers of this model, except those that a module replaces; the random generators.
+    Scope: the buffers of this model, except those that a module replaces, and the random generators.
 
     Args:
         model: The model.
@@ -426,9 +426,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_of_any_mask() -> Iterator[None]:
-    """Let SDPA fall back to its math backend, where a user allows flash attention alone: looks bring masks.
+    """Let SDPA fall back to its math backend even if the user allows flash attention only, since probes pass masks.
 
-    Reach: all of torch, CPUs too, despite the switch's name.
+    Scope: all of torch, on CPUs too, despite the switch's name.
     """
     allowed = torch.backends.cuda.math_sdp_enabled()
     torch.backends.cuda.enable_math_sdp(True)

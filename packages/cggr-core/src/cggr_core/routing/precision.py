@@ -22,7 +22,7 @@ from cggr_core.routing.norms import is_untouched
 from cggr_core.routing.patches import replaced_forwards
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Expert routers: sending a token to another expert is more than a rounding error.
+# Expert routers: a token sent to a different expert is more than a rounding error.
 _ROUTERS = ("gate", "router")
 _QUERIES, _BESIDE_QUERIES = "q_proj", ("k_proj", "v_proj")
 
@@ -32,8 +32,8 @@ Quantised = tuple[Tensor, Tensor]
 class LowPrecision:
     """Runs decoder layers' linear layers in FP8 within a block.
 
-    It does not convert quantised and sharded weights, replaced linear layers, expert routers, sizes that are not
-    multiples of 16, and calls under autograd (keys and values, in gradient mode ``kv``) except for queries, whose
+    It does not convert quantised or sharded weights, replaced linear layers, expert routers, sizes that are not
+    multiples of 16, or calls under autograd (keys and values, in gradient mode ``kv``) except for queries, whose
     gradient is not used. Adapters around a linear layer are not converted, but their base layer is.
 
     Args:
@@ -120,14 +120,14 @@ class LowPrecision:
 
 
 def takes_fp8(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a plain linear layer whose product can be one of FP8."""
+    """Whether a module is a plain linear layer whose product can run in FP8."""
     if type(module) is not nn.Linear or not is_untouched(module):
         return False
     return module.in_features % STEP == 0 and module.out_features % STEP == 0
 
 
 def _adapters(layer: nn.Module) -> set[nn.Module]:
-    """Modules next to the base layers of adapters."""
+    """The modules that adapters add beside their base layers."""
     return {
         module
         for wrapper in layer.modules()
@@ -146,7 +146,7 @@ def _makes_queries(layer: nn.Module, name: str) -> bool:
 
 
 def _result_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The layer's output by an FP8 product; ``None`` if the layer itself has to run."""
+    """The dtype of the layer's output from an FP8 product; ``None`` if the layer itself has to run."""
     plain = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device
     if not plain or x.numel() == 0 or x.dim() < 2 or x.dtype not in _FLOATS or weight.dtype not in _FLOATS:
         return None

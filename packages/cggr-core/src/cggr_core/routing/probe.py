@@ -18,7 +18,7 @@ from cggr_core.routing.loss_agreement import own_alignment, text_alone
 from cggr_core.routing.patches import attention_of_any_mask, evaluation_mode, grown_parameters, without_checkpointing
 
 _ROWS, _TOKENS = 2, 8
-# Bound on the relative error of three quarters of the tokens' logits, for a head that is one matrix.
+# If the head is one matrix, the logits of three quarters of the tokens have at most this relative error.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _HALF_TOLERANCE = 5e-2
 
@@ -32,7 +32,7 @@ class Probe:
         layer_output: Wraps a hidden state the way the model's layers return it.
         packing_obstacle: Why packed rows cannot be routed; ``None`` if they can be (or were not tried).
         saw_loss: Whether the model's own loss was compared with cross-entropy.
-        has_loss: Whether it has one.
+        has_loss: Whether the model computes a loss of its own.
     """
 
     architecture: Architecture
@@ -46,7 +46,7 @@ class Probe:
 def probe(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool, own_loss: bool = False
 ) -> Probe:
-    """Run the model on a few tokens of a batch for its head, and on whole rows of it, plainly and routed.
+    """Run the model on a few tokens of a batch to check its head, and on whole rows, plainly and routed.
 
     Args:
         model: The model; its training flags are restored.
@@ -115,7 +115,7 @@ def _probe(
     architecture = replace(architecture, obstacle=obstacle)
     if own is not None:
         architecture = replace(architecture, shifted=own.shifted, counts_padding=own.counts_padding)
-    # Rows of one token say nothing about the alignment; wait for longer ones.
+    # Rows of one token do not show the alignment; wait for longer ones.
     saw_loss = own_loss and inputs.shape[1] > 1
     return Probe(architecture, layer_output, packing_obstacle, saw_loss, own is not None)
 
@@ -133,7 +133,7 @@ def probe_whole_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Prob
 def _routed(
     model: nn.Module, architecture: Architecture, rows: TokenInputs, layer_output: LayerOutput
 ) -> tuple[Architecture, str | None, str | None]:
-    """Obstacles to routed passes on these rows and on packed ones, with trained-like weights too."""
+    """Obstacles to routed passes on these rows and on packed ones, also with weights as after training."""
     found = _routed_as_it_is(model, architecture, rows, layer_output)
     if found[1] is not None:
         return found
@@ -202,7 +202,7 @@ def _whole_rows(inputs: TokenInputs) -> TokenInputs:
     """The first rows of a batch at full length; all rows if some input is not per row."""
     batch = inputs.shape[0]
     by_row = {name: value for name, value in inputs.options.items() if isinstance(value, Tensor) and value.dim() > 0}
-    kinds = by_row.pop("position_ids", None)  # of several kinds, with the rows after them
+    kinds = by_row.pop("position_ids", None)  # several kinds of positions: ``[kinds, B, S]``
     if batch <= _ROWS or any(value.shape[0] not in (1, batch) for value in by_row.values()):
         return inputs
     cut = {name: value[:_ROWS] for name, value in by_row.items()}

@@ -1,4 +1,4 @@
-"""Merges and splits rows of keys, values and hidden states, with just the gradients that a mode lets through.
+"""Merges and splits rows of keys, values and hidden states, and passes on exactly the gradients that a mode allows.
 
 These are autograd functions whose backward passes copy rows once; autograd's own backward of the same scatters would
 copy the full-length gradient several times. Models use keys and values as ``[B, H, S, D]``, but projections lay them

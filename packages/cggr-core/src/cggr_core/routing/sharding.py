@@ -67,7 +67,7 @@ class GatheredWeights:
 
     @contextmanager
     def context_pass(self) -> Iterator[None]:
-        """A context pass, whose layers stay gathered if the step allows it."""
+        """Context of a context pass; its layers stay gathered if the step allows it."""
         held = self._held if self._in_step else []
         self._left = self._left or bool(held)
         with left_gathered(held):
@@ -90,13 +90,13 @@ def _memory_suffices(layers: Iterable[nn.Module], device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     if device.type != "cuda":
-        return False  # its memory cannot be queried
+        return False  # the device's free memory cannot be queried
     free, total = torch.cuda.mem_get_info(device)
     return bytes_when_gathered(layers) <= free - MARGIN * total
 
 
 def bytes_when_gathered(layers: Iterable[nn.Module]) -> int:
-    """Memory of all weights of the layers on one rank, in the dtype in which they are gathered."""
+    """Memory of all weights of the layers on one rank, in the dtype they are gathered in, in bytes."""
     layers = tuple(layers)
     cast = {id(p): group.mp_policy.param_dtype for group in _groups(layers) for p in _parameters(group)}
     return sum(

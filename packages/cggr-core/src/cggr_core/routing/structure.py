@@ -20,17 +20,17 @@ _OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation",
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 _LOSSES = ("loss_function", "_loss_function")
 _PLAIN = frozenset((bool, int, float, str, type(None)))
-# Switches that say nothing of what a forward computes, and rates of noise, which are set to 0 for a comparison.
+# Switches that do not affect what a forward computes, and noise rates, which comparisons set to 0.
 _NOT_READ = cache(re.compile(r"^_|^training$|^gradient_checkpointing$|^use_cache$|drop|jitter").search)
-# Changes of one setting that each count; of later ones, those at powers of two.
+# This many changes of one setting count each; after that, only those at powers of two.
 _EVERY_CHANGE = 8
 
 
 def structure(model: nn.Module) -> list[Any]:
     """The modules of a model, their forwards with the functions in them, their hooks, its head, and settings.
 
-    Structures are compared with ``==``, which is identity for modules. Modules are held, so that a new one cannot reuse
-    the id of one that was replaced. Half a microsecond per module.
+    Structures are compared with ``==``, which is identity for modules. Modules are kept alive, so that a new one cannot
+    reuse the id of a replaced one. Takes half a microsecond per module.
     """
     base = unwrapped(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
@@ -71,7 +71,7 @@ def structure(model: nn.Module) -> list[Any]:
 
 @cache
 def _functions_named(forward: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """The functions that a forward finds by name where it is written, and which may be replaced there; and where."""
+    """The names of global functions that a forward calls, which may be replaced, and the globals that hold them."""
     own = inspect.unwrap(forward)
     if not isinstance(own, FunctionType):
         return (), {}
@@ -91,10 +91,10 @@ def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
 
 
 class Settings:
-    """The numbers, names and switches of a model's modules, its configs and its loss, which forwards read.
+    """The numbers, names and switches that forwards read from a model's modules, its configs and its loss.
 
-    A comparison of some hundred values, which takes 20 microseconds for 16 layers. A setting
-    that changes in every step (a counter, a schedule) counts the first eight times, then at powers of two.
+    They are a few hundred values; comparing them takes 20 microseconds for 16 layers. A setting that changes in every
+    step (a counter, a schedule) counts the first eight times, then at powers of two.
 
     Args:
         model: The model.
@@ -105,7 +105,7 @@ class Settings:
         self.look_at(model)
 
     def look_at(self, model: nn.Module) -> None:
-        """Take the settings as they are now, of a model whose modules may be others than before."""
+        """Read the current settings of a model whose modules may have been replaced."""
         base = unwrapped(model)
         modules = list(model.modules())
         self._places = [
@@ -117,14 +117,14 @@ class Settings:
         ]
         configs = [module.__dict__.get("config") for module in modules] + [base.config.get_text_config()]
         losses = [base.__dict__.get(name) for name in _LOSSES]
-        # As losses are: without parts, and without parameters.
+        # Losses are such modules: without children, without parameters.
         bare = [part for part in base._modules.values() if part is not None and not (part._modules or part._parameters)]
         holders = [base, *bare, *(held for held in (*configs, *losses) if hasattr(held, "__dict__"))]
         self._open = list({id(holder): holder.__dict__ for holder in holders}.values())
         self._seen = self._values()
 
     def changed(self) -> bool:
-        """Whether one of them has another value than the last time, and that counts."""
+        """Whether a setting has changed since the last call, in a way that counts."""
         values = self._values()
         if values == self._seen:
             return False
