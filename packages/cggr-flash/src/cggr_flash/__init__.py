@@ -21,7 +21,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # These import transformers' model code, which takes seconds that the table of backends does not need.
+    # Imported on first use: transformers' model code takes seconds to import, and the table of backends does not need
+    # it.
     if name == "enable_flash_attention":
         from cggr_flash.enabling import enable_flash_attention
 

@@ -209,7 +209,7 @@ def _hub_kernel(name: str, machine: Machine) -> AttentionBackend:
 def _sdpa(machine: Machine) -> AttentionBackend:
     running = [name for name in SDPA_KERNELS if not machine.sdpa_kernels[name]]
     if running:
-        return AttentionBackend("sdpa", True, f"in torch {torch.__version__}; its kernels here: {', '.join(running)}")
+        return AttentionBackend("sdpa", True, f"part of torch {torch.__version__}; kernels here: {', '.join(running)}")
     reason = f"none of its kernels run on {machine.device_label} in {machine.dtype_name}"
     return AttentionBackend("sdpa", False, reason, "use backend='eager'")
 

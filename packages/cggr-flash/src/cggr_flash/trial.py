@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _ROWS, _TOKENS = 2, 16
-# Median relative error of tokens against eager attention. Reordered sums in low precision stay below it in deep
-# models, a few tokens that change experts do not count, and a different computation is above it.
+# Tolerated median relative error of tokens against eager attention. Reordered sums in low precision stay below it even
+# in deep models, the median ignores a few tokens that change experts, and a different computation exceeds it.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
 _HALF_TOLERANCE = 0.2
 
@@ -173,12 +173,12 @@ def _tokens(config: Any) -> Tensor:
 
 
 def _loss(output: Tensor) -> Tensor:
-    # Not a plain sum, which has no gradient behind a layer norm.
+    # Not a plain sum, whose gradient vanishes through a layer norm.
     weights = _pseudo_random(output.shape, output.device) / output.shape[-1] ** 0.5
     return (output.float() * weights).sum()
 
 
 def _pseudo_random(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
-    """Fixed pseudo-random numbers in [-1, 1] that draw on no random generator."""
+    """Fixed pseudo-random numbers in [-1, 1], without using a random generator."""
     count = torch.Size(shape).numel()
     return torch.cos(torch.arange(count, device=device, dtype=torch.float64) ** 2 * 0.37).float().reshape(shape)

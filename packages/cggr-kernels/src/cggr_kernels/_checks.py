@@ -86,8 +86,9 @@ def check_vocabulary(name: str, size: int) -> None:
 
 
 def check_first_derivatives() -> None:
-    """Raise ``RuntimeError`` in a backward pass that is to have a graph: the kernels' would count as a constant."""
+    """Raise ``RuntimeError`` under ``create_graph=True``, where the kernels' gradients would count as constants."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "create_graph=True asks for second derivatives, which these kernels do not have; use plain torch operations"
+            "create_graph=True asks for second derivatives, which these kernels do not provide; use plain torch "
+            "operations"
         )

@@ -19,7 +19,7 @@ DEVICE_TYPES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory available to a program; 0 where there is none, as in the interpreter."""
+    """Bytes of shared memory available to a program; 0 if there is none, as in the interpreter."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
 
 

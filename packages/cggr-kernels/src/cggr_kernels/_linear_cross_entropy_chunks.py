@@ -19,8 +19,8 @@ from cggr_kernels.linear_cross_entropy_details._scale import scale_kernel
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Logits held at once: 2**24 of two bytes stay in the 50 MB cache of an H100 or H200. Not fewer columns than keep the
-# products efficient, however many rows there are.
+# Logits held at once: 2**24 of two bytes fit in the 50 MB cache of an H100 or H200. With many rows, a chunk still has
+# enough columns to keep the products efficient.
 CHUNK_ELEMENTS = 2**24
 MIN_COLUMNS = 4096
 _BLOCK = 4096
@@ -121,7 +121,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Gradients:
-    """Gradients of rows, weight and bias, complete once every chunk is added; empty where not needed."""
+    """Gradients of rows, weight and bias, complete once every chunk is added; empty if not needed."""
 
     def __init__(self, rows: Tensor, weight: Tensor, needs: list[bool], d_rows: Tensor) -> None:
         create = torch.empty if rows.shape[0] else torch.zeros
@@ -207,7 +207,7 @@ def fake_gradient(
 
 
 def launch_scale(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor`` in place, as an op that autograd sees."""
+    """``x *= factor`` in place, as an op visible to autograd."""
     if x.numel():
         grid = (triton.cdiv(x.numel(), _SCALE_STEPS * _BLOCK),)
         scale_kernel[grid](x, factor, x.numel(), STEPS=_SCALE_STEPS, BLOCK=_BLOCK, num_warps=8)

@@ -67,9 +67,9 @@ def _plan(
 
 
 def _scatter_rows(d_rows: Tensor, d_hidden: Tensor, row_index: Tensor | None) -> None:
-    """Write the gradient of the rows [M, H] float32, which may lie in ``d_hidden`` [N, H] past its first M, into it.
+    """Write the rows' gradient [M, H] float32 into ``d_hidden`` [N, H], in which it may lie past the first M rows.
 
-    A few columns at a time, so that the rows' gradient never exists twice.
+    Copies a few columns at a time, so that the rows' gradient never exists twice.
     """
     M, H = d_rows.shape
     if row_index is None:

@@ -33,9 +33,9 @@ class Blocks(NamedTuple):
     registers: int | None = None
 
 
-# Measured on an H200 (16-bit floats); by head dimension up to the key. They are fixed, not tuned at run time: a first
-# step compiles three kernels instead of twenty, and results do not depend on what a tuner happened to see.
-# The query rows of a table's kernels divide those of the one above it: each reads the statistics of whole blocks.
+# Measured on an H200 (16-bit floats), for head dimensions up to the key. Fixed rather than tuned at run time: a first
+# step compiles three kernels instead of twenty, and results do not depend on an autotuner's choice. The query rows of
+# each table's kernels divide those of the table above, since each kernel reads the statistics of whole blocks.
 FORWARD_BLOCKS = {64: Blocks(64, 128, 4, 2), 128: Blocks(64, 64, 4, 3, hold=True), 256: Blocks(128, 64, 8, 2)}
 QUERY_GRADIENT_BLOCKS = {64: Blocks(64, 128, 4, 3), 128: Blocks(64, 64, 4, 3, hold=True), 256: Blocks(64, 32, 4, 3)}
 KEY_GRADIENT_BLOCKS = {
@@ -44,7 +44,7 @@ KEY_GRADIENT_BLOCKS = {
     256: Blocks(64, 64, 8, 2, eager=True),
 }
 FLOAT32_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 16, 4, 1)}
-# For GPUs before Hopper, with less shared memory and matrix products that take all operands from registers.
+# For GPUs before Hopper, which have less shared memory and take all operands of matrix products from registers.
 SMALL_BLOCKS = {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(16, 32, 4, 1)}
 _MUCH_SHARED_MEMORY = 200 * 1024
 
@@ -119,7 +119,7 @@ def _arguments(
         "HAS_SEGMENT": segment is not None,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
-        # Three tensor-core products in place of one: as accurate as float32, and several times faster.
+        # Three tensor-core products per product: as accurate as float32, and several times faster.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "BLOCK_D": _padded_dim(q),
         "BLOCK_M": blocks.m,
@@ -247,7 +247,7 @@ def launch_key_gradient(
 ) -> tuple[Tensor, Tensor]:
     B, S, HKV, D = k.shape
     K = q.shape[1]
-    # Rows that the kernel does not write: other tokens, or all of them where there is no query.
+    # Rows that the kernel does not write: other tokens, or all of them if there are no queries.
     create = torch.zeros if kept_only or not q.numel() else torch.empty
     dk_BSHD = create(B, S, HKV, D, dtype=k.dtype, device=k.device)
     dv_BSHD = create(B, S, HKV, D, dtype=v.dtype, device=v.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def seed_step(seed: int) -> int:
-    """What a seed adds to the counter before hashing: a signed 64-bit integer."""
+    """The offset that a seed adds to the counter before hashing, a signed 64-bit integer."""
     step = seed * 0xD1342543DE82EF95 & (1 << 64) - 1
     return step - (1 << 64) if step >= 1 << 63 else step
 

@@ -29,7 +29,7 @@ def launch_difficulty(
         ignore_index: Target of rows that get 0.
         softcap: The statistics are those of ``softcap * tanh(scale * logits / softcap)``; ``None`` for none.
         scale: Factor on the logits; ``None`` for 1.
-        out_5N: Where the five statistics go, shape ``[5, n]``, contiguous in the last dimension.
+        out_5N: Receives the five statistics, shape ``[5, n]``, contiguous in the last dimension.
     """
     n, V = logits.shape
     if n == 0:
@@ -76,8 +76,8 @@ def difficulty(logits: Tensor, targets: Tensor | None = None, ignore_index: int 
 
     With ``p = softmax(logits)``: entropy ``-sum p ln p`` (nats), confidence ``max p``, margin ``p_1 - p_2`` of the two
     largest (0 when they tie; ``p_1`` for a single class), nll ``-ln p_y`` and gradnorm
-    ``||p - onehot(y)||_2 = sqrt(sum p^2 - 2 p_y + 1)``, summed without ``p_y`` so that it keeps its digits. The softmax
-    is computed online (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867): every logit is read once.
+    ``||p - onehot(y)||_2 = sqrt(sum p^2 - 2 p_y + 1)``, summed without ``p_y`` to avoid cancellation. The softmax is
+    computed online (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867): every logit is read once.
 
     Args:
         logits: Unnormalised log-probabilities, shape ``[N, V]``, float32, float16 or bfloat16. Rows may be strided; the

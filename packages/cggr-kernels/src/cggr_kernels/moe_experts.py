@@ -17,7 +17,7 @@ from cggr_kernels.moe_details._dispatch import SEGMENT
 from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan
 from cggr_kernels.moe_products import ALIGNMENT, group_product, row_product, swiglu_gradient, up
 
-MAX_ROWS = 2**30  # twice as many are numbered in int32
+MAX_ROWS = 2**30  # int32 numbers twice as many
 
 
 def _launch(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, save: bool) -> tuple[Tensor, ...]:
@@ -196,6 +196,6 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight:
         tensor(511.8283, device='cuda:0')
     """
     _check(x, gate_up, down, index, weight)
-    # Asked here: within the function gradients are off, and what its inputs require says nothing of the caller's mode.
+    # Read here: inside the autograd function gradients are off, and its inputs do not show the caller's gradient mode.
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weight))
     return _Experts.apply(*(tensor.contiguous() for tensor in (x, gate_up, down, weight, index)), save)

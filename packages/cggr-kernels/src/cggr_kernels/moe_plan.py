@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 
 def row_bound(choices: int, num_experts: int) -> int:
-    """Rows that the segments need at most, a multiple of 128, whatever the routing.
+    """Upper bound on the rows that the segments need, a multiple of 128, whatever the routing.
 
     Args:
         choices: Number of tokens times experts per token.
@@ -67,7 +67,7 @@ def row_bound(choices: int, num_experts: int) -> int:
 
 
 def empty_plan(index: Tensor, num_experts: int) -> Plan:
-    """A plan whose tensors are not filled."""
+    """A plan whose tensors are uninitialized."""
     T, K = index.shape
     sizes = (num_experts + 1, num_experts, row_bound(T * K, num_experts) // SEGMENT.value, 1)
     rest = (index.new_empty(size, dtype=torch.int32) for size in sizes)
@@ -121,7 +121,7 @@ def expand(x: Tensor, plan: Plan, weight: Tensor | None = None) -> tuple[Tensor,
     Args:
         x: ``[T, H]``, contiguous.
         plan: Where the rows go.
-        weight: ``[T, K]``, float32, contiguous, to be copied likewise; or ``None``.
+        weight: ``[T, K]``, float32, contiguous, copied in the same way; or ``None``.
 
     Returns:
         ``[rows, H]`` and ``[rows]`` float32 (empty without weights); undefined beyond the rows in use.

@@ -151,7 +151,7 @@ _gradient = register(
 class _Route(torch.autograd.Function):
     """Autograd function of the op: gradients of the weights and both losses with respect to the logits.
 
-    Outputs without a gradient stay outside: autograd would allocate zeros for them in every backward pass.
+    Outputs without a gradient are not returned here: autograd would allocate zeros for them in every backward pass.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Rows of numbers as float8 (e4m3) with a scale for every row, in one launch."""
+"""Quantises rows to float8 (e4m3) with one scale per row, in one launch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cggr_kernels._library import register
 from cggr_kernels.quantize_rows_details._quantize_rows import quantize_rows_kernel
 
 _LARGEST = 448.0  # of e4m3
-_SMALLEST = 1e-30  # below it, the factor that a row is multiplied by would overflow float32
-_LONGEST = 16384  # numbers of a row that are kept in registers; longer rows are read twice
+_SMALLEST = 1e-30  # below it, the factor on a row would overflow float32
+_LONGEST = 16384  # numbers of a row that fit in registers; longer rows are read twice
 _NUMBERS_OF_A_THREAD = 32
 
 
@@ -63,8 +63,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         infinity becomes NaN in a product.
 
     Raises:
-        TypeError: If the dtype is another.
-        ValueError: If the shape or the device does not fit.
+        TypeError: If the dtype is not accepted.
+        ValueError: If ``x`` does not have two dimensions, or is on a device that the kernels do not run on.
 
     Example:
         >>> rows, scale = quantize_rows(torch.tensor([[1.0, -3.5]], device="cuda"))

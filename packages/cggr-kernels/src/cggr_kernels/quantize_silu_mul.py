@@ -1,4 +1,4 @@
-"""The product in the middle of a gated MLP as float8 rows, which the next matrix product takes."""
+"""The product in the middle of a gated MLP, quantised to float8 rows for the matrix product that follows."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _quantize_silu_mul = register("quantize_silu_mul(Tensor gate, Tensor up) -> (Ten
 def quantize_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise the rows of ``silu(gate) * up`` (SwiGLU, https://arxiv.org/abs/2002.05202) as ``quantize_rows`` does.
 
-    The product is made in float32 and rounded once, to e4m3; it is never written in another dtype.
+    The product is computed in float32 and rounded once, to e4m3; it is never written in another dtype.
 
     Args:
         gate: ``[N, K]``, float32, float16 or bfloat16; no gradient goes through.
-        up: Of the same shape and dtype.
+        up: Same shape and dtype as ``gate``.
 
     Returns:
         float8_e4m3fn ``[N, K]``, and scales float32 ``[N, 1]``.
 
     Raises:
-        TypeError: If a dtype is another.
-        ValueError: If shapes, dtypes or devices do not fit.
+        TypeError: If a dtype is not accepted.
+        ValueError: If shapes, dtypes or devices do not match.
 
     Example:
         >>> gate = torch.randn(2, 5, device="cuda")

@@ -17,7 +17,7 @@ _MOST_HEADS_AT_ONCE = 32
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     B, HQ, S, D = q.shape
-    # Tokens before heads in memory, as projections return them and attention takes them.
+    # Laid out with tokens before heads, as projections return them and attention takes them.
     q_out, k_out = (x.new_empty(B, S, x.shape[1], D).transpose(1, 2) for x in (q, k))
     if B * S == 0:
         return q_out, k_out
@@ -85,7 +85,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         sin: Same shape and strides as ``cos``.
 
     Returns:
-        The rotated queries and keys, in the shapes of ``q`` and ``k``, tokens before heads in memory.
+        The rotated queries and keys, in the shapes of ``q`` and ``k``, laid out in memory with tokens before heads.
 
     Raises:
         TypeError: If a dtype is not accepted.
@@ -113,7 +113,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             f"cos and sin must be [{B} or 1, {S}, {D}] to match q and k, got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError("cos and sin require a gradient, but they get none here; detach them")
+        raise ValueError("cos and sin require a gradient, but they are treated as constants; detach them")
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()

@@ -112,7 +112,7 @@ def routed_attention(
     r"""Attention of kept queries to full-length keys; differentiable in ``q``, ``k`` and ``v``.
 
     A query at position ``t`` sees key ``s`` if ``s <= t``; with ``window``, if also ``t - s < window``; with
-    ``segment``, if also both are in the same segment, and that is not negative. Blocks of keys that no query of a block
+    ``segment``, if also both are in the same segment and it is not negative. Blocks of keys that no query of a block
     can see are not read, and grouped heads share the keys they load. The softmax is the tiled online one of
     FlashAttention (Dao, https://arxiv.org/abs/2307.08691); the backward pass recomputes it and uses no atomics, so
     results are bitwise reproducible.

@@ -28,7 +28,7 @@ _BLOCK = 1024
 
 
 def _uniform(draw: Tensor, seed: int, first_row: Tensor, rows: int, length: int) -> Tensor:
-    """Random numbers ``[rows, length]`` of the rows from ``first_row`` on."""
+    """Random numbers ``[rows, length]`` for the rows from ``first_row`` on."""
     out = torch.empty(rows, length, dtype=torch.float64, device=draw.device)
     n = out.numel()
     if n:
@@ -51,7 +51,7 @@ def _stratified(
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
     After one sort by score, strata are ranges of ranks, and a second sort shuffles each of them. What the reference
-    does with the entries of a stratum is then arithmetic on its number.
+    does with the entries of a stratum then becomes arithmetic on the stratum's number.
     """
     B, S = score.shape
     device = score.device
@@ -93,8 +93,8 @@ def _sampled(
 ) -> tuple[Tensor, Tensor]:
     """Kept entries and their weights 1 / probability, both ``[B, S]``.
 
-    Sorting in float32 halves the cost; the uniform part mixed in later keeps the order. Ascending, so that capping
-    needs cumulative sums only.
+    Sorting in float32 halves the cost; the uniform part mixed in later preserves the order. The order is ascending, so
+    that capping needs only cumulative sums.
     """
     B, S = score.shape
     device = score.device
@@ -104,7 +104,7 @@ def _sampled(
         return keep_BS, weight_BS
     blocks = triton.cdiv(S, _BLOCK)
     grid = (blocks, B)
-    # Rounded as torch rounds, so that ties in the reference are ties here.
+    # Rounded as in torch, so that ties in the reference are ties here.
     constants = {"MIX": mix, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     score = score.clamp(min=0.0).masked_fill(~countable, -1.0)
     mean_B = score.clamp(min=0.0).sum(1, dtype=torch.float64) / n.clamp(min=1)
@@ -223,7 +223,7 @@ def select(
     defensive_mix: float = 0.05,
     first_row: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, and at least one if there is any.
+    """Choose ``round(ratio * n)`` of the ``n`` countable tokens of each row, at least one if there are any.
 
     The host reads nothing; the same seed and draw choose the same tokens. ``stratified``: Neyman's allocation over
     ``num_strata`` equal buckets by score, with the root mean square score as the spread, then systematic sampling

@@ -1,4 +1,4 @@
-"""The experts of Hugging Face models in the op ``moe_experts``, through transformers' own switch for them."""
+"""Runs the experts of Hugging Face models in the op ``moe_experts``, through transformers' own setting for it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EXPERTS_IMPLEMENTATION = "cggr"
 def register_experts() -> str:
     """Let models of transformers run their experts in this package's op: persistent kernels on CUDA.
 
-    The model keeps its router, its parameters and its auxiliary loss, whichever they are; what changes is how
-    the chosen experts are computed. Experts must be SwiGLU without biases, gate and up projection one after the
-    other, as in Mixtral, Qwen-MoE, OLMoE and DeepSeek; a forward of others raises an error.
+    The model keeps its router, parameters and auxiliary loss; only the computation of the chosen experts changes.
+    Experts must be SwiGLU without biases, with the gate projection before the up projection, as in Mixtral, Qwen-MoE,
+    OLMoE and DeepSeek; with other experts, the forward raises an error.
 
     Returns:
-        ``"cggr"``, the name to give as ``experts_implementation``.
+        ``"cggr"``, the name to pass as ``experts_implementation``.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -50,11 +50,11 @@ def register_experts() -> str:
 
 
 def _run_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What an experts module of transformers computes; the signature is transformers'."""
+    """The forward of an experts module of transformers, with the signature that transformers expects."""
     experts: Any = module
     _check_kind(experts)
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    # A place beyond the last expert stands for one that another rank has.
+    # An index beyond the last expert means an expert on another rank.
     index = top_k_index.masked_fill(top_k_index >= gate_up.shape[0], -1).long()
     run = resolve("moe_experts", hidden_states.device.type, hidden_states.dtype)
     weight = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """The experts' computation: the reference of the op ``moe_experts``.
 
-The choices are sorted by expert, so that each expert's rows form one block of a grouped matrix product. Where torch has
-no grouped product for the device and dtype, a loop over the experts takes its place.
+The choices are sorted by expert, so that each expert's rows form one block of a grouped matrix product. If torch has no
+grouped product for the device and dtype, a loop over the experts replaces it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _parts(rows: Tensor, load: Tensor) -> tuple[Tensor, ...]:
-    """The rows of each expert, and those beyond."""
+    """The rows of each expert, then those beyond."""
     sizes = load.tolist()
     return rows.split([*sizes, rows.shape[0] - sum(sizes)])
 
@@ -73,7 +73,7 @@ _loop_linear.register_autograd(_backward, setup_context=_save)
 def _grouped_linear(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     """``rows`` [N, A], sorted by expert, times ``weight`` [E, B, A]: [N, B].
 
-    Rows beyond the sum of ``load`` [E] come out undefined.
+    Rows beyond the sum of ``load`` [E] are undefined.
     """
     if _has_grouped_mm(rows, weight):
         return grouped_mm(rows, weight.transpose(1, 2), offs=load.cumsum(0).int())

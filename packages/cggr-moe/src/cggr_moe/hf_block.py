@@ -76,7 +76,7 @@ def make_block(parts: Block, kind: str) -> nn.Module:
 
     Raises:
         ImportError: If transformers is not installed.
-        ValueError: If the kind is unknown, or it is Mixtral, which always normalises the weights, and the parts do not.
+        ValueError: If the kind is unknown, or it is Mixtral, which always normalises the weights, but the parts do not.
     """
     chosen = _KINDS[check_choice("kind", kind, tuple(_KINDS))]
     if chosen.always_normalised and not parts.norm_topk_prob:

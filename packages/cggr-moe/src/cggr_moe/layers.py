@@ -145,7 +145,7 @@ class PersistentTRMLP(nn.Module):
         Args:
             hidden_states: ``[B, S, H]`` or ``[T, H]``, in the parameters' dtype unless autocast is on.
             token_mask: ``[B, S]`` or ``[T]``, bool: the tokens to route, for example the mask from ``CGGRScorer``. The
-                others cost nothing, get zeros and enter no statistic.
+                others cost nothing, get zeros and count in no statistic.
 
         Returns:
             ``output``, with the shape and dtype of ``hidden_states`` (autocast's dtype if it is on), and ``aux_loss``,

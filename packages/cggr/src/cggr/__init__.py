@@ -1,7 +1,7 @@
 """Confidence-gated gradient routing: train a transformer on the tokens worth learning from.
 
-This package re-exports the public names of ``cggr_core``. Names of the optional packages are looked up when they are
-first used; where the package is missing, the error says how to install it.
+This package re-exports the public names of ``cggr_core``. Names of the optional packages are imported on first use; if
+the package is missing, the error says how to install it.
 """
 
 import warnings
@@ -58,7 +58,7 @@ _OPTIONAL: dict[str, str] = {
 }
 
 
-def __getattr__(name: str) -> Any:  # with object, a type checker takes none of these names for a function or class
+def __getattr__(name: str) -> Any:  # typed as object, no name would be callable for a type checker
     if name in ("LearnedRouter", "RememberedScores"):  # for one release
         warnings.warn(f"{name} has moved: from cggr_core.experimental import {name}", DeprecationWarning, stacklevel=2)
         return getattr(import_module("cggr_core.experimental"), name)
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:  # with object, a type checker takes none of 
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        if error.name != module:  # the package is there; something that it needs is not
+        if error.name != module:  # the package is installed; something it needs is not
             raise
         # An ImportError, because `from cggr import name` would replace the message of an AttributeError.
         package = module.replace("_", "-")

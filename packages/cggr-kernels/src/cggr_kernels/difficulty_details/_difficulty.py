@@ -10,7 +10,7 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 @triton.jit
 def _softcapped(x, inner, HAS_SOFTCAP: tl.constexpr):
-    """tanh(x * inner) with a softcap, else ``x``: the logits without their outer factor, which is in ``unit``."""
+    """tanh(x * inner) with a softcap, else ``x``: the logits without their outer factor, which ``unit`` contains."""
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
         x = 2.0 * tl.sigmoid(2.0 * inner * x) - 1.0
@@ -34,18 +34,18 @@ def _excluding(x, column, target):
 def _exponent(x, unit, reference, CLAMP: tl.constexpr):
     d = x * unit - reference[:, None]
     if CLAMP:
-        # NaN must survive, so that a bad logit shows in the statistics.
+        # NaN must propagate, so that a bad logit shows in the statistics.
         d = tl.maximum(d, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     return d
 
 
 @triton.jit
 def _accumulate(x0, x1, x2, x3, chunk, unit, reference, z, s, c, first, second, best, CLAMP: tl.constexpr):
-    """A chunk of four tiles [LANES, WIDTH] into the running values of each lane.
+    """Add a chunk of four tiles [LANES, WIDTH] to the running values of each lane.
 
     z = sum 2^d, s = sum 2^d * d, c = sum 4^d with d = x * unit - reference; ``first`` and ``second`` are the two
-    largest of the chunks' maxima, ``best`` the chunk of the first. A lane's row of a tile lies in one thread, so these
-    reductions touch no other thread.
+    largest of the chunks' maxima, ``best`` the chunk of the first. One thread holds a lane's row of a tile, so these
+    reductions need no other thread.
     """
     largest = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 1)
     second = tl.maximum(second, tl.minimum(first, largest))
@@ -84,10 +84,11 @@ def _read_row(
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The running values of each lane after the whole row but the target."""
+    """The running values of each lane after the whole row except the target."""
     TILE: tl.constexpr = LANES * WIDTH
     within = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    # -inf only in the tail, where it would make a NaN of the entropy, and in logits, where the caller looks for that.
+    # -inf occurs only in the tail, where it would turn the entropy into NaN, and in logits, for which the caller
+    # checks.
     none = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
     reference = tl.full([LANES], LOWEST, tl.float32)
     z = tl.zeros([LANES], tl.float32)
@@ -156,7 +157,7 @@ def _two_largest(
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The second largest is that of the best chunk, which is read again, or the largest of the second-best."""
+    """The second largest is either in the best chunk, which is read again, or the maximum of the second-best chunk."""
     lane = tl.arange(0, LANES)
     top = tl.max(first, 0)
     winner = tl.argmax(first, 0)
@@ -193,7 +194,7 @@ def difficulty_kernel(
 ):
     """One program per row; online softmax, so the row is read once. ``out`` is [5, N].
 
-    The target stays out of the sums until the end: sum p^2 - 2 p_y + 1 loses every digit as p_y nears 1, but it is
+    The sums leave out the target until the end: sum p^2 - 2 p_y + 1 cancels completely as p_y nears 1, but it equals
     sum_others p^2 + (sum_others p)^2.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -212,12 +213,12 @@ def difficulty_kernel(
         # Columns to the next multiple of WIDTH elements, from where loads are 16 bytes wide again.
         aligned = (begin + WIDTH - 1) // WIDTH * WIDTH
         start = (aligned - begin).to(tl.int32)
-        # A pointer of its own: going back from it to the row's start would hide from the compiler that it is aligned.
+        # A separate pointer: derived from the row's start, it would not be known to the compiler as aligned.
         body_ptr = logits_ptr + aligned
     reference, z, s, c, first, second, best = _read_row(
         row_ptr, body_ptr, start, V, target, unit, inner, False, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
     )
-    # A logit of -inf has made 0 * -inf of its term of the entropy: once more, with the clamp that costs time.
+    # A logit of -inf made its entropy term 0 * -inf: repeat with the clamp, which costs time.
     if (tl.sum((s != s).to(tl.int32), 0) > 0) & (tl.sum((z != z).to(tl.int32), 0) == 0):
         reference, z, s, c, first, second, best = _read_row(
             row_ptr, body_ptr, start, V, target, unit, inner, True, HAS_SOFTCAP, HAS_TARGETS, PEEL, WIDTH, LANES
@@ -245,7 +246,7 @@ def difficulty_kernel(
         e_y = tl.exp2(d_y)
         z += e_y
         s += e_y * d_y
-        # Not d_y: an impossible target has a loss of infinity, not of a large number.
+        # Not d_y: an impossible target has an infinite loss, not a large finite one.
         nll = LN2 * (tl.log2(z) - (x_y * unit - joint))
         nll = tl.where(nll < 0.0, 0.0, nll)
         gradnorm = tl.sqrt(c + others * others) / z
@@ -253,7 +254,7 @@ def difficulty_kernel(
     e_top = tl.exp2(top * unit - joint)
     tl.store(out_ptr + row, tl.where(entropy < 0.0, 0.0, entropy))
     tl.store(out_ptr + out_stride + row, e_top / z)
-    # The difference first: it is exactly 0 when the two tie.
+    # Subtract first: the difference is exactly 0 when the two tie.
     tl.store(out_ptr + 2 * out_stride + row, (e_top - tl.exp2(runner_up * unit - joint)) / z)
     tl.store(out_ptr + 3 * out_stride + row, nll)
     tl.store(out_ptr + 4 * out_stride + row, gradnorm)

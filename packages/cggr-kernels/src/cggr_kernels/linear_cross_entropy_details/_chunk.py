@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Finite stand-in for -inf, so that differences of two of them are no NaN.
+# Finite stand-in for -inf, so that the difference of two of them is not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
@@ -28,7 +28,7 @@ def chunk_lse_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Columns [column, column + C) of the head's output into the running maximum, sum and target logit of each row.
+    """Fold columns [column, column + C) of the head's output into each row's running maximum, sum and target logit.
 
     ``state`` is [3, M] float32, in base 2; one program per row.
     """
@@ -68,7 +68,7 @@ def chunk_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Upstream * d nll / d raw of the head's output ``raw`` [M, C], in its place or elsewhere; one program per row."""
+    """Upstream * d nll / d raw of the head's output ``raw`` [M, C], in place or elsewhere; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     upstream = tl.load(upstream_ptr + row) * scale
     lse = tl.load(lse_ptr + row)
@@ -82,6 +82,6 @@ def chunk_gradient_kernel(
         grad = tl.exp2(squashed * unit - lse) - tl.where(place == target, 1.0, 0.0)
         if HAS_SOFTCAP:
             grad = grad * (1.0 - squashed * squashed)
-        # A row without weight gives 0 whatever its logits are.
+        # A row of weight 0 gives 0 whatever its logits.
         grad = tl.where(upstream == 0.0, 0.0, grad * upstream)
         tl.store(out_ptr + place, grad.to(out_ptr.dtype.element_ty), mask=place < C)

@@ -1,4 +1,4 @@
-"""A gradient times the one that arrives for the loss, in place."""
+"""Scales a gradient by the one that arrives for the loss, in place."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, n, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """``x *= factor`` in place, a number on the device; nothing is read or written where it is 1."""
+    """``x *= factor`` in place, with ``factor`` on the device; if it is 1, ``x`` is neither read nor written."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         start = tl.program_id(0).to(tl.int64) * STEPS * BLOCK

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-# Rows that every expert's segment is padded to: a tile of them belongs to one expert, and no load needs a mask.
+# Every expert's segment is padded to a multiple of this: a tile of rows belongs to one expert, and no load needs a
+# mask.
 SEGMENT: tl.constexpr = tl.constexpr(128)
 
 
@@ -18,7 +19,7 @@ def count_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Choices of each expert in a block of tokens, and the rank of each choice among those of its expert there."""
+    """How often each expert is chosen in a block of tokens, and the rank of each choice among its expert's."""
     block = tl.program_id(0).to(tl.int64)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
@@ -46,7 +47,7 @@ def prefix_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Turn the blocks' counts into the counts of the blocks before, and lay out the segments; one program.
+    """Replace each block's counts by those of the blocks before it, and lay out the segments; one program.
 
     ``segment`` is [E + 1]: the first row of each expert, and the number of rows in use; ``used`` is [E], ``tiles`` [1].
     """
@@ -128,7 +129,7 @@ def expand_kernel(
         expert = program // PAD_PROGRAMS
         first = tl.load(segment_ptr + expert) + tl.load(used_ptr + expert)
         last = tl.load(segment_ptr + expert + 1)
-        # Fewer than 128 rows: no offset from the first that int32 cannot hold.
+        # Fewer than 128 rows, so that int32 holds their offsets from the first.
         out_ptr += first.to(tl.int64) * H
         rows: tl.constexpr = SEGMENT // PAD_PROGRAMS
         pad = program % PAD_PROGRAMS * rows + tl.arange(0, rows)
@@ -164,7 +165,7 @@ def combine_kernel(
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the rows of each token's choices, times their weights, in float32 and in the order of the choices."""
+    """Weighted sum of the rows of each token's choices, in float32 and in the order of the choices."""
     t = tl.program_id(0).to(tl.int64)
     for start in range(0, H, BLOCK):
         h = start + tl.arange(0, BLOCK)
@@ -180,7 +181,7 @@ def combine_kernel(
 
 @triton.jit
 def collect_kernel(share_ptr, row_ptr, out_ptr, choices, BLOCK: tl.constexpr):
-    """What ``share`` [rows] holds at the row of each choice; 0 for null choices."""
+    """The entry of ``share`` [rows] at the row of each choice; 0 for null choices."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_ptr + at, mask=at < choices, other=-1)
     tl.store(out_ptr + at, tl.load(share_ptr + row, mask=row >= 0, other=0.0), mask=at < choices)

@@ -8,7 +8,7 @@ from cggr_kernels.moe_details._dispatch import SEGMENT
 
 @triton.jit
 def _place(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile, GROUP_M rows at a time, so that tiles at work together share operands in the cache."""
+    """Row and column of a tile, GROUP_M rows at a time, so that concurrent tiles share operands in the cache."""
     width = GROUP_M * num_n
     first = tile // width * GROUP_M
     size = tl.minimum(num_m - first, GROUP_M)
@@ -41,9 +41,9 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Gate and up projection of the sorted rows, and SwiGLU of them: h = silu(gate) * up.
+    """Gate and up projection of the sorted rows, and their SwiGLU: h = silu(gate) * up.
 
-    ``x`` [P, H], ``w`` [2E, I, H], ``h`` [P, I]; with SAVE gate and up are written to ``z`` [2P, I] as well.
+    ``x`` [P, H], ``w`` [2E, I, H], ``h`` [P, I]; with SAVE, gate and up are also written to ``z`` [2P, I].
     """
     num_m = tl.load(tiles_ptr) * (SEGMENT // BLOCK_M)
     num_n: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -128,7 +128,7 @@ def group_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Gradients of weights: ``out[expert, plane] = a[plane, rows of expert].T @ b[rows of expert]``, zeros if empty.
+    """Gradients of weights: ``out[expert, plane] = a[plane, rows of expert].T @ b[rows of expert]``, or zeros.
 
     ``a`` [PLANES · P, M], ``b`` [P, N], ``out`` [E · PLANES, M, N].
     """

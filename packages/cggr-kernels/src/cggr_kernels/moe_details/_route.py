@@ -100,7 +100,7 @@ def route_statistics_kernel(
     """
     e = tl.arange(0, BLOCK_E)
     tail = tl.arange(0, 4)
-    # Summed over the blocks once, at the end: a sum in each turn would have the warps wait for each other.
+    # Summed over the blocks once, at the end: a reduction in each iteration would make warps wait for each other.
     p_sums = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
     loads = tl.zeros([BLOCK_B, BLOCK_E], tl.int32)
     rests = tl.zeros([BLOCK_B, 4], tl.float32)
@@ -145,7 +145,7 @@ def route_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Gradient of the weights and of both losses in the logits, for BLOCK_T tokens."""
+    """Gradient of the weights and both losses with respect to the logits, for BLOCK_T tokens."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     inside = (t < T)[:, None] & (e < E)

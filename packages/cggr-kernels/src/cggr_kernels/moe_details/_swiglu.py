@@ -1,4 +1,4 @@
-"""SwiGLU's backward over sorted rows."""
+"""Backward of SwiGLU over sorted rows."""
 
 import triton
 import triton.language as tl
@@ -19,11 +19,11 @@ def swiglu_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """SwiGLU's backward for ROWS of the sorted rows, and the gradient of their weights.
+    """Backward of SwiGLU for ROWS of the sorted rows, and the gradient of their weights.
 
     ``z`` [2P, I] is gate and up, ``dh`` [P, I] the gradient of SwiGLU without the rows' weights. Writes ``dz`` [2P, I]
-    and ``share`` [P] float32, and puts weight * SwiGLU, which the gradient of the down projection needs, in the place
-    of ``dh``.
+    and ``share`` [P] float32, and overwrites ``dh`` with weight * SwiGLU, which the gradient of the down projection
+    needs.
     """
     first = tl.program_id(0) * ROWS
     if first < tl.load(tiles_ptr) * SEGMENT:

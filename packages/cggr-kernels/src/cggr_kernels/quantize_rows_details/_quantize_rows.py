@@ -1,4 +1,4 @@
-"""Rows as float8_e4m3fn with a scale each: the largest absolute value, and the cast."""
+"""Casts rows to float8_e4m3fn, each scaled by its largest absolute value."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def quantize_rows_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: read once where it fits a block (``WHOLE``), else twice."""
+    """One row, read once if it fits in a block (``WHOLE``), else twice."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     x = _load(x_ptr, up_ptr, row, K, part, GATED)

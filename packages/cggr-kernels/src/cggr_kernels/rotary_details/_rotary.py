@@ -57,9 +57,9 @@ def rotary_kernel(
     BLOCK_D: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Rotary embedding of one token's queries and keys, or its transpose on their gradients.
+    """Rotary embedding of one token's queries and keys, or its transpose applied to their gradients.
 
-    Outputs are ``[B, S, heads, 2 * HALF]``, contiguous; inputs and angles may be strided but for the last dimension.
+    Outputs are ``[B, S, heads, 2 * HALF]``, contiguous; inputs and angles may be strided except in the last dimension.
     """
     token = tl.program_id(0).to(tl.int64)
     row, place = token // S, token % S

@@ -1,4 +1,4 @@
-"""Attention of query rows to the keys that they see."""
+"""Attention of query rows to the keys they see."""
 
 import triton
 import triton.language as tl
@@ -35,7 +35,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys [start, end) into the running softmax, without ``gap`` keys from ``gap_at`` on.
+    """Add keys [start, end) to the running softmax, skipping ``gap`` keys from ``gap_at`` on.
 
     ``peak`` and the exponents are in base 2.
     """
@@ -108,9 +108,9 @@ def routed_attention_forward_kernel(
     """One program per BLOCK_M query rows of one key head.
 
     A row is one query head at one kept position, row = slot * G + head within the group: the heads of a group share the
-    keys that they load, and a block of rows spans G times fewer positions than a block of one head would.
+    keys they load, and a block of rows spans G times fewer positions than a block of one head would.
     """
-    # The last blocks see the most keys: they start first.
+    # The last blocks see the most keys, so they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b = (tl.program_id(1) // HKV).to(tl.int64)
     kv_head = tl.program_id(1) % HKV
@@ -135,7 +135,7 @@ def routed_attention_forward_kernel(
         q = in_registers(q, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # Finite, so that rows that see no key give exponents of -inf and no NaN.
+    # Finite, so that rows that see no key get exponents of -inf rather than NaN.
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
     if not HAS_WINDOW:
         acc, total, peak = _attend(

@@ -21,7 +21,7 @@ def _slot_range(
     HAS_WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Slots [first, last) that may see a key of the block, of which those of [full, other) see all of it."""
+    """Slots [first, last) that may see a key of the block; those in [full, other) see all of it."""
     first = K
     last = 0
     full = 0
@@ -82,10 +82,10 @@ def _key_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add dS^T @ Q and P^T @ dO over the query rows [start, end), without ``gap`` rows from ``gap_at`` on.
+    """Add dS^T @ Q and P^T @ dO over the query rows [start, end), skipping ``gap`` rows from ``gap_at`` on.
 
     The factor ``scale`` of dK is left to the caller.
-    With STAGES the two products of a block start together and the statistics are loaded ahead too; without, fewer
+    With STAGES, the two products of a block start together and the statistics are also loaded ahead; without, fewer
     registers are needed.
     """
     m = tl.arange(0, BLOCK_M)
@@ -96,8 +96,8 @@ def _key_gradient(
         row = offset + m
         q = q_desc.load([b, kv_head, offset // TILE_G, 0, 0]).reshape(BLOCK_M, BLOCK_D)
         d_out = d_out_desc.load([b, kv_head, offset // TILE_G, 0, 0]).reshape(BLOCK_M, BLOCK_D)
-        # Rows past the last one are there, with lse = inf. Both statistics are where a product starts from: as operands
-        # after it they would hold registers that this loop does not have.
+        # Rows past the last one exist, with lse = inf. Both statistics initialise the accumulator of a product: as
+        # operands after it, they would take registers that this loop does not have.
         lse = tl.load(lse_ptr + row)
         d_p = tl.broadcast_to(-tl.load(delta_ptr + row)[None, :], (BLOCK_N, BLOCK_M))
         if HAS_SOFTCAP:
@@ -177,8 +177,8 @@ def routed_attention_key_gradient_kernel(
 ):
     """One program per BLOCK_N keys of one key head, over the query rows that may see them.
 
-    The descriptors have the shape [B, HKV, K * G / TILE_G, TILE_G, D], in which rows of queries are contiguous.
-    With KEPT_ONLY the keys are those at the query positions, gathered and scattered by position; else all of them.
+    The descriptors have shape [B, HKV, K * G / TILE_G, TILE_G, D], in which query rows are contiguous. With KEPT_ONLY,
+    the keys are those at the query positions, gathered and scattered by position; otherwise all keys.
     """
     b = (tl.program_id(1) // HKV).to(tl.int64)
     kv_head = tl.program_id(1) % HKV

@@ -36,7 +36,7 @@ def _query_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add dS @ K over the keys [start, end), without ``gap`` keys from ``gap_at`` on.
+    """Add dS @ K over the keys [start, end), skipping ``gap`` keys from ``gap_at`` on.
 
     The factor ``scale`` is left to the caller.
     """
@@ -110,7 +110,7 @@ def routed_attention_query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Same programs as the forward kernel; also leaves delta = sum(out * d_out) of each row for the key gradient."""
+    """Same programs as the forward kernel; also stores delta = sum(out * d_out) of each row for the key gradient."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b = (tl.program_id(1) // HKV).to(tl.int64)
     kv_head = tl.program_id(1) % HKV

@@ -1,4 +1,4 @@
-"""Which keys which queries see."""
+"""Which keys each query sees."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def keys_of_segments(segment_ptr, lowest, highest, full, end, CHUNK: tl.constexpr):
-    """First key below ``end`` whose segment lies in [lowest, highest], and where the keys below ``full`` get alike.
+    """First key below ``end`` with a segment in [lowest, highest], and first key from which all below ``full`` are alike.
 
-    Segments come in any order. The first is ``end`` if there is none; from the second on, all are of ``highest``.
+    Segments may be in any order. The first result is ``end`` if there is no such key; from the second on, all keys are
+    of segment ``highest``.
     """
     first = end
     alike = 0
@@ -34,7 +35,7 @@ def key_range(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Keys that a block of queries needs: of [start, end), all of them see [free, full), and some of them the rest."""
+    """Keys that a block of queries needs, [start, end): all queries see [free, full), some of them see the rest."""
     lowest_position = tl.min(tl.where(row_ok, position, S), 0)
     end = tl.max(position, 0) + 1
     start = 0
@@ -60,7 +61,7 @@ def key_range(
 def visible(
     position, query_segment, key, key_segment, key_ok, window, HAS_SEGMENT: tl.constexpr, HAS_WINDOW: tl.constexpr
 ):
-    """Which keys which queries see; the arguments broadcast, positions and segments of absent rows are -1."""
+    """Whether a query sees a key; the arguments broadcast, and positions and segments of absent rows are -1."""
     seen = (key <= position) & key_ok
     if HAS_WINDOW:
         seen = seen & (position - key < window)
@@ -71,15 +72,15 @@ def visible(
 
 @triton.jit
 def capped(raw, inner):
-    """tanh(raw * inner), from the exponential that every backend has."""
+    """tanh(raw * inner), computed from the exponential, which every backend has."""
     return 2.0 * tl.sigmoid(2.0 * inner * raw) - 1.0
 
 
 @triton.jit
 def in_registers(x, BLOCK_D: tl.constexpr):
-    """``x`` times the identity: the left side of a product stays in registers only if it comes out of a product.
+    """``x`` times the identity: the left operand of a product stays in registers only if it is a result of one.
 
-    From shared memory it would be read again for every block of keys, which a Hopper GPU has too little bandwidth for.
+    In shared memory, it would be read again for every block of keys, for which a Hopper GPU lacks the bandwidth.
     """
     d = tl.arange(0, BLOCK_D)
     return tl.dot(x, (d[:, None] == d[None, :]).to(x.dtype)).to(x.dtype)

@@ -18,9 +18,9 @@ def compact_kernel(
     capacity,
     BLOCK: tl.constexpr,
 ):
-    """Kept positions in ascending order, filled up to ``capacity`` with the first that are not kept.
+    """Kept positions in ascending order, filled up to ``capacity`` with the first positions that are not kept.
 
-    ``count`` [B, S] holds the kept entries up to and including each, from which follow the others and so the slot.
+    ``count`` [B, S] is the number of kept entries up to and including each, which gives each entry its slot.
     """
     b = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Probabilities proportional to scores, and systematic sampling by them."""
+"""Probabilities proportional to scores, and systematic sampling with them."""
 
 import triton
 import triton.language as tl
@@ -25,9 +25,9 @@ def size_kernel(score_ptr, mean_ptr, size_ptr, S, MIX: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def capped_kernel(size_ptr, tail_ptr, kept_ptr, partial_ptr, S, blocks, BLOCK: tl.constexpr):
-    """How many entries of each block are taken for certain: (k - larger ones) * size > sum of it and the smaller.
+    """Number of entries of each block taken with certainty: (k - number of larger) * size > sum of it and smaller ones.
 
-    ``size`` ascends in each row, so that the sum is the cumulated one ``tail``.
+    ``size`` ascends in each row, so that sum is the cumulative one, ``tail``.
     """
     b = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def capped_kernel(size_ptr, tail_ptr, kept_ptr, partial_ptr, S, blocks, BLOCK: t
 
 @triton.jit
 def factor_kernel(size_ptr, tail_ptr, capped_ptr, kept_ptr, factor_ptr, S):
-    """For each row the factor c of the probabilities ``min(1, c * size)``, and the smallest size that is capped."""
+    """For each row, the factor c of the probabilities ``min(1, c * size)``, and the smallest size that is capped."""
     b = tl.program_id(0).to(tl.int64)
     capped = tl.load(capped_ptr + b)
     tail = tl.load(tail_ptr + b * S + S - 1 - capped, mask=capped < S, other=0.0)
@@ -63,7 +63,7 @@ def _probability(score_ptr, mean_ptr, factor_ptr, b, place, S, MIX: tl.constexpr
 def probability_kernel(
     score_ptr, mean_ptr, factor_ptr, step_ptr, partial_ptr, S, blocks, MIX: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Steps of the systematic walk: the probabilities, 0 where they are certain; and how many are, in each block."""
+    """Steps of the systematic walk: the probabilities, 0 where certain; and each block's number of certain entries."""
     b = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pi = _probability(score_ptr, mean_ptr, factor_ptr, b, place, S, MIX)
@@ -89,7 +89,7 @@ def sampled_walk_kernel(
     MIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Systematic sampling in position order: mark the chosen positions, and give them 1 / probability."""
+    """Systematic sampling in position order: mark the chosen positions and weight them by 1 / probability."""
     b = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < S

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from cggr_kernels.select_details._uniform import ROW_STRIDE, systematic_start, uniform
 
-# A stratum of at least this probability is taken whole; see the reference.
+# A stratum with at least this probability is taken whole; see the reference.
 CERTAIN: tl.constexpr = tl.constexpr(1.0 - 1e-9)
 TINY: tl.constexpr = tl.constexpr(1e-12)
 SMALLEST: tl.constexpr = tl.constexpr(2.2250738585072014e-308)
@@ -26,7 +26,7 @@ def stratum_kernel(
     STRATA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For scores in descending order: the sort key stratum + uniform, and each block's sum of squares by stratum."""
+    """For scores in descending order: the sort key stratum + uniform, and each block's sums of squares by stratum."""
     b = tl.program_id(1).to(tl.int64)
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rank < S
@@ -52,7 +52,7 @@ def _end(h, n, STRATA: tl.constexpr):
 def plan_kernel(square_ptr, count_ptr, kept_ptr, probability_ptr, MIX: tl.constexpr, STRATA: tl.constexpr):
     """Inclusion probability of each stratum of a row, from its sums of squares; one program per row.
 
-    Entries of a stratum are alike, so that the reference's search over entries is one over strata: all of a stratum is
+    Entries of a stratum are alike, so the reference's search over entries becomes one over strata: a whole stratum is
     capped if (k - entries up to its end) * size > sum of the sizes after it. MIX is a constant because a float argument
     would be rounded to float32.
     """
@@ -76,7 +76,7 @@ def plan_kernel(square_ptr, count_ptr, kept_ptr, probability_ptr, MIX: tl.conste
         size = tl.sqrt(tl.load(square_ptr + b * STRATA + h) / tl.maximum(members, 1).to(tl.float64))
         size = tl.where(mean > 0.0, (1.0 - MIX) * size + (MIX + TINY) * mean, 1.0)
         is_capped = (k - end).to(tl.float64) * size > tail
-        # Strata in front of a capped one are larger and capped too.
+        # Strata before a capped one are larger, and so capped too.
         capped = tl.maximum(capped, tl.where(is_capped & (members > 0), end, 0))
         tail += size * members.to(tl.float64)
         uncapped = tl.where(capped == 0, tail, uncapped)
@@ -105,15 +105,15 @@ def walk_kernel(
     STRATA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Systematic sampling along the walk: mark the chosen positions, and give them 1 / probability."""
+    """Systematic sampling along the walk: mark the chosen positions and weight them by 1 / probability."""
     b = tl.program_id(1).to(tl.int64)
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.load(count_ptr + b)
     left = tl.load(kept_ptr + b)
-    # A constant in a comparison would be rounded to float32, where this one is 1.
+    # As a constant in a comparison it would be rounded to float32, and become 1.
     certain = tl.full([], CERTAIN, tl.float64)
     pi = tl.zeros([BLOCK], tl.float64)
-    # Cumulated probability of the uncertain strata, up to and including each rank and before it.
+    # Cumulative probability of the uncertain strata, up to and including each rank, and before it.
     up_to = tl.zeros([BLOCK], tl.float64)
     before = tl.zeros([BLOCK], tl.float64)
     total = tl.zeros([], tl.float64)

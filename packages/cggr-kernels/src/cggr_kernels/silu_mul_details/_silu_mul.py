@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, N, BLOCK: tl.constexpr):
-    """``silu(gate) * up``, element by element."""
+    """``silu(gate) * up``, elementwise."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < N
     gate = tl.load(gate_ptr + place, mask=mask, other=0.0).to(tl.float32)
