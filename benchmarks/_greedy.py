@@ -1,6 +1,6 @@
 """Greedy answers to many long questions: causal prefill without a mask, then one CUDA graph for every new token.
 
-Rows end at different places, so every row's new token goes to a place of its own.
+Questions differ in length, so each row writes its new token at its own position.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def attend(
 
 
 class _PlacedCache(Cache):
-    """Keys and values ``[R, G, L, D]`` of each layer; a row's new token is written at its own place."""
+    """Keys and values ``[R, G, L, D]`` of each layer; each row writes its new token at its own position."""
 
     def __init__(self, shape: tuple[int, int, int, int], layers: int, like: Tensor) -> None:
         super().__init__(layers=[])
@@ -70,12 +70,12 @@ class Greedy:
     """Answers questions.
 
     Args:
-        model: A copy of which answers, in bfloat16 on a GPU; see :meth:`load`.
-        end: Token that ends an answer.
-        rows: Questions at a time.
-        prompt: Tokens of a question at most.
-        new: Tokens of an answer at most.
-        prefill: Questions of one forward.
+        model: The model; a copy of it answers, in bfloat16 on a GPU; see :meth:`load`.
+        end: The token that ends an answer.
+        rows: Number of questions answered at a time.
+        prompt: Most tokens of a question.
+        new: Most tokens of an answer.
+        prefill: Number of questions per prefill forward.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class Greedy:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights, by the names of the model's parameters."""
+        """Copy weights, given by the names of the model's parameters."""
         for name, own in self.model.named_parameters():
             own.copy_(weights[name])
 
     @torch.no_grad()
     def __call__(self, questions: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The answer to each question, its end included where it has one."""
+        """The answer to each question, including the end token if there is one."""
         found: list[list[int]] = []
         for start in range(0, len(questions), self.rows):
             part = list(questions[start : start + self.rows])
@@ -118,7 +118,7 @@ class Greedy:
     def _answer(self, questions: list[Sequence[int]]) -> list[list[int]]:
         longest = max(map(len, questions))
         if longest > self.prompt:
-            raise ValueError(f"a question has {longest} tokens, and there is room for {self.prompt}")
+            raise ValueError(f"a question has {longest} tokens, more than prompt={self.prompt}")
         self.model.set_attn_implementation(_PREFILL)
         for start in range(0, self.rows, self.prefill):
             self._read(questions[start : start + self.prefill], start)
@@ -136,7 +136,7 @@ class Greedy:
     def _read(self, questions: Sequence[Sequence[int]], start: int) -> None:
         """Keys and values of questions, and the first token after each."""
         device, longest = self._token.device, max(map(len, questions))
-        # What stands behind a question is seen by nothing before it, and is written over.
+        # Padding after a question is not visible to anything before it, and is overwritten.
         padded = torch.tensor([[*ids, *[self.end] * (longest - len(ids))] for ids in questions], device=device)
         sizes = torch.tensor([len(ids) for ids in questions], device=device)
         rows = slice(start, start + len(questions))
@@ -161,7 +161,7 @@ class Greedy:
         self._graph.replay()
 
     def _capture(self) -> Any:
-        """Record a step; the one before it, which compiles, is taken back."""
+        """Record a step, and undo the warm-up step before it, which compiles."""
         places = (self._token, self._done, self._cache.place)
         saved = [place.clone() for place in places]
         stream = torch.cuda.Stream()
@@ -177,7 +177,7 @@ class Greedy:
         return graph
 
     def _step(self) -> None:
-        """Write the latest token of every row into its place, and choose the one after it."""
+        """Write every row's latest token at its position, and choose the next one."""
         place = self._cache.place
         dtype = self._cache.keys[0].dtype
         mask = torch.where(self._slots <= place[:, None], 0.0, torch.finfo(dtype).min).to(dtype)

@@ -8,7 +8,7 @@ from benchmarks.gsm8k import MARK
 
 _NUMBER = re.compile(rf"{MARK}\s*\$?(-?[\d,]*\.?\d+)")
 END_OF_START = 1000
-"""So many training problems are for the policy that the runs start from; they train on the others."""
+"""This many training problems are used to train the initial policy; the runs train on the others."""
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,25 @@ class Task:
 
 
 def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 for a completion whose last number after the mark is the answer, else 0."""
+    """1 if the last number after ``####`` is the answer, else 0."""
     return [float(number_of(text) == float(wanted)) for text, wanted in zip(completions, answer, strict=True)]
 
 
 def number_of(text: str) -> float | None:
-    """The last number after the mark."""
+    """The last number after ``####``."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def form(problem: dict[str, str], tokenizer: Any) -> tuple[str, str]:
-    """A problem as the turn of a user, and its answer without GSM8K's notes for a calculator."""
+    """A problem as a user's turn, and its answer without GSM8K's calculator annotations."""
     turns = [{"role": "user", "content": problem["question"]}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return prompt, re.sub("<<.*?>>", "", problem["answer"])
 
 
 def task(problems: list[dict[str, str]], tokenizer: Any, longest: int) -> Task:
-    """The problems whose prompts have at most so many tokens.
+    """The problems whose prompts have at most ``longest`` tokens.
 
     Args:
         problems: Of GSM8K.
@@ -52,7 +52,7 @@ def task(problems: list[dict[str, str]], tokenizer: Any, longest: int) -> Task:
 
 
 def with_end_of_turn(tokenizer: Any) -> Any:
-    """The tokenizer, its end-of-sequence token that which ends an answer; a GGUF file may name another."""
+    """The tokenizer, with the token that ends an answer as its end-of-sequence token; a GGUF file may name another."""
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(encode(tokenizer, text.rpartition("answer")[2])[0])
@@ -61,5 +61,5 @@ def with_end_of_turn(tokenizer: Any) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt that has its special tokens already."""
+    """Token ids of a prompt that already contains its special tokens."""
     return tokenizer(prompt, add_special_tokens=False)["input_ids"]

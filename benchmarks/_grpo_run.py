@@ -41,7 +41,7 @@ _RESERVE = 25.0  # seconds for the last evaluation and writing
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of."""
+    """The parts of a run."""
 
     tokenizer: Any
     model: Any
@@ -51,7 +51,7 @@ class Setup:
 
 
 def set_up(options: argparse.Namespace) -> Setup:
-    """Model, problems and what samples."""
+    """Load the model, the problems and the sampler."""
     tokenizer = with_end_of_turn(load_tokenizer(str(options.model)))
     model: Any = load_model(str(options.model))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,7 @@ def set_up(options: argparse.Namespace) -> Setup:
 
 
 class Sampler:
-    """TRL's ``rollout_func``: completions of the policy as it is, the same draws in every arm."""
+    """TRL's ``rollout_func``: completions of the current policy, with the same random draws in every arm."""
 
     def __init__(self, setup: Setup, seed: int) -> None:
         self.setup, self.seed = setup, seed
@@ -85,7 +85,7 @@ class Sampler:
 def trainer_of(
     setup: Setup, arm: str, seed: int, options: argparse.Namespace, folder: str, *, steps: int, callbacks: list[Any]
 ) -> tuple[Any, Sampler]:
-    """The trainer of an arm, which counts the seconds of its updates, and what samples for it.
+    """An arm's trainer, which times its updates, and the sampler for it.
 
     Args:
         setup: What it trains.
@@ -101,7 +101,7 @@ def trainer_of(
     from trl import GRPOConfig, GRPOTrainer
 
     class Routed(CGGRMixin, GRPOTrainer):
-        """The update on the tokens that it is about."""
+        """The routed update."""
 
     class Plain(GRPOTrainer):
         """TRL's own update, timed as the routed one is."""
@@ -147,26 +147,26 @@ def trainer_of(
 
 
 def answers_of(setup: Setup) -> str:
-    """Greedy answers to the held-out problems, right (1) or not (0) by problem, as one word: ``"0110"``."""
+    """Greedy answers to the held-out problems as a string of 1 (right) and 0, one per problem: ``"0110"``."""
     asked = [encode(setup.tokenizer, prompt) for prompt in setup.heldout.prompts]
     texts = setup.tokenizer.batch_decode(setup.rollouts(asked, temperature=0.0, seed=0), skip_special_tokens=True)
     return "".join(str(int(score)) for score in right(texts, setup.heldout.answers))
 
 
 def before_path(options: argparse.Namespace) -> Path:
-    """Where the answers of the policy that all runs start from are kept, which are the same for all."""
+    """Path of the initial policy's answers, which all runs share."""
     return options.output / "runs" / f"{options.name}_before_{options.questions}_{options.completion}.json"
 
 
 def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Callable[[], None]) -> None:
-    """One run, until ``options.until`` (seconds since the epoch); ``path`` is written at every evaluation.
+    """Train one run until ``options.until`` (seconds since the epoch), and write ``path`` at every evaluation.
 
     Args:
         arm: One of :data:`ARMS`.
         seed: Of the run.
         options: Of the command.
-        path: Where the run is kept.
-        wait: Called when all is loaded, before anything is computed.
+        path: File of the run.
+        wait: Called once everything is loaded, before any computation.
     """
     from transformers import TrainerCallback
 
@@ -185,10 +185,10 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
     spent = {"evaluations": 0.0}
 
     class Follow(TrainerCallback):
-        """Evaluates, notes, and ends the run in time."""
+        """Evaluates, writes the results and ends the run in time."""
 
         def evaluate(self, step: int) -> None:
-            """Greedy answers to the held-out problems; before training, those that are there already."""
+            """Greedy answers to the held-out problems; before training, the shared ones if they exist."""
             started = time.monotonic()
             known = before_path(options)
             if step == 0 and known.exists():
@@ -241,11 +241,11 @@ def train(arm: str, seed: int, options: argparse.Namespace, path: Path, wait: Ca
 
 
 def time_alone(options: argparse.Namespace, path: Path) -> None:
-    """Seconds of an update of every arm with the device to itself: ``{arm: [seconds, ...]}``.
+    """Seconds per update of every arm alone on the device: ``{arm: [seconds, ...]}``.
 
-    Before that, what the policy answers, see :func:`before_path`.
+    Evaluates the initial policy first; see :func:`before_path`.
 
-    Each arm makes four generations of two updates each; the first two, which tune kernels, are not among the seconds.
+    Each arm makes four generations of two updates each; the first two, which tune kernels, are not counted.
     """
     quiet()
     setup = set_up(options)
@@ -265,7 +265,7 @@ def time_alone(options: argparse.Namespace, path: Path) -> None:
 
 
 def quiet() -> None:
-    """No progress bars, and no notice about TRL's experimental part."""
+    """Switch off progress bars and TRL's notice about its experimental module."""
     from datasets import disable_progress_bars
 
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -273,7 +273,7 @@ def quiet() -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is never seen half."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(value), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The policy that all runs of :mod:`benchmarks.grpo_gsm8k` start from: pretrained, and used to the form of answers."""
+"""The initial policy of all runs of :mod:`benchmarks.grpo_gsm8k`: pretrained, and fine-tuned on the form of answers."""
 
 import argparse
 import random
@@ -21,10 +21,10 @@ _CHECKED = 64
 
 
 def policy(options: argparse.Namespace) -> Path:
-    """Folder of the policy, made where it is not there: a GGUF file is read once, not by every run.
+    """Folder of the policy, created if it does not exist: a GGUF file is read once rather than by every run.
 
     The model is trained on the answers of the first training problems, which no run trains on, so that it answers
-    briefly and in the form that is rewarded: a reward that is never given teaches nothing.
+    briefly and in the rewarded form: it cannot learn from a reward it never gets.
 
     Args:
         options: Of the command.
@@ -45,7 +45,7 @@ def policy(options: argparse.Namespace) -> Path:
 
 
 def fine_tune(model: Any, tokenizer: Any, gsm8k: Path, *, steps: int) -> None:
-    """Cross-entropy of the answers, AdamW.
+    """Fine-tune with AdamW on the cross-entropy of the answers.
 
     Args:
         model: Trained in place.
@@ -71,7 +71,7 @@ def fine_tune(model: Any, tokenizer: Any, gsm8k: Path, *, steps: int) -> None:
         labels = pad_sequence(
             [torch.tensor([-100] * len(prompt) + said) for prompt, said in batch], batch_first=True, padding_value=-100
         )
-        # Padding comes after the text, where nothing that has a label attends to it: no mask is needed.
+        # Padding comes after the text, where no labelled token attends to it: no mask is needed.
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(ids.to(device), labels=labels.to(device)).loss
         loss.backward()
@@ -86,7 +86,7 @@ def fine_tune(model: Any, tokenizer: Any, gsm8k: Path, *, steps: int) -> None:
 
 @torch.no_grad()
 def check(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
-    """Stop where the policy, decoded by transformers, earns next to no reward: nothing could be learned from it.
+    """Stop if the policy, decoded by transformers, earns almost no reward: nothing could be learned from it.
 
     Args:
         model: The policy.
@@ -109,6 +109,4 @@ def check(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
         print(f"start, an answer ({answer} is right): {text!r}", flush=True)
     print(f"start: {share:.1%} of {len(texts)} answers are right", flush=True)
     if share < options.least_right:
-        raise SystemExit(
-            f"the policy that runs start from answers {share:.1%} right, less than {options.least_right:.1%}"
-        )
+        raise SystemExit(f"the initial policy answers {share:.1%} correctly, less than {options.least_right:.1%}")

@@ -1,4 +1,4 @@
-"""What the benchmark of the kernels shares: how a call is timed and weighed, the table of its rows, and their plot."""
+"""Shared by the kernel benchmarks: timing and memory of a call, the table of rows, and their plot."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks import _record
 
 Call = Callable[[], object]
 SEED = 0
-QUEUE_CYCLES = 4_000_000  # about 2 ms, longer than any call takes to be queued
+QUEUE_CYCLES = 4_000_000  # about 2 ms, longer than queueing any call takes
 
 
 def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call by CUDA events, in turns; a candidate that fails is left out and its reason printed."""
+    """Seconds of each call by CUDA events, in turns; a candidate that fails is left out, and the reason is printed."""
     working = {}
     for name, call in candidates.items():
         try:
@@ -32,7 +32,7 @@ def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) ->
         for name, call in working.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
-            # The device waits while the call is queued: what is timed is its work, not the host's.
+            # The device waits while the call is queued, so that its work is timed rather than the host's.
             torch.cuda._sleep(QUEUE_CYCLES)
             start.record()
             call()
@@ -43,7 +43,7 @@ def time_in_turns(candidates: dict[str, Call], repeats: int, warmup: int = 3) ->
 
 
 def peak_bytes(call: Call) -> int:
-    """Memory that a call holds at most, beyond what was there before it."""
+    """Peak memory of a call, above what was allocated before it."""
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -76,7 +76,7 @@ class Table:
         return medians
 
     def bar(self, op: str, what: str, value: float, wanted: float, at_most: bool = False, limit: str = "") -> None:
-        """Note a bar: ``value`` reaches ``wanted``, or stays below it; and if not, what limits it."""
+        """Record a bar: whether ``value`` reaches ``wanted`` (or stays below it), and if not, what limits it."""
         met = value <= wanted if at_most else value >= wanted
         self.rows[f"bar: {op}: {what}"] = (
             _record.summary([value])

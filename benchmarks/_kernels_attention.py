@@ -33,7 +33,7 @@ def bench_attention_shape(
     D: int,
     wanted: float,
 ) -> None:
-    """One shape, which is to be ``wanted`` times as fast as flex_attention."""
+    """One shape, whose bar is ``wanted`` times the speed of flex_attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 

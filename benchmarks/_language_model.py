@@ -53,16 +53,16 @@ class Size:
         return np.concatenate(ids[held:]), np.concatenate(ids[:held])
 
     def precision(self) -> torch.autocast:
-        """bfloat16 but on a CPU."""
+        """bfloat16 except on a CPU."""
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device != "cpu")
 
 
 def training(wrapped: CGGRModel, size: Size, stream: np.ndarray, *, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """Train, giving the number and the loss of every step after its backward pass and before its update.
+    """Train, yielding the number and loss of every step after its backward pass and before its update.
 
     Args:
         wrapped: The model.
-        size: Its training; one step more than ``size.steps`` is given, whose update is not made.
+        size: Its training; one step beyond ``size.steps`` is yielded, without its update.
         stream: Token ids to train on.
         seed: Of the order of the batches.
     """

@@ -1,4 +1,4 @@
-"""The layers that the benchmarks of token-routed MLPs compare: a block of transformers, and what computes the same."""
+"""The layers that the benchmarks of token-routed MLPs compare: a block of transformers, and its equivalents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOP = "loop"
 OURS = "cggr"
 CANDIDATES = (CONTROL, COMPILED, LIGER, LOOP, OURS)
 PASSES = ("forward", "forward + backward")
-KEPT = 0.25  # share of the tokens that the token mask lets through
+KEPT = 0.25  # share of the tokens that the token mask keeps
 
 
 class Shape(NamedTuple):
@@ -39,9 +39,9 @@ DISTRIBUTIONS = ("balanced", "Zipf", "half empty", "one expert")
 
 
 def logit_offsets(distribution: str, E: int) -> Tensor:
-    """What is added to the router's standard normal logits, for each expert.
+    """The offset of each expert, added to the router's standard normal logits.
 
-    ``one expert``: every token's first choice is expert 0; its other choices, which have to be others, are random.
+    ``one expert``: every token's first choice is expert 0; its other choices are random.
     """
     offset = torch.zeros(E)
     if distribution == "Zipf":
@@ -76,7 +76,7 @@ class Problem:
             for weight in self.block.parameters():
                 torch.nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[-1]))
             x = torch.randn(1, tokens, shape.H, dtype=torch.bfloat16)
-            # A constant input whose column of the router's weight shifts the logits alike for all candidates.
+            # A constant input: its column of the router's weight shifts the logits in the same way for all candidates.
             x[..., 0] = 1
             self.x = x.requires_grad_()
             self.upstream = torch.randn_like(x)
@@ -84,7 +84,7 @@ class Problem:
         self.leaves = [self.x, *self.block.parameters()]
 
     def spread(self, distribution: str) -> None:
-        """Give the router the offsets of a distribution of the load."""
+        """Set the router's offsets to a distribution of the load."""
         with torch.no_grad():
             self.block.gate.weight[:, 0] = logit_offsets(distribution, self.shape.E)
 
@@ -113,7 +113,7 @@ class Problem:
         return call
 
     def candidates(self, names: Sequence[str] = CANDIDATES) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Name → layer, the control first; what is not installed is left out."""
+        """Name → layer, the control first; libraries that are not installed are left out."""
         made: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
             CONTROL: lambda: self.with_experts("grouped_mm"),
             COMPILED: lambda: self.with_experts("grouped_mm", compiled=True),
@@ -146,7 +146,7 @@ class Problem:
         return forward, lambda: torch.autograd.grad(layer(self.x), self.leaves, self.upstream)
 
     def dense_calls(self) -> tuple[Call, Call]:
-        """The products of as many rows with one expert each: two forward, and four more backward."""
+        """The products of as many rows with a single expert: two forward, and four more backward."""
         rows = self.x.shape[1] * self.shape.K
         a_RH, h_RI, z_RJ = (
             torch.randn(rows, size, dtype=torch.bfloat16, device=self.x.device)

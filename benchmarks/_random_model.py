@@ -1,4 +1,4 @@
-"""Models of given sizes with random weights: the time of a step depends on the sizes alone."""
+"""Models of given sizes with random weights: the time of a step depends on the sizes only."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def random_model(
         heads: Attention heads.
         kv_heads: Heads of keys and values.
         vocab: Size of the vocabulary.
-        longest: Tokens of a row at most.
+        longest: Most tokens of a row.
         dtype: Of the weights.
         device: Where they are.
         tied: Whether the head shares the embeddings' weights.

@@ -1,4 +1,4 @@
-"""What every benchmark shares: how it times, what it notes about the machine, how results are written and drawn."""
+"""Shared by all benchmarks: timing, a description of the machine, and writing and plotting of results."""
 
 import argparse
 import json
@@ -28,8 +28,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         device: Device that the benchmark runs on.
 
     Returns:
-        JSON-ready mapping: date (UTC, ISO 8601), commit (what the variable ``CGGR_COMMIT`` says, for a copy that is not
-        the repository; else with ``+`` when tracked files differ from it), python, system, versions of the installed
+        JSON-ready mapping: date (UTC, ISO 8601), commit (the variable ``CGGR_COMMIT`` if set, for copies outside the
+        repository; else HEAD, with ``+`` if tracked files differ from it), python, system, versions of the installed
         packages, device name, its memory in bytes, CPU cores and torch threads.
     """
     device = torch.device(device)
@@ -106,14 +106,16 @@ def measure(
     calls: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, Any]]:
-    """Time several candidates in one run, in turns, so that a drift of the machine reaches all of them alike.
+    """Time several candidates in one run, in turns, so that drift of the machine affects all of them equally.
 
     Args:
-        candidates: Name → call to time; each call ends when its work is queued, the device is waited for here.
+        candidates: Name → call to time; a call may return once its work is queued, since the device is synchronised
+            here.
         control: The candidate that the others are compared with.
         repeats: Timed rounds.
         warmup: Rounds before those.
-        calls: Calls of a candidate in a row, as a training loop makes them; the device is waited for at both ends.
+        calls: Consecutive calls of a candidate, as in a training loop; the device is synchronised before and after
+            them.
         device: Device that the calls run on.
 
     Returns:
@@ -147,15 +149,15 @@ def measure_until(
     calls: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, Any]]:
-    """:func:`measure` round by round, until there are enough or the time is over.
+    """:func:`measure` round by round, until there are enough rounds or time is up.
 
     Args:
         candidates: Name → call to time, each called before.
         control: The candidate that the others are compared with.
-        deadline: :func:`time.monotonic` after which no further round begins.
-        rounds: Timed rounds at most.
-        least: Timed rounds at least.
-        calls: Of a candidate in a row, see :func:`measure`.
+        deadline: Value of :func:`time.monotonic` after which no further round begins.
+        rounds: Most timed rounds.
+        least: Fewest timed rounds.
+        calls: Consecutive calls of a candidate; see :func:`measure`.
         device: Device that the calls run on.
 
     Returns:
@@ -172,12 +174,12 @@ def measure_until(
 
 
 def add_seconds(parser: argparse.ArgumentParser) -> None:
-    """Give a benchmark the option ``--seconds``: after so many, it begins nothing new and gives what it has."""
-    parser.add_argument("--seconds", type=float, help="begin nothing new after so many, and give what is there by then")
+    """Give a benchmark the option ``--seconds``: after that time, it starts nothing new and reports what it has."""
+    parser.add_argument("--seconds", type=float, help="start nothing new after this time")
 
 
 def deadline(seconds: float | None) -> float:
-    """The :func:`time.monotonic` at which ``seconds`` from now are over; never for ``None``."""
+    """The value of :func:`time.monotonic` in ``seconds`` from now; infinite for ``None``."""
     return math.inf if seconds is None else time.monotonic() + seconds
 
 
@@ -195,10 +197,10 @@ def _rows(seconds: Mapping[str, Sequence[float]], control: str) -> dict[str, dic
 
 
 class PeakOf:
-    """A call that notes the largest CUDA memory of its last runs, above what is there before it.
+    """A call that records its peak CUDA memory, above what was allocated before it.
 
     Args:
-        call: What is run.
+        call: The call to run.
 
     Attributes:
         peak: Bytes, the largest since the last :meth:`forget`.
@@ -216,7 +218,7 @@ class PeakOf:
         self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
 
     def forget(self) -> None:
-        """Begin anew, after a first run that tuned kernels."""
+        """Reset the peak, after a first run that tuned kernels."""
         self.peak = 0
 
 
@@ -235,15 +237,15 @@ def write(
     made_in: Mapping[str, Any] | None = None,
     folder: Path = RESULTS,
 ) -> Path:
-    """Write one result file; a reader never sees half of it, and an earlier file stays until the new one is whole.
+    """Write one result file atomically: an earlier file stays until the new one is complete.
 
     Args:
         name: Name of the benchmark and of the file, without ``.json``.
         rows: Variant → its numbers, each with unit, median and spread (see ``benchmarks/README.md``).
-        settings: Shapes, dtype, seed, keep ratio: all that is needed to run it again.
+        settings: Shapes, dtype, seed, keep ratio: everything needed to repeat the run.
         control: The row that the others are compared with.
         device: Device that the benchmark ran on.
-        made_in: The :func:`environment` of the runs, where they were made before; of this process if None.
+        made_in: The :func:`environment` of earlier runs; this process's if None.
         folder: Where to write.
 
     Returns:
@@ -255,7 +257,7 @@ def write(
     if control not in rows:
         raise ValueError(f"control is {control!r}, which is not one of the rows {sorted(rows)}")
     if "seed" not in settings:
-        raise ValueError(f"settings has no 'seed', only {sorted(settings)}; note the seed of the run")
+        raise ValueError(f"settings has no 'seed', only {sorted(settings)}; add the seed of the run")
     result = {
         "benchmark": name,
         "environment": environment(device) if made_in is None else dict(made_in),
@@ -279,7 +281,7 @@ def load(name: str, *, folder: Path = RESULTS) -> dict[str, Any]:
 
 
 def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, label: str | None = None) -> None:
-    """Draw the rows of a result as bars, losses as points, with their spread; standard steps and TRL's own are grey.
+    """Plot the rows of a result with their spread, as bars, or losses as points; standard steps and TRL's own are grey.
 
     Args:
         result: What :func:`load` returns.
@@ -287,7 +289,7 @@ def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, lab
         field: Part of each row to draw (``"ratio"``); the row itself when None.
         label: Text of the axis; the rows' unit when None.
     """
-    # Not pyplot: a benchmark has no window, and a Figure of its own needs no global state.
+    # Not pyplot: a benchmark needs neither a window nor global state.
     from matplotlib.figure import Figure
 
     rows = {name: row[field] if field else row for name, row in result["rows"].items()}
@@ -297,7 +299,7 @@ def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, lab
         low, high = row["spread"]
         error = [[max(row["median"] - low, 0.0)], [max(high - row["median"], 0.0)]]
         colour = "0.6" if name == result["control"] or name.startswith(("standard", "TRL")) else "#2a6f97"
-        if row.get("unit") == "nat":  # losses differ by hundredths: a bar from zero would show none of it
+        if row.get("unit") == "nat":  # losses differ by hundredths, which bars from zero would not show
             axes.errorbar(row["median"], place, xerr=error, color=colour, fmt="o", capsize=3)
         else:
             axes.barh(place, row["median"], xerr=error, color=colour, height=0.6, capsize=3)

@@ -1,7 +1,7 @@
-"""Completions by sampling from a Hugging Face model, a decoding step as one CUDA graph.
+"""Completions sampled from a Hugging Face model, with each decoding step as one CUDA graph.
 
-The model samples from a bfloat16 copy of its weights over keys and values in fixed places, so that every decoding step
-has the same shapes: on a GPU it is captured once and replayed. Where capturing fails, steps run one by one.
+A bfloat16 copy of the model decodes over keys and values in fixed buffers, so that every decoding step has the same
+shapes: on a GPU it is captured once and replayed. If capturing fails, steps run one by one.
 """
 
 import copy
@@ -16,11 +16,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from cggr_core.routing import Engine
 from cggr_train.grouped_attention import use_grouped_attention
 
-_CHECK_EVERY = 16  # steps between looking whether all rows have ended
+_CHECK_EVERY = 16  # steps between checks whether all rows have ended
 
 
 class _FixedCache(Cache):
-    """Keys and values that are written where ``slots`` says; all of them are attended to, as the mask allows."""
+    """Keys and values, written at ``slots``; attention covers all of them, subject to the mask."""
 
     def __init__(self, shape: tuple[int, int, int, int], layers: int, like: Tensor) -> None:
         super().__init__(layers=[])
@@ -42,11 +42,11 @@ class Rollouts:
     """Samples completions.
 
     Args:
-        model: Whose weights are copied, now and by :meth:`load`.
+        model: The model whose weights are copied, now and by :meth:`load`.
         tokenizer: Of the model; its end-of-sequence token ends a completion.
-        rows: Completions at a time.
-        prompt: Tokens of a prompt at most.
-        new: Tokens of a completion at most.
+        rows: Number of completions sampled at a time.
+        prompt: Most tokens of a prompt.
+        new: Most tokens of a completion.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Rollouts:
 
     @torch.no_grad()
     def load(self, model: PreTrainedModel) -> None:
-        """Take over a model's weights."""
+        """Copy a model's weights."""
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
             own.copy_(other)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int) -> list[list[int]]:
-        """A completion of each prompt, its end included where it has one.
+        """A completion of each prompt, including the end token if there is one.
 
         Args:
             prompts: Token ids.
@@ -99,7 +99,7 @@ class Rollouts:
         device = self._tokens.device
         sizes = torch.tensor([len(ids) for ids in prompts], device=device)
         if int(sizes.max()) > self.prompt:
-            raise ValueError(f"a prompt has {int(sizes.max())} tokens, and there is room for {self.prompt}")
+            raise ValueError(f"a prompt has {int(sizes.max())} tokens, more than prompt={self.prompt}")
         padded = torch.tensor([[self.end] * (self.prompt - len(ids)) + list(ids) for ids in prompts], device=device)
         index = torch.arange(self.prompt, device=device)
         real = index >= self.prompt - sizes[:, None]
@@ -165,8 +165,8 @@ class Rollouts:
                 self._forward(self._tokens, self._positions, self._allowed)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # a graph that is collected during the capture would end it
-        # Another thread may pin memory meanwhile, which is no part of the graph.
+        gc.collect()  # collecting another graph during the capture would abort it
+        # Another thread may pin memory meanwhile, which is not part of the graph.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._forward(self._tokens, self._positions, self._allowed)
         self._graph = graph

@@ -1,4 +1,4 @@
-"""Steps of training whose time and memory are measured: standard, compiled, and every gradient mode and engine."""
+"""The training steps whose time and memory are measured: standard, compiled, and every gradient mode and engine."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from benchmarks._random_model import SEED, random_model
 from cggr_core import CGGRModel, Selection, create_truncated_router, linear_token_statistics, score, select
 from cggr_core.routing import fused_forwards, replaced_forwards, whole_rows
 
-# On a GPU a training loop queues the next step while the last one runs; a sample is this many steps in a row.
+# On a GPU, a training loop queues the next step while the last one runs; a sample is this many consecutive steps.
 STEPS_IN_A_ROW = 3
 STEPS_BEFORE_RECORDED = 6
 
@@ -32,7 +32,7 @@ class Shape:
     dtype: torch.dtype
     device: str
     tied: bool = True
-    # Whether the step is bound by launches, so that capturing it as a graph is what its users would do.
+    # Whether the step is launch-bound, so that users would capture it as a graph.
     launch_bound: bool = False
 
     def model(self) -> Any:
@@ -49,7 +49,7 @@ class Shape:
         return torch.randint(0, self.vocab, (self.batch, self.length), generator=generator).to(self.device)
 
     def settings(self) -> dict[str, Any]:
-        """What a result notes of it."""
+        """The settings in a result."""
         return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in vars(self).items()}
 
 
@@ -60,7 +60,7 @@ SHAPES = {
     "8b": Shape(8, 4096, 14336, 32, 8, 128256, 4, 2048, torch.bfloat16, "cuda", tied=False),
     "135m": Shape(30, 576, 1536, 9, 3, 49152, 8, 2048, torch.bfloat16, "cuda", launch_bound=True),
 }
-# Variant -> (settings of CGGRModel, whether a truncated router scores). The first three are what the bars are about.
+# Variant -> (settings of CGGRModel, whether a truncated router scores). The bars concern the first three.
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "two passes, full-depth scores, kv": ({"gradient": "kv"}, False),
     "interleaved, truncated router, kv": ({"gradient": "kv"}, True),
@@ -72,29 +72,29 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "exact": ({"gradient": "exact"}, False),
     "sequence, truncated router": ({"gradient": "sequence"}, True),
 }
-# Tokens that need no gradient in FP8.
+# Tokens without a gradient run in FP8.
 LOW = ", fp8 context"
 # The routed passes run norms, rotary embeddings and gated activations in fused ops; this is the standard step with
 # those alone changed.
 FUSED = "standard, fused layers"
-# What TRL's trainers do unless told otherwise: every layer's activations are recomputed in the backward pass.
+# The default of TRL's trainers: every layer's activations are recomputed in the backward pass.
 CHECKPOINTED = "standard, checkpointed"
 CHECKPOINTED_FUSED = "standard, checkpointed, fused layers"
-# Labels on the last tenth of every row alone, as in fine-tuning on answers: what the task leaves out is not trained on.
+# Labels on the last tenth of every row only, as in fine-tuning on answers: other tokens are not trained on.
 SUPERVISED_SHARE = 0.1
 SUPERVISED = ", 10% supervised"
-# The number of slots is known, and no step asks the device for it.
+# The number of slots is given, so that no step reads it from the device.
 GIVEN = ", slots given"
 COMPILED = ", compiled parts"
 GRAPH = ", one CUDA graph"
-# An attention mask is given, as tokenizers give one; nothing is padded, so that the work is the same.
+# With an attention mask, as from a tokenizer; nothing is padded, so the work is the same.
 MASKED = ", attention mask"
 # What CGGRModel(cuda_graph="auto") does for its user.
 RECORDED = ", recorded by itself"
 
 
 def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Callable[[], None]:
-    """The step that people run today."""
+    """The ordinary training step."""
     labels = tokens if labels is None else labels
 
     def step() -> None:
@@ -107,7 +107,7 @@ def standard_step(model: nn.Module, tokens: Tensor, labels: Tensor | None = None
 def checkpointed(model: nn.Module) -> nn.Module:
     """A copy of the model with gradient checkpointing, as transformers does it.
 
-    Switched on and off on the model itself, it would make the compiled control compile anew in every round.
+    Switching it on and off on the model itself would recompile the compiled control in every round.
     """
     copied: Any = copy.deepcopy(model)
     copied.gradient_checkpointing_enable({"use_reentrant": False})
@@ -122,7 +122,7 @@ def end_labels(tokens: Tensor) -> Tensor:
 
 
 def supervised_step(model: nn.Module, tokens: Tensor, *, given: bool, **more: Any) -> Callable[[], None]:
-    """``kv`` on the tokens that have a label; ``given`` says how many there are, else every step asks the device."""
+    """``kv`` on the labelled tokens; ``given`` is their number, else read from the device in every step."""
     labels = end_labels(tokens)
     wrapped = CGGRModel(model, gradient="kv", selection="supervised", **more).train()
     inputs: dict[str, Any] = {"labels": labels}
@@ -165,7 +165,7 @@ def cggr_step(
 
 
 def with_compiled_parts(model: nn.Module) -> nn.Module:
-    """A copy whose norms and MLPs are compiled, which routing leaves as they are."""
+    """A copy whose norms and MLPs are compiled; routing leaves those unchanged."""
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
         if name.endswith(("norm", ".mlp")):
@@ -174,11 +174,11 @@ def with_compiled_parts(model: nn.Module) -> nn.Module:
 
 
 class GraphStep:
-    """A step captured as one CUDA graph, which takes the host's launches out of it.
+    """A step captured as one CUDA graph, without launches from the host.
 
     Args:
         step: The step, gradients released at its end.
-        model: Whose gradients the replays write.
+        model: The model whose gradients the replays write.
     """
 
     def __init__(self, step: Callable[[], None], model: nn.Module) -> None:
@@ -195,7 +195,7 @@ class GraphStep:
         self._graph = torch.cuda.CUDAGraph()
         with whole_rows(), torch.cuda.graph(self._graph):
             step()
-        self._step = step  # what it works on has to outlive the graph
+        self._step = step  # its inputs must outlive the graph
         # A replay allocates nothing: the memory of the graph is what its capture took.
         self.peak_extra_bytes = torch.cuda.max_memory_allocated() - before
 
@@ -205,7 +205,7 @@ class GraphStep:
 
 
 class RecordedByItself:
-    """A step that a CGGRModel records by itself, after a few that it takes as they are.
+    """A step that CGGRModel records by itself, after a few eager ones.
 
     Args:
         step: The step, gradients released at its end.
@@ -224,7 +224,7 @@ class RecordedByItself:
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         step()
-        # What the recording holds, and the gradients that a replay gives out.
+        # The memory of the recording, and the gradients that a replay returns.
         self.peak_extra_bytes = held + torch.cuda.max_memory_allocated() - allocated
 
     def __call__(self) -> None:
@@ -263,7 +263,7 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
 
 
 def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[], None]:
-    """Statistics of all tokens from hidden states, scores and selection: what choosing costs besides the passes."""
+    """Statistics of all tokens from hidden states, scores and selection: the cost of choosing tokens."""
     head = model.get_output_embeddings().weight
     hidden = torch.randn(*tokens.shape, model.config.hidden_size, device=tokens.device).to(model.dtype)
     targets = tokens.roll(-1, 1)
@@ -277,17 +277,17 @@ def scoring_step(model: nn.Module, tokens: Tensor, ratio: float) -> Callable[[],
 
 
 def variants_of(shape: Shape) -> list[str]:
-    """The rows of a shape's table besides the standard step, the ones that the bars are about first."""
+    """The rows of a shape's table besides the standard step, those with bars first."""
     main_variants = list(VARIANTS)[:3]
     compiled = ["standard, compiled", *(name + COMPILED for name in main_variants[:2])]
     graphs = [name + GRAPH for name in ("standard", *main_variants[:2], *compiled[1:])]
     recorded = [name + RECORDED for name in main_variants]
     supervised = [name + SUPERVISED for name in ("standard", FUSED, CHECKPOINTED, CHECKPOINTED_FUSED, "kv")]
     cuda = shape.device == "cuda"
-    # On small models FP8 gains nothing: their products are not what takes the time.
+    # On small models FP8 gains nothing: products are a small part of their time.
     low = [name + LOW for name in (*main_variants, "kv" + SUPERVISED, *list(VARIANTS)[4:7])]
     slots = "kv" + SUPERVISED + GIVEN
-    # Every recording holds the memory of its step, so that the largest models have few of them.
+    # Every recording holds the memory of its step, so the largest models get only a few.
     by_themselves = [name + RECORDED for name in (main_variants[2], *low[1:3])]
     by_themselves += [slots, slots + LOW, slots + GRAPH, slots + LOW + GRAPH]
     by_themselves += ["kv" + SUPERVISED + LOW + RECORDED]

@@ -1,4 +1,4 @@
-"""What the operators of a step have to do, and the least time that a device could take for it."""
+"""The work of a step's operators, and a lower bound on the time that a device needs for it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 LABEL = "work#"
-# Dense products per second and bytes per second, as NVIDIA states them for the SXM boards.
+# Dense operations per second and bytes per second, as NVIDIA specifies them for the SXM boards.
 PEAKS: dict[str, dict[str, float]] = {
     "H100": {"half": 989e12, "fp8": 1979e12, "single": 67e12, "bytes": 3.35e12},
     "H200": {"half": 989e12, "fp8": 1979e12, "single": 67e12, "bytes": 4.8e12},
 }
-# Operators that read a few rows of what they are given.
+# Operators that read only a few rows of their input.
 _READ_ROWS = ("gather", "index", "embedding")
-_HALF_SEEN = 0.5  # of the keys, by causal queries all over a row
+_HALF_SEEN = 0.5  # share of the keys that causal queries of a whole row see
 _SDPA = "aten._scaled_dot_product_"
 
 
@@ -31,8 +31,8 @@ class Work:
     Attributes:
         name: Of the operator, with its sizes where it is a matrix product.
         flop: Operations of its matrix products, and of attention's.
-        bytes: Of the tensors that it reads and writes, each once.
-        kind: Of its products: ``"half"``, ``"single"`` or ``"fp8"``.
+        bytes: Size of the tensors that it reads and writes, each counted once.
+        kind: Precision of its products: ``"half"``, ``"single"`` or ``"fp8"``.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Work:
     kind: str
 
     def floor(self, peaks: dict[str, float]) -> float:
-        """The seconds that a device cannot go below."""
+        """A lower bound on its seconds on a device."""
         return max(self.flop / peaks[self.kind], self.bytes / peaks["bytes"])
 
 
 class Counted(TorchDispatchMode):
-    """Labels every operator call for the profiler, and notes its work.
+    """Labels every operator call for the profiler, and records its work.
 
     Attributes:
         calls: The work of the call labelled ``work#N``.
@@ -92,7 +92,7 @@ def work_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Work:
 
 def _bytes(tensors: Iterable[Tensor]) -> float:
     unique = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors if tensor.numel()}
-    # What is expanded is read once.
+    # Expanded tensors are read once.
     return float(
         sum(
             min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()) for tensor in unique.values()

@@ -1,11 +1,11 @@
 """Tokens per second and memory of a 1B model on every attention backend that works on this machine.
 
 The model has the sizes of Llama-3.2-1B and random weights, in bfloat16. ``forward`` runs all tokens without gradients
-and makes the logits of the last position; ``forward + backward`` trains on all tokens, with a loss that needs no logits
-tensor (cggr-core's) and without activation checkpointing. Each backend was set once by ``enable_flash_attention``, so
-its tiny trial against eager attention has passed; ``sdpa`` is also pinned to each kernel behind it. Times are medians
-of CUDA events around single calls in turns, memory is the peak beyond what was there before the call. What could not be
-measured stands in the settings with its reason.
+and computes the logits of the last position; ``forward + backward`` trains on all tokens, with a loss that needs no
+logits tensor (cggr-core's) and without activation checkpointing. Each backend was set once by
+``enable_flash_attention``, so its trial against eager attention has passed; ``sdpa`` is also pinned to each of its
+kernels. Times are medians of CUDA events around single calls in turns; memory is the peak above what was allocated
+before the call. Whatever could not be measured is listed in the settings with the reason.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SIZES = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": True,
 }
-# The same heads, so that what is compiled for it is found again.
+# The same heads, so that compiled kernels are reused.
 TINY = SIZES | {"vocab_size": 512, "intermediate_size": 512, "num_hidden_layers": 1}
 # Sequence length -> (batch, timed rounds)
 SHAPES = {2048: (4, 5), 8192: (1, 5), 32768: (1, 3)}
@@ -77,7 +77,7 @@ def step(model: LlamaForCausalLM, tokens: torch.Tensor, what: str) -> None:
 
 
 def candidates(model: LlamaForCausalLM, device: str, chosen: list[str] | None) -> dict[str, tuple[str, Context]]:
-    """Name → backend and kernel context, of what works here."""
+    """Name → backend and kernel context, for those that work here."""
     works = [row.name for row in attention_backends(device) if row.available]
     found: dict[str, tuple[str, Context]] = {}
     for name in works if chosen is None else chosen:
@@ -91,7 +91,7 @@ def candidates(model: LlamaForCausalLM, device: str, chosen: list[str] | None) -
 
 
 class Clock:
-    """Seconds of a call, and the bytes that it holds at most; by CUDA events on a GPU."""
+    """Seconds of a call, by CUDA events on a GPU, and its peak memory in bytes."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -111,7 +111,7 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
     def peak(self, call: Callable[[], None]) -> int:
-        """Bytes beyond those held before the call; 0 where they cannot be counted."""
+        """Bytes above those allocated before the call; 0 if they cannot be counted."""
         if not self.cuda:
             call()
             return 0
@@ -128,12 +128,12 @@ def measure(
     not_measured: dict[str, str],
     deadline: float,
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """The rows of one sequence length, after every round of either pass, as far as the time goes."""
+    """The rows of one sequence length, yielded after every round of either pass until time is up."""
     clock = Clock(model.device.type)
     rows: dict[str, dict[str, Any]] = {}
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
     model.set_attn_implementation(CONTROL)
-    step(model, tokens, PASSES[0])  # libraries take their workspaces
+    step(model, tokens, PASSES[0])  # libraries allocate their workspaces
     for what in PASSES:
         calls: dict[str, tuple[str, Callable[[], None]]] = {}
         peaks: dict[str, int] = {}
@@ -148,11 +148,11 @@ def measure(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 try:
-                    peaks[name] = clock.peak(call)  # and what is still to be compiled
+                    peaks[name] = clock.peak(call)  # and the rest is compiled
                 except torch.OutOfMemoryError:
                     not_measured[label] = "out of memory"
                 except RuntimeError as error:
-                    # torch warns with one reason for every kernel that it passed over.
+                    # torch warns with a reason for every kernel that it skipped.
                     reasons = [str(each.message).partition(" (Triggered")[0] for each in said]
                     not_measured[label] = " ".join([str(error), *reasons])
             if name in peaks:
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(SHAPES), help="sequence lengths")
     parser.add_argument("--rounds", type=int, help="timed rounds (by default fewer for longer sequences)")
     parser.add_argument("--backends", nargs="+", help="names of attention_backends() (by default all that work)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to check that everything runs")
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
     _record.add_seconds(parser)
     arguments = parser.parse_args()
@@ -237,7 +237,7 @@ def main() -> None:
     works = candidates(model, device, arguments.backends)
     for length, (batch, rounds) in shapes.items():
         if _record.is_over(deadline):
-            print(f"S {length}: the time is over", flush=True)
+            print(f"S {length}: time is up", flush=True)
             continue
         rounds = arguments.rounds or rounds
         not_measured: dict[str, str] = {}

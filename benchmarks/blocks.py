@@ -1,9 +1,9 @@
-"""How much of the gradient a routed step misses when whole stretches of tokens are kept instead of single ones.
+"""How much of the gradient a routed step misses if it keeps whole stretches of tokens instead of single ones.
 
 ``python -m benchmarks.blocks MODEL DATA``: a folder with a pretrained model (also as GGUF), and a JSON Lines file with
 ``question`` and ``answer``. Every token of a batch is kept once, in four selections of a quarter each, so that the mean
-of their gradients has no sampling noise: what is left of its distance from the full gradient is what the gradient mode
-cuts. Single tokens are the control.
+of their gradients has no sampling noise: its remaining distance from the full gradient is what the gradient mode cuts
+off. Single tokens are the control.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODES, SIZES = ("kv", "detached"), (1, 8, 32, 64)
 
 
 def gradient(model: CGGRModel, input_ids: Tensor, selection: Selection | None = None) -> Tensor:
-    """Of all parameters, float64 ``[P]``."""
+    """The gradient of all parameters, float64 ``[P]``."""
     model.zero_grad(set_to_none=True)
     model(input_ids, labels=input_ids, selection=selection).backward()
     return torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None]).double()
@@ -42,7 +42,7 @@ def parts(size: int, seed: int) -> list[Selection]:
 
 
 def cosine(model: nn.Module, mode: str, size: int, input_ids: Tensor, full: Tensor, seed: int) -> float:
-    """Of the mean gradient of the parts with the full one."""
+    """Cosine of the parts' mean gradient with the full one."""
     routed = CGGRModel(model, gradient=mode).train()
     mean = torch.stack([gradient(routed, input_ids, selection) for selection in parts(size, seed)]).mean(0)
     return float(torch.nn.functional.cosine_similarity(mean, full, dim=0))

@@ -1,12 +1,12 @@
 """What ``context_precision="fp8"`` does to kept tokens, and to what a model learns.
 
 ``error``     outputs and gradients of kept tokens of a bfloat16 model, with other tokens in bfloat16 and in FP8, each
-              against float32 throughout: at 1B sizes with random weights, and with ``--model`` on a pretrained one and
-              the text that it is fine-tuned on
+              against float32 throughout: at 1B sizes with random weights, and with ``--model`` on a pretrained model
+              and its fine-tuning text
 ``finetune``  the same model fine-tuned on GSM8K behind other questions, loss and gradients on the answers
 ``scratch``   a small model trained from scratch on the standard library's source, a quarter of the tokens kept
 
-The trainings run the same batches and selections in both precisions, several at a time, and give held-out losses.
+Trainings use the same batches and selections in both precisions, several at a time, and report held-out losses.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def of_kept(model: nn.Module, input_ids: Tensor, mode: str, precision: str | Non
 
 
 def distances(found: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
-    """How far outputs and gradients are from the truth."""
+    """Distance of outputs and gradients from the float32 truth."""
     error = (found[0] - truth[0]).norm(dim=-1) / truth[0].norm(dim=-1)
     spread = [float(error.quantile(share)) for share in (0.25, 0.5, 0.75, 0.95)]
     difference, product, own, wanted = 0.0, 0.0, 0.0, 0.0
@@ -97,7 +97,7 @@ def errors(name: str, model: nn.Module, input_ids: Tensor, until: float) -> Iter
 
 
 def measure_errors(arguments: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of random weights, and of a pretrained model."""
+    """The errors with random weights, and with a pretrained model."""
     shape = SHAPES["1b" if arguments.device == "cuda" else "cpu"]
     batch, length = arguments.batch_size, arguments.length
     tokens = shape.tokens()[:batch, :length]
@@ -191,7 +191,7 @@ Run = tuple[str, str, int]
 
 
 def all_at_once(arguments: argparse.Namespace, runs: list[Run], until: float) -> Iterator[tuple[Run, float]]:
-    """Held-out loss of every run, ``--parallel`` of them at a time, each as soon as it is there."""
+    """Held-out loss of every run, ``--parallel`` of them at a time, yielded as they finish."""
     threads = max(1, torch.get_num_threads() // arguments.parallel)
     with multiprocessing.get_context("spawn").Pool(arguments.parallel, _begin, (arguments, threads, until)) as pool:
         for run, loss in pool.imap_unordered(_one, runs):
@@ -218,7 +218,7 @@ def _one(run: Run) -> tuple[Run, float | None]:
 
 
 def measure_training(arguments: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Held-out losses of every mode and precision, seed by seed, as far as the time goes."""
+    """Held-out losses of every mode and precision, seed by seed, until time is up."""
     losses: dict[tuple[str, str], dict[int, float]] = {}
     runs = [(mode, name, seed) for seed in range(arguments.seeds) for mode in arguments.modes for name in PRECISIONS]
     for (mode, name, seed), loss in all_at_once(arguments, runs, until):
@@ -243,11 +243,11 @@ def main() -> None:
     parser.add_argument("what", choices=("error", "finetune", "scratch"))
     parser.add_argument("--model", type=Path, help="folder of a pretrained model; finetune needs one")
     parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl, for a pretrained model")
-    parser.add_argument("--rows", type=Path, help="rows that benchmarks.frontier tokenized, instead of --gsm8k")
+    parser.add_argument("--rows", type=Path, help="rows tokenized by benchmarks.frontier, instead of --gsm8k")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("context_precision_work"), help="folder for tokens")
-    parser.add_argument("--problems", type=int, default=4000, help="of GSM8K, at most")
+    parser.add_argument("--problems", type=int, default=4000, help="at most this many problems of GSM8K")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, help="of a training")

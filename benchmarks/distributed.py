@@ -25,7 +25,7 @@ from cggr_core import CGGRModel
 
 RATIO = 0.25
 CONTROL = "standard, DDP"
-# Settings of the routed steps: two passes, whose scores are of full depth, and one whose tokens are known beforehand.
+# Settings of the routed steps: two passes with full-depth scores, and interleaved with tokens known beforehand.
 ROUTED: dict[str, dict[str, str]] = {"CGGR": {}, "CGGR random": {"selection": "random"}}
 
 
@@ -36,7 +36,7 @@ def on_this_rank(shape: Shape) -> Shape:
 
 
 def parallel(shape: Shape, engine: str) -> tuple[nn.Module, nn.Module]:
-    """A model, and what averages its gradients: DDP around it, or FSDP2 in it."""
+    """A model whose gradients are averaged: wrapped in DDP, or sharded by FSDP2."""
     model = shape.model()
     if engine == "DDP":
         return model, DistributedDataParallel(model)
@@ -48,12 +48,12 @@ def parallel(shape: Shape, engine: str) -> tuple[nn.Module, nn.Module]:
 
 
 def make_step(shape: Shape, engine: str, method: str, tokens: Tensor) -> Callable[[], None]:
-    """A training step of this rank."""
+    """A training step on this rank."""
     model, called = parallel(shape, engine)
     routed = CGGRModel(model, min_tokens_ratio=RATIO, seed=SEED, **ROUTED.get(method, {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     world = dist.get_world_size()
-    # An int: floating numbers are cast by mixed precision on their way into a model.
+    # An int, since mixed precision casts floating inputs of a model.
     num_items = tokens.shape[0] * (tokens.shape[1] - 1) * world
     done = 0
 
@@ -84,7 +84,7 @@ def slowest(seconds: float) -> float:
 def measure(
     shape: Shape, engine: str, *, rounds: int, warmup: int, steps: int, deadline: float
 ) -> dict[str, list[float]]:
-    """Seconds of a step of every method under one engine, in as many rounds as the time is enough for on every rank."""
+    """Seconds of a step of every method under one engine, in as many rounds as fit in the time on every rank."""
     generator = torch.Generator().manual_seed(SEED + dist.get_rank())
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length), generator=generator).to(shape.device)
     made = {f"{method}, {engine}": make_step(shape, engine, method, tokens) for method in ("standard", *ROUTED)}
@@ -114,7 +114,7 @@ def wait(shape: Shape) -> None:
 
 
 def write(name: str, shape: Shape, seconds: dict[str, list[float]], timing: dict[str, int]) -> None:
-    """Write what was measured so far."""
+    """Write the measurements so far."""
     ranks = dist.get_world_size()
     tokens = shape.batch * shape.length * ranks
     rows = {
@@ -136,10 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
+    parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
     parser.add_argument("--steps", type=int, default=5, help="steps of a round")
-    parser.add_argument("--batch", type=int, help="sequences of a rank, instead of the shape's own")
-    parser.add_argument("--length", type=int, help="tokens of a sequence, instead of the shape's own")
+    parser.add_argument("--batch", type=int, help="sequences per rank, instead of the shape's own")
+    parser.add_argument("--length", type=int, help="tokens per sequence, instead of the shape's own")
     _record.add_seconds(parser)
     options = parser.parse_args()
     # Half of the time for each engine.

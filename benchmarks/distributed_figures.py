@@ -1,8 +1,8 @@
-"""Figure and table of what ``benchmarks.distributed`` measured on different numbers of GPUs, from its JSON files alone.
+"""Figure and table of ``benchmarks.distributed`` on different numbers of GPUs, from its JSON files.
 
 ``python -m benchmarks.distributed_figures 1b`` reads ``distributed_1b_N.json``, writes ``distributed_1b.png`` and
-prints the table of the documentation. Every rank has a whole batch, so that a row's efficiency is its tokens per second
-over those of one GPU times the number of GPUs.
+prints the table of the documentation. Every rank has a whole batch, so a row's efficiency is its tokens per second
+divided by (one GPU's times the number of GPUs).
 """
 
 import argparse
@@ -59,7 +59,7 @@ def speed(result: dict[str, Any], row: str) -> float:
 
 
 def draw(shape: str, by_ranks: dict[int, dict[str, Any]]) -> None:
-    """A line for each engine and method over the number of GPUs, with quartiles; dotted: one GPU's speed times N."""
+    """A line per engine and method over the number of GPUs, with quartiles; dotted: one GPU's speed times N."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     ranks = list(by_ranks)

@@ -1,10 +1,11 @@
-"""What ``dynamic_threshold`` does to learning and to the time of a step, beside fixed keep ratios.
+"""What ``dynamic_threshold`` does to learning and to the time of a step, against fixed keep ratios.
 
 ``python -m benchmarks.dynamic_threshold cpu`` (two cores, ten minutes), ``... 40m`` and ``... 135m`` (one CUDA device).
 A model is trained from scratch on the standard library's own source, the same text in the same order for every arm: a
-ratio that the model's confidence moves; one that stays where it starts; and, as the control, one that stays at the mean
-of what the moved one kept. That control costs what the moved ratio costs, so a difference in held-out loss is what
-moving is worth. The time of a step is measured on a fresh model, with the slots that its confidence asks for.
+ratio moved by the model's confidence; one fixed at the starting value; and, as the control, one fixed at the mean of
+what the moved ratio kept. That control costs as much as the moved ratio, so the difference in held-out loss is the
+value of moving it. The time of a step is measured on a fresh model, with the number of slots that its confidence
+implies.
 """
 
 import argparse
@@ -30,12 +31,12 @@ SIZES = {
     "135m": Size(30, 576, 9, 8192, 16_000_000, 8, 1024, 500, 125, 1e-3, "cuda"),
 }
 FIXED, MATCHED = f"fixed at {RATIO}", "fixed at the mean of what was kept"
-# How far confidence moves the ratio: the default, and the most that the bounds (half and twice) leave room for.
+# How far confidence moves the ratio: the default, and the most that the bounds (half and twice) allow.
 SENSITIVITIES = {"dynamic, sensitivity 0.5": 0.5, "dynamic, sensitivity 2": 2.0}
 
 
 class Run(NamedTuple):
-    """One training: held-out losses and mean keep ratios, each up to one of the same steps."""
+    """One training: held-out losses and mean keep ratios, each up to the same steps."""
 
     losses: list[float]
     ratios: list[float]
@@ -50,7 +51,7 @@ def wrap(size: Size, seed: int, ratio: float, sensitivity: float | None) -> CGGR
 
 
 def train(wrapped: CGGRModel, size: Size, seed: int, text: tuple[np.ndarray, np.ndarray], seconds: float) -> Run:
-    """One training, which ends after so many seconds at the latest."""
+    """One training, stopped after ``seconds`` at the latest."""
     start, run, kept = time.monotonic(), Run([], []), []
     heldout = in_order(text[1], length=size.length, batch_size=size.batch, limit=64)
     for step, _ in training(wrapped, size, text[0], seed=seed):
@@ -65,7 +66,7 @@ def train(wrapped: CGGRModel, size: Size, seed: int, text: tuple[np.ndarray, np.
 
 
 def step_seconds(size: Size, text: tuple[np.ndarray, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Time of forward, loss and backward: a fixed ratio, the moved one, and one fixed at what that keeps."""
+    """Time of forward, loss and backward: a fixed ratio, the moved one, and one fixed at the mean of the moved one."""
     input_ids = in_order(text[0], length=size.length, batch_size=size.batch, limit=size.batch)[0].to(size.device)
 
     def step_of(wrapped: CGGRModel) -> Callable[[], None]:
@@ -80,7 +81,7 @@ def step_seconds(size: Size, text: tuple[np.ndarray, np.ndarray]) -> dict[str, d
     sensitivity = SENSITIVITIES["dynamic, sensitivity 0.5"]
     moved = wrap(size, 0, RATIO, sensitivity)
     steps = {"dynamic": step_of(moved)}
-    for _ in range(2):  # the second has the confidence of the first
+    for _ in range(2):  # the second step uses the confidence of the first
         steps["dynamic"]()
     slots = moved.schedule.capacity(size.length) / size.length
     steps |= {FIXED: step_of(wrap(size, 0, RATIO, None)), "fixed at as many slots": step_of(wrap(size, 0, slots, None))}
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="instead of the size's own")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all trainings together, about")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all trainings together, roughly")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     size = SIZES[options.size]

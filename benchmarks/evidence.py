@@ -1,7 +1,7 @@
-"""The tables of docs/evidence.md, from the JSON files alone: ``python -m benchmarks.evidence [FOLDER]``.
+"""The tables of docs/evidence.md, from the JSON files: ``python -m benchmarks.evidence [FOLDER]``.
 
 Losses are means over seeds with 95% intervals; differences are paired by seed, and shares of right answers have the
-standard error over all answers that were read.
+standard error over all evaluated answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def with_interval(values: Sequence[float], *, signed: bool = False) -> str:
 
 
 def right_answers(readings: Sequence[Mapping[str, int]]) -> str:
-    """Their share, its standard error in points of a percent, and of how many answers.
+    """The share of right answers, its standard error in percentage points, and the number of answers.
 
     Example:
         >>> right_answers([{"right": 10, "questions": 100}, {"right": 30, "questions": 100}])
@@ -43,7 +43,7 @@ def right_answers(readings: Sequence[Mapping[str, int]]) -> str:
 
 
 def frontier_tables(result: Mapping[str, Any]) -> str:
-    """A table for each way of taking steps, and one of what all arms reach from the same examples."""
+    """A table for each way of taking steps, and one for all arms after the same examples."""
     rows = {name: row for name, row in result["rows"].items() if "diverged" not in row}
     settings = result["settings"]
     told = [f"### {result['benchmark']}: {settings['seeds']} seeds, {settings['seconds']:.1f} s each, "

@@ -20,14 +20,14 @@ def write_result(
     alone: dict[str, list[float]],
     folder: Path,
 ) -> None:
-    """Write the JSON and the plot of the seeds that every arm has run, and print the table.
+    """Write the JSON and the plot of the seeds that every arm has finished, and print the table.
 
-    Arms are compared at the last evaluation that all runs of a seed have come to; where time was over before any, each
-    at its own last one, whose step is noted.
+    Arms are compared at the last evaluation that all runs of a seed reached; if there is none, each at its own last
+    one, whose step is reported.
 
     Args:
         name: Of the files.
-        runs: What :func:`benchmarks._grpo_run.train` leaves, finished or not.
+        runs: The records of :func:`benchmarks._grpo_run.train`, finished or not.
         alone: Seconds of single updates of each arm with the device to itself.
         folder: For the files.
     """
@@ -36,7 +36,7 @@ def write_result(
     of = {(run["arm"], run["seed"]): run for run in runs}
     seeds = sorted({run["seed"] for run in runs if all((arm, run["seed"]) in of for arm in arms)})
     if not seeds:
-        print("no seed has come to its second evaluation in every arm", flush=True)
+        print("no seed has reached its second evaluation in every arm", flush=True)
         return
     at: dict[tuple[str, int], int] = {}
     for seed in seeds:
@@ -88,7 +88,7 @@ def _row(runs: list[dict[str, Any]], control: list[dict[str, Any]], at: dict[tup
 
 
 def _reward_gaps(run: dict[str, Any], control: dict[str, Any]) -> list[float]:
-    """Differences of the rewards of the generations that both have made, which are of the same prompts."""
+    """Differences in reward between the generations that both arms made, which are for the same prompts."""
     mine, theirs = (
         {step["step"]: step["reward"] for step in one["steps"] if "reward" in step} for one in (run, control)
     )
@@ -104,7 +104,7 @@ def _right(run: dict[str, Any], step: int) -> list[float]:
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """95% interval of a mean over problems, by its standard error; what differs between seeds is not in it."""
+    """95% interval of a mean over problems, from its standard error; it does not include variation between seeds."""
     if len(values) < 2:
         return [values[0], values[0]]
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -135,7 +135,7 @@ def _signed(gain: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Reward and accuracy against rollouts and against update seconds: the mean of the seeds, and each of them."""
+    """Reward and accuracy against rollouts and against update seconds: the mean over seeds, and each seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 6.4), layout="constrained")

@@ -3,24 +3,25 @@
 ``python -m benchmarks.grpo_gsm8k --model FOLDER --gsm8k FOLDER --output FOLDER --seconds 570``, on one or more CUDA
 devices. Needs ``trl``. The model's folder may hold a GGUF file.
 
-All runs start from one policy, made once (``--prepare`` does only that): the model after ``--start-steps`` steps of
-fine-tuning on the answers of 1,000 training problems, so that it answers briefly, in the form that is rewarded. All
-arms are TRL's GRPOTrainer with the same settings, prompts and seeds of the rollouts, on the other problems:
+All runs start from one policy, created once (``--prepare`` does only that): the model after ``--start-steps`` steps of
+fine-tuning on the answers of 1,000 training problems, so that it answers briefly and in the rewarded form. All arms are
+TRL's GRPOTrainer with the same settings, prompts and seeds of the rollouts, on the other problems:
 
-- *full update*: as it comes, gradient checkpointing off;
-- *top 20%, masked*: TRL's ``top_entropy_quantile``, which takes the other tokens out of the loss;
-- *top 20%, kv*: the same tokens, the others without a backward in any layer;
+- *full update*: unchanged, gradient checkpointing off;
+- *top 20%, masked*: TRL's ``top_entropy_quantile``, which excludes the other tokens from the loss;
+- *top 20%, kv*: the same tokens; the others have no backward in any layer;
 - *random 20%, kv*: random tokens, weighted by the inverse of their probability.
 
-A generation is sampled by :mod:`benchmarks._rollouts` and makes two optimizer steps. The reward is 1 for the right
+A generation is sampled by :mod:`benchmarks._rollouts` and used for two optimizer steps. The reward is 1 for the right
 number after ``####``, else 0. Accuracy is that of greedy decoding on the first test problems.
 
 Runs (an arm and a seed each) are spread over the devices, several at a time on one, all arms of a seed before the next
-seed; while there is time for all arms of one more seed, it is begun. The result is written whenever a run ends. A run
-that is over is kept in ``FOLDER/runs`` and not made again by the same command; one that was stopped starts anew.
+seed; a further seed is started while there is time for all its arms. The result is written whenever a run ends.
+Finished runs are kept in ``FOLDER/runs`` and not repeated by the same command; an interrupted run starts over.
 
 Update seconds are those of forwards and backward on the device. Before the runs, each arm makes a few updates alone on
-a device: those seconds are the axis of the plot. What the runs themselves took, beside each other, is in the JSON.
+a device: those seconds are the axis of the plot. The times of the runs themselves, which share devices, are in the
+JSON.
 """
 
 import argparse
@@ -41,27 +42,27 @@ from benchmarks._grpo_run import ARMS, time_alone, train
 from benchmarks._grpo_start import policy
 from benchmarks.grpo_figures import write_result
 
-_GRACE = 20.0  # seconds that a run gets to stop by itself
+_GRACE = 20.0  # seconds that a run has to stop by itself
 
 
 def run_path(options: argparse.Namespace, arm: str, seed: int) -> Path:
-    """Where a run is kept."""
+    """Path of a run."""
     return options.output / "runs" / f"{options.name}_{re.sub('[^a-z0-9]+', '_', arm)}_seed{seed}.json"
 
 
 def alone_path(options: argparse.Namespace) -> Path:
-    """Where the seconds of the arms' updates alone are kept."""
+    """Path of the seconds of updates alone on a device."""
     return options.output / "runs" / f"{options.name}_alone.json"
 
 
 @dataclass
 class Runs:
-    """Processes on devices, one run each.
+    """Runs processes on devices, one run each.
 
     Attributes:
         options: Of the command.
-        command: What starts a run, without its own arguments.
-        end: :func:`time.monotonic` at which all is to be over.
+        command: The command of a run, without the run's own arguments.
+        end: Value of :func:`time.monotonic` by which everything must end.
         running: By slot: the process, its arm and its seed.
     """
 
@@ -75,12 +76,12 @@ class Runs:
         self.slots = [device for _ in range(per_device(self.options)) for device in devices]
 
     def start(self, device: str | None, *arguments: str) -> subprocess.Popen[bytes]:
-        """A process of this benchmark on a device."""
+        """Start a process of this benchmark on a device."""
         shown = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
         return subprocess.Popen([*self.command, *arguments], env=dict(shown))
 
     def seeds(self, numbers: range) -> None:
-        """Every run of these seeds that is not over, seed by seed."""
+        """Run all unfinished runs of these seeds, seed by seed."""
         options = self.options
         wanted = [(arm, seed) for seed in numbers for arm in options.arms]
         waiting = [(arm, seed) for arm, seed in wanted if not is_done(run_path(options, arm, seed))]
@@ -94,7 +95,7 @@ class Runs:
             for slot, device in enumerate(self.slots):
                 self._collect(slot)
                 if slot not in self.running and waiting and time.monotonic() < self.end - _GRACE:
-                    # What is left is shared by the rounds that are left.
+                    # The remaining time is shared by the remaining rounds.
                     share = (self.end - time.monotonic()) / -(-len(waiting) // len(self.slots))
                     arm, seed = waiting.pop(0)
                     until = str(time.time() + share)
@@ -118,7 +119,7 @@ class Runs:
 
 
 def run_all(options: argparse.Namespace, argv: list[str]) -> None:
-    """The seeds that were asked for, and more while there is time."""
+    """Run the requested seeds, and more while there is time."""
     end = time.monotonic() + options.seconds
     model = str(policy(options))
     shared = ["--model", model, "--per-device", str(per_device(options))]
@@ -130,12 +131,12 @@ def run_all(options: argparse.Namespace, argv: list[str]) -> None:
         runs.seeds(range(done, done + more))
         longest = max(longest, (time.monotonic() - started) / more)
         done += more
-        if time.monotonic() >= end - _GRACE or longest < 5:  # seeds that were over before say nothing of the time
+        if time.monotonic() >= end - _GRACE or longest < 5:  # seeds finished earlier do not tell how long one takes
             break
 
 
 def result(options: argparse.Namespace) -> None:
-    """Write the JSON and the plot of what is there."""
+    """Write the JSON and the plot of the results so far."""
     paths = sorted((options.output / "runs").glob(f"{options.name}_*_seed*.json"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     alone = alone_path(options)
@@ -144,14 +145,14 @@ def result(options: argparse.Namespace) -> None:
 
 
 def visible_devices() -> list[str | None]:
-    """CUDA devices by the names that this process was given, or the CPU."""
+    """CUDA devices as named in this process's environment, or the CPU."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(number) for number in range(count)])[:count] if count else [None]
 
 
 def per_device(options: argparse.Namespace) -> int:
-    """How many runs a device is given at a time."""
+    """Number of runs on a device at a time."""
     if options.per_device or not torch.cuda.is_available():
         return options.per_device or 1
     room = torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -164,7 +165,7 @@ def is_done(path: Path) -> bool:
 
 
 def waits_for(go: Path, until: float) -> Callable[[], None]:
-    """What waits until a file is there."""
+    """A function that waits until a file exists."""
 
     def wait() -> None:
         while not go.exists() and time.time() < until:
@@ -174,29 +175,29 @@ def waits_for(go: Path, until: float) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Run what is not over, and write the result of all."""
+    """Run whatever is unfinished, and write the result of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a chat model; may hold a GGUF file")
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result and of runs/")
     parser.add_argument("--name", default="grpo_gsm8k")
     parser.add_argument("--seconds", type=float, default=570.0, help="for all runs")
-    parser.add_argument("--prepare", action="store_true", help="only make the policy that all runs start from")
+    parser.add_argument("--prepare", action="store_true", help="only create the policy that all runs start from")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=2, help="at least; more while there is time")
-    parser.add_argument("--per-device", type=int, help="runs at a time on one device; as its memory allows if left out")
-    parser.add_argument("--gigabytes", type=float, default=24.0, help="memory of a run, for that")
-    parser.add_argument("--start-steps", type=int, default=60, help="of fine-tuning on answers, before all runs")
-    parser.add_argument("--least-right", type=float, default=0.05, help="of that policy's answers; stops below it")
+    parser.add_argument("--per-device", type=int, help="runs at a time on one device; default: as memory allows")
+    parser.add_argument("--gigabytes", type=float, default=24.0, help="memory of a run, for that default")
+    parser.add_argument("--start-steps", type=int, default=60, help="steps of fine-tuning on answers, before all runs")
+    parser.add_argument("--least-right", type=float, default=0.05, help="stop below this share of right answers")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps")
-    parser.add_argument("--rollouts", type=int, default=128, help="of a generation; half of them make an update")
+    parser.add_argument("--rollouts", type=int, default=128, help="completions per generation; an update takes half")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
-    parser.add_argument("--prompt", type=int, default=192, help="tokens at most; longer problems are left out")
+    parser.add_argument("--prompt", type=int, default=192, help="most tokens of a prompt; longer problems are left out")
     parser.add_argument("--completion", type=int, default=200, help="tokens at most")
-    parser.add_argument("--rows", type=int, default=16, help="of a micro-batch of TRL's own update")
-    parser.add_argument("--routed-rows", type=int, default=64, help="of a micro-batch of a routed update")
+    parser.add_argument("--rows", type=int, default=16, help="completions per micro-batch of TRL's own update")
+    parser.add_argument("--routed-rows", type=int, default=64, help="completions per micro-batch of a routed update")
     parser.add_argument("--rate", type=float, default=5e-6, help="learning rate")
-    parser.add_argument("--questions", type=int, default=384, help="held-out problems of an evaluation")
+    parser.add_argument("--questions", type=int, default=384, help="held-out problems per evaluation")
     parser.add_argument("--evaluate-every", type=int, default=40, help="optimizer steps between evaluations")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--run", nargs=3, metavar=("ARM", "SEED", "UNTIL"), help=argparse.SUPPRESS)

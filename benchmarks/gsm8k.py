@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARK = "####"
-"""In front of the final answer of every problem."""
+"""Precedes the final answer of every problem."""
 
 
 def read_problems(path: Path) -> list[dict[str, str]]:
@@ -20,7 +20,7 @@ def read_problems(path: Path) -> list[dict[str, str]]:
 
 
 def write_problems(path: Path, problems: Sequence[dict[str, str]]) -> Path:
-    """Write them so that a study reads them; a file that is there already is left as it is."""
+    """Write problems in the form that a study reads; an existing file is left unchanged."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -33,14 +33,14 @@ def among_others(
     problems: Sequence[dict[str, str]], others: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase",
     *, length: int, seed: int,
 ) -> list[dict[str, str]]:  # fmt: skip
-    """Every problem behind as many other ones, with their answers, as ``length`` tokens have room for.
+    """Every problem, preceded by as many others with their answers as fit in ``length`` tokens.
 
     Args:
-        problems: What is asked.
-        others: What stands before it; a problem is not put before itself.
+        problems: The problems to answer.
+        others: The problems to put before it, other than itself.
         tokenizer: Counts tokens.
-        length: Tokens of a sequence, end included.
-        seed: Of which others are taken.
+        length: Tokens of a sequence, including the end.
+        seed: Of the choice of the others.
     """
     generator = random.Random(seed)
     context = [f"{other['question']}\n{other['answer']}\n\n" for other in others]
@@ -48,7 +48,7 @@ def among_others(
     own = _sizes([f"{problem['question']}\n{problem['answer']}" for problem in problems], tokenizer)
     found = []
     for problem, size in zip(problems, own, strict=True):
-        room, parts = length - size - 32, []  # where texts are joined, tokens can come out otherwise
+        room, parts = length - size - 32, []  # tokens can differ where texts are joined
         while True:
             number = generator.randrange(len(context))
             if others[number]["question"] == problem["question"]:

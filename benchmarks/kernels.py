@@ -1,9 +1,9 @@
-"""Time every kernel on a GPU beside what one would use without it, on random data larger than the cache.
+"""Time every kernel on a GPU against its alternatives, on random data larger than the cache.
 
 For each op: the control (an ordinary implementation), this project's kernel, and the peers that are installed. Times
-are medians of CUDA events around single calls, queued behind a wait and taken in turns. ``bar`` rows hold what is to be
-reached and whether it was.
-``--compile-only`` runs every candidate of the ops once, so that compilers fill their caches before the measurement.
+are medians of CUDA events around single calls, queued behind a wait and taken in turns. ``bar`` rows hold the goals and
+whether they were met. ``--compile-only`` runs every candidate of the ops once, so that compilers fill their caches
+before the measurement.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reference(op: str) -> Callable[..., Any]:
 
 
 def statistics_in_torch(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The five statistics in plain torch without a sort: what ``torch.compile`` fuses best."""
+    """The five statistics in plain torch without a sort, the form that ``torch.compile`` fuses best."""
     x = logits.float()
     largest = x.amax(-1, keepdim=True)
     d = x - largest
@@ -51,13 +51,13 @@ def _read_kernel(ptr, out_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.int32)
     for step in range(STEPS):
         total |= tl.load(ptr + base + step * BLOCK + tl.arange(0, BLOCK))
-    # Never true, but the compiler cannot know.
+    # Never true, but the compiler cannot know that.
     if tl.max(total, 0) == -123456789:
         tl.store(out_ptr, 1)
 
 
 def read_bandwidth(x: torch.Tensor) -> float:
-    """Bytes per second of a kernel that only reads ``x``, the best of a few shapes of it."""
+    """Bytes per second of a kernel that only reads ``x``, the best of a few launch shapes."""
     words = x.view(torch.int32).flatten()
     out = torch.zeros(1, dtype=torch.int32, device=x.device)
     best = 0.0
@@ -99,7 +99,7 @@ def bench_difficulty(table: Table, arguments: argparse.Namespace) -> None:
 
 
 def head_problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, head weight and targets of the shape that the bars name."""
+    """Hidden states, head weight and targets of the shape in the bars."""
     N, H, V = 16384, 2048, 128256
     hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16)
     weight = (torch.randn(V, H, device="cuda") * 0.02).bfloat16()
@@ -107,7 +107,7 @@ def head_problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def bench_linear_difficulty(table: Table, arguments: argparse.Namespace) -> None:
-    """Statistics from hidden states, beside the matrix product alone."""
+    """Statistics from hidden states, against the matrix product alone."""
     from cggr_kernels.linear_difficulty import linear_difficulty
 
     linear_difficulty_reference = reference("linear_difficulty")
@@ -201,7 +201,7 @@ def _first(value: Any) -> torch.Tensor:
 
 
 def bench_select(table: Table, arguments: argparse.Namespace) -> None:
-    """A quarter of 2^20 scores, in one row and in 64, beside one ``torch.topk``."""
+    """A quarter of 2^20 scores, in one row and in 64, against one ``torch.topk``."""
     from cggr_kernels.select import select
 
     select_reference = reference("select")
@@ -251,12 +251,12 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = _record.deadline(arguments.seconds)
     if not torch.cuda.is_available():
-        parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
+        parser.error("the kernels need a CUDA device, and PyTorch sees none here")
     torch.manual_seed(SEED)
     table = Table(1 if arguments.compile_only else arguments.repeats)
     for op in arguments.ops:
         if table.rows and _record.is_over(deadline):
-            print(f"{op}: the time is over", flush=True)
+            print(f"{op}: time is up", flush=True)
             continue
         BENCHES[op](table, arguments)
         gc.collect()

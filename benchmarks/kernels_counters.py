@@ -1,7 +1,7 @@
 """What limits the kernels of routed attention: Nsight Compute's counters, kernel by kernel, on the shapes of the bars.
 
 Each kernel of one forward + backward runs under ``ncu``: seconds, and shares of the peak of the tensor cores, of the
-second-level cache, of shared memory and of device memory; and the spilled registers that it loads back.
+second-level cache, of shared memory and of device memory; and reloads of spilled registers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECONDS = {"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3,
 
 
 def run_once() -> None:
-    """One forward + backward of every shape, for the profiler to look at."""
+    """One forward + backward of every shape, for the profiler."""
     from cggr_kernels.routed_attention import routed_attention
 
     for B, S, D in SHAPES:
@@ -48,7 +48,7 @@ def run_once() -> None:
 
 
 def read_kernels(text: str) -> list[tuple[str, dict[str, float]]]:
-    """Name and metrics of each kernel that ncu printed, in order; times in seconds."""
+    """Name and metrics of each kernel in ncu's output, in order; times in seconds."""
     kernels: dict[str, tuple[str, dict[str, float]]] = {}
     for line in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
         _, metrics = kernels.setdefault(line["ID"], (line["Kernel Name"].split("(")[0], {}))
@@ -58,7 +58,7 @@ def read_kernels(text: str) -> list[tuple[str, dict[str, float]]]:
 
 
 def rows_of(kernels: list[tuple[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Rows of the result: three kernels to a shape."""
+    """Rows of the result: three kernels per shape."""
     rows = {}
     for place, (name, metrics) in enumerate(kernels):
         B, S, D = SHAPES[place // 3]
@@ -78,7 +78,7 @@ def main() -> None:
     _record.add_seconds(parser)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
+        parser.error("the kernels need a CUDA device, and PyTorch sees none here")
     if arguments.once:
         run_once()
         return

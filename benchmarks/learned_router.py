@@ -1,7 +1,7 @@
-"""What a step with a learned router costs, beside a truncated one, remembered scores and random selection.
+"""The cost of a step with a learned router, against a truncated one, remembered scores and random selection.
 
 ``python -m benchmarks.learned_router cpu`` and ``... 1b`` time the steps of ``step_time``'s shapes, interleaved engine,
-mode ``kv``. How well a learned router ranks the tokens is ``benchmarks.learned_router_quality``'s business.
+mode ``kv``. For how well a learned router ranks tokens, see ``benchmarks.learned_router_quality``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TRUNCATED, LEARNED = "truncated router", "learned router"
 
 
 def steps_of(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """The standard step, the same with the fused ops of the routed passes, and a step of every kind of router."""
+    """The standard step, the same with the fused ops of the routed passes, and a step with every kind of router."""
     depth = max(1, model.config.num_hidden_layers // 8)
     memory = RememberedScores.empty(examples=tokens.shape[0], length=tokens.shape[1])
     ids = torch.arange(tokens.shape[0])

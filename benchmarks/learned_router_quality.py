@@ -1,9 +1,9 @@
-"""How well a learned router ranks the tokens, beside a truncated router of the same depth.
+"""How well a learned router ranks tokens, against a truncated router of the same depth.
 
 ``python -m benchmarks.learned_router_quality cpu`` (two cores, half an hour), ``... 40m`` and ``... 135m`` (one CUDA
-device). A model is trained from scratch on the standard library's own source, with the learned router choosing its
-tokens; every so many steps held-out tokens are ranked by the true score (logit-gradient norm at full depth), by the
-learned router's predictions and by the truncated router's scores. Several seeds; the bar is the truncated router.
+device). A model is trained from scratch on the standard library's own source, with tokens chosen by the learned router;
+at intervals, held-out tokens are ranked by the true score (logit-gradient norm at full depth), by the learned router's
+predictions and by the truncated router's scores. Several seeds; the bar is the truncated router.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's; ties, which continuous scores hardly have, count as they come."""
+    """Spearman's rank correlation; ties, rare among continuous scores, are ranked in order of appearance."""
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
@@ -71,7 +71,7 @@ def rankings(wrapped: CGGRModel, depth: int, input_ids: Tensor) -> dict[str, flo
 def train(
     size: Size, seed: int, *, depth: int, seconds: float, stream: np.ndarray, heldout: np.ndarray
 ) -> dict[str, list[float]]:
-    """Rank correlations every so many steps of one training, which ends after so many seconds at the latest."""
+    """Rank correlations at intervals of one training, which ends after ``seconds`` at the latest."""
     start = time.monotonic()
     wrapped = CGGRModel(size.model(seed), LearnedRouter(depth, seed=seed), min_tokens_ratio=RATIO, seed=seed)
     ranked = torch.cat(in_order(heldout, length=size.length, batch_size=4, limit=8)).to(size.device)
@@ -90,7 +90,7 @@ def train(
 
 
 def write(name: str, size: Size, depth: int, seeds: list[int], runs: list[dict[str, list[float]]]) -> None:
-    """Write the curves of the seeds so far, as far as all of them went, and their plot."""
+    """Write the curves of the seeds so far, up to the last step that all reached, and their plot."""
     rankings_of_all = min(len(run[LEARNED]) for run in runs)
     runs = [{router: curve[:rankings_of_all] for router, curve in run.items()} for run in runs]
     rows: dict[str, dict[str, Any]] = {}
@@ -119,7 +119,7 @@ def write(name: str, size: Size, depth: int, seeds: list[int], runs: list[dict[s
 
 
 def draw(result: dict[str, Any], path: Any) -> None:
-    """Rank correlation over the steps: a line for each router, its seeds as a band."""
+    """Rank correlation over the steps: a line per router, with a band over seeds."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     settings = result["settings"]
@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="instead of the size's own")
     parser.add_argument("--at-once", type=int, default=1, help="seeds trained side by side")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a seed's training, at most")
-    parser.add_argument("--untied", action="store_true", help="a head of its own in place of the embedding")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="most seconds of a seed's training")
+    parser.add_argument("--untied", action="store_true", help="a separate head instead of the embedding")
     options = parser.parse_args()
     size, depth = SIZES[options.size], DEPTHS[options.size]
     size = replace(size, tied=not options.untied, steps=options.steps or size.steps)

@@ -1,10 +1,10 @@
-"""Attention of a few kept tokens of very long rows: time and memory of forward and backward, beside what else there is.
+"""Attention of a few kept tokens of very long rows: time and memory of forward and backward, against alternatives.
 
 ``python -m benchmarks.long_attention`` (one CUDA device, about a minute; ``--tiny`` on a CPU, to try it). One row of
 32,768 and of 131,072 tokens, 32 query heads on 8 key heads of 128, bfloat16, 5% to 25% of the queries kept, gradients
-of queries, keys and values. Beside it SDPA's flash kernel on all queries (what a standard step runs), SDPA with a dense
-mask of the kept queries, and compiled flex attention with their block mask. Memory is the peak above what q, k, v and
-the output's gradient hold; what does not fit or does not run stands in the settings with its reason.
+of queries, keys and values. The alternatives are SDPA's flash kernel on all queries (as in a standard step), SDPA with
+a dense mask of the kept queries, and compiled flex attention with their block mask. Memory is the peak above q, k, v
+and the output's gradient; candidates that do not fit or do not run are listed in the settings with the reason.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SEED = 0
 
 
 def arms(length: int, share: float, device: str) -> dict[str, Callable[[], Any]]:
-    """A call of forward and backward for each name; made one at a time, so that none holds another's memory."""
+    """A call of forward and backward for each name, created one at a time, so that none holds another's memory."""
     generator = torch.Generator(device).manual_seed(SEED)
     kept = max(1, round(length * share))
 
@@ -74,7 +74,7 @@ def _flex(position: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor], T
         return position[b, query] >= key
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    # Compiled, or it would make the dense mask first.
+    # Compiled, since otherwise the dense mask is built first.
     blocks = torch.compile(create_block_mask)(mask, 1, None, position.shape[1], length, device=position.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def _flex(position: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor], T
 
 
 def peak_of(call: Callable[[], Any], device: str) -> int:
-    """Bytes above what is held before the call; 0 where they cannot be counted."""
-    call()  # what is compiled on first use is not counted
+    """Bytes above those allocated before the call; 0 if they cannot be counted."""
+    call()  # compilation on first use is not counted
     return 0 if device == "cpu" else peak_bytes(call)
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="short rows, to see that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="short rows, to check that everything runs")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
     _record.add_seconds(parser)
     options = parser.parse_args()
@@ -113,7 +113,7 @@ def main() -> None:
             peaks: dict[str, int] = {}
             for name, make in arms(length, share, device).items():
                 if _record.is_over(deadline):
-                    left_out[f"{where}: {name}"] = "the time was over"
+                    left_out[f"{where}: {name}"] = "time was up"
                     continue
                 try:
                     calls[name] = make()

@@ -1,13 +1,13 @@
-"""Time a token-routed MLP layer on a GPU beside what one would use without it: all peers in one run, on random data.
+"""Time a token-routed MLP layer on a GPU against its alternatives: all in one run, on random data.
 
 For each shape and each distribution of the load: two dense products of the same size (the ceiling), transformers' block
 with its loop over experts and with ``grouped_mm``, eager (the control) and compiled, Liger's fused experts behind the
 same router, and this project's layer. All share one set of parameters. Times are medians of CUDA events, queued behind
-a wait and taken in turns; launches are counted by the profiler; ``bar`` rows hold what is to be reached and whether it
-was. Every shape has a result file of its own, so that shapes can be measured on several GPUs side by side.
+a wait and taken in turns; launches are counted by the profiler; ``bar`` rows hold the goals and whether they were met.
+Every shape has its own result file, so that shapes can be measured on several GPUs in parallel.
 
-Liger's kernels are tuned over 240 configurations a shape. ``--compile-only`` fills the compilers' caches beforehand,
-with ``--share`` in several processes: those that compile and those that measure need the same ``TRITON_CACHE_DIR``.
+Liger's kernels are tuned over 240 configurations per shape. ``--compile-only`` fills the compilers' caches beforehand,
+with ``--share`` in several processes; all processes need the same ``TRITON_CACHE_DIR``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLOURS = {CONTROL: "0.55", COMPILED: "0.75", LIGER: "#c9a227", LOOP: "0.88", OU
 
 
 def count_launches(call: Call) -> int:
-    """Kernels, copies and fills that a call puts on the device."""
+    """Number of kernels, copies and fills that a call launches on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -58,7 +58,7 @@ def count_launches(call: Call) -> int:
 
 
 def host_seconds(call: Call, repeats: int = 5) -> float:
-    """Seconds that the host is busy with a call (and waits in it, where the call waits for the device)."""
+    """Seconds that the host spends in a call, including any wait for the device."""
     samples = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -71,7 +71,7 @@ def host_seconds(call: Call, repeats: int = 5) -> float:
 def compare(table: Table, problem: Problem, distribution: str, layers: dict[str, Callable[[Tensor], Tensor]]) -> None:
     """Time one shape with one distribution of the load, and evaluate its bars."""
     problem.spread(distribution)
-    # With many experts the loop takes a fifth of a second; its time is that of its launches, whatever the load.
+    # With many experts the loop takes a fifth of a second, spent on launches whatever the load.
     timed = {n: layer for n, layer in layers.items() if n != LOOP or problem.shape.E <= 8 or distribution == "balanced"}
     calls = {name: problem.calls(layer) for name, layer in timed.items()} | {DENSE: problem.dense_calls()}
     for place, what in enumerate(PASSES):
@@ -89,7 +89,7 @@ def compare(table: Table, problem: Problem, distribution: str, layers: dict[str,
 
 
 def compare_masked(table: Table, problem: Problem) -> None:
-    """Time this project's layer with a quarter of the tokens routed, beside all of them."""
+    """Time this project's layer with a quarter of the tokens routed, against all of them."""
     problem.spread("balanced")
     all_tokens, some_tokens = problem.calls(lambda x: problem.layer(x)[0]), problem.calls(problem.masked())
     for place, what in enumerate(PASSES):
@@ -155,7 +155,7 @@ def draw(folder: Path) -> None:
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> None:
-    """Measure one shape; what is measured is written at once."""
+    """Measure one shape; results are written immediately."""
     table = Table(arguments.repeats)
     problem = Problem(shape, "cuda", arguments.tokens)
     layers = problem.candidates((CONTROL, *arguments.candidates))
@@ -175,7 +175,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> None:
 
 
 def compile_only(shape: Shape, arguments: argparse.Namespace) -> None:
-    """Run every candidate once, for the compilers to fill their caches."""
+    """Run every candidate once, to fill the compilers' caches."""
     problem = Problem(shape, "cuda", arguments.tokens)
     problem.spread(DISTRIBUTIONS[0])
     layers = problem.candidates(arguments.candidates)
@@ -190,7 +190,7 @@ def compile_only(shape: Shape, arguments: argparse.Namespace) -> None:
 
 
 def keep_share(place: int, count: int) -> None:
-    """Leave Liger's kernels every ``count``-th of their configurations, from the one at ``place`` on."""
+    """Keep every ``count``-th of the configurations of Liger's kernels, starting at ``place``."""
     from liger_kernel.ops import fused_moe_kernels
     from triton.runtime.autotuner import Autotuner
 
@@ -220,14 +220,14 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.deadline = _record.deadline(arguments.seconds)
     if not torch.cuda.is_available():
-        parser.error("the kernels run on a CUDA device, and PyTorch sees none here")
+        parser.error("the kernels need a CUDA device, and PyTorch sees none here")
     if arguments.share and not arguments.compile_only:
-        parser.error("--share leaves out configurations that a measurement has to try; it goes with --compile-only")
+        parser.error("--share skips configurations that a measurement has to try; use it with --compile-only")
     if arguments.share:
         keep_share(*arguments.share)
     for place in arguments.shapes:
         if _record.is_over(arguments.deadline):
-            print(f"{SHAPES[place]}: the time is over", flush=True)
+            print(f"{SHAPES[place]}: time is up", flush=True)
             continue
         torch.manual_seed(SEED)
         (compile_only if arguments.compile_only else measure)(SHAPES[place], arguments)

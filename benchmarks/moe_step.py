@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.moe_step gpu`` (one CUDA device, about three minutes), ``... cpu`` (tiny, to try it). A step is
 forward, loss with the auxiliary loss of the routers, and backward. All arms have the same weights and random tokens;
-``grouped_mm`` is what transformers runs by default. Routed steps keep a quarter of the tokens: the others pass the
-experts too, and nothing of them is kept for the backward pass.
+``grouped_mm`` is the default of transformers. Routed steps keep a quarter of the tokens: the others also go through the
+experts, but save nothing for the backward pass.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def make_step(call: Callable[[], Any], model: torch.nn.Module) -> Callable[[], N
 
 
 def make_steps(shape: dict[str, Any], tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """The step of every arm; the compiled one last, since it may take all the time that is left."""
+    """The step of every arm; the compiled one last, since it may take all the remaining time."""
     steps: dict[str, Callable[[], None]] = {}
     compiled: dict[str, Callable[[], None]] = {}
     for implementation in ("grouped_mm", register_experts()):
@@ -114,19 +114,19 @@ def main() -> None:
     left_out: dict[str, str] = {}
     for name, step in steps.items():
         if ready and _record.is_over(until):
-            left_out[name] = "the time was over"
+            left_out[name] = "time was up"
             continue
         try:
             step()
             if cuda:
                 peaks[name] = peak_on_device(step)
-        except RuntimeError as error:  # out of memory, or what cannot be compiled here: the others go on
+        except RuntimeError as error:  # out of memory, or cannot be compiled here: continue with the others
             left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
             continue
         ready[name] = step
         print(f"{name}: ready", flush=True)
         if len(ready) == len(steps) - 1 and cuda:
-            # What is there before the compiled step, which may be cut.
+            # Write before the compiled step, which may be interrupted.
             write(shape, _record.measure_until(ready, control=CONTROL, device="cuda", **timing), peaks, {}, options)
     rows = _record.measure_until(ready, control=CONTROL, device=shape["device"], **timing)
     write(shape, rows, peaks, left_out, options)
@@ -139,7 +139,7 @@ def write(
     left_out: dict[str, str],
     options: argparse.Namespace,
 ) -> None:
-    """The JSON, the plot and the table of what was measured."""
+    """Write the JSON and the plot, and print the table."""
     for name, peak in peaks.items():
         rows[name]["peak_extra_bytes"] = peak
     calls = STEPS_IN_A_ROW if shape["device"] == "cuda" else 1

@@ -1,10 +1,9 @@
 """How busy tensor cores and multiprocessors are in a token-routed MLP layer: Nsight Compute, kernel by kernel.
 
 The layer's forward and forward + backward, against transformers' loop over experts and its ``grouped_mm``; one pass of
-each under ``ncu``, which empties the caches before every kernel. Shares are means over the kernels, weighted by how
-long each ran: of a kernel's time, not of the time between kernels, which ``benchmarks.moe`` shows as launches and host
-seconds. The kernels that took longest stand beside them by name. The loop is left out where it has thousands of
-kernels.
+each under ``ncu``, which flushes the caches before every kernel. Shares are means over the kernels, weighted by their
+time; time between kernels is not included, and ``benchmarks.moe`` shows it as launches and host seconds. The longest
+kernels are listed by name. The loop is left out if it has thousands of kernels.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ MOST_NAMES = 16
 
 
 def candidates(shape: Shape) -> tuple[str, ...]:
-    """What is profiled on a shape."""
+    """The candidates to profile on a shape."""
     return (LOOP, CONTROL, OURS) if shape.E <= 8 else (CONTROL, OURS)
 
 
 def profiled_passes(shape: int, place: int) -> None:
-    """One pass of each candidate for the profiler to look at, what runs before left out, a sleep before each."""
+    """One profiled pass of each candidate, after a warm-up, with a sleep before each."""
     torch.manual_seed(SEED)
     problem = Problem(SHAPES[shape], "cuda")
     problem.spread("balanced")
@@ -68,7 +67,7 @@ def split_passes(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
 
 
 def summarise(kernels: Sequence[Kernel]) -> dict[str, Any]:
-    """How many kernels, their time, and the shares, weighted by time."""
+    """Number of kernels, their time, and the shares, weighted by time."""
     seconds = sum(metrics[TIME] for _, metrics in kernels)
     shares = {
         name: sum(metrics[metric] * metrics[TIME] for _, metrics in kernels) / seconds / 100
@@ -78,7 +77,7 @@ def summarise(kernels: Sequence[Kernel]) -> dict[str, Any]:
 
 
 def by_name(kernels: Sequence[Kernel]) -> dict[str, dict[str, Any]]:
-    """The same for the kernels of each name, those that took longest first."""
+    """The same for the kernels of each name, longest first."""
     found: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         found.setdefault(kernel[0], []).append(kernel)

@@ -1,13 +1,13 @@
-"""Where scores should matter: text of another domain among the text of interest, and answers to other questions.
+"""Data on which scores should help: text of another domain mixed in, and wrong answers to questions.
 
-``domain``   GSM8K, of which a third of the sequences are Python source instead; questions and answers are supervised
-``labels``   questions of GSM8K, a tenth of whose answers are another question's; the answers are supervised
+``domain`` GSM8K with a third of the sequences replaced by Python source; questions and answers are supervised
+``labels`` questions of GSM8K, a tenth of whose answers are another question's; the answers are supervised
 
-What is measured is the held-out loss on clean GSM8K. The reference of ``excess`` is the same model, trained on as much
-clean text from the other half of the problems. Every arm takes as many steps as cost what the standard arm's do (the
-table of gradient modes; the clean arm, which has no noise, is what could be reached at most). Unweighted arms keep what
-scores highest and mean over that alone: weights would bring the noise back in. The same command goes on with the seeds
-that its result lacks.
+The measure is the held-out loss on clean GSM8K. The reference model of ``excess`` is the same model, trained on as much
+clean text from the other half of the problems. Every arm takes as many steps as cost the same as the standard arm's (by
+the table of gradient modes); the clean arm, without noise, is the upper limit. Unweighted arms average over the
+highest-scoring tokens only: weights would bring the noise back in. The same command continues with the seeds missing
+from its result.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Rows(NamedTuple):
 
 
 def make_rows(kind: str, arguments: argparse.Namespace, tokenizer: Any, seed: int) -> Rows:
-    """The training text with its noise, the same without it, the reference's, and the held-out text."""
+    """The noisy training text, the same without noise, the reference model's, and the held-out text."""
     train, test = (read_problems(arguments.gsm8k / f"{name}.jsonl") for name in ("train", "test"))
     generator = random.Random(seed)
     generator.shuffle(train)
@@ -109,7 +109,7 @@ def make_rows(kind: str, arguments: argparse.Namespace, tokenizer: Any, seed: in
 
 @torch.no_grad()
 def reference_nll(model: nn.Module, rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """float32 ``[N, S]`` on the CPU: at each position the nll of the token after it, 0 where there is none."""
+    """float32 ``[N, S]`` on the CPU: at each position, the nll of the next token, 0 where there is none."""
     model.eval()
     found = torch.zeros(rows.shape)
     for start in range(0, len(rows), batch_size):
@@ -157,17 +157,17 @@ def train(
 
 
 def earlier(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of a result with the same settings, to go on from; none where there is no such result.
+    """The rows of a result with the same settings, to continue from; empty if there is no such result.
 
-    A result is written when all arms of a seed are done: its rows have as many losses each as it has seeds.
+    A result is written when all arms of a seed are done, so each of its rows has one loss per seed.
     """
     if not (folder / f"{name}.json").exists():
         return {}
     result = _record.load(name, folder=folder)
-    free = ("seconds", "seeds", "name", "device", "kinds")  # what may be another
+    free = ("seconds", "seeds", "name", "device", "kinds")  # settings that may differ
     same = all(result["settings"].get(key) == value for key, value in settings.items() if key not in free)
     if not same:
-        raise SystemExit(f"{folder / name}.json is of other settings; give --name or --results")
+        raise SystemExit(f"{folder / name}.json has other settings; pass another --name or --results")
     return {row: {key: value for key, value in found.items() if key in ("unit", "cost", "losses")}
             for row, found in result["rows"].items()}  # fmt: skip
 
@@ -205,7 +205,7 @@ def main() -> None:
     for kind in arguments.kinds:
         for seed in range(done[kind], arguments.seeds):
             if found and _record.is_over(deadline):
-                print(f"{kind}, seed {seed}: the time is over", flush=True)
+                print(f"{kind}, seed {seed}: time is up", flush=True)
                 continue
             rows = make_rows(kind, arguments, tokenizer, seed)
             heldout = list(rows.heldout.split(arguments.batch_size))

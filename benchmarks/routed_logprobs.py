@@ -1,14 +1,14 @@
-"""Time and memory of a policy-gradient step: log-probabilities as people make them today, and with routed gradients.
+"""Time and memory of a policy-gradient step: log-probabilities computed in the usual ways, and with routed gradients.
 
 ``python -m benchmarks.routed_logprobs --preset cpu`` (two cores, minutes), ``--preset 1b``, ``--preset qwen05b`` (one
 CUDA device). A step is forward, loss and backward of ``-mean(advantage * logprob)`` over the kept tokens; the
 optimizer's share is the same for all and left out. Random token ids, random weights.
 
-Task ``rows``: whole rows, the kept tokens at the end of each, as where most of a row is prompt or tool output. Tasks
+Task ``rows``: whole rows, with the kept tokens at the end, as when most of a row is prompt or tool output. Tasks
 ``pP_gG``: G completions of each prompt of P tokens, a random share of their tokens kept; the prompt repeated before
-every completion, or shared. Controls: log-softmax over all logits; a head on the kept rows alone, as TRL's
-``fused_lm_head``; both with Hugging Face's gradient checkpointing. A variant that does not fit the memory is named in
-the result's settings.
+every completion, or shared. Controls: log-softmax over all logits; a head on the kept rows only, as TRL's
+``fused_lm_head``; both with Hugging Face's gradient checkpointing. Variants that do not fit in memory are named in the
+result's settings.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a model, and of what it is trained on."""
+    """Sizes of a model and of its training data."""
 
     config: str
     layers: int
@@ -86,7 +86,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens of a task in the repeated form, and what is shared of them."""
+    """Tokens of a task in repeated form, and the part that is shared."""
 
     input_ids: Tensor
     keep: Tensor
@@ -95,7 +95,7 @@ class Batch:
 
     @property
     def before(self) -> int:
-        """Tokens of a context: the prompt's last one belongs to the rows."""
+        """Tokens of a shared context: the prompt's last token belongs to the rows."""
         return 0 if self.prompts is None else self.prompts.shape[1] - 1
 
 
@@ -145,7 +145,7 @@ def head_on_kept_step(model: PreTrainedModel, batch: Batch) -> None:
 
 
 def routed_step(model: PreTrainedModel, batch: Batch, *, shared: bool = False, **settings: Any) -> None:
-    """Routed gradients, the prompt repeated or shared."""
+    """Routed gradients, with the prompt repeated or shared."""
     start = batch.before if shared else 0
     context = SharedContext(batch.prompts[:, :-1]) if shared and batch.prompts is not None else None
     keep = batch.keep[:, start:]
@@ -210,7 +210,7 @@ def make_step(model: PreTrainedModel, batch: Batch, task: str, variant: str) -> 
 def steps_that_fit(
     model: PreTrainedModel, batch: Batch, task: str, names: list[str]
 ) -> tuple[dict[str, Step], list[str]]:
-    """The steps that the device's memory holds, run once each, and the names of the others."""
+    """The steps that fit in the device's memory, each run once, and the names of the others."""
     steps, too_large = {}, []
     for name in names:
         step = make_step(model, batch, task, name)
@@ -219,20 +219,20 @@ def steps_that_fit(
             steps[name] = step
         except torch.OutOfMemoryError:
             too_large.append(name)
-        if too_large and too_large[-1] == name:  # outside of the handler, which holds the failed step's tensors
+        if too_large and too_large[-1] == name:  # outside the handler, which holds the failed step's tensors
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     return steps, too_large
 
 
 def peak_in_this_process(preset: Preset, task: str, variant: str) -> int:
-    """Peak resident memory of two steps above what the process held before them (Linux)."""
+    """Peak resident memory of two steps, above that of the process before them (Linux)."""
     model, batch = preset.model(), make_batch(preset, task)
     step = make_step(model, batch, task, variant)
     # A small step first, so that libraries and their buffers are loaded and not counted.
     few = Batch(batch.input_ids[:1, -8:], batch.keep[:1, -8:], batch.advantages[:1], None)
     make_step(model, few, "rows", "kv")()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = resident_bytes("VmRSS")
     for _ in range(2):
         step()
@@ -240,7 +240,7 @@ def peak_in_this_process(preset: Preset, task: str, variant: str) -> int:
 
 
 def peak_in_fresh_process(arguments: list[str], task: str, variant: str) -> int:
-    """:func:`peak_in_this_process` where no other variant has touched the allocator."""
+    """:func:`peak_in_this_process` in a new process, where no other variant has used the allocator."""
     command = [sys.executable, "-m", "benchmarks.routed_logprobs", *arguments, "--peak-of", task, variant]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -252,7 +252,7 @@ def run_task(preset: Preset, task: str, options: argparse.Namespace, sizes: list
     names = [name for name in variants(task) if name in asked]
     steps, too_large = steps_that_fit(model, batch, task, names)
     if CONTROL not in steps:
-        print(f"{task}: the control does not fit the memory; give fewer rows (--batch, --prompts)")
+        print(f"{task}: the control does not fit in memory; use fewer rows (--batch, --prompts)")
         return
     cuda = preset.device == "cuda"
     calls = {name: _record.PeakOf(step) for name, step in steps.items()} if cuda else steps
@@ -297,7 +297,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="prompts of the tasks with groups")
     parser.add_argument("--completion", type=int, help="tokens of a completion")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after these; three rounds at least")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after these, but not before three rounds"
+    )
     parser.add_argument("--name", help="of the result files, before _TASK")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the results")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)

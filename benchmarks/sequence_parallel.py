@@ -1,10 +1,9 @@
-"""What a training step on one row of 131,072 tokens would move, compute and keep on each of several GPUs.
+"""What a training step on one row of 131,072 tokens would move, compute and store on each of several GPUs.
 
 ``python -m benchmarks.sequence_parallel`` (a second, no GPU). Nothing is measured: bytes and operations are counted
-from the sizes of the model, and seconds follow from the assumed rates. Every GPU holds a share of the row, and gathers
-each layer's keys and values before its attention (grouped heads keep them small); gradients of keys and values are
-reduce-scattered back. Kept tokens are dealt out evenly: their pass starts from token ids, so any GPU can run any of
-them.
+from the model's sizes, and seconds follow from assumed rates. Every GPU holds a share of the row and gathers each
+layer's keys and values before its attention (grouped heads keep them small); their gradients are reduce-scattered back.
+Kept tokens are distributed evenly: their pass starts from token ids, so any GPU can run any of them.
 """
 
 import argparse
@@ -35,7 +34,7 @@ class Sizes:
 
     @property
     def key_value_bytes(self) -> int:
-        """Of one token's keys and values in one layer."""
+        """Bytes of one token's keys and values in one layer."""
         return 2 * self.kv_heads * self.head_dim * ELEMENT
 
     @property
@@ -52,13 +51,13 @@ class Sizes:
     @property
     def activations(self) -> int:
         """Bytes that one token's layer keeps for its backward pass, with fused attention."""
-        inputs = 6 * self.hidden  # of both norms and what they give, queries, attention's output
+        inputs = 6 * self.hidden  # inputs and outputs of both norms, queries, attention's output
         return ELEMENT * (inputs + 3 * self.intermediate) + self.key_value_bytes
 
 
 @dataclass(frozen=True)
 class Step:
-    """How often a step does each thing, in forwards of all tokens.
+    """How much of each kind of work a step does, in forwards of all tokens.
 
     Attributes:
         gathers: Times that the keys and values of all tokens are gathered.
@@ -67,8 +66,8 @@ class Step:
         backward: Share of the tokens that go through the layers' backward pass.
         head: Forwards of the head, over all tokens.
         head_backward: Share of the tokens in the head's backward pass.
-        kept: Share of the tokens whose layers keep all activations; recomputing, one layer has them at a time.
-        inputs: Share of the tokens of which each layer keeps its input alone.
+        kept: Share of the tokens whose layers keep all activations; with recomputation, one layer at a time does.
+        inputs: Share of the tokens for which each layer keeps only its input.
     """
 
     gathers: float
@@ -82,7 +81,7 @@ class Step:
 
 
 def steps(ratio: float, layers: int) -> dict[str, Step]:
-    """The steps compared, at a keep ratio; what one pass gathered is not held for the next."""
+    """The steps compared, at a keep ratio; keys and values gathered for one pass are not kept for the next."""
     r = ratio
     return {
         "standard": Step(2, 1, 1, 1, 1, 1, 1, 0),
@@ -98,7 +97,7 @@ def account(sizes: Sizes, step: Step, *, length: int, ranks: int, rate: float, l
 
     Args:
         sizes: Of the model.
-        step: What is done.
+        step: Its work.
         length: Tokens of the row.
         ranks: GPUs that share it.
         rate: Operations per second that a GPU achieves.
@@ -112,15 +111,15 @@ def account(sizes: Sizes, step: Step, *, length: int, ranks: int, rate: float, l
     tokens = length / ranks
     whole = length * sizes.key_value_bytes
     moved = sizes.layers * whole * (ranks - 1) / ranks * (step.gathers + step.reduced)
-    attention = 4 * sizes.heads * sizes.head_dim * length / 2  # of one token, over half a row on average
+    attention = 4 * sizes.heads * sizes.head_dim * length / 2  # per token, over half a row on average
     layers = step.forward * (sizes.products + attention) + step.backward * (2 * sizes.products + 2.5 * attention)
-    # In kv the other tokens' gradient ends at the key and value weights: one product of theirs.
+    # In kv, the other tokens' gradient ends at the key and value weights: one product.
     layers += (step.reduced - step.backward) * sizes.key_value_products
     head = 2 * sizes.hidden * sizes.vocab * (step.head + 2 * step.head_backward)
     operations = tokens * (sizes.layers * layers + head)
     kept = tokens * sizes.layers * (step.kept * sizes.activations + step.inputs * sizes.hidden * ELEMENT)
     if step.backward < 1:
-        kept += tokens * sizes.layers * sizes.key_value_bytes  # the context's
+        kept += tokens * sizes.layers * sizes.key_value_bytes  # the context tokens'
     computing, moving = operations / rate, moved / link
     return {
         "moved": moved,

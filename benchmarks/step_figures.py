@@ -1,4 +1,4 @@
-"""The plot and the table of a 1B model's step in the README, from ``step_time_1b_fp8.json`` alone.
+"""The plot and the table of a 1B model's step in the README, from ``step_time_1b_fp8.json``.
 
 ``python -m benchmarks.step_figures`` draws ``step_time_1b.png`` and writes the table between the marks of
 ``README.md``: the steps of :data:`STEPS`, each with its time and peak memory.
@@ -26,7 +26,7 @@ STEPS = {
     "interleaved, truncated router, kv": "CGGR, scores from the first 2 of 16 layers",
     "interleaved, random, kv": "CGGR, random tokens",
 }
-"""Row of the result: how the README calls it."""
+"""Maps a row of the result to its name in the README."""
 _GREY, _BLUE = "0.62", "#2a6f97"
 
 
@@ -43,7 +43,7 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Time and memory of a step side by side, every bar with its figure."""
+    """Time and memory of a step side by side, with a label on every bar."""
     figure = Figure(figsize=(8.2, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     rows = [result["rows"][name] for name in STEPS]

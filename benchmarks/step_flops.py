@@ -1,10 +1,9 @@
-"""Floating-point operations of a training step, beside what the table of gradient modes promises.
+"""Floating-point operations of a training step, against those in the table of gradient modes.
 
 ``CGGR_BACKEND=torch python -m benchmarks.step_flops --device cuda`` (a minute; on a CPU ``--shapes cpu`` alone) counts
-the second step of each shape of ``step_time``, on the fewest rows that a variant takes. The ops are the plain-torch
-ones, whose products are seen. Attention is eager for the same reason; it is uncut by causality in all
-variants alike. The loss makes the gradients of the head during the forward; those two are counted with the backward
-pass, where they belong.
+the second step of each shape of ``step_time``, on the fewest rows that a variant takes. Ops are the plain-torch ones,
+whose products can be counted. Attention is eager for the same reason, so no variant skips masked scores. The loss
+computes the head's two gradient products during the forward pass; they are counted with the backward pass.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def count(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
     Returns:
         ``forward`` and ``backward``.
     """
-    rows = 4 if variant.startswith("sequence") else 1  # a row is the least that this mode can keep
+    rows = 4 if variant.startswith("sequence") else 1  # this mode keeps at least one row
     shape = replace(shape, batch=rows)
     model, tokens = shape.model(), shape.tokens()
     model.set_attn_implementation("eager")
@@ -57,7 +56,7 @@ def count(shape: Shape, variant: str, ratio: float) -> dict[str, int]:
         forward = routed_forward(model, tokens, variant, ratio)
         kept = shape.length if rows > 1 else round(ratio * (shape.length - 1))
         head_gradients = 4 * kept * shape.hidden * shape.vocab
-    forward().backward()  # before the first step the model is looked at
+    forward().backward()  # the first step includes checks of the model
     with FlopCounterMode(display=False) as counter:
         loss = forward()
     forward_flops = counter.get_total_flops()
@@ -94,7 +93,7 @@ def main() -> None:
     deadline = _record.deadline(options.seconds)
     here = torch.device(options.device).type
     if any(row.device_type == here and row.backend != "torch" for row in backends.report()):
-        parser.error("a kernel's operations are not seen; run with CGGR_BACKEND=torch")
+        parser.error("operations inside kernels cannot be counted; run with CGGR_BACKEND=torch")
     shapes = {name: replace(SHAPES[name], device=options.device) for name in options.shapes}
     rows: dict[str, dict[str, Any]] = {}
     for name, shape in list(shapes.items()):

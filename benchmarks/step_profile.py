@@ -1,8 +1,8 @@
-"""Where the time of a step goes on a CUDA device, operator by operator, and what each could not go below.
+"""Where the time of a step goes on a CUDA device, operator by operator, with a lower bound for each.
 
 ``python -m benchmarks.step_profile 1b`` profiles the standard and the routed steps of ``step_time``. Every row has the
-device time of a step, the launches, the rate of its matrix products or of its bytes, and a floor: what the products
-take at the board's stated rate, or the bytes, each moved once, at its stated bandwidth.
+device time per step, the launches, the rate of its matrix products or bytes, and a floor: the time of the products at
+the board's specified rate, or of the bytes, each moved once, at its specified bandwidth.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DEFAULT = (
     "kv" + _steps.SUPERVISED + _steps.GIVEN + _steps.LOW,
     "two passes, full-depth scores, kv",
 )
-# Rows below this share of a step are added up.
+# Rows below this share of a step are merged.
 LEAST = 0.004
 OTHERS = "everything below"
 IDLE = "no kernel"
@@ -39,9 +39,9 @@ class Row:
     """An operator (with the sizes of its product) in one step.
 
     Attributes:
-        seconds: Of its kernels.
+        seconds: Time of its kernels.
         launches: Their number.
-        works: What its calls had to do, in all profiled steps.
+        works: The work of its calls, in all profiled steps.
         kernels: Their names.
     """
 
@@ -51,14 +51,14 @@ class Row:
     kernels: set[str] = field(default_factory=set)
 
     def add(self, other: "Row") -> None:
-        """Count another row in."""
+        """Add another row."""
         self.seconds += other.seconds
         self.launches += other.launches
         self.works += other.works
         self.kernels |= other.kernels
 
     def result(self, peaks: dict[str, float] | None) -> dict[str, Any]:
-        """What the JSON has of it."""
+        """Its entry in the JSON."""
         flop, moved = (sum(getattr(work, part) for work in self.works) / STEPS for part in ("flop", "bytes"))
         made: dict[str, Any] = _record.summary([self.seconds]) | {
             "unit": "s",
@@ -119,7 +119,7 @@ def kernel_seconds(profiler: profile) -> float:
 
 
 def idle(profiler: profile) -> float:
-    """Seconds of a step in which the device ran nothing, from the first kernel to the last."""
+    """Seconds of a step in which the device was idle, from the first kernel to the last."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
@@ -218,7 +218,7 @@ def main() -> None:
 
 
 def tabulated(rows: dict[str, Row], peaks: dict[str, float] | None) -> dict[str, dict[str, Any]]:
-    """The rows by their time, small ones added up."""
+    """The rows by time, with small ones merged."""
     total = sum(row.seconds for row in rows.values())
     others = Row()
     made: dict[str, dict[str, Any]] = {}

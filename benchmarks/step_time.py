@@ -32,7 +32,7 @@ from benchmarks._steps import (
 
 
 def peak_on_device(step: Callable[[], None]) -> int:
-    """Peak CUDA memory of two steps above what the model and its inputs hold."""
+    """Peak CUDA memory of two steps, above the model and its inputs."""
     if isinstance(step, GraphStep | RecordedByItself):
         return step.peak_extra_bytes
     step()
@@ -46,13 +46,13 @@ def peak_on_device(step: Callable[[], None]) -> int:
 
 
 def peak_in_this_process(shape: Shape, variant: str, ratio: float) -> int:
-    """Peak resident memory of three steps above what the process held before them (Linux)."""
+    """Peak resident memory of three steps, above that of the process before them (Linux)."""
     model, tokens = shape.model(), shape.tokens()
     step = make_step(model, tokens, variant, ratio)
     # A small forward first, so that libraries and their buffers are loaded and not counted.
     model(input_ids=tokens[:1, :8], labels=tokens[:1, :8]).loss.backward()
     model.zero_grad(set_to_none=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = resident_bytes("VmRSS")
     for _ in range(3):
         step()
@@ -68,7 +68,7 @@ def resident_bytes(field: str) -> int:
 
 
 def peak_in_fresh_process(name: str, variant: str, ratio: float) -> int:
-    """:func:`peak_in_this_process` where no other variant has touched the allocator."""
+    """:func:`peak_in_this_process` in a new process, where no other variant has used the allocator."""
     command = [sys.executable, "-m", "benchmarks.step_time", name, "--ratio", str(ratio), "--peak-of", variant]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(output.split()[-1])
@@ -80,14 +80,14 @@ def prepared(
     """The steps of the variants, each run a few times.
 
     Returns:
-        The steps, their peaks of CUDA memory in bytes (none on a CPU), and why variants were left out.
+        The steps, their peak CUDA memory in bytes (none on a CPU), and why variants were left out.
     """
     steps: dict[str, Callable[[], None]] = {}
     peaks: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for name in variants:
         if _record.is_over(deadline):
-            left_out[name] = "the time was over"
+            left_out[name] = "time was up"
             continue
         try:
             step = make_step(model, tokens, name, ratio)
@@ -95,7 +95,7 @@ def prepared(
                 peaks[name] = peak_on_device(step)
             else:
                 step()
-        except RuntimeError as error:  # out of memory, or what cannot be compiled or recorded here: the others go on
+        except RuntimeError as error:  # out of memory, or cannot be compiled or recorded here: continue with the others
             model.zero_grad(set_to_none=True)
             left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
             print(f"left out: {name}: {left_out[name]}", flush=True)
@@ -124,11 +124,11 @@ def main() -> None:
         print(peak_in_this_process(shape, options.peak_of, options.ratio))
         return
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what is recorded, and why what is not
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # which steps are recorded, and why others are not
     cuda = shape.device == "cuda"
     everything = variants_of(shape) if options.only is None else options.only
     model, tokens = shape.model(), shape.tokens()
-    # Some of the time is for the rounds, whatever compilation takes.
+    # Reserves time for the rounds, however long compilation takes.
     until, deadline = (_record.deadline(options.seconds and options.seconds * share) for share in (0.6, 1.0))
     names = ["standard", *everything, "scoring and selection alone"]
     steps, peaks, left_out = prepared(model, tokens, names, options.ratio, until)

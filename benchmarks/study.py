@@ -1,13 +1,13 @@
-"""``cggr study`` on real text: what selection, ratio and gradient mode do to learning, with every control beside them.
+"""``cggr study`` on real text: what selection, ratio and gradient mode do to learning, against every control.
 
 ``scratch`` trains a small Llama-type model on the source of Python's standard library (and of installed packages, if
-named), ``finetune`` goes on from the standard run of that study with a JSON Lines file of questions and answers
+named), ``finetune`` continues from the standard run of that study with a JSON Lines file of questions and answers
 (GSM8K's, say), ``batch`` compares standard training at batch 1, CGGR at batch 4 and standard training at batch 4 for
-the same time. With ``--rates`` a study is not run: the standard arm alone is, once with each of these learning rates,
-at a seed of its own, to choose the one that all arms then get.
+the same time. With ``--rates``, no study is run: only the standard arm is, once with each of these learning rates at a
+separate seed, to choose the rate for all arms.
 
-Steps are timed with nothing else running; runs then train side by side on one device, and equal time means equal steps
-times measured step time. A study that was stopped goes on where it was when the same command is given again.
+Steps are timed with nothing else running; runs then train in parallel on one device, and equal time means an equal
+product of steps and measured step time. The same command resumes an interrupted study.
 """
 
 import argparse
@@ -55,10 +55,10 @@ GRIDS: dict[str, dict[str, Any]] = {
     },
 }
 RATES_SEED = 1000
-"""Not one of a study's: the rate is not chosen on the figures that are reported."""
+"""Not a seed of any study: the rate is not chosen on the reported figures."""
 CORPUS = ("corpus.jsonl", "heldout.jsonl")
 SOURCES = "sources.txt"
-"""Beside the corpus: what it is the source of, so that the result can say so wherever the study runs."""
+"""Stored beside the corpus: its origin, so that the result can state it wherever the study runs."""
 
 
 def settings(arguments: argparse.Namespace) -> StudySettings:
@@ -83,7 +83,9 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
     }
     if arguments.experiment == "finetune":
         if arguments.data is None or arguments.model is None:
-            raise SystemExit("give the JSON Lines file with --data and the model to go on from with --model")
+            raise SystemExit(
+                "finetune needs --data, a JSON Lines file, and --model, the folder of the model to start from"
+            )
         train = TrainSettings(
             data=(str(arguments.data),), heldout=(str(arguments.heldout),) if arguments.heldout else (),
             field=arguments.field, model=str(arguments.model), **shape,
@@ -105,7 +107,7 @@ def settings(arguments: argparse.Namespace) -> StudySettings:
 
 
 def rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
-    """Every arm's figures in the form of the results; the loss at equal time leads, where there is one."""
+    """Every arm's figures in the form of the results; the loss at equal time comes first, if there is one."""
     found: dict[str, dict[str, Any]] = {}
     for arm in outcome.arms:
         name = arm.name
@@ -137,7 +139,7 @@ def rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
 
 
 def _equal_time(outcome: Outcome, name: str) -> dict[str, Any]:
-    """Loss over seeds in the same time; of an arm that diverged, where it did."""
+    """Loss over seeds in the same time; for an arm that diverged, where it did."""
     if name in outcome.diverged:
         return {"diverged": outcome.diverged[name]}
     curves = outcome.curves[name]
@@ -147,7 +149,7 @@ def _equal_time(outcome: Outcome, name: str) -> dict[str, Any]:
 
 
 def add_routers(folder: Path, routers: list[str]) -> None:
-    """Give a prepared study further arms: ``kv`` at keep ratio 0.25 with other routers than the full depth."""
+    """Add arms to a prepared study: ``kv`` at keep ratio 0.25 with routers other than full depth."""
     context = StudyContext(folder, pick_device("cpu"))
     asked = context.settings
     more = plan_arms(
@@ -158,7 +160,7 @@ def add_routers(folder: Path, routers: list[str]) -> None:
 
 
 def try_rates(folder: Path, rates: list[float], results: Path, name: str, device: str) -> None:
-    """Train the standard arm of a prepared study with each learning rate, and write what came of it."""
+    """Train the standard arm of a prepared study with each learning rate, and write the results."""
     context = StudyContext(folder, pick_device(device))
     asked, arm = context.settings, next(iter(context.arms.values()))
     steps = asked.train.steps or 1
@@ -169,7 +171,7 @@ def try_rates(folder: Path, rates: list[float], results: Path, name: str, device
             context, arm, RATES_SEED, points=[steps], warmup_steps=WARMUP * steps, eval_sequences=64, save_model=False,
             tell=lambda **values: None,
         )  # fmt: skip
-        assert run is not None  # nobody stops it
+        assert run is not None  # nothing stops it
         loss = run["points"][-1]["heldout_loss"]
         found[f"{rate:g}"] = {**_record.summary([loss]), "unit": "nat", "train_seconds": run["train_seconds"]}
         print(f"learning rate {rate:g}: {loss:.4f} in {run['train_seconds']:.1f} s", flush=True)
@@ -178,7 +180,7 @@ def try_rates(folder: Path, rates: list[float], results: Path, name: str, device
 
 
 def take_times(source: Path, folder: Path) -> None:
-    """Put the step times of one study into another whose arms have the same shapes, unless it has its own."""
+    """Copy the step times of one study to another whose arms have the same shapes, unless it has its own."""
     if not any(record["event"] == "timing" for record in read_log(folder / RESULTS)):
         log = JsonlLog(folder / RESULTS)
         for record in read_log(source / RESULTS):
@@ -204,7 +206,7 @@ def main() -> None:
     """Run or resume one experiment and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("scratch", "finetune", "batch"))
-    parser.add_argument("--work", type=Path, required=True, help="folder of the studies; goes on with what is there")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the studies; continues existing ones")
     parser.add_argument("--name", help="name of the result, instead of the experiment's")
     parser.add_argument("--results", type=Path, default=_record.RESULTS, help="folder of the result")
     parser.add_argument(
@@ -212,15 +214,15 @@ def main() -> None:
     )
     parser.add_argument("--equal", nargs="+", choices=("tokens", "time"), default=["tokens"], help="what runs reach")
     parser.add_argument("--data", type=Path, help="JSON Lines file for finetune")
-    parser.add_argument("--heldout", type=Path, help="another, held out; else a share of the first")
-    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose source is read as well")
-    parser.add_argument("--routers", nargs="*", default=[], help="further arms: kv 0.25, stratified, these routers")
+    parser.add_argument("--heldout", type=Path, help="held-out JSON Lines file; default: a share of the first")
+    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose source is added")
+    parser.add_argument("--routers", nargs="*", default=[], help="add arms: kv 0.25, stratified, with these routers")
     parser.add_argument("--rates", type=float, nargs="*", help="only try these learning rates on the standard arm")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--evaluations", type=int, default=8, help="points of each curve")
-    parser.add_argument("--model", type=Path, help="folder of the model that finetune goes on from")
+    parser.add_argument("--model", type=Path, help="folder of the model that finetune starts from")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, instead of training one")
     parser.add_argument("--field", default="question,answer", help="its keys")
     parser.add_argument("--config", default="tiny")
@@ -234,8 +236,8 @@ def main() -> None:
     parser.add_argument("--parallel", type=int)
     parser.add_argument("--calibration-seconds", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--prepare", action="store_true", help="write what the study starts from, and stop")
-    parser.add_argument("--times-from", help="name of a study of the same shapes whose step times hold for this one")
+    parser.add_argument("--prepare", action="store_true", help="prepare the study, and stop")
+    parser.add_argument("--times-from", help="name of a study of the same shapes whose step times to reuse")
     arguments = parser.parse_args()
     console = Console(width=150)
     name = arguments.name or "_".join(
@@ -267,7 +269,7 @@ def main() -> None:
         "text": arguments.field if arguments.experiment == "finetune" else sources.read_text(encoding="utf-8").strip(),
         "amounts": result.outcome.amounts,
         "times_from": arguments.times_from,
-        "timing": "steps alone on the device; runs side by side; equal time is steps times the step's time",
+        "timing": "steps are timed alone on the device; runs share it; equal time is steps times the step's time",
     }
     path = _record.write(
         name, rows(result.outcome), settings=noted, control="standard",

@@ -1,4 +1,4 @@
-"""Figures of what ``benchmarks.study`` found, from its JSON files alone: ``python -m benchmarks.study_figures``."""
+"""Figures of the results of ``benchmarks.study``, from its JSON files: ``python -m benchmarks.study_figures``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = {"standard": "0.3", "equal_cost": "0.55", "batch": "0.75", "random": "
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Losses of all arms with their 95% intervals, one panel for each reading that holds; beside the JSON file."""
+    """Losses of all arms with their 95% intervals, one panel per valid reading; written beside the JSON file."""
     rows, unreliable = result["rows"], result["settings"].get("unreliable", [])
     readings = {reading: title for reading, title in READINGS.items() if reading not in unreliable}
     figure = Figure(figsize=(13, 1.4 + 0.3 * len(rows)), layout="constrained")

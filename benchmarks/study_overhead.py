@@ -1,7 +1,7 @@
-"""What ``cggr study`` adds to the training that it measures: evaluations, averaged weights, progress, counting.
+"""What ``cggr study`` adds to the training it measures: evaluations, averaged weights, progress, counting.
 
-The same arm trains the same steps twice in turns: by the bare training loop, and as a run of a study. Processor time of
-one thread is compared, so that a busy machine does not decide. The bar: at most 5% more.
+The same arm trains the same steps alternately in the bare training loop and as a run of a study. Processor time of one
+thread is compared, which does not depend on a busy machine. The bar: at most 5% more.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ARMS = ("standard", "kv-0.25-stratified-gradnorm")
 
 
 def prepared(folder: Path, arguments: argparse.Namespace) -> StudyContext:
-    """A study that is ready to run, and goes no further."""
+    """Prepare a study, without running it."""
     corpus, heldout = write_corpus(folder / "corpus", max_characters=3_000_000)
     train = TrainSettings(
         data=(str(corpus),), heldout=(str(heldout),), config=arguments.config, vocab_size=1024, length=256,
@@ -41,13 +41,13 @@ def prepared(folder: Path, arguments: argparse.Namespace) -> StudyContext:
 
 
 def bare(context: StudyContext, arm: Arm, steps: int) -> None:
-    """The training alone."""
+    """Train in the bare loop."""
     session = context.session(arm, 0, steps=steps, warmup_steps=1, eval_sequences=1)
     session.train(lambda loss, rate: None)
 
 
 def studied(context: StudyContext, arm: Arm, steps: int) -> None:
-    """The same as a run of the study, evaluated where the study does."""
+    """Train in the same way as a run of the study, with its evaluations."""
     plan = make_plan(context.settings, list(context.arms.values()), dict.fromkeys(context.arms, 1.0))
     assert plan.points[arm.name][-1] == steps
     train_run(
@@ -81,7 +81,7 @@ def main() -> None:
                 for kind, call in calls.items():
                     started = time.process_time()
                     call()
-                    if turn:  # the first one warms up
+                    if turn:  # the first round is a warm-up
                         seconds[kind].append(time.process_time() - started)
             ratios = [s / b - 1 for s, b in zip(seconds["studied"], seconds["bare"], strict=True)]
             for kind, samples in seconds.items():

@@ -1,8 +1,8 @@
 """Steps of ``cggr train`` with and without captured passes: their time, and whether they train alike.
 
 ``python -m benchmarks.train_command --model FOLDER --data train.jsonl --field question,answer`` (one CUDA device)
-trains a model from its folder by each method, first with ``--no-cuda-graph`` and then as the command does by default,
-and compares the losses of every few steps. ``--config nano --device cpu`` tries the script out.
+trains a model with each method, first with ``--no-cuda-graph`` and then with the command's default, and compares losses
+every few steps. ``--config nano --device cpu`` tries the script out.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import load_tokenizer
 
 WINDOW = 5
-"""Steps of a record of the log."""
+"""Number of steps per log record."""
 METHODS: dict[str, tuple[str, Routing]] = {
     "standard": ("standard", Routing()),
     "kv, supervised tokens": ("cggr", Routing("kv", selection="supervised")),
@@ -54,7 +54,7 @@ def trained(options: argparse.Namespace, method: str, routing: Routing, cuda_gra
     seconds = [(after - before) / WINDOW for before, after in itertools.pairwise(ends)]
     return {
         "losses": [record["loss"] for record in log],
-        "seconds": seconds[len(seconds) // 2 :],  # by then everything is compiled and captured
+        "seconds": seconds[len(seconds) // 2 :],  # by then, everything is compiled and captured
         "peak": log[-1]["peak_memory_bytes"],
     }
 
@@ -70,10 +70,10 @@ def weights_ready(folder: str, saved: Path) -> str:
 def main() -> None:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder of a model; without it one is trained from scratch")
+    parser.add_argument("--model", help="folder of a model; without it, one is trained from scratch")
     parser.add_argument("--config", default="nano", help="size of that one")
     parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--field", default="text", help="question,answer: the answers alone are supervised")
+    parser.add_argument("--field", default="text", help="with question,answer, only the answers are supervised")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.trainer_overhead cpu`` (two cores, minutes), ``... 1b`` and ``... 135m`` (one CUDA device). Both
 train the same model on the same batches, with the same optimizer and clipping, from the same kind of data loader; steps
-are timed after a warm-up, in turns. The plain Trainer and a plain loop, on all tokens, say what of it is the Trainer's
-own. The bar: at most 3% over the plain loop, ``overhead`` in the result.
+are timed after a warm-up, in turns. The plain Trainer and a plain loop, on all tokens, show how much of it is the
+Trainer's own. The bar: at most 3% over the plain loop, ``overhead`` in the result.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def rows_of(shape: Shape, count: int) -> list[dict[str, Tensor]]:
 
 
 class StepClock:
-    """Seconds of each of the steps after a warm-up; the device is waited for at both ends alone."""
+    """Seconds of each step after a warm-up; the device is synchronised only at both ends."""
 
     def __init__(self, device: str, *, warmup: int, steps: int) -> None:
         self._device, self._warmup, self._steps = device, warmup, steps
@@ -47,7 +47,7 @@ class StepClock:
         self._started = self.seconds = 0.0
 
     def step(self) -> None:
-        """Note that a step was queued."""
+        """Record that a step was queued."""
         self._done += 1
         if self._done in (self._warmup, self._warmup + self._steps):
             if self._device == "cuda":
@@ -57,7 +57,7 @@ class StepClock:
 
 
 class ClockCallback(TrainerCallback):
-    """Hands the Trainer's steps on."""
+    """Passes the Trainer's steps to a clock."""
 
     def __init__(self) -> None:
         self.clock: StepClock | None = None
@@ -70,7 +70,7 @@ class ClockCallback(TrainerCallback):
 
 @contextmanager
 def trainer(kind: type[Trainer], shape: Shape, model: nn.Module, steps: int, *, nan_filter: bool) -> Iterator[Any]:
-    """A Trainer that trains so many steps at each ``train()``, and its clock."""
+    """A Trainer whose ``train()`` takes a given number of steps, and its clock."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=shape.batch, learning_rate=1e-5, optim="adamw_torch",
@@ -87,7 +87,7 @@ def trainer(kind: type[Trainer], shape: Shape, model: nn.Module, steps: int, *, 
 
 
 def loop(step_model: nn.Module, parameters: list[nn.Parameter], shape: Shape, clock: StepClock, steps: int) -> None:
-    """The loop that one writes without a Trainer."""
+    """An ordinary training loop without a Trainer."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
     generator = torch.Generator().manual_seed(SEED)
     data: Any = rows_of(shape, steps * shape.batch)
@@ -109,7 +109,7 @@ def loop(step_model: nn.Module, parameters: list[nn.Parameter], shape: Shape, cl
 def measure(
     shape: Shape, *, rounds: int, warmup: int, steps: int, names: list[str], deadline: float
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
-    """Seconds of a step, once for each round and row: the rounds so far, each time both orders came equally often."""
+    """Seconds of a step by round and row: the rounds so far, yielded whenever both orders have run equally often."""
     model = shape.model()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     routed = CGGRModel(model, seed=SEED)
@@ -151,7 +151,7 @@ def main() -> None:
     """Run one shape and write its JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=6, help="even, so that both orders come equally often")
+    parser.add_argument("--rounds", type=int, default=6, help="even, so that both orders run equally often")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=10, help="steps that are")
     parser.add_argument("--batch", type=int, help="instead of the shape's own")

@@ -1,8 +1,8 @@
-"""The table of what each of TRL's trainers saves, from the results of ``benchmarks.trl_trainers`` alone.
+"""The tables of savings in TRL's trainers, from the results of ``benchmarks.trl_trainers``.
 
 ``python -m benchmarks.trl_figures`` reads ``trl_trainers_*.json``, and writes the tables between the marks of
-``README.md`` and ``docs/guides/trl.md``: every update against the trainer as it comes, with gradient checkpointing, and
-with that off.
+``README.md`` and ``docs/guides/trl.md``: every update against the unmodified trainer, with gradient checkpointing (its
+default) and without.
 """
 
 import re
@@ -41,14 +41,14 @@ def results() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def seconds(row: dict[str, Any] | None) -> str:
-    """Median of a row, or that it did not fit into the memory."""
+    """Median of a row, or a note that it did not fit in memory."""
     if row is None:
         return "out of memory"
     return f"{row['median'] * 1e3:,.0f} ms" if row["median"] < 1 else f"{row['median']:,.2f} s"
 
 
 def times(control: dict[str, Any] | None, row: dict[str, Any]) -> str:
-    """How many times as fast."""
+    """Speedup over the control."""
     return "" if control is None else f"{control['median'] / row['median']:.2f}x"
 
 

@@ -1,12 +1,12 @@
-"""What an update of TRL's SFTTrainer keeps for its backward pass, by source, routed and as it comes.
+"""What an update of TRL's SFTTrainer keeps for its backward pass, by source, routed and unmodified.
 
 ``python -m benchmarks.trl_memory slice`` (two cores, a minute): two layers as wide as the 1B model's, bytes for each
 token and layer. ``... 1b`` (one CUDA device, ten seconds): the whole of it. Needs ``trl``. Rows of which 10% are
 supervised, a micro-batch as TRL has it (see :mod:`benchmarks.trl_trainers`).
 
-What is alive between forward and backward is counted, under the module that made it, apart for the tokens that have a
-backward and for those that are context. Beside it stand weights, gradient and the states of
-AdamW, and on a GPU the peak of the update above weights.
+Tensors alive between forward and backward are counted under the module that created them, separately for tokens with a
+backward and for context tokens. Weights, gradient and AdamW's states are listed as well, and on a GPU the peak of the
+update above the weights.
 """
 
 import argparse
@@ -49,11 +49,11 @@ _PARTS = {
 
 
 class Held(TorchDispatchMode):
-    """Notes what every op makes, and for which module and tokens, so that what is alive later can be told apart.
+    """Records every op's outputs with their module and tokens, so that tensors still alive later can be attributed.
 
     Args:
         model: The model that is run.
-        tokens: What a size of a tensor says of its tokens: size to name.
+        tokens: Maps a size in a tensor's shape to the tokens it stands for.
     """
 
     def __init__(self, model: Any, tokens: dict[int, str]) -> None:
@@ -76,7 +76,7 @@ class Held(TorchDispatchMode):
         return out
 
     def alive(self) -> dict[str, int]:
-        """Bytes that are held now, by source."""
+        """Bytes held now, by source."""
         gc.collect()
         found: dict[str, int] = defaultdict(int)
         for storage, size, name in self._made.values():
@@ -89,7 +89,7 @@ class Held(TorchDispatchMode):
         return source(self._module(), of)
 
     def _module(self) -> str:
-        """Name of the innermost module that is being run."""
+        """Name of the innermost running module."""
         frame = inspect.currentframe()
         while frame is not None:
             for own in ("self", "module"):
@@ -101,7 +101,7 @@ class Held(TorchDispatchMode):
 
 
 def source(name: str, tokens: str) -> str:
-    """Which line of the account a module belongs to."""
+    """The line of the account that a module belongs to."""
     if "layers." not in name:
         return "outside of the layers"
     inside = re.sub(r".*layers\.\d+\.?", "", name) or "layers.0"
@@ -150,7 +150,7 @@ def account(update: Update, device: str) -> dict[str, Any]:
 
 
 def report(rows: dict[str, dict[str, Any]]) -> None:
-    """Print the account in Markdown, in GB, and what a token keeps in a layer, in kB."""
+    """Print the account in Markdown, in GB, and the memory per token and layer, in kB."""
     sources = sorted({name for row in rows.values() for name in row["kept for the backward pass"]})
     print("| GB | " + " | ".join(rows) + " |")
     print("|---|" + "---|" * len(rows))

@@ -1,21 +1,21 @@
-"""An update of TRL's trainers, routed and as it comes: SFT on long rows, GRPO on its high-entropy tokens, DPO's pairs.
+"""Updates of TRL's trainers, routed and unmodified: SFT on long rows, GRPO on its high-entropy tokens, DPO's pairs.
 
 ``python -m benchmarks.trl_trainers cpu`` (two cores, a minute), ``... 1b 0.5b`` (one CUDA device, nothing else on the
-host: routed updates of small models wait for it), with ``--task`` for one of the tasks, ``--seconds`` for how long each
-is timed and ``--briefly`` for the rows of the tables alone. Needs ``trl``.
+host, which limits routed updates of small models), with ``--task`` for one of the tasks, ``--seconds`` for how long
+each is timed and ``--briefly`` for only the rows of the tables. Needs ``trl``.
 
 An update is the forwards and backward of TRL's own ``compute_loss`` over the micro-batches of one optimizer step,
-without generation, rewards and the optimizer, which are the same for all. The control is the trainer as it comes: with
-gradient checkpointing, which TRL switches on. The other plain row has it off. Prompts and completions are random
-tokens, since the time does not depend on them; entropies are those of the model. ``keep`` in a row is the share of all
-tokens that has a backward.
+without generation, rewards and the optimizer, which are the same for all. The control is the unmodified trainer, with
+gradient checkpointing, which TRL switches on; the other plain row has it off. Prompts and completions are random
+tokens, since the time does not depend on them; entropies are the model's own. ``keep`` in a row is the share of all
+tokens that have a backward.
 
-- ``sft``: rows of 8,192 tokens of which 10% are supervised, in four stretches, as an agent's turns are. Three of TRL's
-  micro-batches make a routed one.
+- ``sft``: rows of 8,192 tokens of which 10% are supervised, in four stretches, like an agent's turns. A routed
+  micro-batch is three of TRL's.
 - ``grpo``: 16 prompts with 8 completions of 1,024 tokens each, the top 20% by entropy; prompts of 512 and of 4,096. As
-  TRL has it, the rows are shuffled over micro-batches; *groups together* has them in order, so that more of a
-  micro-batch shares its prompts. *entropies known* is the second iteration over a batch, or any with vLLM: the pass
-  that made the old log-probabilities has them.
+  in TRL, rows are shuffled over micro-batches; *groups together* keeps them in order, so that more of a micro-batch
+  shares prompts. *entropies known* is the second iteration over a batch, or any with vLLM: the pass for the old
+  log-probabilities has already computed them.
 - ``dpo``: pairs of completions of 512 tokens on a prompt of 1,024, with the forward of a reference model.
 """
 
@@ -49,7 +49,7 @@ OTHER_BATCHES = ("CGGR, kv, twice the micro-batch", "CGGR, kv, groups together")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained, and the sizes of each task.
+    """The model, and the sizes of each task.
 
     ``plain`` and ``routed`` are tokens of a micro-batch: a routed one holds more in the same memory.
     """
@@ -84,20 +84,20 @@ BARS = {"sft": (3.5, 2.8), "grpo": (2.5, 1.9)}
 
 
 class RoutedSFT(CGGRMixin, SFTTrainer):
-    """SFT with the gradient of the supervised tokens."""
+    """SFT with the gradient of the supervised tokens only."""
 
 
 class RoutedGRPO(CGGRMixin, GRPOTrainer):
-    """GRPO with the gradient of the tokens that its loss is about."""
+    """GRPO with the gradient of the tokens in its loss only."""
 
 
 class RoutedDPO(CGGRMixin, DPOTrainer):
-    """DPO with the gradient of the completions."""
+    """DPO with the gradient of the completions only."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A trainer and the micro-batches that it gets."""
+    """A trainer and its micro-batches."""
 
     trainer: Any
     batches: list[dict[str, Any]]
@@ -147,7 +147,7 @@ def tokens_of(shape: Shape, *sizes: int) -> Tensor:
 def trainers(
     sizes: Sizes, model: Any, plain: Any, routed: Any, config: Any, *cggr: CGGRConfig, **values: Any
 ) -> Iterator[list[Any]]:
-    """The same trainer over the same model: as it comes, and routed with each of the configurations."""
+    """The same trainer over the same model: unmodified, and routed with each of the configurations."""
     tokenizer = train_tokenizer(["def f(a):\n    return a\n" * 20], vocab_size=300)
     rows = [{"prompt": "def f(a):\n", "completion": "    return a\n", "chosen": "    1\n", "rejected": "    2\n"}] * 8
     columns = {SFTConfig: ["prompt", "completion"], GRPOConfig: ["prompt"], DPOConfig: ["prompt", "chosen", "rejected"]}
@@ -160,7 +160,7 @@ def trainers(
         )  # fmt: skip
         made = []
         for kind, more in ((plain, {}), *((routed, {"cggr": one}) for one in cggr)):
-            # Each patches the forward of its model, and generation's settings are its own.
+            # Each trainer patches its model's forward, and has its own generation settings.
             made.append(kind(model, args=arguments, train_dataset=data, processing_class=tokenizer, **beside, **more))
             made[-1].model.train()
             made[-1].current_gradient_accumulation_steps = 1
@@ -168,7 +168,7 @@ def trainers(
 
 
 def split(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
-    """Micro-batches of so many rows."""
+    """Micro-batches of ``rows`` rows."""
     count = len(next(value for value in batch.values() if isinstance(value, Tensor) and value.dim()))
     return [
         {name: value[at : at + rows] if value.dim() else value for name, value in batch.items()}
@@ -238,7 +238,7 @@ def grpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
 
 @torch.no_grad()
 def old_values(trainer: Any, batch: dict[str, Any], rows: int) -> dict[str, Tensor]:
-    """What the pass that makes the old log-probabilities leaves with a batch."""
+    """The entropies that the pass for the old log-probabilities adds to a batch."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     length = batch["completion_ids"].shape[1]
@@ -250,7 +250,7 @@ def old_values(trainer: Any, batch: dict[str, Any], rows: int) -> dict[str, Tens
 
 @contextmanager
 def dpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
-    """Pairs, chosen ones first, as TRL's collator has them."""
+    """Pairs, chosen completions first, as in TRL's collator."""
     pairs, _, completion = sizes.pairs
     ids = torch.cat(
         [
@@ -277,7 +277,7 @@ def dpo(sizes: Sizes, model: Any, prompt: int) -> Iterator[dict[str, Variant]]:
 
 
 def cases(sizes: Sizes, tasks: list[str]) -> list[tuple[str, str, Callable[..., Any], int]]:
-    """Name of each measurement, its task, what makes it, and the size that it has."""
+    """Name of each measurement, its task, its factory and its size."""
     made = {
         "sft": [("sft", sft, sizes.sft[1])],
         "grpo": [(f"grpo_{prompt}", grpo, prompt) for prompt in sizes.prompts],
@@ -289,7 +289,7 @@ def cases(sizes: Sizes, tasks: list[str]) -> list[tuple[str, str, Callable[..., 
 def time_variants(
     variants: dict[str, Variant], *, device: str, seconds: float, least: int = 3
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Rows of a result, and the names of what does not fit into the device's memory."""
+    """Rows of a result, and the names of variants that do not fit in the device's memory."""
     deadline = time.monotonic() + seconds
     updates, calls, too_large = {}, {}, []
     for name, variant in variants.items():
@@ -301,7 +301,7 @@ def time_variants(
             updates[name], calls[name] = update, call
         except torch.OutOfMemoryError:
             too_large.append(name)
-        if name not in calls:  # outside of the handler, which holds the failed update's tensors
+        if name not in calls:  # outside the handler, which holds the failed update's tensors
             variant.trainer.model.zero_grad(set_to_none=True)
             variant.trainer.model.gradient_checkpointing_disable()
         if device == "cuda":
@@ -322,7 +322,7 @@ def time_variants(
 
 
 def report(name: str, task: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print the table, and whether the bars are met."""
+    """Print the table and whether the bars are met."""
     plain = rows.get(PLAIN, {}).get("median")
     print(f"{name:32} {'ms':>9} {'faster':>8} {'than plain':>11} {'keep':>6} {'peak GB':>8}")
     for row, found in rows.items():
@@ -338,7 +338,7 @@ def report(name: str, task: str, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def measure_shape(shape: str, options: argparse.Namespace) -> None:
-    """All tasks of a shape; each leaves its JSON and its plot when it is over."""
+    """All tasks of a shape; each writes its JSON and its plot at its end."""
     changes = {name: getattr(options, name) for name in ("plain", "routed", "completion")}
     changes["prompts"] = options.prompts and tuple(options.prompts)
     sizes = replace(SIZES[shape], **{name: value for name, value in changes.items() if value})
@@ -358,7 +358,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> None:
         _record.plot(_record.load(file, folder=options.output), path.with_suffix(".png"), label="seconds per update")
         report(name, task, rows)
         del model, variants, wanted
-        gc.collect()  # trainers hold each other in circles
+        gc.collect()  # trainers hold each other in reference cycles
         if device == "cuda":
             torch.cuda.empty_cache()
 
@@ -369,8 +369,8 @@ def main() -> None:
     parser.add_argument("shape", choices=SIZES, nargs="+")
     parser.add_argument("--task", nargs="*", choices=("sft", "grpo", "dpo"), default=["sft", "grpo", "dpo"])
     parser.add_argument("--seconds", type=float, default=60.0, help="for each measurement")
-    parser.add_argument("--least", type=int, default=3, help="rounds that are timed whatever --seconds says")
-    parser.add_argument("--briefly", action="store_true", help="leave out what GRPO's other micro-batches do")
+    parser.add_argument("--least", type=int, default=3, help="fewest timed rounds, whatever --seconds says")
+    parser.add_argument("--briefly", action="store_true", help="leave out GRPO's variants with other micro-batches")
     parser.add_argument("--prompts", type=int, nargs="*", help="lengths of GRPO's prompts, instead of the shape's own")
     parser.add_argument("--completion", type=int, help="length of GRPO's completions, instead of the shape's own")
     parser.add_argument("--plain", type=int, help="tokens of a plain micro-batch, instead of the shape's own")

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def keys_of_segments(segment_ptr, lowest, highest, full, end, CHUNK: tl.constexpr):
-    """First key below ``end`` with a segment in [lowest, highest], and first key from which all below ``full`` are alike.
+    """First key below ``end`` with a segment in [lowest, highest], and the first from which all below ``full`` agree.
 
     Segments may be in any order. The first result is ``end`` if there is no such key; from the second on, all keys are
     of segment ``highest``.
