@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, from the JSON files: ``python -m benchmarks.evidence [FOLDER]``.
+"""What the results behind docs/evidence.md say, from the JSON files: ``python -m benchmarks.evidence [FOLDER]``.
 
 Losses are means over seeds with 95% intervals; differences are paired by seed, and shares of right answers have the
 standard error over all evaluated answers.
@@ -7,39 +7,12 @@ standard error over all evaluated answers.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _record
-from cggr_train.study.intervals import interval
-
-
-def with_interval(values: Sequence[float], *, signed: bool = False) -> str:
-    """The mean, and its 95% interval where there are several values.
-
-    Example:
-        >>> with_interval([0.25]), with_interval([0.5, 0.5])
-        ('0.250', '0.500 [0.500, 0.500]')
-    """
-    found, sign = interval(list(values)), "+" if signed else ""
-    ends = "" if found.low is None or found.high is None else f" [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
-    return f"{found.mean:{sign}.3f}{ends}"
-
-
-def right_answers(readings: Sequence[Mapping[str, int]]) -> str:
-    """The share of right answers, its standard error in percentage points, and the number of answers.
-
-    Example:
-        >>> right_answers([{"right": 10, "questions": 100}, {"right": 30, "questions": 100}])
-        '20.0% ± 2.8 of 200'
-    """
-    asked = sum(reading["questions"] for reading in readings)
-    if not asked:
-        return ""
-    share = sum(reading["right"] for reading in readings) / asked
-    return f"{share:.1%} ± {100 * math.sqrt(share * (1 - share) / asked):.1f} of {asked:,}"
+from benchmarks._evidence_tables import less, renew, right_answers, with_interval
 
 
 def frontier_tables(result: Mapping[str, Any]) -> str:
@@ -61,7 +34,7 @@ def frontier_tables(result: Mapping[str, Any]) -> str:
             own = row[basis]
             read = [f"{with_interval(found['losses'])} | {right_answers(found['accuracy'])}"
                     for found in own["readings"].values()]  # fmt: skip
-            gap = [mine - its for mine, its in zip(own["readings"][shares[-1]]["losses"], first, strict=True)]
+            gap = less(own["readings"][shares[-1]]["losses"], first)
             reached = "; ".join(
                 f"{control}: {', '.join('never' if value is None else f'{value:.2f}' for value in values)}"
                 for control, values in own["share_of_the_time_of"].items()
@@ -76,7 +49,7 @@ def frontier_tables(result: Mapping[str, Any]) -> str:
     first = next(iter(equal.values()))["losses"]
     told += ["\n| after the same examples | steps | loss | less the first | right |", "|---" * 5 + "|"]
     for name, found in equal.items():
-        gap = [mine - its for mine, its in zip(found["losses"], first, strict=True)]
+        gap = less(found["losses"], first)
         told.append(
             f"| {rows[name]['label']} | {found['steps']} | {with_interval(found['losses'])} "
             f"| {with_interval(gap, signed=True)} | {right_answers(found['accuracy'])} |"
@@ -97,18 +70,22 @@ def losses_table(result: Mapping[str, Any]) -> str:
     for name, row in result["rows"].items():
         losses = by_seed(row["losses"])
         gap = [loss - control[seed] for seed, loss in losses.items() if seed in control]
-        less = with_interval(gap, signed=True) if gap else ""
+        told_gap = with_interval(gap, signed=True) if gap else ""
         told.append(
-            f"| {name} | {row.get('cost', '')} | {with_interval(list(losses.values()))} | {less} | {len(losses)} |"
+            f"| {name} | {row.get('cost', '')} | {with_interval(list(losses.values()))} | {told_gap} | {len(losses)} |"
         )
     return "\n".join(told)
 
 
 def main() -> None:
-    """Print them."""
+    """Print them, or write a document's tables anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=_record.RESULTS)
-    folder = parser.parse_args().folder
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="write its tables anew instead")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.write is not None:
+        return renew(arguments.write, folder)
     for path in sorted(folder.glob("*.json")):
         result = _record.load(path.stem, folder=folder)
         if path.stem.startswith("frontier_") and "verdict" in result["settings"]:
