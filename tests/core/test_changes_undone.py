@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import types
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +121,9 @@ def test_random_states_that_are_not_gone_back_to():
 
 
 def test_what_forwards_leave_behind():
-    """Values in buffers are put back, but for those of a buffer that was put in the place of another."""
-    module = nn.Module()
+    """Buffers are put back, and with one that was put in the place of another what its module remembers of it."""
+    module: Any = nn.Module()
+    module.longest, module.rates, module.beside = 8, [1.0], nn.Linear(1, 1)
     with torch.inference_mode():
         made_for_inference = torch.zeros(2)
     buffers = {"counted": torch.zeros(2), "replaced": torch.zeros(2), "none": None, "of_inference": made_for_inference}
@@ -134,11 +136,16 @@ def test_what_forwards_leave_behind():
         with torch.inference_mode():
             made_for_inference += 1
         module.replaced = other
+        module.longest, module.rates, module.none = torch.tensor(40), [2.0], other
+        module.growth = 5
+        module.register_buffer("later", other)
         torch.randn(3)
         assert not torch.equal(torch.get_rng_state(), state)
     assert module.counted is buffers["counted"] and module.of_inference is made_for_inference
     assert buffers["counted"].tolist() == made_for_inference.tolist() == [0, 0]
-    assert module.replaced is other and other.tolist() == buffers["replaced"].tolist() == [1, 1]
+    assert module.replaced is buffers["replaced"] and module.replaced.tolist() == [0, 0] and module.none is None
+    assert (module.longest, module.rates) == (8, [1.0]) and module.later is other
+    assert not hasattr(module, "growth")
     assert torch.equal(torch.get_rng_state(), state)
 
 

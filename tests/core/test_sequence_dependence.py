@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -148,6 +149,39 @@ def test_whole_rows_count(
     inputs = given()
     model = grown(make())
     check_exact(model, inputs, inputs["input_ids"], gradient=gradient, engine=engine)
+
+
+def dynamic_by_layer_type() -> Any:
+    rope: dict[str, Any] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    }
+    config = transformers.Gemma3TextConfig(
+        **_SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=16,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters=rope,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv", "sequence"])
+@pytest.mark.parametrize("make", [dynamic, dynamic_by_layer_type])
+def test_frequencies_of_the_longest_row_so_far_are_those_of_the_models_own_steps(
+    make: Callable[[], Any], gradient: str
+) -> None:
+    """Looks run the model on other lengths (a few tokens, unpacked rows) and leave no trace of them."""
+    model = grown(make())
+    alone = deepcopy(model)
+    routed = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
+    packed = torch.cat([torch.arange(20), torch.arange(8)]).expand(2, -1)
+    for length, more in ((40, {}), (30, {}), (12, {}), (28, {"position_ids": packed}), (20, {}), (36, {}), (24, {})):
+        ids = torch.randint(7, 97, (2, length))
+        expected = alone(input_ids=ids, labels=ids, use_cache=False, **more).loss
+        value = routed(ids, labels=ids, **more)
+        torch.testing.assert_close(value, expected, rtol=2e-6, atol=2e-6, msg=f"rows of {length}")
 
 
 def with_plain_lora(active: str) -> Any:

@@ -73,11 +73,16 @@ def test_the_model_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looked) == 3
 
 
-def test_layers_left_out_at_random_are_refused() -> None:
+@pytest.mark.parametrize("after", [0, 1])
+def test_layers_left_out_at_random_are_refused(after: int) -> None:
+    """Whether they are from the start or only after a step."""
     model = ROUTABLE["opt"]()
+    routed = CGGRModel(model, gradient="kv", selection="random").train()
+    for _ in range(after):
+        step(routed)
     model.model.decoder.layerdrop = 0.1
     with pytest.raises(ValueError, match=r"layerdrop=0.1"):
-        step(CGGRModel(model, gradient="kv", selection="random").train())
+        step(routed)
     step(CGGRModel(model, gradient="exact", selection="random").train())
 
 

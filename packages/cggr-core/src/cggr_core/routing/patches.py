@@ -388,25 +388,38 @@ def grown_parameters(model: nn.Module) -> Iterator[bool]:
 def nothing_left(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Undo the side effects of forwards in the block: running statistics, power iterations, advanced random generators.
 
-    Scope: the buffers of this model, except those that a module replaces, and the random generators.
+    A module that replaces a buffer (rotary frequencies that depend on the longest row so far) keeps the reason in its
+    attributes, which are restored with it.
+
+    Scope: the existing buffers of this model, the public attributes of modules that replace some, and the random
+    generators.
 
     Args:
         model: The model.
         device: Where it runs.
     """
     before = [
-        (module._buffers, name, buffer, buffer.clone())
+        (
+            module,
+            {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()},
+            {name: value for name, value in module.__dict__.items() if not name.startswith("_")},
+        )
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        if module._buffers
     ]
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             yield
     finally:
-        for buffers, name, buffer, values in before:
-            if buffers.get(name) is buffer:
-                buffer.data.copy_(values)
+        for module, buffers, attributes in before:
+            if any(module._buffers.get(name) is not buffer for name, (buffer, _) in buffers.items()):
+                for name in [name for name in module.__dict__ if not (name.startswith("_") or name in attributes)]:
+                    del module.__dict__[name]
+                module.__dict__.update(attributes)
+            for name, (buffer, values) in buffers.items():
+                module._buffers[name] = buffer
+                if buffer is not None and values is not None:
+                    buffer.data.copy_(values)
 
 
 @contextmanager

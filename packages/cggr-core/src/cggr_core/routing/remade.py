@@ -192,6 +192,8 @@ class _Segment:
 
     def pack(self, tensor: Tensor) -> Any:
         """What to keep of a tensor that the backward pass needs."""
+        if tensor.layout != torch.strided:
+            return tensor  # a sparse one has no storage
         place = tensor.untyped_storage().data_ptr()
         for made, norm, dtype in self._norms:
             if made.untyped_storage().data_ptr() == place:

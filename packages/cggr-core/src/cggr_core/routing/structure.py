@@ -20,8 +20,9 @@ _OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation",
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 _LOSSES = ("loss_function", "_loss_function")
 _PLAIN = frozenset((bool, int, float, str, type(None)))
-# Switches that do not affect what a forward computes, and noise rates, which comparisons set to 0.
-_NOT_READ = cache(re.compile(r"^_|^training$|^gradient_checkpointing$|^use_cache$|drop|jitter").search)
+# Switches that do not affect what a forward computes, and noise rates, which comparisons set to 0; the rate at which
+# layers are dropped is neither.
+_NOT_READ = cache(re.compile(r"^_|^training$|^gradient_checkpointing$|^use_cache$|(?<!layer)drop|jitter").search)
 # This many changes of one setting count each; after that, only those at powers of two.
 _EVERY_CHANGE = 8
 
