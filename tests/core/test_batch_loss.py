@@ -251,7 +251,7 @@ def test_a_setting_of_the_loss_that_changes_later_is_seen(where):
 def test_of_a_setting_that_changes_in_every_step_not_every_change_is_looked_at(monkeypatch):
     looks = []
     own = batch_loss.check_loss_of_batch
-    monkeypatch.setattr("cggr_core.routing.engine.check_loss_of_batch", lambda *given: looks.append(own(*given)))
+    monkeypatch.setattr("cggr_core.routing.findings.check_loss_of_batch", lambda *given: looks.append(own(*given)))
     model = ROUTABLE["llama"]()
     wrapped = CGGRModel(model, gradient="exact")
     for step in range(40):

@@ -9,6 +9,7 @@ import torch
 
 from cggr_core import Selection
 from cggr_core.routing import engine as engines
+from cggr_core.routing import findings
 from cggr_core.routing.context_pass import NO_CONTEXT
 from cggr_core.routing.engine import Engine
 from tests.support.model_steps import checkpoint_activations, tokens
@@ -26,7 +27,7 @@ def looks(monkeypatch):
         own = getattr(engine_or_probe, "architecture", engine_or_probe)
         head = dataclasses.replace(own.head, fused=found.get("fused", True))
         architecture = dataclasses.replace(own, head=head, obstacle=found.get("obstacle"))
-        return engines.Probe(
+        return findings.Probe(
             architecture, lambda hidden: hidden, found.get("packing"), saw_loss=found.get("saw_loss", False)
         )
 
@@ -38,8 +39,8 @@ def looks(monkeypatch):
         seen.append(("longer", inputs.shape[1]))
         return result(probe)
 
-    monkeypatch.setattr(engines, "probe", probe)
-    monkeypatch.setattr(engines, "probe_whole_rows", probe_whole_rows)
+    monkeypatch.setattr(findings, "probe", probe)
+    monkeypatch.setattr(findings, "probe_whole_rows", probe_whole_rows)
 
     def since(prepare):
         before = len(seen)
@@ -160,7 +161,7 @@ def test_loaded_weights_and_other_modules_are_looked_at(looks):
 
 
 def test_ranks_that_shard_layers_do_not_look_at_longer_rows(looks, monkeypatch):
-    monkeypatch.setattr(engines, "shards_layers", lambda layers: True)
+    monkeypatch.setattr(findings, "shards_layers", lambda layers: True)
     engine = Engine(ROUTABLE["llama"]())
     assert looks(preparing(engine)) == [(True, False, 8)]
     assert looks(preparing(engine, length=20)) == []
@@ -301,7 +302,7 @@ def test_whether_a_loss_reads_an_argument_is_seen_once(monkeypatch):
         if len(seen) == 1:
             raise ValueError("not read")
 
-    monkeypatch.setattr(engines, "check_reads", check)
+    monkeypatch.setattr(findings, "check_reads", check)
     inputs = engine.inputs(input_ids=tokens(length=LENGTH)[:2])
     engine.prepare(inputs, routing=False)
     with pytest.raises(ValueError, match="not read"):
@@ -326,7 +327,7 @@ def test_labels_that_a_whole_batch_is_looked_at_with(monkeypatch):
     def check(model, architecture, inputs, labels, layer_output):
         seen.append(labels)
 
-    monkeypatch.setattr(engines, "check_loss_of_batch", check)
+    monkeypatch.setattr(findings, "check_loss_of_batch", check)
 
     def held(rows=2, length=LENGTH, **given):
         ids = tokens(length=LENGTH)[:rows, :length]
@@ -345,7 +346,7 @@ def test_labels_that_a_whole_batch_is_looked_at_with(monkeypatch):
     labels = torch.tensor([[5, -100, -1, 0, 96, 97, 98, 7]])
     engine.check_own_loss(engine.inputs(inputs_embeds=torch.randn(1, LENGTH, 32)), labels, ignore_index=5)
     assert seen[-1].tolist() == [[-100, -100, -100, 0, 96, -100, -100, 7]]
-    monkeypatch.setattr(engines, "shards_layers", lambda layers: True)
+    monkeypatch.setattr(findings, "shards_layers", lambda layers: True)
     assert held(4) == 0 and held(1, 2, position_ids=torch.zeros(1, 2, dtype=torch.int64)) == 1
 
 

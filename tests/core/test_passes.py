@@ -40,7 +40,7 @@ class Passes:
             depth=depth,
             keep_graph=keep_graph,
             read_head=None if own_head else self.read.append,
-            layer_output=self.engine._probe.layer_output,
+            layer_output=self.engine._findings.layer_output,
         )
 
     def gradient(self, context=NO_CONTEXT, **how):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 
 from cggr_core import CGGRModel, Selection, create_truncated_router
-from cggr_core.routing import engine
+from cggr_core.routing import findings
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -255,8 +255,8 @@ def test_a_model_that_stays_as_it_is_is_looked_at_once(gradient, in_place, monke
         looks.append(1)
         return look(*args, **options)
 
-    look = engine.probe
-    monkeypatch.setattr(engine, "probe", counted)
+    look = findings.probe
+    monkeypatch.setattr(findings, "probe", counted)
     model = ROUTABLE["llama"]()
     wrapped = CGGRModel(model, gradient=gradient).train()
     for _ in range(3):

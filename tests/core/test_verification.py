@@ -7,6 +7,7 @@ import torch
 
 from cggr_core import CGGRModel
 from cggr_core.routing import engine as engine_module
+from cggr_core.routing import findings
 from cggr_core.routing import gradient_pass as passes
 from tests.support.tiny_models import GPT_NEO, ROUTABLE, VOCAB
 
@@ -57,8 +58,8 @@ def test_wrong_values_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -
 def test_the_model_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     for name in ("probe", "probe_whole_rows"):
-        own = getattr(engine_module, name)
-        monkeypatch.setattr(engine_module, name, lambda *a, own=own, **k: (looked.append(1), own(*a, **k))[1])
+        own = getattr(findings, name)
+        monkeypatch.setattr(findings, name, lambda *a, own=own, **k: (looked.append(1), own(*a, **k))[1])
     model = CGGRModel(ROUTABLE["llama"](), gradient="kv", selection="random").train()
     step(model)
     step(model)

@@ -1,6 +1,5 @@
 """A model and the passes that can be run on it."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,27 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.routing.agreement import comparable, difference, verification_interval
-from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
-from cggr_core.routing.batch_loss import check_loss_of_batch
+from cggr_core.routing.architectures import Architecture, unwrapped
 from cggr_core.routing.context_pass import Context, context_pass, head_at, head_read_by, ignore_head, layer_input
+from cggr_core.routing.findings import Findings
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
-from cggr_core.routing.loads import count_loads
-from cggr_core.routing.loss_agreement import (
-    IGNORED,
-    LossArguments,
-    auxiliary_loss,
-    check_reads,
-    loss_arguments,
-    taken_apart,
-)
+from cggr_core.routing.loss_agreement import LossArguments, auxiliary_loss, loss_arguments, taken_apart
 from cggr_core.routing.masks import unseen_masks, whole_rows
 from cggr_core.routing.patches import nothing_left, recomputes_with_torch, without_random_states
 from cggr_core.routing.precision import LowPrecision
-from cggr_core.routing.probe import Probe, probe, probe_whole_rows
-from cggr_core.routing.sharding import GatheredWeights, shards_layers
+from cggr_core.routing.sharding import GatheredWeights
 from cggr_core.routing.shared import KeyValue
-from cggr_core.routing.structure import Settings, structure
 from cggr_core.routing.truncation import truncated
 from cggr_core.selection import Selection
 
@@ -45,80 +34,55 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model  # its attributes depend on its class
+        self._findings = Findings(model)
         self._verified_every = verification_interval()
-        self._gradient_passes = self._looks = 0
+        self._gradient_passes = 0
         self._capturable = False
-        self._settings: Settings | None = None
-        self._look()
+        self._forget()
 
-    def _look(self) -> None:
-        """Describe the model as it is now and discard earlier checks."""
-        self._looks += 1
-        self._description = describe(self.model)
-        self._structure = structure(self.model)
-        if self._settings is None:
-            self._settings = Settings(self.model)
-        else:
-            self._settings.look_at(self.model)
-        self._probe: Probe | None = None
-        self._probed: set[str] = set()
-        self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by the batch's features
-        self._loss_sizes: dict[frozenset[str], tuple[int, int]] = {}  # of the largest batches whose loss was checked
+    def _forget(self) -> None:
+        """Discard what was made for the layers of an earlier structure."""
         self._low_precision: LowPrecision | None = None
-        self._loads = count_loads(self.model)
-        self._loads_seen = self._loads.count
-        self._gathered = GatheredWeights(self._description.layers)
+        self._gathered = GatheredWeights(self._findings.description.layers)
 
     def follow(self, model: nn.Module | None = None) -> bool:
-        """Examine the model again if it has changed; called once per step, before the passes.
-
-        After a model has been wrapped, users resize embeddings, replace heads and layers, add adapters and change
-        settings.
-
-        Args:
-            model: The model from now on; ``None`` for the same one.
-
-        Returns:
-            Whether it has changed.
-        """
-        if model is not None:
-            self.model = model
-        assert self._settings is not None  # set by the first look
-        # If the model is sharded, all ranks must look in the same step, and a setting may change on one rank alone.
-        if structure(self.model) == self._structure and (
-            not self._settings.changed() or shards_layers(self._description.layers)
-        ):
-            return False
-        self._look()
-        return True
+        """Examine the model again if it has changed; see :meth:`cggr_core.routing.findings.Findings.follow`."""
+        changed = self._findings.follow(model)
+        if changed:
+            self._forget()
+        return changed
 
     def __getstate__(self) -> dict[str, Any]:
-        # Results of a probe hold functions made for the model; a copy is probed again.
+        # The findings hold functions made for the model; a copy is probed again.
         return {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["model"])
 
     @property
+    def model(self) -> Any:
+        """The model; its attributes depend on its class."""
+        return self._findings.model
+
+    @property
     def architecture(self) -> Architecture:
         """The description, corrected by what the first batch showed."""
-        return self._description if self._probe is None else self._probe.architecture
+        return self._findings.architecture
 
     @property
     def seen(self) -> tuple[int, int]:
         """Changes whenever earlier findings about the model may no longer hold."""
-        return self._looks, self._loads.count
+        return self._findings.version
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return len(self._description.layers)
+        return len(self._findings.description.layers)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the head."""
-        return head_rows(unwrapped(self.model))
+        return self._findings.vocab_size
 
     @property
     def hidden_size(self) -> int:
@@ -144,7 +108,7 @@ class Engine:
         self.follow()
         return token_inputs(
             self.model,
-            self._description,
+            self._findings.description,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -164,100 +128,16 @@ class Engine:
         return taken_apart(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
 
     def check_reads(self, name: str, inputs: TokenInputs) -> None:
-        """Raise unless the model's own loss reads an argument as a step does; checked on the first such batch."""
-        assert self._probe is not None, "prepare() comes first"
-        if name not in self._probed and (self._probe.has_loss or name == "shift_labels"):
-            with nothing_left(self.model, inputs.position_ids.device):
-                check_reads(name, self.model, self.architecture, inputs)
-            self._probed.add(name)
+        """Check how the model's loss reads an argument; see :meth:`cggr_core.routing.findings.Findings.check_reads`."""
+        self._findings.check_reads(name, inputs)
 
     def check_own_loss(self, inputs: TokenInputs, labels: Tensor, *, ignore_index: int) -> None:
-        """Check the model's own loss against that of a routed step, on batches that are new in some way.
-
-        A batch is new if it has more rows, longer rows, or an input that no earlier batch had.
-
-        Args:
-            inputs: The batch; :meth:`prepare` has compared the loss with cross-entropy on a few of its tokens.
-            labels: int64 ``[B, S]``.
-            ignore_index: The label that is not counted.
-
-        Raises:
-            ValueError: If the two losses differ.
-        """
-        if self._probe is None or not self._probe.has_loss or "own_loss" not in self._probed:
-            return
-        form, (rows, length) = inputs.form, inputs.shape
-        known = self._loss_sizes.get(form)
-        if known is not None:
-            rows, length = max(rows, known[0]), max(length, known[1])
-            # If the model is sharded, all ranks must look in the same step, and their batches differ.
-            if (rows, length) == known or shards_layers(self._description.layers):
-                return
-        outside = (labels == ignore_index) | (labels < 0) | (labels >= self.vocab_size)
-        with nothing_left(self.model, inputs.position_ids.device):
-            check_loss_of_batch(
-                self.model, self.architecture, inputs, labels.masked_fill(outside, IGNORED), self._probe.layer_output
-            )
-        self._loss_sizes[form] = rows, length
+        """Check the model's own loss on a batch; see :meth:`cggr_core.routing.findings.Findings.check_own_loss`."""
+        self._findings.check_own_loss(inputs, labels, ignore_index=ignore_index)
 
     def prepare(self, inputs: TokenInputs, *, routing: bool, own_loss: bool = False, applies_head: bool = True) -> None:
-        """Probe the model on its first batch, after weights were loaded, and on batches that are new in some way.
-
-        A batch is new if its rows are longer than before, or if it is the first with padding, position ids or some
-        other input.
-
-        Args:
-            inputs: The batch.
-            routing: Whether keys and values will be routed.
-            own_loss: Whether the step's loss replaces the model's own; the two are then compared.
-            applies_head: Whether the passes apply the model's head; if it then needs the logits of all tokens, a
-                warning says so.
-
-        Raises:
-            ValueError: If keys and values cannot be routed in this model or batch, or if the model's own loss differs.
-        """
-        packed = routing and inputs.segment is not None
-        wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
-        wanted |= {"own_loss"} if own_loss else set()
-        of_queries = inputs.options.get("attention_mask")
-        if routing and of_queries is not None:
-            raise ValueError(
-                f"attention_mask must be {list(inputs.shape)} (1 = token, 0 = padding) for gradient='kv' and "
-                f"'detached', got {list(of_queries.shape)}, which cannot be reduced to the kept queries; use "
-                "gradient='exact' or gradient='sequence'"
-            )
-        length, form = inputs.shape[1], inputs.form
-        new = length > self._probed_lengths.get(form, 0)
-        if new and self._probed_lengths and shards_layers(self._description.layers):
-            new = False  # all ranks must look in the same step, and their batches differ
-        loaded = self._loads.count != self._loads_seen
-        if self._probe is None or not wanted <= self._probed or loaded:
-            self._looks += 1
-            with nothing_left(self.model, inputs.position_ids.device):
-                self._probe = probe(self.model, self._description, inputs, routing=routing, own_loss=own_loss)
-            self._probed |= wanted if self._probe.saw_loss else wanted - {"own_loss"}
-            if routing:
-                self._probed_lengths[form] = max(self._probed_lengths.get(form, 0), length)
-            self._loads_seen = self._loads.count
-            head = self._probe.architecture.head
-            if applies_head and not head.fused:
-                warnings.warn(
-                    f"the head of {type(unwrapped(self.model)).__name__} is more than one matrix with a scale and a "
-                    "softcap (it may have hooks or adapters); its own logits are used, as one [tokens, vocabulary] "
-                    "tensor",
-                    stacklevel=3,
-                )
-        elif routing and new:
-            with nothing_left(self.model, inputs.position_ids.device):
-                self._probe = probe_whole_rows(self.model, self._probe, inputs)
-            self._probed_lengths[form] = length
-        if routing and self.architecture.obstacle is not None:
-            raise ValueError(
-                f"gradient='kv' and 'detached' route keys and values, but {self.architecture.obstacle}; use "
-                "gradient='exact' or gradient='sequence'"
-            )
-        if packed and self._probe.packing_obstacle is not None:
-            raise ValueError(self._probe.packing_obstacle)
+        """Probe the model on a batch if it is new; see :meth:`cggr_core.routing.findings.Findings.prepare`."""
+        self._findings.prepare(inputs, routing=routing, own_loss=own_loss, applies_head=applies_head)
 
     def plain(
         self,
@@ -306,7 +186,7 @@ class Engine:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(layer_input(args, kwargs).detach())
 
-        hook = self._description.layers[depth].register_forward_pre_hook(note, with_kwargs=True)
+        hook = self._findings.description.layers[depth].register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield seen
         finally:
@@ -357,8 +237,7 @@ class Engine:
     def _truncated(self, depth: int | None) -> AbstractContextManager[None]:
         if depth is None or depth >= self.depth:
             return nullcontext()
-        assert self._probe is not None, "prepare() comes first"
-        return truncated(self.architecture, depth, self._probe.layer_output)
+        return truncated(self.architecture, depth, self._findings.layer_output)
 
     def step(self) -> AbstractContextManager[None]:
         """Context of a step in which a gradient pass follows a context pass: weights are gathered once for both."""
@@ -388,7 +267,6 @@ class Engine:
         Returns:
             Keys and values, and the head values ``[B, S, ...]`` if requested.
         """
-        assert self._probe is not None, "prepare() comes first"
         seen: list[Tensor] = []
         own_head = head and not (self.architecture.head.fused or hidden)
         with self._gathered.context_pass():
@@ -399,7 +277,7 @@ class Engine:
                 depth=depth,
                 keep_graph=keep_graph,
                 read_head=None if own_head else (seen.append if head else ignore_head),
-                layer_output=self._probe.layer_output,
+                layer_output=self._findings.layer_output,
                 precision=None if precision is None else self._in_low_precision().everywhere(),
             )
         return context, context.logits if own_head else (seen[0] if head else None)
@@ -429,7 +307,6 @@ class Engine:
         Returns:
             Head values ``[B, K, ...]``, and the model's auxiliary loss over the kept tokens if it has one.
         """
-        assert self._probe is not None, "prepare() comes first"
         seen: list[Tensor] = []
         fused = self.architecture.head.fused or hidden
         output = gradient_pass(
@@ -450,7 +327,7 @@ class Engine:
 
     def _in_low_precision(self) -> LowPrecision:
         if self._low_precision is None:
-            self._low_precision = LowPrecision(self._description.layers)
+            self._low_precision = LowPrecision(self._findings.description.layers)
         return self._low_precision
 
     def _verify(self, inputs: TokenInputs, selection: Selection, context: Context) -> None:
@@ -459,7 +336,6 @@ class Engine:
         self._gradient_passes += 1
         if not due or inputs.shared is not None:  # the inputs do not contain the shared context
             return
-        assert self._probe is not None, "prepare() comes first"
         with (
             nothing_left(self.model, inputs.position_ids.device),
             comparable(self.model, self.architecture, inputs) as expected,
@@ -471,7 +347,7 @@ class Engine:
                 selection,
                 expected,
                 depth=context.depth,
-                layer_output=self._probe.layer_output,
+                layer_output=self._findings.layer_output,
             )
         if apart is not None:
             raise RuntimeError(
