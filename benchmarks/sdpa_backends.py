@@ -16,8 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import _record
 from benchmarks._kernels import SEED, Table
-from cggr_core.routed_attention import routed_attention_reference
-from cggr_kernels import routed_attention
+from cggr_core import routing as routing  # registers the op
+from cggr_core.backends import resolve
 
 HEADS = {64: (32, 8), 128: (32, 8)}
 SHAPES = ((8, 2048, 64), (4, 2048, 128), (1, 8192, 64), (2, 8192, 128), (2, 2048, 64))
@@ -40,7 +40,7 @@ def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dty
     everywhere = torch.arange(length, device=device).expand(batch, length).contiguous()
     chosen = torch.rand(batch, length, device=device).topk(int(KEPT * length), dim=1).indices.sort(dim=1).values
     few = q.detach().gather(1, chosen[:, :, None, None].expand(-1, -1, heads, size))
-    attend = routed_attention if q.is_cuda else routed_attention_reference
+    attend = resolve("routed_attention", q.device.type)
 
     def sdpa(kernel: SDPBackend | None) -> Tensor:
         arguments = (part.transpose(1, 2) for part in (q, k, v))

@@ -1,4 +1,4 @@
-"""What holds for all tests."""
+"""Settings shared by all tests."""
 
 import gc
 
@@ -7,10 +7,10 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_heap_to_collect() -> None:
-    """Leave what stands when a file's tests begin out of garbage collection.
+    """Exclude objects that exist before a file's tests from garbage collection.
 
-    Most of it is the modules of torch and transformers, which every ``gc.collect()`` of what weighs memory would go
-    through, for up to a second.
+    Most are the modules of torch and transformers, which every ``gc.collect()`` in a memory test would scan, for up to
+    a second.
     """
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""Three steps in ``kv`` in whatever environment this runs in, and the loss at ratio 1 against plain transformers'.
+"""Three steps in ``kv`` in the current environment, and the loss at ratio 1 compared with plain transformers.
 
-Run with the Python of an environment that was installed as the README says; see ``nox -s fresh``.
+Run with the Python of an environment installed as in the README; see ``nox -s fresh``.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""Import every submodule of one distribution, with everything that it does not require blocked.
+"""Import every submodule of one distribution with everything it does not require blocked.
 
-Run by ``nox -s alone`` with the Python of an environment that holds this distribution and its dependencies alone. A
-distribution may be named with an extra (``cggr-core[transformers]``): what the extra requires is then not blocked.
+Run by ``nox -s alone`` with the Python of an environment that has only this distribution and its dependencies. A
+distribution may be named with an extra (``cggr-core[transformers]``), whose requirements are then not blocked.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""What ``cggr[flash]`` gives at once: save a tiny model, load it onto the best attention backend, and train a step.
+"""What works with ``cggr[flash]`` alone: save a tiny model, load it with the best attention backend, and train a step.
 
-Run by ``nox -s alone`` with the Python of an environment that holds ``cggr[flash]`` and its dependencies alone; on a
-machine without CUDA too.
+Run by ``nox -s alone`` with the Python of an environment that has only ``cggr[flash]`` and its dependencies; also on
+machines without CUDA.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Say which versions the newest set was, and which of them are not yet among the tested ones; never fails."""
+"""Print the newest versions, and which of them are not among the tested ones yet; never fails."""
 
 from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""Public names and signatures of every package, read from the source and held to a committed snapshot.
+"""Public names and signatures of every package, read from the source and compared with a committed snapshot.
 
 ``python tests/contract/public_api.py`` prints the difference and fails; ``--update`` writes the snapshot.
 """

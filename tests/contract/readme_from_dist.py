@@ -1,6 +1,6 @@
-"""Run the README's Python examples on installed wheels: a tiny model and tokenizer stand in for the reader's own.
+"""Run the README's Python examples on installed wheels, with a tiny model and tokenizer in place of the reader's own.
 
-Run by ``nox -s release`` with the Python of an environment that holds the wheels of this project and trl alone.
+Run by ``nox -s release`` with the Python of an environment that has only the wheels of this project and trl.
 """
 
 import os

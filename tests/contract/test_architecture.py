@@ -1,4 +1,4 @@
-"""docs/architecture.md is about the code that there is."""
+"""docs/architecture.md matches the code."""
 
 import re
 

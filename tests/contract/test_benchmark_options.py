@@ -1,4 +1,4 @@
-"""Every benchmark takes ``--seconds``, and gives what it has by then."""
+"""Every benchmark takes ``--seconds`` and reports what it has by then."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""A default of a routed step is written in cggr_core/settings.py, and read there by everything else."""
+"""Defaults of a routed step are written only in cggr_core/settings.py; everything else reads them there."""
 
 import ast
 import dataclasses

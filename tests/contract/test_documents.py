@@ -1,4 +1,4 @@
-"""The documents keep their word: examples run, links lead somewhere, commands exist."""
+"""The documents are correct: examples run, links lead somewhere, commands exist."""
 
 import importlib
 import re

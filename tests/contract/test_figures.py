@@ -1,4 +1,4 @@
-"""Every figure in the tables of the documents is one that the linked JSON under ``benchmarks/results/`` gives."""
+"""Every figure in the tables of the documents comes from the linked JSON under ``benchmarks/results/``."""
 
 import re
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Which modules may import what, read from the source: rules that import-linter has no words for."""
+"""Which modules may import what, read from the source: rules that import-linter cannot express."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""No message advises to install this project by name alone: on the public registry that name is another project's."""
+"""No message suggests installing this project by name alone: on the public registry, that name is another project's."""
 
 import re
 

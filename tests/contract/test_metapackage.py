@@ -1,4 +1,4 @@
-"""`from cggr import ...` is `from cggr_core import ...`, and optional names say what to install for them."""
+"""`from cggr import ...` gives the names of `cggr_core`, and errors for optional names say what to install."""
 
 import subprocess
 import sys

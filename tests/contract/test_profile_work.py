@@ -1,4 +1,4 @@
-"""What a profile says that operators have to do, counted by hand."""
+"""The work that a profile assigns to operators, compared with counts by hand."""
 
 import pytest
 import torch

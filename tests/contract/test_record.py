@@ -1,4 +1,4 @@
-"""Benchmarks share how they measure and write; the results in the repository keep to it."""
+"""The measuring and writing that benchmarks share, and the format of the results in the repository."""
 
 import json
 import re

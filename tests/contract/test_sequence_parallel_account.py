@@ -1,4 +1,4 @@
-"""The account of sequence parallelism adds up: against textbook counts, and as GPUs and ratios change."""
+"""The account of sequence parallelism agrees with textbook counts, and scales with GPUs and ratios."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Each change to a model for the length of a block reaches what it says, and is undone whatever happens."""
+"""Each temporary change to a model has the stated scope, and is undone whatever happens."""
 
 import dataclasses
 import functools

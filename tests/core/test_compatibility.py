@@ -1,4 +1,4 @@
-"""What docs/compatibility.md says: works, or is refused with the reason."""
+"""The claims of docs/compatibility.md: each case works, or is refused with the reason."""
 
 import logging
 

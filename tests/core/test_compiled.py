@@ -1,4 +1,4 @@
-"""``torch.compile`` around a CGGRModel, and of the model that it wraps."""
+"""``torch.compile`` of a CGGRModel, and of the model that it wraps."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tokens before the supervised ones: without a loss, but reached by its gradient."""
+"""Tokens before the supervised ones: they have no loss, but its gradient reaches them."""
 
 import hypothesis
 import pytest

@@ -1,4 +1,4 @@
-"""What is kept of a context token for the backward pass in mode ``kv``: its layers' inputs, keys and values."""
+"""For the backward pass in mode ``kv``, a context token keeps only its layers' inputs, keys and values."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Tokens without a gradient in FP8: what runs in it, what does not, and how far kept tokens are moved by it."""
+"""Tokens without a gradient in FP8: what runs in it, what does not, and how much kept tokens change."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A default dtype that is not the model's changes nothing."""
+"""A default dtype other than the model's changes nothing."""
 
 import pytest
 import torch

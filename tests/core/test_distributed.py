@@ -1,4 +1,4 @@
-"""Two processes on half the batch each make the gradients of one process on the whole."""
+"""Two processes on half the batch each compute the gradients of one process on the whole batch."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Masks for every query, positions of several kinds, noise on embeddings: what is about whole rows, in every mode."""
+"""Inputs that concern whole rows, in every mode: masks per query, several kinds of positions, noise on embeddings."""
 
 from __future__ import annotations
 

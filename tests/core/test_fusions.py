@@ -1,4 +1,4 @@
-"""Fused ops in the layers: recognised on numbers, used where there is a kernel, and the step's numbers stay."""
+"""Fused ops in the layers: recognised numerically, used if there is a kernel, without changing the step's numbers."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""What is done around the head counts in the loss, or its own logits are read, with one warning."""
+"""Whatever happens around the head counts in the loss; otherwise the model's own logits are used, with one warning."""
 
 import warnings
 from itertools import product

@@ -1,4 +1,4 @@
-"""The head of a learned router by itself: what it learns, from what, and what of it is saved."""
+"""The head of a learned router by itself: what it learns, from what, and what is saved."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What the losses check, ignore and report at the edges of what they are given."""
+"""Edge cases of the losses: what they check, ignore and report."""
 
 import pytest
 import torch

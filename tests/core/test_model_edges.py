@@ -1,4 +1,4 @@
-"""CGGRModel at the edges of what a batch can be, and where it is the wrapped model."""
+"""Edge cases of CGGRModel's batches, and where it behaves as the wrapped model."""
 
 import copy
 

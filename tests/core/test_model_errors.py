@@ -1,4 +1,4 @@
-"""What CGGRModel says when it is misused."""
+"""Error messages of CGGRModel."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""CGGRModel with a learned router: the routing stays exact, the head learns, and nothing of it reaches the model."""
+"""CGGRModel with a learned router: routing stays exact, the head learns, and its gradients do not reach the model."""
 
 import dataclasses
 

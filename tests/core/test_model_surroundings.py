@@ -1,4 +1,4 @@
-"""CGGRModel in the surroundings of a training script: checkpointing, LoRA, autocast, accumulation, dropout."""
+"""CGGRModel in training scripts: checkpointing, LoRA, autocast, accumulation, dropout."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torch's own RMS norm stands in for the models' only where it is the same function, and only in the passes."""
+"""torch's RMS norm replaces a model's only if it is the same function, and only in the passes."""
 
 import types
 

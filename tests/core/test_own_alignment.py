@@ -1,4 +1,4 @@
-"""How a model aligns its labels, seen on a few of them, and what is said of a loss that cannot be held to ours."""
+"""How a model aligns its labels, as seen on a few tokens, and the errors for losses that are not cross-entropy."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A batch in parts (micro-batches, ranks) makes the step of the whole batch; and steps inside the model's own call."""
+"""A batch in parts (micro-batches, ranks) gives the step of the whole batch; and steps inside the model's own call."""
 
 import pytest
 import torch

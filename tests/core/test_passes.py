@@ -1,4 +1,4 @@
-"""What a context pass and a gradient pass run, with what around them, and what they leave, one call at a time."""
+"""Single context and gradient passes: what they run, under which changes, and what they leave behind."""
 
 from contextlib import nullcontext
 from dataclasses import replace

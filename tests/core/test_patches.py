@@ -1,4 +1,4 @@
-"""What is changed of transformers' and torch's objects holds where it should, and nowhere else."""
+"""Changes to objects of transformers and torch apply where they should, and nowhere else."""
 
 import threading
 

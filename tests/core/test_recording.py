@@ -1,4 +1,4 @@
-"""Recorded steps on the CPU, where a replay does the pass again: their numbers, and what autograd sees."""
+"""Recorded steps on the CPU, where a replay runs the pass again: their numbers, and what autograd sees."""
 
 import copy
 import pickle

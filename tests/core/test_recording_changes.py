@@ -1,4 +1,4 @@
-"""What makes a recorded step be recorded anew, and how many recordings are held."""
+"""Which changes cause a step to be recorded again, and how many recordings are kept."""
 
 import copy
 

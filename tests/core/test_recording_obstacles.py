@@ -1,4 +1,4 @@
-"""Steps that are left as they are: what stands against a recording, and recordings that are worth nothing."""
+"""Steps that run eagerly: obstacles to recording, and recordings that do not pay off."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Steps that keep the supervised tokens, recorded on the CPU: a recording for every number of slots, rounded up."""
+"""Steps that keep the supervised tokens, recorded on the CPU: one recording for each rounded number of slots."""
 
 import math
 

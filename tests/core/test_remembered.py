@@ -1,4 +1,4 @@
-"""Remembered scores: what is served, what is remembered, and how a model trains on them."""
+"""Remembered scores: what is recalled, what is remembered, and how a model trains with them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The op ``routed_attention`` in place of SDPA with a mask: the same gradients, wherever the op knows the mask."""
+"""The op ``routed_attention`` in place of SDPA with a mask: the same gradients for every mask that the op supports."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a model comes with (LoRA, checkpointing, autocast, changes to it), and what is refused."""
+"""Routed log-probabilities with LoRA, checkpointing, autocast and changed models, and what is refused."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Truncated routers: the model's own first layers, norm and head, without a byte of their own."""
+"""Truncated routers: the model's own first layers, norm and head, without any memory of their own."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is read off a model before any of it runs, and how the backward passes of its parts follow one another."""
+"""The description of a model before it runs, and the order of the backward passes of its parts."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What queries at chosen positions may see, and which attention they run on, entry by entry."""
+"""What queries at chosen positions may see, entry by entry, and which attention they run on."""
 
 from functools import partial
 from types import SimpleNamespace

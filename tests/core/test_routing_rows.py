@@ -1,4 +1,4 @@
-"""Rows taken out of whole ones and put together again, held to loops and to autograd's own scatters."""
+"""Rows sliced and merged again, compared with loops and with autograd's own scatters."""
 
 from collections import namedtuple
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""What hides from a forward of starting weights, or comes after it: layers that mix positions are refused then too."""
+"""Layers that mix positions are refused even if a forward at initial weights hides it, or if they are added later."""
 
 from __future__ import annotations
 

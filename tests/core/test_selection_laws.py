@@ -1,4 +1,4 @@
-"""What the selection promises, held to plain-Python computations of the same things."""
+"""The guarantees of the selection, compared with plain-Python computations."""
 
 import math
 from fractions import Fraction

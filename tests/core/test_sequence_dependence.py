@@ -1,4 +1,4 @@
-"""What depends on a whole row (its length, later tokens, token types) is what it is in an ordinary forward."""
+"""Values that depend on a whole row (its length, later tokens, token types) are those of an ordinary forward."""
 
 import warnings
 from collections.abc import Callable

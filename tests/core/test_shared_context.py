@@ -1,4 +1,4 @@
-"""Rows that share a context run once equal rows that each have it before them."""
+"""Rows that share a context, run once, equal rows that each include it."""
 
 import weakref
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""``shift_labels``, transformers' keyword for labels that stand at their predictors already."""
+"""``shift_labels``, transformers' keyword for labels that are already shifted."""
 
 from itertools import product
 

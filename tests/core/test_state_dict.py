@@ -1,4 +1,4 @@
-"""A CGGRModel's state is saved and loaded by whatever holds it."""
+"""A CGGRModel's state can be saved and loaded by any module that contains it."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What users do to a model after it was wrapped: other embeddings, heads and adapters, copies and files of it."""
+"""Changes to a model after wrapping: new embeddings, heads and adapters, copies and files."""
 
 import copy
 import io

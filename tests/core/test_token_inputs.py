@@ -1,4 +1,4 @@
-"""A batch of model inputs made explicit: what the model is given, what its tokens see, and what is refused."""
+"""Checked batches: what the model gets, what its tokens see, and what is refused."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a look at a model runs it on, what it finds, and what it says where a model cannot be looked at."""
+"""Probes of a model: what they run it on, what they find, and their errors."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""``CGGR_VERIFY``, and when the model is looked at again."""
+"""``CGGR_VERIFY``, and when the model is probed again."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a token that does not count holds reaches no loss, no gradient and no metric: NaN times 0 is NaN."""
+"""The values of tokens that do not count reach no loss, gradient or metric, even NaN, although NaN times 0 is NaN."""
 
 import pytest
 import torch

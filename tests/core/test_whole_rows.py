@@ -1,4 +1,4 @@
-"""Plain causal attention needs no mask, and gets none where a CUDA graph is recorded and transformers cannot look."""
+"""Plain causal attention gets no mask, even while a CUDA graph is recorded and transformers cannot read positions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What works on a machine, for machines of all kinds, and this one."""
+"""Which backends work, on made-up machines of all kinds and on this one."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Setting a loaded model to a backend: what is chosen, what it computes, and what is left behind when it fails."""
+"""Switching a loaded model to a backend: the choice, the results, and the state after a failure."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Loading checkpoints: what comes back, what is refused and how it is said, and what is read how often."""
+"""Loading checkpoints: the loaded model, the errors, and how often files are read."""
 
 import json
 import shutil

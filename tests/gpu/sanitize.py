@@ -1,7 +1,8 @@
 """One call of every kernel at odd sizes, for ``compute-sanitizer python tests/gpu/sanitize.py``.
 
-Allocations are not cached, so that a read or write past a tensor is seen. With ``--ops`` a part of them, so that a few
-processes can share the work. Run it without the sanitizer first: that compiles the kernels, which is slow under it.
+Allocations are not cached, so that reads and writes past a tensor are detected. ``--ops`` selects some of the ops, so
+that several processes can share the work. Run it without the sanitizer first to compile the kernels, which is slow
+under it.
 """
 
 import argparse

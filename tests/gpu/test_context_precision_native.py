@@ -1,4 +1,4 @@
-"""FP8 products as the device makes them: against their emulation, in a step, recorded as a graph, and without waits."""
+"""FP8 products on the device: against their emulation, in a step, recorded as a graph, and without host reads."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scores, selections and losses on an accelerator: the numbers of the CPU, without a host read, in one graph."""
+"""Scores, selections and losses on an accelerator: equal to the CPU, without host reads, in one graph."""
 
 import pytest
 import torch

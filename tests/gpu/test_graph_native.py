@@ -1,4 +1,4 @@
-"""Recorded steps on a GPU: equality with the same steps run as they are, and what falls back."""
+"""Recorded steps on a GPU: equality with eager steps, and what falls back to those."""
 
 import logging
 

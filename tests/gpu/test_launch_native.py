@@ -1,4 +1,4 @@
-"""``cggr train`` as it is, started on two GPUs by ``torchrun`` and by ``accelerate launch``, is its run on one."""
+"""``cggr train`` on two GPUs, under ``torchrun`` and ``accelerate launch``, equals its run on one."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Routed log-probabilities on a GPU: equality, no host reads, and what is found there raised one call later."""
+"""Routed log-probabilities on a GPU: equality, no host reads, and errors raised one call later."""
 
 from contextlib import nullcontext
 

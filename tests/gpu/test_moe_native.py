@@ -1,4 +1,4 @@
-"""The token-routed MLP on a CUDA device: its kernels against torch in float64, and what only a device can show."""
+"""The token-routed MLP on a CUDA device: its kernels against torch in float64, and properties of the device."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recorded training steps on a GPU: the losses, selections and weights of the steps as they are, batch after batch."""
+"""Recorded training steps on a GPU: the losses, selections and weights of eager steps, batch by batch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""An update of TRL's trainers on two GPUs, under DDP and FSDP2, is that of one process on all rows."""
+"""An update of TRL's trainers on two GPUs, under DDP and FSDP2, equals that of one process on all rows."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Rotary embedding and silu(gate) * up: values and gradients no further from float64 than torch in the same dtype."""
+"""Rotary embedding and silu(gate) * up: values and gradients are as close to float64 as torch's in the same dtype."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows in float8 are those of the reference, number by number."""
+"""Rows in float8 equal the reference's exactly."""
 
 import os
 

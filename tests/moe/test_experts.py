@@ -1,4 +1,4 @@
-"""Models of transformers with their experts in this package's op: losses and gradients of their own loop."""
+"""transformers models with their experts in this package's op: the losses and gradients of their own loop."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Hugging Face blocks there and back: outputs and gradients of both, and the refusals."""
+"""Conversion to and from Hugging Face blocks: outputs and gradients of both, and errors."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The reference of routing: weights, choices, losses and counts against numbers worked out by hand or in float64."""
+"""The reference of routing: weights, choices, losses and counts against values computed by hand or in float64."""
 
 import pytest
 import torch

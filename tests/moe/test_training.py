@@ -1,4 +1,4 @@
-"""Two hundred steps of a small language model: the layer against a mixture of experts written out in autograd."""
+"""Two hundred steps of a small language model: the layer against a mixture of experts written in plain autograd."""
 
 import copy
 

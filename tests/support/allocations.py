@@ -1,4 +1,4 @@
-"""The largest tensor that a piece of code makes, and what is held of all that it made."""
+"""The largest tensor that a piece of code allocates, and the memory still held after it."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Which attention functions of transformers a block of code calls."""
+"""The attention functions of transformers that a block of code calls."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

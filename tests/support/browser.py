@@ -1,4 +1,4 @@
-"""Pages as a browser shows them: headless Chromium, without a network."""
+"""Pages in a browser: headless Chromium, without a network."""
 
 import html
 import os

@@ -1,4 +1,4 @@
-"""The ``cggr`` command in a process of its own, without the seconds that a new one spends on imports."""
+"""The ``cggr`` command in a separate process, without the seconds that a new one spends on imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the repository is, and the documents in it that people read."""
+"""The repository's root, and the documents for readers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that loading and switching are held to, those of core's tests among them."""
+"""Tiny random models of the families on which loading and switching are tested, including those of core's tests."""
 
 from collections.abc import Callable
 

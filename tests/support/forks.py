@@ -1,4 +1,4 @@
-"""Processes of their own for tests, forked from one that has imported everything once."""
+"""Separate processes for tests, forked from one that has imported everything."""
 
 import multiprocessing
 

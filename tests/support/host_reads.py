@@ -1,4 +1,4 @@
-"""What must not wait for the device."""
+"""Code that must not wait for the device."""
 
 import warnings
 from collections.abc import Iterator

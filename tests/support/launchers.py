@@ -1,4 +1,4 @@
-"""Commands as the launchers of several processes start them, each in real processes on this machine."""
+"""Commands started by multi-process launchers, in real processes on this machine."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Machines that tests pretend to be on: the facts are made up, everything that judges them is real."""
+"""Made-up machines for tests: the facts are invented, the code that judges them is real."""
 
 from dataclasses import replace
 

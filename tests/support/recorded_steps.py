@@ -1,4 +1,4 @@
-"""Training steps with recordings held to the same steps run as they are."""
+"""Recorded training steps compared with the same steps run eagerly."""
 
 import copy
 from contextlib import nullcontext

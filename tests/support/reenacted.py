@@ -1,4 +1,4 @@
-"""Recordings on the CPU: a pass is replayed by doing it again, and its results are put where the first ones are."""
+"""Recordings on the CPU: a replay runs the pass again and writes its results over the first ones."""
 
 import sys
 from collections.abc import Callable

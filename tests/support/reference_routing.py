@@ -1,4 +1,4 @@
-"""What gradient routing must equal: an ordinary forward in which autograd itself is told where to stop."""
+"""The reference of gradient routing: an ordinary forward with gradients stopped by autograd itself."""
 
 import inspect
 from typing import Any

@@ -1,4 +1,4 @@
-"""Small runs of ``cggr train``: their settings, the weights that they leave, and a signal in their middle."""
+"""Small runs of ``cggr train``: their settings, their final weights, and a signal during a run."""
 
 import os
 import signal

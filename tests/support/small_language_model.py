@@ -1,4 +1,4 @@
-"""A small mixture-of-experts language model and what it learns from, for loss curves that are to be equal."""
+"""A small mixture-of-experts language model and its data, for comparing loss curves."""
 
 import torch
 from torch import Tensor, nn

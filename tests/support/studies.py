@@ -1,4 +1,4 @@
-"""Small studies whose measurements are made in the test's own process."""
+"""Small studies that measure in the test's own process."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Tiny random models, one for every architecture that gradient routing is held to."""
+"""Tiny random models, one for every architecture on which gradient routing is tested."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""One rank of :mod:`test_trainer_native`: CGGRTrainer on a share of each batch, compared with what one process did."""
+"""One rank of :mod:`test_trainer_native`: CGGRTrainer on a share of each batch, compared with one process."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""One rank of :mod:`test_distributed`: CGGRTrainer on half of each batch, compared with what one process did."""
+"""One rank of :mod:`test_distributed`: CGGRTrainer on half of each batch, compared with one process."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tiny trainers of TRL, fixed batches for them, and what their own loss gives with gradients stopped by hand."""
+"""Tiny TRL trainers, fixed batches for them, and the results of their own loss with gradients stopped by hand."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

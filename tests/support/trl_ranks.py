@@ -1,4 +1,4 @@
-"""One rank of an update of TRL's trainers: its share of a batch under DDP or FSDP2, beside one process on all rows."""
+"""One rank of an update of TRL's trainers under DDP or FSDP2, compared with one process on all rows."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Runs whose methods capture their passes by themselves; on the CPU a replay does the pass again."""
+"""Runs whose methods capture their passes automatically; on the CPU a replay runs the pass again."""
 
 import itertools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The scripts under examples/ do what they say, on a tiny model and a few lines of text."""
+"""The scripts under examples/ work, on a tiny model and a few lines of text."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""Defaults of fine-tuning, and models by their name on the hub: without a network."""
+"""Defaults of fine-tuning, and models named as on the hub, without a network."""
 
 import pytest
 

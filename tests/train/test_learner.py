@@ -1,4 +1,4 @@
-"""What is compared differs in its routing alone: layers, loss and optimizer are the same code in every learner."""
+"""Learners differ only in their routing: layers, loss and optimizer are the same code in all of them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A CGGRModel given to a Trainer that would not run its forward is refused at once, and told what to write instead."""
+"""A CGGRModel passed to a Trainer that would not run its forward is refused, with what to write instead."""
 
 import pytest
 from datasets import Dataset

@@ -1,4 +1,4 @@
-"""What is refused of recorded steps; tests/gpu replays them."""
+"""Which recorded steps are refused; tests/gpu replays them."""
 
 import dataclasses
 

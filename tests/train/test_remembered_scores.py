@@ -1,4 +1,4 @@
-"""Remembered scores on disk and in a run: atomic, mapped, of the right examples, and the same after a resume."""
+"""Remembered scores on disk and in a run: atomic, memory-mapped, for the right examples, and equal after resuming."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""An optimizer step of a Trainer in which no token has a label: a zero loss, and nothing is changed."""
+"""An optimizer step of a Trainer in which no token has a label: a zero loss, and no change."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A study's measurements, in this process; tests/e2e runs whole ones in processes of their own."""
+"""A study's measurements, in this process; tests/e2e runs whole studies in separate processes."""
 
 import dataclasses
 import io

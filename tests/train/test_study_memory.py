@@ -1,4 +1,4 @@
-"""Studies that look at memory, at learning rates and at answers: fitting, tuning, exact match."""
+"""Studies with a memory limit, learning-rate tuning and exact-match answers."""
 
 import dataclasses
 import io

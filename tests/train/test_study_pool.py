@@ -1,4 +1,4 @@
-"""Handing out work to processes: with small ones that speak the workers' protocol and do as their requests say."""
+"""Handing out work to processes, with small ones that speak the workers' protocol."""
 
 import os
 import subprocess

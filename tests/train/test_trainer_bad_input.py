@@ -1,4 +1,4 @@
-"""CGGRTrainer and CGGRMixin: what cannot be combined is refused, with what to do instead."""
+"""CGGRTrainer and CGGRMixin: invalid combinations are refused, with what to do instead."""
 
 import pytest
 from peft import PromptTuningConfig, get_peft_model

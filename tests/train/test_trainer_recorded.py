@@ -1,4 +1,4 @@
-"""A Trainer's steps recorded on the CPU: what training did to the weights, with and without recordings."""
+"""A Trainer's steps recorded on the CPU: the trained weights, with and without recordings."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An update on two ranks under DDP and FSDP2 is that of one process on all rows, also where a rank has none to run."""
+"""An update on two ranks under DDP and FSDP2 equals that of one process on all rows, even if a rank has none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""GRPO and RLOO: TRL's own loss and gradient, with the backward on the tokens that the loss is about."""
+"""GRPO and RLOO: TRL's own loss and gradient, with a backward only for the tokens in the loss."""
 
 import pytest
 import torch

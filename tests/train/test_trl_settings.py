@@ -1,4 +1,4 @@
-"""Every setting of TRL's trainers is known, and one that is not does not pass unseen."""
+"""Every setting of TRL's trainers is known, and unknown ones are reported."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The verdict's first sentence and every table beside it say the same, whatever a study has come to."""
+"""The verdict's first sentence and all tables agree, whatever the result of a study."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What CGGR makes of one class: the numbers of transformers and of the autograd reference, a refusal, or neither."""
+"""Judges one class: CGGR matches transformers and the autograd reference, refuses the class, or fails."""
 
 import traceback
 import warnings

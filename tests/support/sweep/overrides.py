@@ -1,4 +1,4 @@
-"""What the rules for tiny configurations get wrong, per model type."""
+"""Corrections of the rules for tiny configurations, per model type."""
 
 from typing import Any
 

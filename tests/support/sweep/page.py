@@ -1,4 +1,4 @@
-"""The page of the docs that says what was found: class by class, with a column for each version of transformers."""
+"""Writes the docs page with the results: class by class, with a column for each version of transformers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

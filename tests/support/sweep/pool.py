@@ -1,4 +1,4 @@
-"""Classes judged in processes of their own, one after another in each, with a time limit that a hanging one meets."""
+"""Judges classes in separate processes, one after another in each, with a time limit for classes that hang."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""What a sweep found with one version of transformers: a JSON file for each, one class to a line."""
+"""Results of a sweep with one version of transformers: a JSON file per version, one class per line."""
 
 import json
 import os

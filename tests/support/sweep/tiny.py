@@ -1,4 +1,4 @@
-"""Any language-model class of transformers as a tiny random model: a configuration made by rules over its fields."""
+"""Any language-model class of transformers as a tiny random model, configured by rules over its fields."""
 
 import dataclasses
 import inspect
