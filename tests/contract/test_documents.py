@@ -203,6 +203,12 @@ def test_relative_links_lead_to_files(document):
     assert not missing
 
 
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if "packages" in path.parts], ids=identity)
+def test_the_readme_of_a_package_has_no_relative_links(document):
+    """A package index shows it without the repository around it."""
+    assert "](" not in re.sub(r"\]\((https://|#)", "", document.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_every_session_that_a_document_names_exists(document):
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
 
-from cggr_train import __version__
+from cggr_train import __version__, cli
 from cggr_train.cli import app
 from cggr_train.settings import TrainSettings
 
@@ -21,6 +22,17 @@ def test_help_and_version():
         result = cggr(*arguments)
         assert result.exit_code == 0
         assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch, given, then):
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli.main()
+    assert seen == [then]
 
 
 def test_help_names_every_choice(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,12 @@ def unavailable() -> str | None:
         >>> unavailable() is None or isinstance(unavailable(), str)
         True
     """
+    without_cuda = f"this PyTorch ({torch.__version__}) is built without CUDA"
+    if torch.version.hip is not None:
+        return f"this PyTorch is built for ROCm ({torch.version.hip}), and the kernels are written for CUDA"
+    # Triton takes a third of a second to import, which a PyTorch without CUDA would spend for nothing.
+    if torch.version.cuda is None and not os.environ.get("TRITON_INTERPRET"):
+        return without_cuda
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -43,12 +50,10 @@ def unavailable() -> str | None:
             f"triton cannot be imported ({error}); install it: python -m pip install 'triton>=3.6' (on Windows "
             "'triton-windows>=3.6')"
         )
-    if torch.version.hip is not None:
-        return f"this PyTorch is built for ROCm ({torch.version.hip}), and the kernels are written for CUDA"
     from cggr_kernels._library import INTERPRETED
 
     if torch.version.cuda is None and not INTERPRETED:
-        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+        return without_cuda
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as inspect_module
+import os
 from typing import Annotated
 
 import typer
@@ -40,6 +41,9 @@ for command in (train, study, inspect, demo, doctor):
 
 def main() -> None:
     """Entry point of the ``cggr`` console script."""
+    # OpenMP reads it when torch is loaded. A thread that spins while it waits takes the core from the one it waits for:
+    # beside other work on two cores, a step took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 
