@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_first_derivatives, check_float, check_index, check_vocabulary
+from cggr_kernels._checks import check_device, check_first_derivatives, check_index
+from cggr_kernels._head import check_head, in_product_dtype
 from cggr_kernels._library import register
 from cggr_kernels._linear_cross_entropy_chunks import (
     fake_forward,
@@ -113,7 +114,7 @@ class _RowLoss(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
-def _check(
+def _check_rows(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -121,12 +122,7 @@ def _check(
     row_weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    check_float("hidden", hidden, 2)
-    check_float("weight", weight, 2)
-    N, H = hidden.shape
-    if weight.shape[1] != H:
-        raise ValueError(f"weight must be [V, {H}] for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
-    check_vocabulary("weight", weight.shape[0])
+    N = hidden.shape[0]
     check_index("targets", targets, (N,))
     if row_index is not None:
         check_index("row_index", row_index, tuple(row_index.shape[:1]) or (0,))
@@ -135,8 +131,6 @@ def _check(
         raise ValueError(f"row_weight must have shape ({M},) or ({N},), got {tuple(row_weight.shape)}")
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight requires a gradient, but it is treated as a constant; pass row_weight.detach()")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_device(hidden=hidden, weight=weight, targets=targets, row_index=row_index, row_weight=row_weight, bias=bias)
 
 
@@ -156,10 +150,9 @@ def linear_cross_entropy(
     """Weighted cross-entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`` on chosen rows.
 
     Exact: nothing is filtered or approximated. Memory beyond the gradients is a chunk of logits and three copies of the
-        chosen rows; the gradient of ``weight`` is accumulated in float32 and rounded once. Except in float16, the
-        gradients of a sum are computed in the forward pass, so its graph allows one backward pass, and the gradient
-        buffers double as scratch space for those copies and that chunk: with up to a quarter of the rows chosen, no
-        other memory is needed.
+    chosen rows; the gradient of ``weight`` is accumulated in float32 and rounded once. Except in float16, the gradients
+    of a sum are computed in the forward pass, so its graph allows one backward pass, and the gradient buffers double as
+    scratch space for those copies and that chunk: with up to a quarter of the rows chosen, no other memory is needed.
 
     Args:
         hidden: Final hidden states, shape ``[N, H]``, float32, float16 or bfloat16.
@@ -188,22 +181,12 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, torch.zeros(4, 8, device="cuda"), torch.tensor([1, -100, 2], device="cuda"))
         tensor(2.7726, device='cuda:0')
     """
-    _check(hidden, weight, targets, row_index, row_weight, bias)
+    check_head(hidden, weight, bias, softcap=softcap, scale=scale)
+    _check_rows(hidden, weight, targets, row_index, row_weight, bias)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be a positive number or None, got {value}")
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"weight must have the dtype of hidden, got {weight.dtype} and {hidden.dtype}; cast one of them"
-        )
-    bias = None if bias is None else bias.to(hidden.dtype)
-    with torch.autocast(device_type, enabled=False):
+    hidden, weight, bias = in_product_dtype(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
         weight = weight.contiguous()
         M = targets.shape[0] if row_index is None else row_index.shape[0]
         if M and _gradients_in_forward(hidden, weight, bias, reduction):

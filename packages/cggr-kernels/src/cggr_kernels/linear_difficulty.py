@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cggr_kernels._checks import check_device, check_float, check_index, check_vocabulary
+from cggr_kernels._checks import check_device, check_index
+from cggr_kernels._head import check_head, in_product_dtype
 from cggr_kernels._library import register
 from cggr_kernels.difficulty import Statistics, launch_difficulty
 
@@ -100,30 +101,12 @@ def linear_difficulty(
         >>> linear_difficulty(hidden, torch.zeros(4, 8, device="cuda"))[0]
         tensor([1.3863], device='cuda:0')
     """
-    check_float("hidden", hidden, 2)
-    check_float("weight", weight, 2)
-    N, H = hidden.shape
-    if weight.shape[1] != H:
-        raise ValueError(f"weight must be [V, {H}] for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
-    check_vocabulary("weight", weight.shape[0])
+    check_head(hidden, weight, bias, softcap=softcap, scale=scale)
     if targets is not None:
-        check_index("targets", targets, (N,))
+        check_index("targets", targets, (hidden.shape[0],))
         targets = targets.contiguous()
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be a positive number or None, got {value}")
     check_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"weight must have the dtype of hidden, got {weight.dtype} and {hidden.dtype}; cast one of them"
-        )
-    bias = None if bias is None else bias.to(hidden.dtype)
-    with torch.autocast(device_type, enabled=False):
+    hidden, weight, bias = in_product_dtype(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
         statistics = _linear_difficulty(hidden, weight, targets, bias, softcap, scale, ignore_index)
     return statistics[0], statistics[1], statistics[2], statistics[3], statistics[4]
