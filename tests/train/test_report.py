@@ -102,6 +102,15 @@ def test_of_arms_that_are_not_told_apart_the_one_with_less_memory_is_used():
     assert lines[0].startswith("Use stratified 0.25 by gradnorm, kv: ")
 
 
+@pytest.mark.parametrize(("shares", "bold"), [([0.1, 0.2, 0.2, 0.0, 0.1], {"standard-b4", EQUAL}), ([0.0] * 5, set())])
+def test_the_best_accuracies_are_set_bold_unless_all_are_equal(shares, bold):
+    names = (STANDARD, "standard-b4", EQUAL, RANDOM, ASKED)
+    found = outcome(**dict.fromkeys(names, 4.0))
+    found = dataclasses.replace(found, accuracy={n: [s] * 3 for n, s in zip(names, shares, strict=True)})
+    (cells,) = (cells for cells in study_cells(found) if cells.headings[-1] == "equal time")
+    assert {name for name, _ in cells.best} == bold
+
+
 def test_the_verdict_when_the_method_wins():
     lines = said(**{STANDARD: 5.0, EQUAL: 5.0, RANDOM: 4.5, ASKED: 4.0})
     assert lines[0].startswith("Use stratified 0.25 by gradnorm, kv: its held-out loss in the same time, 4.350, is the")
@@ -127,10 +136,10 @@ def test_the_verdict_and_every_table_say_the_same(means, peaks, spread, seeds, a
     assert lines[0].startswith(f"Use {found.arm(chosen.name).title}: ")
     bold = {name for name, number in losses.best if losses.headings[1 + number] == "equal time"}
     assert lines[1].startswith(f"Lowest held-out loss in the same time: {found.arm(*bold).title} (")
-    (best,) = bold
     if asked:
-        ((best, _),) = tables["equal time"].best
-    assert ("is statistically indistinguishable" in lines[0]) == (chosen.name != best)
+        bold = {name for name, _ in tables["equal time"].best}
+    if len(bold) == 1:
+        assert ("is statistically indistinguishable" in lines[0]) == (chosen.name not in bold)
     for name, cells in differences.rows:
         arm = found.arm(name)
         for control, cell in zip((STANDARD, arm.equal_cost, arm.random), cells, strict=True):
@@ -299,6 +308,16 @@ class Checker(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("width", [901, 650])
+def test_the_page_scrolls_nothing_sideways_at_widths_between(browser, tmp_path, width):
+    study = {"devices": ["a device"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
+    found = outcome(**{STANDARD: 15.0, EQUAL: 14.6, RANDOM: 14.5, ASKED: 14.0})
+    page = tmp_path / "report.html"
+    write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
+    shown, window = widths(browser, page, tmp_path, width=width)
+    assert shown <= window == width
 
 
 @pytest.mark.parametrize("width", [1400, 400])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["picture"] = _data_url
+    environment.filters["unbroken"] = unbroken
     page = environment.get_template(template).render(**values)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -45,6 +47,16 @@ def visible(text: str) -> str:
         '␣x⏎'
     """
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(part of a character)"
+
+
+def unbroken(cell: str) -> str:
+    r"""A table's cell, whose line may break before a bracket or ``±`` only.
+
+    Example:
+        >>> unbroken("+0.003 (+0.002 to +0.004)")
+        '+0.003 (+0.002\xa0to\xa0+0.004)'
+    """
+    return re.sub(r" (?![(±])", "\N{NO-BREAK SPACE}", cell)
 
 
 def _data_url(png: bytes) -> str:

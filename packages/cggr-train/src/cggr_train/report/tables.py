@@ -33,7 +33,7 @@ class Cells(NamedTuple):
         note: Below it.
         headings: Column headings, the arm's first.
         rows: Name of the arm, then the cells.
-        best: Column numbers and arms of the lowest cell of each column.
+        best: Arms and column numbers of the best cells of each column.
     """
 
     title: str
@@ -133,7 +133,12 @@ def _accuracies(outcome: Outcome) -> Cells:
         )
         for arm in outcome.arms
     ]
-    best = {(max(by, key=lambda name: by[name].mean), 1 + number) for number, by in enumerate(found.values())}
+    best = {
+        (name, 1 + number)
+        for number, by in enumerate(found.values())
+        for name, share in by.items()
+        if min(other.mean for other in by.values()) < share.mean == max(other.mean for other in by.values())
+    }
     return Cells(
         "Exact match on the held-out questions, greedy decoding",
         "± half of the 95% interval over seeds.",
