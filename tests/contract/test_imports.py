@@ -91,7 +91,10 @@ def test_no_test_imports_a_test():
 
 
 # What packages other than core may import of it; the docstring of cggr_core.routing says so to people.
-OF_CORE = {"backends", "checks", "experimental", "logprobs", "monitor", "routing", "settings", "step", "stopwatch"}
+OF_CORE = {
+    "backends", "checks", "experimental", "logprobs", "monitor", "recording", "routing", "settings", "step",
+    "stopwatch",
+}  # fmt: skip
 
 
 READERS = {name: sources(name) for name in ("cggr", "cggr_moe", "cggr_train")} | {

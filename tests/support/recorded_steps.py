@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cggr_core import CGGRModel, create_truncated_router
-from cggr_core.recording import Recorder, recorder, replay
+from cggr_core.recording import StepRecorder, recorder, replay
 from tests.support.model_steps import backward, tokens
 from tests.support.reenacted import Reenacted
 from tests.support.tiny_models import ROUTABLE
@@ -27,7 +27,7 @@ def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRM
 def record_by_doing_again(model: CGGRModel) -> None:
     """Let a model on the CPU record its steps."""
     parts = (model._outcome, model.settings, model._passes, model.schedule, model._draws)
-    model._recorder = Recorder(*parts, device_type="cpu", graphs=Reenacted)
+    model._recorder = StepRecorder(*parts, device_type="cpu", graphs=Reenacted)
 
 
 def replayed(model: CGGRModel) -> bool:

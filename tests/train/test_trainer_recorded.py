@@ -18,14 +18,14 @@ def trained(folder, cggr: CGGRConfig, *, recorded: bool, **values):
     before, routed, replays = tiny_model(), made.routed_model(), []
     if recorded:
         record_by_doing_again(routed)
-        take = routed._recorder.take
+        take = routed._recorder.take_step
 
         def noted(*args):
             taken = take(*args)
             replays.append(taken is not None)
             return taken
 
-        routed._recorder.take = noted
+        routed._recorder.take_step = noted
     made.train()
     return change(before, made.model), replays, routed._recorder.recordings if recorded else 0
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from cggr_core.recording import Recorder, StepCall, StepOutcome
+from cggr_core.recording import Outcome, StepCall, StepRecorder
 from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
 from cggr_core.selection import Selection
@@ -164,7 +164,7 @@ class CGGRModel(nn.Module):
         self._deferred = DeferredErrors()
         self._draws = Draws(self.schedule)
         self._metrics: dict[str, Any] = {}
-        self._recorder: Recorder | None = None
+        self._recorder: StepRecorder | None = None
 
     @_disable_dynamo  # torch.compiler.disable, but Dynamo, a second of import, waits until a forward
     def forward(
@@ -259,9 +259,10 @@ class CGGRModel(nn.Module):
         replayed = self._replayed(call, slots)
         if replayed is not None:
             self.schedule.note_forward()
+            assert replayed.findings is not None  # of every step
             self._deferred.send(replayed.findings)
             self._metrics = replayed.metrics
-            return replayed.loss
+            return replayed.values[0]
         router: Router = self._router
         if self.scoring_stopwatch is not None:
             router = cast(Router, TimedRouter(router, self.scoring_stopwatch))
@@ -420,17 +421,17 @@ class CGGRModel(nn.Module):
         with self._passes.step():
             return run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
 
-    def _replayed(self, call: StepCall, slots: Callable[[], int | None]) -> StepOutcome | None:
+    def _replayed(self, call: StepCall, slots: Callable[[], int | None]) -> Outcome | None:
         """The step by its recording, if there is one or one is due."""
         if not self.settings.cuda_graph:
             return None
         if self._recorder is None:
-            self._recorder = Recorder(self._outcome, self.settings, self._passes, self.schedule, self._draws)
-        return self._recorder.take(call, self._router, slots)
+            self._recorder = StepRecorder(self._outcome, self.settings, self._passes, self.schedule, self._draws)
+        return self._recorder.take_step(call, self._router, slots)
 
-    def _outcome(self, call: StepCall) -> StepOutcome:
+    def _outcome(self, call: StepCall) -> Outcome:
         result = self._run(call, self._router)
-        return StepOutcome(result.loss, result.metrics, findings(result, self.schedule))
+        return Outcome((result.loss,), result.metrics, findings(result, self.schedule))
 
     def _follow_model(self) -> None:
         """Detect changes of the wrapped model since the last step, including its replacement."""

@@ -1,24 +1,68 @@
-"""The arguments of a training forward: those fixed in a recording, and static buffers for those that change."""
+"""The arguments of what is recorded: those fixed in a recording, and static buffers for those that change."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from cggr_core.selection import slots_in_buckets
+from cggr_core.selection import Selection, slots_in_buckets
 
 # Numbers that change from step to step and are read on the device: integers,
 _COUNTED = ("draw", "first_row")
 # and one of any kind.
 _ITEMS = "num_items"
+_CONTEXT, _SELECTION = "context.", "selection."
+
+
+class Call(ABC):
+    """One call of something that can be recorded: its arguments by name."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @abstractmethod
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """All arguments by name."""
+
+    @abstractmethod
+    def reading(self, places: Mapping[str, Tensor]) -> Self:
+        """The same call with other tensors, by name."""
+
+    def obstacle(self) -> str | None:
+        """Why a call with these arguments cannot be recorded; ``None`` if it can."""
+        for name, value in self.items():
+            if name in _COUNTED or name == _ITEMS or value is None:
+                continue
+            if not isinstance(value, Tensor):
+                try:
+                    hash(value)
+                except TypeError:
+                    return f"the argument {name} is a {type(value).__name__}, which cannot be compared between steps"
+            elif value.requires_grad:
+                return f"the argument {name} requires gradients"
+            elif value.device != self.device:
+                return f"the argument {name} is on {value.device}, but the labels are on {self.device}"
+        return None
+
+    def key(self) -> Hashable:
+        """What a recording of the call bakes in: names, shapes, dtypes, non-tensor values, autocast."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and (
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_cache_enabled(),
+        )
+        return (self.device, autocast, *(_built_in(name, value) for name, value in self.items()))
 
 
 @dataclass(frozen=True)
-class StepCall:
+class StepCall(Call):
     """One call of :meth:`cggr_core.CGGRModel.forward` in training.
 
     Attributes:
@@ -39,24 +83,16 @@ class StepCall:
         yield from self.arguments.items()
         yield from self.given.items()
 
+    def reading(self, places: Mapping[str, Tensor]) -> Self:
+        """The same step with other tensors, by name."""
+        return type(self)(_replaced(self.arguments, places), _replaced(self.given, places))
+
     def obstacle(self) -> str | None:
         """Why a step with these arguments cannot be recorded; ``None`` if it can."""
         for name in ("selection", "example_ids"):
             if self.given.get(name) is not None:
                 return f"{name} is passed in"
-        for name, value in self.items():
-            if name in _COUNTED or name == _ITEMS or value is None:
-                continue
-            if not isinstance(value, Tensor):
-                try:
-                    hash(value)
-                except TypeError:
-                    return f"the argument {name} is a {type(value).__name__}, which cannot be compared between steps"
-            elif value.requires_grad:
-                return f"the argument {name} requires gradients"
-            elif value.device != self.device:
-                return f"the argument {name} is on {value.device}, but the labels are on {self.device}"
-        return None
+        return super().obstacle()
 
     def in_bucket(self) -> StepCall:
         """The same step with its slots rounded up; the extra ones hold no kept token and have zero weight."""
@@ -69,14 +105,47 @@ class StepCall:
         """The same step with another number of slots."""
         return StepCall(self.arguments, {**self.given, "slots": slots})
 
-    def key(self) -> Hashable:
-        """What a recording of the step bakes in: names, shapes, dtypes, non-tensor values, autocast."""
-        kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind) and (
-            torch.get_autocast_dtype(kind),
-            torch.is_autocast_cache_enabled(),
+
+@dataclass(frozen=True)
+class PassCall(Call):
+    """One gradient pass, whose results a loss outside of it is made of.
+
+    Attributes:
+        arguments: Of the model's forward.
+        context: What several rows continue, by name; empty for none.
+        selection: The kept tokens.
+    """
+
+    arguments: Mapping[str, Any]
+    context: Mapping[str, Any]
+    selection: Selection
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the pass."""
+        return self.selection.index.device
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """All arguments by name."""
+        yield from self.arguments.items()
+        yield from _prefixed(_CONTEXT, self.context).items()
+        yield from _prefixed(_SELECTION, vars(self.selection)).items()
+
+    def reading(self, places: Mapping[str, Tensor]) -> Self:
+        """The same pass with other tensors, by name."""
+        context, selection = (
+            {name.removeprefix(prefix): value for name, value in _replaced(_prefixed(prefix, named), places).items()}
+            for prefix, named in ((_CONTEXT, self.context), (_SELECTION, vars(self.selection)))
         )
-        return (self.device, autocast, *(_built_in(name, value) for name, value in self.items()))
+        return type(self)(_replaced(self.arguments, places), context, Selection(**selection))
+
+
+def _prefixed(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in named.items()}
+
+
+def _replaced(arguments: Mapping[str, Any], places: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    return {name: places.get(name, value) for name, value in arguments.items()}
 
 
 def _built_in(name: str, value: Any) -> Hashable:
@@ -94,30 +163,30 @@ def _on_device(value: Any) -> bool:
 
 
 class FixedInputs:
-    """Static buffers for the tensors that a recorded step reads.
+    """Static buffers for the tensors that a recorded call reads.
 
     Args:
-        call: A step like all that follow.
-        draw: Number of its random draw.
+        call: A call like all that follow.
 
     Attributes:
-        call: The same step, reading these buffers.
+        call: The same call, reading these buffers.
     """
 
-    def __init__(self, call: StepCall, draw: int | Tensor) -> None:
+    def __init__(self, call: Call) -> None:
         device = call.device
-        self._places = {name: torch.zeros((), dtype=torch.int64, device=device) for name in _COUNTED}
+        self._places = {
+            name: torch.zeros((), dtype=torch.int64, device=device) for name, _ in call.items() if name in _COUNTED
+        }
         for name, value in call.items():
             if name == _ITEMS and value is not None and not _on_device(value):
                 self._places[name] = torch.zeros((), device=device)
-            elif isinstance(value, Tensor) and name not in _COUNTED:
+            elif isinstance(value, Tensor):
                 self._places[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
-        self.fill(call, draw)
-        parts = ({name: self._places.get(name, value) for name, value in part.items()} for part in _parts(call))
-        self.call = StepCall(*parts)
+        self.fill(call, 0)
+        self.call = call.reading(self._places)
 
-    def fill(self, call: StepCall, draw: int | Tensor) -> None:
-        """Copy the values of a step into the static buffers."""
+    def fill(self, call: Call, draw: int | Tensor) -> None:
+        """Copy the values of a call into the static buffers."""
         given: dict[str, Any] = dict(call.items()) | {"draw": draw}
         for name, place in self._places.items():
             value = given[name]
@@ -127,20 +196,16 @@ class FixedInputs:
                 place.fill_(value if not isinstance(value, Tensor) else value.item())
 
 
-def _parts(call: StepCall) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    return call.arguments, call.given
-
-
 @dataclass(frozen=True)
-class StepOutcome:
-    """Results of a step, recorded or not.
+class Outcome:
+    """Results of a call, recorded or not.
 
     Attributes:
-        loss: Scalar, connected to the graph.
+        values: Connected to the graph; of a step, the loss alone.
         metrics: See :attr:`cggr_core.CGGRModel.metrics`.
-        findings: float32 ``[3]``, see :class:`~cggr_core.step.DeferredErrors`.
+        findings: float32 ``[3]``, see :class:`~cggr_core.step.DeferredErrors`; ``None`` if nothing was looked for.
     """
 
-    loss: Tensor
+    values: tuple[Tensor, ...]
     metrics: dict[str, Any]
-    findings: Tensor
+    findings: Tensor | None = None

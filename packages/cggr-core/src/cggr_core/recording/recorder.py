@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cggr_core.recording.calls import StepCall, StepOutcome
+from cggr_core.recording.calls import Call, Outcome, StepCall
 from cggr_core.recording.cuda import CudaGraphs
 from cggr_core.recording.model_state import ModelState, checkpoints, obstacle_in
 from cggr_core.recording.obstacles import obstacle_now, obstacle_of
@@ -36,34 +36,27 @@ _SAID_AFTER = 24
 
 
 class Recorder:
-    """Runs training steps by replaying a recording if there is one.
+    """Replays a recording of a call if there is one.
 
     Args:
-        run: Runs a step eagerly.
-        settings: Of the steps.
+        run: Does a call eagerly.
         engine: The passes over the model.
-        schedule: Their keep ratio.
-        draws: Numbers their random draws.
-        device_type: Device type on which steps are recorded.
+        device_type: Device type on which calls are recorded.
         graphs: Creates the recorder of a device.
 
     Attributes:
-        replayed: Whether the last step was.
+        replayed: Whether the last call was.
     """
 
     def __init__(
         self,
         run: Run,
-        settings: RoutingSettings,
         engine: Engine,
-        schedule: Schedule,
-        draws: Draws,
         *,
         device_type: str = "cuda",
         graphs: Callable[[torch.device], Graphs] = CudaGraphs,
     ) -> None:
-        self._run, self._settings, self._engine = run, settings, engine
-        self._schedule, self._draws = schedule, draws
+        self._run, self._engine = run, engine
         self._device_type, self._graphs = device_type, graphs
         self._attempts = self._replays = self._eager_in_a_row = 0
         self._stopped: str | None = None
@@ -74,41 +67,44 @@ class Recorder:
         self._places: SharedPlaces | None = None
         self._forget()
 
-    def take(self, call: StepCall, router: Any, slots: Callable[[], int | None]) -> StepOutcome | None:
-        """The step by replay; ``None`` if it must run eagerly.
-
-        Args:
-            call: The arguments.
-            router: What scores.
-            slots: Counts the slots of the supervised tokens, if those are kept. It may wait for the device, so it is
-                called last.
-
-        Raises:
-            ValueError: As the step itself does.
-        """
+    def ready(self, device: torch.device) -> bool:
+        """Whether a call on a device could be replayed or recorded, whatever its arguments; if not, it is counted."""
         self.replayed = False
-        if not isinstance(call.given["labels"], Tensor) or call.device.type != self._device_type:
-            return None
-        reason = self._stopped or self._obstacle(call, router)
+        if device.type != self._device_type:
+            return False
+        reason = self._stopped or self._obstacle() or obstacle_now(device)
+        if reason is not None:
+            self._as_it_is(reason)
+        return reason is None
+
+    def take(self, call: Call) -> Outcome | None:
+        """Do a call by replay, after :meth:`ready`; ``None`` if it must run eagerly."""
+        reason = call.obstacle()
         if reason is not None:
             return self._as_it_is(reason)
-        stamp = self._engine.seen
-        if self._recordings and (stamp != self._stamp or self._state is None or not self._state.holds()):
+        self._refresh()
+        return self._replayed(call, self._run, lambda: 0)
+
+    def _refresh(self) -> None:
+        """Drop the recordings if the model is not as they found it."""
+        changed = self._engine.seen != self._stamp or self._state is None or not self._state.holds()
+        if self._recordings and changed:
             self._forget()
-        usual = call.with_slots(slots())
-        call = usual.in_bucket()
-        kind = (stamp, self._schedule.ratio, call.key())
+
+    def _replayed(
+        self, call: Call, as_it_is: Run, next_draw: Callable[[], int | Tensor], *beside: Hashable
+    ) -> Outcome | None:
+        kind = (self._engine.seen, *beside, call.key())
         recording = self._recordings.pop(kind, None)
         if recording is None:
-            recording, reason = self._recorded(kind, call, usual.given["slots"])
+            recording, reason = self._recorded(kind, call, as_it_is)
             if recording is None:
                 return self._as_it_is(reason)
         self._recordings[kind] = recording  # the last one is the most recently used
         self._replays += 1
         self.replayed = True
         self._eager_in_a_row = 0
-        draw = call.given["draw"]
-        return recording(call, self._draws.next(call.device) if draw is None else draw)
+        return recording(call, next_draw())
 
     @property
     def recordings(self) -> int:
@@ -120,7 +116,7 @@ class Recorder:
         """Why the last step ran eagerly; ``None`` if it was replayed."""
         return self._reason if self._eager_in_a_row else None
 
-    def _recorded(self, kind: Hashable, call: StepCall, slots: int | None) -> tuple[Recording | None, str]:
+    def _recorded(self, kind: Hashable, call: Call, as_it_is: Run) -> tuple[Recording | None, str]:
         if kind in self._refused:
             return None, self._refused[kind]
         if len(self._times) >= _MOST_KINDS:
@@ -140,17 +136,8 @@ class Recorder:
         self._attempts += 1
         if self._places is None:
             self._places = SharedPlaces(self._graphs(call.device))
-        draw = call.given["draw"]
         try:
-            made = Recording(
-                self._capturable,
-                lambda fixed: self._run(fixed.with_slots(slots)),
-                call,
-                0 if draw is None else draw,
-                model,
-                self._places,
-                may_draw=not checkpointed,
-            )
+            made = Recording(self._capturable, as_it_is, call, model, self._places, may_draw=not checkpointed)
         except NotRecordedError as refusal:
             self._refused[kind] = str(refusal)
             if not self._recordings:
@@ -180,20 +167,17 @@ class Recorder:
     @property
     def _routed(self) -> bool:
         """Whether layers with gradients run in routed passes, which have their own checkpointing."""
-        keeps_all = self._schedule.ratio == 1.0 and self._settings.selection != SUPERVISED
-        return self._settings.routes_keys_and_values and not keeps_all
+        return True
 
-    def _capturable(self, call: StepCall) -> StepOutcome:
+    def _capturable(self, call: Call) -> Outcome:
         with self._engine.capturable():
             return self._run(call)
 
-    def _obstacle(self, call: StepCall, router: Any) -> str | None:
-        """What currently prevents recording."""
-        if self._schedule.moving:
-            return "the keep ratio is changing"
+    def _obstacle(self) -> str | None:
+        """What currently prevents recording, besides the process and the arguments."""
         if self._places is not None and self._places.busy:
             return "the backward pass of an earlier step is still pending"
-        return obstacle_now(call.device) or obstacle_of(router) or call.obstacle()
+        return None
 
     def _as_it_is(self, reason: str) -> None:
         self._reason = reason
@@ -216,3 +200,68 @@ class Recorder:
         self._places = None
         self._state: ModelState | None = None
         self._stamp: Any = None
+
+
+class StepRecorder(Recorder):
+    """Replays training steps, whose keep ratio and draws are counted outside of them.
+
+    Args:
+        run: Runs a step eagerly.
+        settings: Of the steps.
+        engine: The passes over the model.
+        schedule: Their keep ratio.
+        draws: Numbers their random draws.
+        device_type: Device type on which steps are recorded.
+        graphs: Creates the recorder of a device.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: RoutingSettings,
+        engine: Engine,
+        schedule: Schedule,
+        draws: Draws,
+        *,
+        device_type: str = "cuda",
+        graphs: Callable[[torch.device], Graphs] = CudaGraphs,
+    ) -> None:
+        super().__init__(run, engine, device_type=device_type, graphs=graphs)
+        self._settings, self._schedule, self._draws = settings, schedule, draws
+
+    def take_step(self, call: StepCall, router: Any, slots: Callable[[], int | None]) -> Outcome | None:
+        """The step by replay; ``None`` if it must run eagerly.
+
+        Args:
+            call: The arguments.
+            router: What scores.
+            slots: Counts the slots of the supervised tokens, if those are kept. It may wait for the device, so it is
+                called last.
+
+        Raises:
+            ValueError: As the step itself does.
+        """
+        if not isinstance(call.given["labels"], Tensor):
+            self.replayed = False
+            return None
+        if not self.ready(call.device):
+            return None
+        reason = obstacle_of(router) or call.obstacle()
+        if reason is not None:
+            return self._as_it_is(reason)
+        self._refresh()
+        usual = call.with_slots(slots())
+        return self._replayed(
+            usual.in_bucket(),
+            lambda fixed: self._run(fixed.with_slots(usual.given["slots"])),
+            lambda: self._draws.next(call.device) if call.given["draw"] is None else call.given["draw"],
+            self._schedule.ratio,
+        )
+
+    @property
+    def _routed(self) -> bool:
+        keeps_all = self._schedule.ratio == 1.0 and self._settings.selection != SUPERVISED
+        return self._settings.routes_keys_and_values and not keeps_all
+
+    def _obstacle(self) -> str | None:
+        return "the keep ratio is changing" if self._schedule.moving else super()._obstacle()

@@ -1,8 +1,8 @@
 """Engines that run kept tokens through a stock Hugging Face model; the one place that imports transformers.
 
 Other packages may import the names below. From the rest of core, they may import the names of ``cggr_core`` itself and
-of its modules ``settings``, ``checks``, ``backends``, ``monitor``, ``stopwatch``, ``step``, ``logprobs`` and
-``experimental``. Everything else is private to core and may change in any release.
+of its modules ``settings``, ``checks``, ``backends``, ``monitor``, ``stopwatch``, ``step``, ``recording``,
+``logprobs`` and ``experimental``. Everything else is private to core and may change in any release.
 
 ============================  =========================================================================================
 name                          contract

@@ -17,12 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from cggr_core import Selection, SharedContext
-from cggr_core.logprobs import SharedRun
 from cggr_core.routing import (
-    NO_CONTEXT,
     Engine,
-    TokenInputs,
     replaced_forwards,
     shards_layers,
     unwrapped,
@@ -30,6 +26,7 @@ from cggr_core.routing import (
 )
 from cggr_core.stopwatch import Stopwatch
 from cggr_train.trainer.batch import routed_batch
+from cggr_train.trainer.trl.gradient_runs import GradientRuns
 from cggr_train.trainer.trl.hooks import uncached_autocast
 from cggr_train.trainer.trl.router_loss import COEFFICIENTS
 from cggr_train.trainer.trl.rows import (
@@ -82,6 +79,7 @@ class RoutedForward:
         gradient: ``"kv"``, ``"detached"`` or ``"exact"``.
         context_precision: ``"fp8"`` or ``None``.
         context_margin: Let gradients also reach this many tokens before each kept stretch.
+        cuda_graph: ``"auto"`` or ``False``.
         scoring: Adds up the time of measuring.
         autocast: The trainer's mixed precision.
 
@@ -95,12 +93,16 @@ class RoutedForward:
         gradient: str,
         context_precision: str | None,
         context_margin: int,
+        cuda_graph: str | bool,
         scoring: Stopwatch,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model = model
         self.metrics: dict[str, Tensor] = {}
         self._engine = Engine(model)
+        self.runs = GradientRuns(
+            self._engine, gradient, context_precision, context_margin, records=cuda_graph == "auto"
+        )
         self._gradient = gradient
         self._precision = context_precision
         self._margin = context_margin
@@ -193,9 +195,8 @@ class RoutedForward:
             shares = plan.shares_prompts and not (self._sharded or self._margin)
             prompts = shared_prompts(arguments, part != IGNORED) if shares else None
             start = 0 if prompts is None else prompts.input_ids.shape[1]
-            batch = self._inputs(arguments, prompts)
-            context, measured = NO_CONTEXT, None
             if plan.measure:
+                batch = self.runs.inputs(arguments, prompts)
                 with self._scoring.measure(targets.device):
                     context, hidden = engine.context(
                         batch,
@@ -207,15 +208,18 @@ class RoutedForward:
                     )
                     assert hidden is not None  # asked for
                     measured = self._measured(plan, inputs, targets, rows, hidden, start)
-            keep, weight = _chosen(plan, countable, measured)
-            kept = (keep if rows is None else keep[rows])[:, start:]
-            within = None if batch.padding is None else batch.padding[:, -kept.shape[1] :].bool()
-            selection = Selection.from_mask(kept, margin=self._margin, within=within)
-            if not selection.index.shape[1]:  # nothing is kept: one slot that holds nothing connects the graph
-                selection = Selection.from_mask(kept, capacity=1)
-            hidden, auxiliary = engine.gradient(
-                batch, selection, context, keep_graph=keep_graph, hidden=True, precision=self._precision
-            )
+                keep, weight = _chosen(plan, countable, measured)
+                kept = (keep if rows is None else keep[rows])[:, start:]
+                selection = self.runs.selected(kept, arguments)
+                hidden, auxiliary = engine.gradient(
+                    batch, selection, context, keep_graph=keep_graph, hidden=True, precision=self._precision
+                )
+            else:
+                measured = None
+                keep, weight = _chosen(plan, countable, None)
+                kept = (keep if rows is None else keep[rows])[:, start:]
+                selection = self.runs.selected(kept, arguments)
+                hidden, auxiliary = self.runs.run(arguments, prompts, selection)
         index, valid = selection.index + start, selection.valid & kept.gather(1, selection.index)
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
@@ -223,17 +227,6 @@ class RoutedForward:
             output[name] = spread(value, index, valid, rows, below)
         output.aux_loss = auxiliary
         return output, keep, weight
-
-    def _inputs(self, arguments: dict[str, Any], prompts: SharedContext | None) -> TokenInputs:
-        """The tokens that run row by row, after the prompts that run once."""
-        if prompts is None:
-            batch = self._engine.inputs(**arguments)
-            self._engine.prepare(batch, routing=True, applies_head=False)  # the head is TRL's
-            return batch
-        start = prompts.input_ids.shape[1]
-        run = SharedRun(self._engine, prompts, {name: value[:, start:] for name, value in arguments.items()})
-        run.prepare(applies_head=False)
-        return run.after_context(gradient_mode=self._gradient, precision=self._precision)
 
     @torch.no_grad()
     def _measured(

@@ -164,6 +164,7 @@ class LabelledLoss(TaskLoss):
         # The completions of a pair, or of a group, share their prompt.
         self.shares_prompts = hasattr(trainer, "loss_weights") or hasattr(trainer, "num_generations")
         self._forward: RoutedForward | None = None
+        self._forward_for: Any = None
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -183,7 +184,10 @@ class LabelledLoss(TaskLoss):
 
     def forward(self) -> RoutedForward:
         """The replacement for the forward of the trainer's current model."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self._forward is not None and self._forward_for is self.trainer.model:
+            return self._forward
+        self._forward_for = self.trainer.model
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)  # milliseconds
         if self._forward is None or self._forward.model is not model:
             autocast = self.trainer.accelerator.autocast
             self._forward = RoutedForward(
@@ -191,6 +195,7 @@ class LabelledLoss(TaskLoss):
                 self.config.gradient,
                 self.config.context_precision,
                 self.config.context_margin,
+                self.config.cuda_graph,
                 self.scoring,
                 autocast,
             )

@@ -1,0 +1,196 @@
+"""Updates of TRL's trainers whose pass is recorded, on the CPU: TRL's own loss, gradients and logs, from a replay."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import MixtralConfig, MixtralForCausalLM
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from cggr_core.recording import Recorder
+from cggr_train import CGGRConfig
+from tests.support.recorded_steps import record_at_once
+from tests.support.reenacted import Reenacted
+from tests.support.trl_kit import COMPLETION, PROMPTS, QUIET, ROWS, build, error, model_for, policy_batch, step
+
+pytestmark = QUIET
+
+ROWS_OF = {
+    SFTTrainer: [{"prompt": text, "completion": f"    return a * {n}" + " - b" * n} for n, text in enumerate(PROMPTS)],
+    DPOTrainer: [
+        {"prompt": t, "chosen": f"    return a * {n}\n", "rejected": "    b\n"} for n, t in enumerate(PROMPTS)
+    ],
+    KTOTrainer: [
+        {"prompt": text, "completion": f"    return a * {n}" + " - b" * n, "label": n % 2 == 0}
+        for n, text in enumerate(PROMPTS)
+    ],
+}
+CASES = {
+    "sft": (SFTTrainer, SFTConfig, {}),
+    "sft, dft": (SFTTrainer, SFTConfig, {"loss_type": "dft"}),
+    "sft, packed": (SFTTrainer, SFTConfig, {"padding_free": True, "max_length": None}),
+    "sft, autocast": (SFTTrainer, SFTConfig, {"bf16": True}),
+    "dpo": (DPOTrainer, DPOConfig, {}),
+    "kto": (KTOTrainer, KTOConfig, {}),
+    "grpo": (GRPOTrainer, GRPOConfig, {}),
+    "grpo, entropies": (GRPOTrainer, GRPOConfig, {"top_entropy_quantile": 0.5}),
+    "rloo": (RLOOTrainer, RLOOConfig, {"beta": 0.0}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _recorded_at_once(monkeypatch):
+    record_at_once(monkeypatch)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    def made(kind, config, cggr, **values):
+        more = {}
+        if kind in ROWS_OF:
+            more = {"train_dataset": Dataset.from_list([dict(row) for row in ROWS_OF[kind]]), "max_length": 32}
+        if kind in (DPOTrainer, KTOTrainer):
+            with torch.random.fork_rng():
+                more["ref_model"] = model_for(tokenizer)
+                for parameter in more["ref_model"].parameters():
+                    parameter.data.mul_(0.9)
+        return build(kind, config, tmp_path, tokenizer, cggr=cggr, **{"gradient_checkpointing": False} | more | values)
+
+    return made
+
+
+def recording(made):
+    """The trainer, with its passes recorded on the CPU by doing them again."""
+    runs = made._task_loss.forward().runs
+    assert runs.recorder is not None
+    runs.recorder = Recorder(runs._run, runs._engine, device_type="cpu", graphs=Reenacted)
+    return runs.recorder
+
+
+def updates(made, name: str, vocabulary: int) -> list[dict]:
+    """Batches of equal shapes, with other tokens and other labels in each."""
+    if made.args.__class__ in (GRPOConfig, RLOOConfig):
+        first = policy_batch(vocabulary)
+        if made.args.__class__ is RLOOConfig:
+            first["old_logps"] = torch.full((ROWS,), -20.0)
+        if "entropies" in name:
+            generator = torch.Generator().manual_seed(1)
+            first["old_per_token_logps"] = torch.full((ROWS, COMPLETION), -3.0)
+            first["cggr_entropies"] = torch.rand(ROWS, COMPLETION, generator=generator)
+        ids = "completion_ids"
+    else:
+        first, ids = next(iter(made.get_train_dataloader())), "input_ids"
+    found = []
+    for number in range(4):
+        generator = torch.Generator().manual_seed(number)
+        batch = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.items()}
+        free = batch["labels"] != -100 if "labels" in batch else torch.ones_like(batch[ids], dtype=torch.bool)
+        if "attention_mask" in batch:
+            free &= batch["attention_mask"].bool()
+        if "completion_mask" in batch and ids == "input_ids":
+            free &= batch["completion_mask"].bool()
+        new = torch.randint(3, vocabulary, batch[ids].shape, generator=generator)
+        batch[ids] = torch.where(free, new, batch[ids])
+        if "labels" in batch:
+            batch["labels"] = torch.where(free, batch[ids], -100)
+            batch["labels"][0, -3 - number :] = -100
+        found.append(batch)
+    return found
+
+
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers_of_the_updates_as_they_are(make, tokenizer, name, gradient):
+    kind, config, values = CASES[name]
+    settings = {"gradient": gradient, "selection": "supervised"}
+    plain = make(kind, config, CGGRConfig(cuda_graph=False, **settings), **values)
+    made = make(kind, config, CGGRConfig(**settings), **values)
+    recorder, replays = recording(made), []
+    for batch in updates(plain, name, len(tokenizer)):
+        wanted, expected = step(plain, batch)
+        found, ours = step(made, batch)
+        replays.append(recorder.replayed)
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert error(ours, expected) <= 1e-6
+        for metric, count in plain._task_loss.metrics.items():
+            assert made._task_loss.metrics[metric] == count
+    assert replays[0] is False and replays[-2:] == [True, True]
+    assert recorder.recordings == 1
+    logged = [{key: values for key, values in one._metrics["train"].items()} for one in (made, plain)]
+    for key, values in logged[1].items():
+        assert logged[0][key] == pytest.approx(values, rel=1e-5, nan_ok=True), key
+
+
+@pytest.mark.parametrize("case", ["checkpointing", "margin", "routers", "steps"])
+def test_with_what_changes_a_pass(make, tokenizer, case):
+    """Checkpointed layers, a margin, an expert routers' loss, and weights that an optimizer changes in place."""
+    settings, values = {"selection": "supervised"}, {}
+    if case == "margin":
+        settings["context_margin"] = 3
+    if case == "checkpointing":
+        values = {"gradient_checkpointing": True}
+    models = [{}, {}]
+    if case == "routers":
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, output_router_logits=True,
+            router_aux_loss_coef=0.5,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        weights = MixtralForCausalLM(config).state_dict()
+        models = [{"model": MixtralForCausalLM(config)} for _ in range(2)]
+        for one in models:
+            one["model"].load_state_dict(weights)
+    plain = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph=False, **settings), **models[0], **values)
+    made = make(SFTTrainer, SFTConfig, CGGRConfig(**settings), **models[1], **values)
+    recorder, replays = recording(made), []
+    if case == "checkpointing":
+        for one in (plain, made):
+            one.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for batch in updates(plain, case, len(tokenizer)):
+        wanted, expected = step(plain, batch)
+        found, ours = step(made, batch)
+        replays.append(recorder.replayed)
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert error(ours, expected) <= 1e-6
+        for one, gradients in ((plain, expected), (made, expected)):
+            with torch.no_grad():
+                for name, parameter in one.model.named_parameters():
+                    if name in gradients:
+                        parameter.sub_(0.05 * gradients[name])
+    assert replays[-1] is True, recorder.reason
+
+
+def test_what_changes_the_model_is_followed(make, tokenizer):
+    """Another setting drops the recordings; the same shapes are recorded again."""
+    plain = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph=False, selection="supervised"))
+    made = make(SFTTrainer, SFTConfig, CGGRConfig(selection="supervised"))
+    recorder = recording(made)
+    batches = updates(plain, "sft", len(tokenizer))
+    for batch in batches:
+        step(made, batch)
+    assert recorder.replayed
+    for one in (plain, made):
+        for layer in one.model.model.layers:
+            layer.self_attn.scaling *= 3.0
+    for number, batch in enumerate(batches):
+        wanted, expected = step(plain, batch)
+        found, ours = step(made, batch)
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert error(ours, expected) <= 1e-6
+        assert recorder.replayed == (number > 1)
+
+
+def test_without_graphs_nothing_is_recorded(make):
+    made = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph=False, selection="supervised"))
+    assert made._task_loss.forward().runs.recorder is None
