@@ -8,8 +8,9 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 
 from cggr_core import CGGRModel
-from cggr_core.routing import patches, whole_rows
+from cggr_core.routing import whole_rows
 from cggr_core.routing.masks import routed_masks
+from cggr_core.routing.patches import attention
 from tests.support.model_steps import tokens
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE
@@ -145,5 +146,5 @@ def test_what_was_told_of_documents_ends_with_its_block():
         with whole_rows():
             assert masking_utils.find_packed_sequence_indices(repeated) is None
         assert masking_utils.find_packed_sequence_indices(repeated).tolist() == [[0, 0, 1, 1]]
-        assert patches._some_pass_runs and ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is not outer is not sdpa_mask
-    assert not patches._some_pass_runs, "compiled code sees transformers' own again"
+        assert attention._some_pass_runs and ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is not outer is not sdpa_mask
+    assert not attention._some_pass_runs, "compiled code sees transformers' own again"
