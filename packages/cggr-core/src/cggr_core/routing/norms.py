@@ -8,7 +8,7 @@ kernel each way; it rounds to the hidden states' dtype once, after the weight, w
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,32 @@ def fused_norms(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[Tenso
 
 def _forward(module: nn.Module, epsilon: float, hidden_states: Tensor) -> Tensor:
     weight: Any = module.weight
-    if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
-        # The model promotes mixed dtypes in its own way, and computes in float32 even for float64.
+    if not _takes(weight, hidden_states):
         return type(module).forward(module, hidden_states)
     return rms_norm(hidden_states, weight.shape, weight, epsilon)
 
 
-def is_fused(forward: Callable[..., Any]) -> bool:
-    """Whether a forward is one of :func:`fused_norms`."""
-    return isinstance(forward, partial) and forward.func is _forward
+def _takes(weight: Tensor, hidden_states: Tensor) -> bool:
+    # The model promotes mixed dtypes in its own way, and computes in float32 even for float64.
+    return hidden_states.dtype == weight.dtype != torch.float64
+
+
+def without_weight(forward: Callable[..., Any], hidden_states: Tensor) -> Tensor:
+    """``x / rms(x)`` in the dtype of a fused norm's result.
+
+    Args:
+        forward: One of :func:`fused_norms`.
+        hidden_states: ``x``, in the dtype of the norm's weight.
+    """
+    module, epsilon = cast("partial[Tensor]", forward).args
+    return rms_norm(hidden_states, module.weight.shape, None, epsilon)
+
+
+def is_fused(forward: Callable[..., Any], hidden_states: Tensor) -> bool:
+    """Whether a forward is one of :func:`fused_norms` and runs as torch's op on these hidden states."""
+    if not isinstance(forward, partial) or forward.func is not _forward:
+        return False
+    return _takes(forward.args[0].weight, hidden_states)
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -119,6 +119,14 @@ class LowPrecision:
         )
 
 
+def runs_plainly(forward: Callable[..., Any]) -> bool:
+    """Whether a linear layer's forward is ``nn.Linear``'s own where gradients are on."""
+    if isinstance(forward, partial):
+        of = getattr(forward.func, "__func__", None)
+        return of is LowPrecision._linear and not forward.args[1]
+    return getattr(forward, "__func__", None) is nn.Linear.forward
+
+
 def takes_fp8(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer whose product can run in FP8."""
     if type(module) is not nn.Linear or not is_untouched(module):
