@@ -9,7 +9,7 @@ from cggr_core import CGGRModel, Selection
 from cggr_core.routing import context_pass, other_tokens, remade
 from tests.support.allocations import Held
 from tests.support.model_steps import backward, checkpoint_activations, routed, tokens
-from tests.support.reference_routing import gradients
+from tests.support.reference_routing import gradients, reference_loss, relative_error
 from tests.support.tiny_models import ROUTABLE
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -121,6 +121,39 @@ def test_projections_that_share_their_products_with_a_norm_may_have_biases_and_b
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == len(wanted) - 3
     assert all(distance(found[key], wanted[key]) < 1e-6 for key in trained)
+
+
+class SparseBeside(torch.nn.Module):
+    """A linear layer with a sparse matrix beside its own, as some adapters have."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.values = linear, torch.nn.Parameter(torch.randn(6))
+        self.places = torch.stack([torch.arange(6), torch.arange(6).flip(0)])
+
+    def forward(self, x):
+        beside = torch.sparse_coo_tensor(self.places, self.values, self.linear.weight.shape, check_invariants=True)
+        return self.linear(x) + torch.sparse.mm(beside, x.flatten(0, -2).T).T.view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sparse_matrices_are_kept_as_they_are(engine):
+    model = ROUTABLE["llama"]()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = SparseBeside(layer.self_attn.k_proj)
+    input_ids = tokens(2, 16)
+    kept = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    kept[:, -1] = False
+    targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+    loss, _ = reference_loss(
+        model, model.model.layers, kept, kept / kept.sum(), targets, gradient="kv", input_ids=input_ids
+    )
+    loss.backward()
+    expected = gradients(model)
+    selection = Selection.from_mask(kept, countable=kept, capacity=int(kept.sum(1).max()))
+    wrapped = CGGRModel(model, gradient="kv", engine=engine, selection="random")
+    wrapped(input_ids, labels=input_ids, selection=selection, num_items=int(kept.sum())).backward()
+    assert relative_error(gradients(model), expected) < 1e-5
 
 
 def test_a_second_backward_finds_what_the_first_did():

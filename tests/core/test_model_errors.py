@@ -118,6 +118,13 @@ class TestBadInput:
             ({"input_ids": torch.zeros(12, dtype=torch.long)}, ValueError, r"input_ids must be \[B, S\] with at least"),
             ({"input_ids": torch.zeros(3, 0, dtype=torch.long)}, ValueError, r"at least one token, got shape \[3, 0\]"),
             ({"input_ids": torch.zeros(3, 12)}, TypeError, "input_ids must hold integers, got dtype torch.float32"),
+            ({"input_ids": torch.zeros(3, 12, dtype=torch.uint8)}, TypeError, "torch.int32, got torch.uint8"),
+            (
+                {"input_ids": torch.full((3, 12), VOCAB)},
+                ValueError,
+                rf"36 value.s. outside the model's {VOCAB}",
+            ),
+            ({"input_ids": torch.arange(36).view(3, 12) - 1}, ValueError, r"1 value.s. outside .*first is -1"),
             ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor, got list"),
             ({"inputs_embeds": torch.zeros(3, 12, 32)}, ValueError, "exactly one of input_ids and inputs_embeds"),
             ({"attention_mask": [[1] * 12] * 3}, TypeError, "attention_mask must be a tensor, got list"),
@@ -150,6 +157,36 @@ class TestBadInput:
             wrapped(**{"input_ids": input_ids, "labels": input_ids, **inputs})
         assert all(parameter.grad is None for parameter in model.parameters())
         assert wrapped.routing_state_dict() == before
+
+    @pytest.mark.parametrize("gradient", ["exact", "kv", "sequence"])
+    def test_an_id_that_the_first_look_does_not_meet(self, gradient):
+        model, input_ids = ROUTABLE["llama"](), tokens()
+        wrapped = CGGRModel(model, gradient=gradient)
+        wrapped(input_ids, labels=input_ids)
+        wrong = input_ids.clone()
+        wrong[2, -1] = VOCAB + 3
+        with pytest.raises(ValueError, match=f"first is {VOCAB + 3}"):
+            wrapped(wrong, labels=input_ids)
+
+    @pytest.mark.parametrize("before", [0, 1])
+    @pytest.mark.parametrize("gradient", ["exact", "kv"])
+    def test_transforms_of_torch_func(self, gradient, before):
+        model, input_ids = ROUTABLE["llama"](), tokens()
+        wrapped = CGGRModel(model, gradient=gradient)
+        for _ in range(before):
+            wrapped(input_ids, labels=input_ids)
+        values = {name: parameter.detach() for name, parameter in wrapped.named_parameters()}
+
+        def loss(parameters):
+            return torch.func.functional_call(wrapped, parameters, (input_ids,), {"labels": input_ids})
+
+        for run in (
+            lambda: torch.func.grad(loss)(values),
+            lambda: torch.func.vmap(lambda row: wrapped(row[None], labels=row[None]))(input_ids),
+        ):
+            with pytest.raises(RuntimeError, match=r"inside a transform of torch\.func"):
+                run()
+        assert loss(values).isfinite()  # a call with other parameters is none
 
     def test_what_asks_for_nothing_changes_nothing(self):
         model, input_ids = ROUTABLE["llama"](), tokens()

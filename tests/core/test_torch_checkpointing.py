@@ -1,6 +1,7 @@
 """torch's own activation checkpointing recomputes kept tokens as they were computed."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.utils.checkpoint import checkpoint
 
 from cggr_core import CGGRModel
 from tests.support.reference_routing import gradients, relative_error
@@ -19,16 +21,27 @@ from tests.support.tiny_models import ROUTABLE, VOCAB
 MODES = [("exact", None), *((mode, engine) for mode in ("kv", "detached") for engine in ("interleaved", "two_pass"))]
 
 
-@pytest.mark.parametrize("part", ["DecoderLayer", "Attention", "MLP"])
-@pytest.mark.parametrize(("gradient", "engine"), MODES)
-def test_wrapped_modules(part: str, gradient: str, engine: str | None) -> None:
-    model, input_ids = ROUTABLE["llama"]().train(), torch.randint(3, VOCAB, (2, 13))
-    wrapped: Any = copy.deepcopy(model)
+def in_wrappers(model: Any, part: str) -> None:
     apply_activation_checkpointing(
-        wrapped,
+        model,
         checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
         check_fn=lambda module: type(module).__name__.endswith(part),
     )
+
+
+def by_hand(model: Any, part: str) -> None:
+    for module in model.modules():
+        if type(module).__name__.endswith(part):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+@pytest.mark.parametrize("recompute", [in_wrappers, by_hand])
+@pytest.mark.parametrize("part", ["DecoderLayer", "Attention", "MLP"])
+@pytest.mark.parametrize(("gradient", "engine"), MODES)
+def test_wrapped_modules(part: str, gradient: str, engine: str | None, recompute: Callable[[Any, str], None]) -> None:
+    model, input_ids = ROUTABLE["llama"]().train(), torch.randint(3, VOCAB, (2, 13))
+    wrapped: Any = copy.deepcopy(model)
+    recompute(wrapped, part)
     found = []
     for each in (model, wrapped):
         routed = CGGRModel(each, gradient=gradient, engine=engine, selection="random", seed=3).train()
@@ -39,3 +52,15 @@ def test_wrapped_modules(part: str, gradient: str, engine: str | None) -> None:
     (loss, wanted), (wrapped_loss, grads) = found
     torch.testing.assert_close(wrapped_loss, loss)
     assert relative_error(grads, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
+def test_a_recomputed_attention_that_cannot_be_seen_is_named(engine: str) -> None:
+    model: Any = ROUTABLE["llama"]().train()
+    attention = model.model.layers[1].self_attn
+    own = attention.forward
+    attention.forward = lambda **arguments: checkpoint(own, use_reentrant=False, **arguments)
+    input_ids = torch.randint(3, VOCAB, (2, 13))
+    routed = CGGRModel(model, gradient="kv", engine=engine, selection="random").train()
+    with pytest.raises(RuntimeError, match="a checkpoint inside the model recomputes"):
+        routed(input_ids, labels=input_ids).backward()

@@ -15,7 +15,13 @@ from cggr_core.schedule import Schedule
 from cggr_core.selection import Selection
 from cggr_core.settings import SUPERVISED, CudaGraph, RoutingSettings
 from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, StepResult, findings, run_step
-from cggr_core.step.checks import check_not_compiled, check_unused, drop_inert_arguments
+from cggr_core.step.checks import (
+    check_no_transform,
+    check_not_compiled,
+    check_token_ids,
+    check_unused,
+    drop_inert_arguments,
+)
 from cggr_core.step.selecting import supervised_slots
 from cggr_core.stopwatch import Stopwatch
 
@@ -210,6 +216,7 @@ class CGGRModel(nn.Module):
                 mode, or (one step later, on devices other than the CPU) labels are outside the vocabulary, or logits or
                 the loss are NaN.
             TypeError: If a dtype or the type of an argument is wrong.
+            RuntimeError: Inside a transform of ``torch.func``.
         """
         if isinstance(input_ids, Mapping):
             raise TypeError(
@@ -230,6 +237,7 @@ class CGGRModel(nn.Module):
             )
             given = {} if labels is None else {"labels": labels}
             return self.model(**arguments, **given)
+        check_no_transform()
         # Offloading keeps parameters there too, with hooks that load their values.
         if next(self.model.parameters()).is_meta and not any(
             hasattr(part, "_hf_hook") for part in self.model.modules()
@@ -416,10 +424,14 @@ class CGGRModel(nn.Module):
             super().__setattr__(name, value)
 
     def _run(self, call: StepCall, router: Router) -> StepResult:
-        batch = StepBatch.checked(self.settings, self._passes, arguments=dict(call.arguments), **call.given)
-        router.prepare(batch)
-        with self._passes.step():
-            return run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
+        try:
+            batch = StepBatch.checked(self.settings, self._passes, arguments=dict(call.arguments), **call.given)
+            router.prepare(batch)
+            with self._passes.step():
+                return run_step(self.settings, batch, self._passes, router, self.schedule, self._draws)
+        except IndexError:
+            check_token_ids(call.arguments.get("input_ids"), self._passes.embeddings_count)
+            raise
 
     def _replayed(self, call: StepCall, slots: Callable[[], int | None]) -> Outcome | None:
         """The step by its recording, if there is one or one is due."""

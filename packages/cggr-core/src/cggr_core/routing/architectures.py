@@ -3,11 +3,13 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.checkpoint import checkpoint
 
 # RoBERTa and its descendants count positions from padding_idx + 1 and skip padding.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
@@ -61,7 +63,8 @@ class Architecture:
         cache_name: Name of the key/value cache in the model's forward, one of :data:`CACHE_NAMES`.
         configured: The modules with a config, which holds the attention implementation.
         checkpointing: The modules that carry transformers' switch for gradient checkpointing.
-        checkpoint_wrappers: torch's own wrappers (``checkpoint_wrapper``) around modules, with what they wrap.
+        checkpoint_wrappers: Modules that torch's own checkpointing recomputes, with what it runs: wrappers
+            (``checkpoint_wrapper``), and modules whose ``forward`` is ``partial(checkpoint, module.forward, ...)``.
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
         norms: The norms of every layer.
         linears: The plain linear layers of every layer.
@@ -80,7 +83,7 @@ class Architecture:
     cache_name: str
     configured: tuple[nn.Module, ...]
     checkpointing: tuple[nn.Module, ...]
-    checkpoint_wrappers: Mapping[nn.Module, nn.Module]
+    checkpoint_wrappers: Mapping[nn.Module, Callable[..., Any]]
     position_maker: Any
     norms: tuple[tuple[nn.Module, ...], ...]
     linears: tuple[tuple[nn.Linear, ...], ...]
@@ -142,15 +145,22 @@ def describe(model: nn.Module) -> Architecture:
         configured=tuple(module for module in modules if getattr(module, "config", None) is not None),
         checkpointing=tuple(module for module in modules if hasattr(module, "gradient_checkpointing")),
         checkpoint_wrappers={
-            module: wrapped
-            for module in modules
-            if hasattr(module, "checkpoint_fn")
-            and (wrapped := module._modules.get("_checkpoint_wrapped_module")) is not None
+            module: wrapped for module in modules if (wrapped := _recomputed_by_torch(module)) is not None
         },
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
         norms=tuple(tuple(module for module in layer.modules() if _is_norm(module)) for layer in layers),
         linears=tuple(tuple(module for module in layer.modules() if type(module) is nn.Linear) for layer in layers),
     )
+
+
+def _recomputed_by_torch(module: nn.Module) -> Callable[..., Any] | None:
+    """What torch's own checkpointing runs in place of a module's forward, if it does."""
+    if hasattr(module, "checkpoint_fn"):
+        return module._modules.get("_checkpoint_wrapped_module")
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, partial) or forward.func is not checkpoint or len(forward.args) != 1:
+        return None
+    return forward.args[0] if forward.keywords.get("use_reentrant") is False else None
 
 
 def _is_norm(module: nn.Module) -> bool:

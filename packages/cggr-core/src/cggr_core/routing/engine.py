@@ -94,6 +94,11 @@ class Engine:
         """Length of an input embedding."""
         return unwrapped(self.model).get_input_embeddings().weight.shape[1]
 
+    @property
+    def embeddings_count(self) -> int:
+        """Rows of the input embeddings."""
+        return unwrapped(self.model).get_input_embeddings().weight.shape[0]
+
     def inputs(
         self,
         *,

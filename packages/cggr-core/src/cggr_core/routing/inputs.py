@@ -196,6 +196,8 @@ def _checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> T
     """Whichever of the two was given."""
     if input_ids is not None:
         name, like, form = "input_ids", check_integers("input_ids", input_ids), "[B, S]"
+        if like.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"input_ids must be torch.int64 or torch.int32, got {like.dtype}; use input_ids.long()")
     else:
         assert inputs_embeds is not None  # exactly one is given
         name, like, form = "inputs_embeds", check_float("inputs_embeds", inputs_embeds), "[B, S, H]"

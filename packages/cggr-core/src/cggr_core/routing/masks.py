@@ -105,6 +105,16 @@ class RowMask:
     mask_function: MaskFunction
     arguments: dict[str, Any]
 
+    @classmethod
+    def __torch_function__(cls, function: Any, *others: Any) -> Any:
+        """Say what happened where torch gets a mask that only the attention of a routed pass can read."""
+        raise RuntimeError(
+            f"{getattr(function, '__name__', function)} got the mask of a routed pass outside of it: a checkpoint "
+            "inside the model recomputes an attention in the backward pass; use model.gradient_checkpointing_enable(), "
+            "torch's checkpoint_wrapper or module.forward = partial(checkpoint, module.forward, use_reentrant=False), "
+            "or gradient='exact'"
+        )
+
     def at(self, index: Tensor, *, key_gradient: str) -> Any:
         """The mask of the queries at ``index`` ``[B, Q]``, in the form that the attention takes."""
         raise NotImplementedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cggr_core.checks import (
@@ -17,7 +18,14 @@ from cggr_core.checks import (
 from cggr_core.selection import Selection
 from cggr_core.settings import RoutingSettings
 
-__all__ = ["check_not_compiled", "check_step_arguments", "check_unused", "drop_inert_arguments"]
+__all__ = [
+    "check_no_transform",
+    "check_not_compiled",
+    "check_step_arguments",
+    "check_token_ids",
+    "check_unused",
+    "drop_inert_arguments",
+]
 
 # Outputs that the wrapped model can be asked for besides its loss, and the value that asks for none.
 _INERT = {
@@ -129,6 +137,39 @@ def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
                 "wrapped model"
             )
     return {name: value for name, value in arguments.items() if name not in _INERT}
+
+
+def check_no_transform() -> None:
+    """Raise inside a transform of ``torch.func``: a step stops gradients by hooks and functions that have none.
+
+    Raises:
+        RuntimeError: If ``grad``, ``vmap``, ``jvp`` or another one is running.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a CGGRModel does not train inside a transform of torch.func (grad, vjp, vmap, jvp); call it outside, and "
+            "take gradients with loss.backward() or torch.autograd.grad"
+        )
+
+
+def check_token_ids(input_ids: Any, rows: int) -> None:
+    """Raise if token ids are outside the model's input embeddings; called where a lookup has failed.
+
+    Args:
+        input_ids: int64 ``[B, S]``, or ``None``.
+        rows: Of the embeddings.
+
+    Raises:
+        ValueError: If some are.
+    """
+    if not isinstance(input_ids, Tensor):
+        return
+    outside = input_ids[(input_ids < 0) | (input_ids >= rows)]
+    if outside.numel():
+        raise ValueError(
+            f"input_ids holds {outside.numel()} value(s) outside the model's {rows} embeddings (the first is "
+            f"{int(outside[0])}); use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def check_not_compiled(model: nn.Module, layers: nn.ModuleList) -> None:
