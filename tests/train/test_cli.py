@@ -161,6 +161,29 @@ def test_bad_input_of_a_study_is_one_line_and_exit_code_2(tmp_path, monkeypatch,
     assert not (tmp_path / "cggr-study").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "selections"),
+    [
+        ([], ("stratified",)),
+        (["--answer", "a"], ("supervised", "stratified")),
+        (["--messages", "m"], ("supervised", "stratified")),
+        (["--answer", "a", "--ratio", "0.5"], ("stratified",)),
+        (["--answer", "a", "--gradient", "kv,sequence"], ("stratified",)),
+        (["--answer", "a", "--selection", "topk"], ("topk",)),
+    ],
+)
+def test_a_study_of_masked_prompts_has_the_selection_that_training_defaults_to(monkeypatch, arguments, selections):
+    asked = []
+
+    def start(settings, *_):
+        asked.append(settings.selections)
+        return type("Result", (), {"exit_code": 0})()
+
+    monkeypatch.setattr("cggr_train.study.start_study", start)
+    assert cggr("study", "a.jsonl", "--steps", "1", "--config", "nano", *arguments).exit_code == 0
+    assert asked == [selections]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, texts):
     from cggr_train.presets import build_config, build_model
     from cggr_train.tokenizer import train_tokenizer

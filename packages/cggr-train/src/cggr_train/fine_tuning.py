@@ -83,6 +83,20 @@ def default_selection(answers: str | None, *, by_score: bool) -> str:
     return SUPERVISED if answers is not None and not by_score else RoutingSettings.selection
 
 
+def default_selections(answers: str | None, *, by_score: bool) -> tuple[str, ...]:
+    """The selections of a study: that of training, and the one by score.
+
+    Args:
+        answers: See :func:`default_selection`.
+        by_score: See :func:`default_selection`.
+
+    Example:
+        >>> default_selections("answer", by_score=False), default_selections(None, by_score=False)
+        (('supervised', 'stratified'), ('stratified',))
+    """
+    return tuple(dict.fromkeys((default_selection(answers, by_score=by_score), RoutingSettings.selection)))
+
+
 def announce(chosen: Defaults, warmup: float, messages: str | None = None) -> str:
     """One line that describes the fine-tuning run."""
     what = f"on {chosen.answer}, with {chosen.field} masked" if chosen.answer else "on every token of the text"

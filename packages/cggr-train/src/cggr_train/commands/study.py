@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from cggr_train.commands import options
-from cggr_train.commands.errors import check_resume_options, plain_errors
+from cggr_train.commands.errors import check_resume_options, plain_errors, was_given
 from cggr_train.commands.loading import loading
 from cggr_train.errors import InputError
 from cggr_train.program import program
 
 OWN_PRECISION = "own"
+SCORED = ("ratio", "scoring", "router", "router_depth")
+"""Options that are about keeping a part of the supervised tokens."""
 
 
 def study(
@@ -35,8 +37,14 @@ def study(
     gradient: Annotated[str, typer.Option(help="Gradient modes to study: kv,exact,…")] = "kv",
     ratio: Annotated[str, typer.Option(help="Keep ratios to study: 0.125,0.25,…")] = "0.25",
     selection: Annotated[
-        str, typer.Option(help=f"Selections to study: {options.SELECTIONS}; random is always added.")
-    ] = "stratified",
+        str | None,
+        typer.Option(
+            help=f"Selections to study: {options.SELECTIONS}; or supervised: all with a label. Random is added to "
+            "those that keep a part. Default: stratified, and supervised too if prompts are masked and neither ratios "
+            "nor scores are given.",
+            show_default=False,
+        ),
+    ] = None,
     scoring: Annotated[str, typer.Option(help=f"Scores to study: {options.SCORINGS}.")] = "gradnorm",
     router: Annotated[
         str, typer.Option(help="Sources of the scores to study: full_depth,truncated,learned,remembered.")
@@ -107,7 +115,7 @@ def study(
             from rich.console import Console
             from transformers.utils.logging import disable_progress_bar
 
-            from cggr_train.fine_tuning import defaults, local_model
+            from cggr_train.fine_tuning import default_selections, defaults, local_model
             from cggr_train.learner import Routing
             from cggr_train.option_checks import parse_bytes
             from cggr_train.settings import TrainSettings
@@ -120,6 +128,7 @@ def study(
         else:
             model = None if model is None else local_model(model)
             chosen = defaults(model, learning_rate=learning_rate, weight_decay=weight_decay, field=field, answer=answer)
+            by_score = any(was_given(context, name) for name in SCORED) or "sequence" in gradient
             settings = StudySettings(
                 train=TrainSettings(
                     data=tuple(map(str, data or ())),
@@ -149,7 +158,9 @@ def study(
                 ),
                 gradients=split("--gradient", gradient),
                 ratios=split("--ratio", ratio, float),
-                selections=split("--selection", selection),
+                selections=default_selections(chosen.answer or messages, by_score=by_score)
+                if selection is None
+                else split("--selection", selection),
                 scorings=split("--scoring", scoring),
                 routers=split("--router", router),
                 context_precisions=precisions(context_precision or OWN_PRECISION),

@@ -138,9 +138,11 @@ class StudySettings:
                  "scoring": self.scorings, "router": self.routers}  # fmt: skip
         for name, values in given.items():
             for value in values:
-                check_routing(
-                    dataclasses.replace(self.train.routing, **{name: value}), labelled=self.train.answer is not None
-                )
+                check_routing(dataclasses.replace(self.train.routing, **{name: value}), labelled=self._labelled)
+
+    @property
+    def _labelled(self) -> bool:
+        return self.train.answer is not None or self.train.messages is not None
 
     def _check_context_precisions(self) -> None:
         low = [precision for precision in self.context_precisions if precision is not None]
@@ -155,7 +157,7 @@ class StudySettings:
         for precision in low:
             check_routing(
                 dataclasses.replace(self.train.routing, gradient=routed[0], context_precision=precision),
-                labelled=self.train.answer is not None,
+                labelled=self._labelled,
             )
 
     def _check_context_margins(self) -> None:
