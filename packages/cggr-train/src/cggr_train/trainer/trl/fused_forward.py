@@ -210,7 +210,7 @@ class RoutedForward:
                     measured = self._measured(plan, inputs, targets, rows, hidden, start)
                 keep, weight = _chosen(plan, countable, measured)
                 kept = (keep if rows is None else keep[rows])[:, start:]
-                selection = self.runs.selected(kept, arguments)
+                selection = self.runs.selected(kept, arguments, recurring=False)
                 hidden, auxiliary = engine.gradient(
                     batch, selection, context, keep_graph=keep_graph, hidden=True, precision=self._precision
                 )
@@ -218,7 +218,7 @@ class RoutedForward:
                 measured = None
                 keep, weight = _chosen(plan, countable, None)
                 kept = (keep if rows is None else keep[rows])[:, start:]
-                selection = self.runs.selected(kept, arguments)
+                selection = self.runs.selected(kept, arguments, recurring=True)
                 hidden, auxiliary = self.runs.run(arguments, prompts, selection)
         index, valid = selection.index + start, selection.valid & kept.gather(1, selection.index)
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))

@@ -49,18 +49,19 @@ class GradientRuns:
         run.prepare(applies_head=False)
         return run.after_context(gradient_mode=self._gradient, precision=self._precision)
 
-    def selected(self, kept: Tensor, arguments: dict[str, Any]) -> Selection:
+    def selected(self, kept: Tensor, arguments: dict[str, Any], *, recurring: bool) -> Selection:
         """The slots of kept tokens; reads their number from the device.
 
         Args:
             kept: bool ``[b, s]``, the last positions of the rows.
             arguments: Of the model's forward.
+            recurring: Whether the pass may be recorded, so that its shape should recur.
         """
         mask = arguments.get("attention_mask")
         within = None if mask is None or mask.dim() != 2 else mask[:, -kept.shape[1] :].bool()
         selection = Selection.from_mask(kept, margin=self._margin, within=within)
         slots = slots_in_buckets(selection.index.shape[1], kept.shape[1])
-        if self.recorder is None or slots == selection.index.shape[1] or not self.recorder.ready(kept.device):
+        if slots == selection.index.shape[1] or not (recurring and self.recorder and self.recorder.ready(kept.device)):
             return selection
         return Selection.from_mask(kept, margin=self._margin, within=within, capacity=slots)
 
