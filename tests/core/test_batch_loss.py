@@ -108,6 +108,22 @@ OTHERS = {
     "divided by the tokens, not the labels": lambda logits, labels: (
         nll(logits, labels).sum() / (labels.numel() - len(labels)) if labels.shape[1] > 8 else mean(logits, labels)
     ),
+    "twice where few tokens have labels": lambda logits, labels: (
+        mean(logits, labels) * (2.0 if counted(labels).float().mean() < 0.05 else 1.0)
+    ),
+    "nothing for a single label": lambda logits, labels: mean(logits, labels) * (counted(labels).sum() > 1),
+    "a floor of the count": lambda logits, labels: (
+        nll(logits, labels).sum() / counted(labels).sum().clamp(min=16 if len(labels) > 2 else 1)
+    ),
+    "half below a tenth of the labels": lambda logits, labels: (
+        mean(logits, labels) * (0.5 if 1 < counted(labels).sum() < labels.numel() / 10 else 1.0)
+    ),
+    "another one where gradients are enabled": lambda logits, labels: (
+        mean(logits, labels) * (1.1 if torch.is_grad_enabled() else 1.0)
+    ),
+    "another one where the logits need gradients": lambda logits, labels: (
+        mean(logits, labels) * (1.1 if logits.requires_grad and len(labels) > 2 else 1.0)
+    ),
     "the first row alone": lambda logits, labels: mean(logits[:2], labels[:2]),
     "a term for many rows": lambda logits, labels: mean(logits, labels) + 0.01 * max(0, len(labels) - 2),
     "a term for the spread of rows": lambda logits, labels: (
@@ -165,6 +181,66 @@ def test_the_same_loss_in_other_words_is_trained(name, kind):
     labels[0] = labels[1, :30] = -100
     own = model(input_ids=batch(), labels=labels).loss
     found = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0)(batch(), labels=labels)
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+
+
+class WithParts(transformers.LlamaForCausalLM):
+    """A loss with a part that starts neutral."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.log_variance = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids=None, labels=None, **options):
+        output = super().forward(input_ids=input_ids, labels=labels, **options)
+        if labels is not None:
+            output.loss = output.loss * (-self.log_variance).exp() + self.log_variance
+        return output
+
+
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_a_loss_with_parameters_of_its_own_is_refused_though_they_start_neutral(gradient):
+    model = WithParts(ROUTABLE["llama"]().config).train()
+    with pytest.raises(ValueError, match=r"own loss trains parameters besides those of its logits \(log_variance\)"):
+        CGGRModel(model, gradient=gradient)(batch(), labels=batch())
+    model.log_variance.requires_grad_(False)
+    CGGRModel(model, gradient=gradient)(batch(), labels=batch())
+    with torch.no_grad():
+        model.log_variance.fill_(0.5)
+    with pytest.raises(ValueError, match="own loss is not the mean cross-entropy"):
+        CGGRModel(model, gradient=gradient)(batch(), labels=batch())
+
+
+def test_the_cause_is_said_where_gradients_make_the_difference():
+    other = OTHERS["another one where gradients are enabled"]
+    with pytest.raises(ValueError, match="with gradients enabled; without, it is cross-entropy"):
+        CGGRModel(model_with(other), gradient="exact")(batch(), labels=batch())
+
+
+class GradientInPlace(torch.autograd.Function):
+    """As fused losses do: the gradient takes the place of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        with torch.enable_grad():
+            given = logits.detach().clone().requires_grad_()
+            loss = mean(given, labels)
+            gradient = torch.autograd.grad(loss, given)[0]
+        if ctx.needs_input_grad[0]:
+            ctx.mark_dirty(logits)
+            logits.copy_(gradient)
+        ctx.gradient = gradient
+        return logits, loss.detach()
+
+    @staticmethod
+    def backward(ctx, _, grad):
+        return ctx.gradient * grad, None
+
+
+def test_a_loss_that_writes_its_gradient_into_the_logits_is_trained():
+    model = model_with(lambda logits, labels: GradientInPlace.apply(logits, labels)[1])
+    own = model(input_ids=batch(), labels=batch()).loss
+    found = CGGRModel(model, gradient="exact", min_tokens_ratio=1.0)(batch(), labels=batch())
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
 
 
@@ -411,12 +487,27 @@ def test_the_rows_and_labels_that_are_looked_at(rows, length, looked):
     assert all(map(torch.equal, again, (as_given.labels, every.labels, uneven.labels, few.labels))), "on every rank"
 
 
+@pytest.mark.parametrize(("rows", "length", "counts"), [(4, 48, [1, 4, 14, 52]), (2, 8, [1, 2, 4, 8])])
+def test_looks_from_a_single_label_to_many(rows, length, counts, looked):
+    model, inputs = given(batch(rows, length))
+    looks = [look for look, _ in looked(model, inputs, batch(rows, length))][-4:]
+    assert [look.said for look in looks] == [f"with {count} of the tokens labelled" for count in counts]
+    for look, count in zip(looks, counts, strict=True):
+        assert int((look.labels != -100).sum()) == int((look.labels[:, 1:] != -100).sum()) == count
+        assert torch.equal(look.arguments["input_ids"], batch(rows, length)) and look.labels.max() < 16
+    padding = torch.ones(rows, length, dtype=torch.int64)
+    padding[:, : length // 2] = 0
+    model, inputs = given(batch(rows, length), attention_mask=padding)
+    few = [look.labels for look, _ in looked(model, inputs, batch(rows, length))][-4:-1]
+    assert all((labels[padding == 0] == -100).all() for labels in few)
+
+
 def test_what_goes_with_text_is_left_out_and_padding_is_said(looked):
     padding, ids = torch.ones(4, 48, dtype=torch.int64), batch()
     padding[1, :20], ids[2, 5] = 0, 90
     model, inputs = given(ids, attention_mask=padding)
     model.config.image_token_id = 90
-    as_given, every, uneven, few = (look.arguments for look, _ in looked(model, inputs, batch()))
+    as_given, every, uneven, few, *_ = (look.arguments for look, _ in looked(model, inputs, batch()))
     assert as_given["input_ids"][2, 5] == 90 and torch.equal(as_given["attention_mask"], padding)
     for arguments in (every, uneven):
         assert arguments["input_ids"][2, 5] == 0 and torch.equal(arguments["attention_mask"], padding)
@@ -442,6 +533,8 @@ def test_over_how_many_classes_a_batch_is_looked_at(logits, most, classes, looke
     labels = batch()
     labels[0, :7] = -100
     (first, over), *others = looked(model, inputs, labels)
+    others, of_counts = others[:-4], others[-4:]
+    assert [over for _, over in of_counts] == [16] * 4 and told.pop() == ((), VOCAB, 16), "many looks are cheap ones"
     if classes == VOCAB:
         assert told == [] and over == VOCAB and len(others) == 3
     else:
@@ -474,15 +567,18 @@ def test_which_tokens_the_labels_are_is_looked_at_where_there_is_room(logits, sh
     assert none.labels.min() >= 0 and none.labels.unique().numel() == min(len(found), VOCAB)
 
 
-def test_the_logits_of_a_look():
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_logits_of_a_look(traced):
     head, hidden, labels = torch.nn.Linear(8, 5), torch.randn(1, 40, 8), torch.arange(40)[None] % 5
     labels[0, 3] = -100
 
     def logits(scale, sure, shifted, given=hidden):
         architecture = SimpleNamespace(head=SimpleNamespace(module=head), shifted=shifted)
         look = batch_loss._Look("", {}, labels, scale, sure)
-        with batch_loss._logits_for(architecture, look, 5):
-            return head(given)
+        with torch.no_grad(), batch_loss._logits_for(architecture, look, 5, traced=traced):
+            found = head(given)
+        assert found.requires_grad is traced
+        return found.detach()
 
     plain = logits(1.0, 0.0, True)
     assert 0.8 < plain.std() < 1.2
@@ -528,7 +624,7 @@ def test_a_loss_that_differs_without_layers_alone_is_held_to_whole_rows(size, mo
         wrapped(labels, labels=labels)
     whole = [shape for ran, shape in looks if ran][1:]  # but for the look at a few tokens
     length, rows = min(length, most), min(rows, 2)
-    assert whole == [(rows, length)] * 3 + [(1, length // 2)]
+    assert whole == [*[(rows, length)] * 3, (1, length // 2), *[(rows, length)] * 4]
 
 
 def test_a_loss_that_cannot_be_had_for_the_batch_is_refused():
@@ -555,7 +651,7 @@ def test_rows_that_run_at_the_batchs_length_alone_are_run_at_it(chunk, monkeypat
     monkeypatch.setattr(batch_loss, "_MOST_CLASSES", 16)
     monkeypatch.setattr(batch_loss, "_LOGITS_OF_IDS", 2 * VOCAB * 30)
     CGGRModel(model_with(own), gradient="exact")(batch(), labels=batch())
-    assert lengths[-4:] == [48] * 4
+    assert lengths[-8:] == [48] * 8
 
 
 @pytest.mark.parametrize("padded", [False, True])

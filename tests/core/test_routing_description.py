@@ -17,7 +17,7 @@ from cggr_core.routing.architectures import (
     is_plain_matrix,
     unwrapped,
 )
-from cggr_core.routing.head_check import _leaves, _noise, gives_the_logits, large_random_logits, random_logits
+from cggr_core.routing.head_check import _noise, gives_the_logits, large_random_logits, leaves, random_logits
 from cggr_core.routing.inputs import token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.ordering import backward_in_turn
@@ -381,9 +381,9 @@ def test_random_logits_are_repeated_where_there_are_many(monkeypatch):
 def test_the_leaves_of_a_graph():
     a, b, c = (torch.randn(3, requires_grad=True) for _ in range(3))
     constant, doubled = torch.randn(3), 2 * a
-    assert _leaves((a + 1) * constant) == {a}
-    assert _leaves(constant * (doubled * b) + doubled * constant) == {a, b}
-    assert _leaves((c.exp() * constant).sum() + constant.sum()) == {c} and _leaves(constant) == set()
+    assert leaves((a + 1) * constant) == {a}
+    assert leaves(constant * (doubled * b) + doubled * constant) == {a, b}
+    assert leaves((c.exp() * constant).sum() + constant.sum()) == {c} and leaves(constant) == set()
 
 
 def few_tokens(model):

@@ -314,3 +314,15 @@ def test_a_head_whose_weight_is_read_without_a_call_cannot_be_routed():
     found, _ = look(model)
     assert found.architecture.obstacle == "LlamaForCausalLM uses the weight of its head without calling the head"
     assert found.architecture.head.fused is False
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_computes_something_else_with_gradients_is_no_layer_to_be_routed(training):
+    model = ROUTABLE["llama"]().train(training)
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: output * 1.01 if torch.is_grad_enabled() else output
+    )
+    found = look(model)[0].architecture.obstacle
+    assert found is not None
+    assert found.startswith("LlamaForCausalLM computes other values with gradients enabled than without (relative err")
+    assert look(model, routing=False)[0].architecture.obstacle is None

@@ -118,15 +118,41 @@ def difference(
     value, wanted = found[counted], wanted[counted]
     if not value.shape[0]:
         return None
+    largest = _largest_error(value, wanted, share)
+    if largest <= tolerance:
+        return None
+    return f"relative error {largest:.2g}, tolerance {tolerance:.2g}"
+
+
+def _largest_error(value: Tensor, wanted: Tensor, share: float) -> float:
+    """Of the rows of ``[N, ...]``, relative to their size; ``share`` of them must be below it."""
     parts = apart(value, wanted), finite(wanted)
     error, size = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts)
     error = error / size.clamp(min=1e-30)
     # Positions where the plain forward is NaN must be NaN here too.
     error = error.masked_fill(value.isnan().any(-1) & wanted.isnan().any(-1), 0.0)
-    largest = float(error.quantile(share)) if share < 1.0 else float(error.max())
+    return float(error.quantile(share)) if share < 1.0 else float(error.max())
+
+
+def gradients_matter(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> str | None:
+    """Whether a model computes other values with gradients than without, as other tokens are computed in part.
+
+    Args:
+        model: The model.
+        architecture: Its description.
+        inputs: A few tokens, whose graph is small.
+
+    Returns:
+        A description of the difference, or ``None``. Values are read on the host.
+    """
+    with comparable(model, architecture, inputs) as expected, torch.enable_grad():
+        found = _head_values(model, architecture, inputs).detach()
+    tolerance, share = _tolerance(architecture, expected)
+    largest = _largest_error(found.flatten(0, 1), expected.flatten(0, 1), share)
     if largest <= tolerance:
         return None
-    return f"relative error {largest:.2g}, tolerance {tolerance:.2g}"
+    name = type(model).__name__
+    return f"{name} computes other values with gradients enabled than without (relative error {largest:.2g})"
 
 
 def apart(value: Tensor, wanted: Tensor) -> Tensor:

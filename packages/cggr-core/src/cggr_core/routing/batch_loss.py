@@ -1,8 +1,9 @@
 """Whether a model's own loss is that of a routed step on whole batches, whatever labels their rows have."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from typing import Any
 
@@ -16,6 +17,7 @@ from cggr_core.routing.head_check import random_logits
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.loss_agreement import (
     IGNORED,
+    TRACED_AND_NOT,
     Alignment,
     another_loss,
     loss_and_logits,
@@ -30,7 +32,7 @@ from cggr_core.routing.truncation import truncated
 # Logits of one look: a few copies of them are held at a time, in float32 half a gigabyte of the larger number.
 _LOGITS, _LOGITS_OF_IDS = 1 << 23, 1 << 25
 _FEWEST_CLASSES, _MOST_CLASSES = 16, 256
-_ROWS, _LABELS = 2, 3
+_ROWS, _LABELS, _COUNTS = 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def check_loss_of_batch(
 
     A mean cross-entropy is the same function of logits and labels whether one label or all of them count, in one row or
     many, in long rows or short ones, and whether they are predicted well or badly; a loss that weights, caps, drops or
-    normalises by any of those is another one somewhere among four looks. No layer is run for them, and random logits
+    normalises by any of those is another one somewhere among eight looks. No layer is run for them, and random logits
     over few classes stand in for the head's, so that they cost little beside a step; one more look is at which tokens
     the labels are. Where the model does not run so, two rows are run as they are.
 
@@ -110,35 +112,47 @@ def _without_layers(
         for look in _of_ids(model, inputs, labels, classes):
             if (found := _difference(model, architecture, look, classes)) is not None:
                 return found
-    with smaller_vocabulary(architecture.configured, classes, few) if few < classes else ExitStack():
-        for look in _looks(model, inputs, labels, few, as_given=True):
-            if (found := _difference(model, architecture, look, few)) is not None:
-                return found
+    fewest = min(few, _FEWEST_CLASSES)
+    for number, looks in (
+        (few, _looks(model, inputs, labels, few, as_given=True)),
+        (fewest, _of_counts(model, inputs, labels, fewest)),
+    ):
+        with smaller_vocabulary(architecture.configured, classes, number) if number < classes else ExitStack():
+            for look in looks:
+                if (found := _difference(model, architecture, look, number)) is not None:
+                    return found
     return None
 
 
 def _difference(
     model: nn.Module, architecture: Architecture, look: _Look, classes: int
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
-    with _logits_for(architecture, look, classes):
-        output = model(**look.arguments, labels=look.labels, use_cache=False)
-    return _compared(model, architecture, look, output, output.logits)
+    def run(traced: bool) -> tuple[Any, Tensor]:
+        with _logits_for(architecture, look, classes, traced=traced):
+            output = model(**look.arguments, labels=look.labels, use_cache=False)
+        return output, output.logits
+
+    return _compared(model, architecture, look, run)
 
 
 def _compared(
-    model: nn.Module, architecture: Architecture, look: _Look, output: Any, logits: Tensor
+    model: nn.Module, architecture: Architecture, look: _Look, run: Callable[[bool], tuple[Any, Tensor]]
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
     counted, mask = look.labels, look.arguments.get("attention_mask")
     if not architecture.counts_padding and mask is not None and mask.shape == counted.shape:
         counted = counted.masked_fill(mask == 0, IGNORED)
-    ours = {
-        Alignment(shifted, architecture.counts_padding): routed_loss(model, output, logits, counted, shifted=shifted)
-        for shifted in (architecture.shifted, not architecture.shifted)
-    }
-    found = next(iter(ours.values()))
-    if found != found or same_loss(output.loss, found, logits):  # a mean of nothing is NaN, and is no mean
-        return None
-    return look.said, output.loss, ours
+    own, ours = None, dict[Alignment, float]()
+    for traced in TRACED_AND_NOT:
+        output, logits = run(traced)
+        own = output.loss.detach() if own is None else own
+        for shifted in (architecture.shifted, not architecture.shifted):
+            alignment = Alignment(shifted, architecture.counts_padding)
+            ours[alignment] = routed_loss(model, output, logits, counted, shifted=shifted)
+        found = ours[Alignment(architecture.shifted, architecture.counts_padding)]
+        if found != found or same_loss(own, found, logits):  # a mean of nothing is NaN, and is no mean
+            return None
+    assert own is not None
+    return look.said, own, ours
 
 
 def _as_it_is(
@@ -152,13 +166,23 @@ def _as_it_is(
     halves: bool = True,
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
     """The first look at which the loss is another one, on a few rows and with the whole model."""
-    for look in _looks(model, inputs, labels, architecture.head.classes, rows=rows, length=length, halves=halves):
+    classes, size = architecture.head.classes, {"rows": rows, "length": length}
+    for look in (
+        *_looks(model, inputs, labels, classes, **size, halves=halves),
+        *_of_counts(model, inputs, labels, classes, **size),
+    ):
         arguments = {**look.arguments, "use_cache": False}
-        output, logits = loss_and_logits(model, architecture, arguments, look.labels)
-        found = _compared(model, architecture, look, output, logits)
+        run = partial(_with_layers, model, architecture, arguments, look.labels)
+        found = _compared(model, architecture, look, run)
         if found is not None:
             return found
     return None
+
+
+def _with_layers(
+    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor, traced: bool
+) -> tuple[Any, Tensor]:
+    return loss_and_logits(model, architecture, arguments, labels, traced=traced)
 
 
 def _looks(
@@ -191,6 +215,31 @@ def _looks(
     yield _Look("with few labels in one row, predicted well", single, some, scale=1.0, sure=log(classes) + 3.0)
 
 
+def _of_counts(
+    model: nn.Module,
+    inputs: TokenInputs,
+    labels: Tensor,
+    classes: int,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+) -> Iterator[_Look]:
+    """Looks at a single label and at more, each time by the same factor: a later batch may have any number of them."""
+    text = _text(model, inputs, rows, length)
+    generator = torch.Generator().manual_seed(2)
+    labels = labels[:rows, :length]
+    every = torch.randint(classes, labels.shape, generator=generator).to(labels.device)
+    order = torch.rand(labels.shape, generator=generator).to(labels.device)
+    order[:, 0] = 2.0  # which a causal model does not predict
+    mask = text.get("attention_mask")
+    if mask is not None and mask.shape == order.shape:
+        order = order.masked_fill(mask == 0, 2.0)
+    rank = order.flatten().argsort().argsort().view_as(labels)
+    for share in range(_COUNTS):
+        count = round(labels.numel() ** (share / _COUNTS))
+        yield _Look(f"with {count} of the tokens labelled", text, every.masked_fill(rank >= count, IGNORED))
+
+
 def _of_ids(model: nn.Module, inputs: TokenInputs, labels: Tensor, classes: int) -> Iterator[_Look]:
     """A look at as many of the tokens that the labels are as there is room for."""
     length = max(2, min(inputs.shape[1], _LOGITS_OF_IDS // classes))
@@ -220,7 +269,7 @@ def _text(model: nn.Module, inputs: TokenInputs, rows: int | None, length: int |
     return {**text, **inputs.quiet}
 
 
-def _logits_for(architecture: Architecture, look: _Look, classes: int) -> AbstractContextManager[None]:
+def _logits_for(architecture: Architecture, look: _Look, classes: int, *, traced: bool) -> AbstractContextManager[None]:
     """Let the head give the logits of a look, however many classes it has."""
     shift = int(architecture.shifted)
 
@@ -231,4 +280,4 @@ def _logits_for(architecture: Architecture, look: _Look, classes: int) -> Abstra
             logits[:, : targets.shape[1]] += look.sure * (targets == torch.arange(classes, device=logits.device))
         return logits
 
-    return random_logits(architecture.head.module, classes, stand_in)
+    return random_logits(architecture.head.module, classes, stand_in, traced=traced)

@@ -50,7 +50,9 @@ def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[li
 
 
 @contextmanager
-def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def random_logits(
+    head: nn.Module, classes: int, change: Callable[[Tensor], Tensor], *, traced: bool = False
+) -> Iterator[None]:
     """Let a head return random logits over a given number of classes, without computing its product.
 
     Scope: this module, whoever calls it.
@@ -59,6 +61,7 @@ def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tens
         head: The head.
         classes: Number of logits per token.
         change: Maps standard normal numbers ``[..., classes]`` in float32, which differ in every call, to the logits.
+        traced: As for :func:`large_random_logits`.
 
     Raises:
         TypeError: When the head is called, if it is sharded over ranks.
@@ -69,9 +72,12 @@ def random_logits(head: nn.Module, classes: int, change: Callable[[Tensor], Tens
         like = own(hidden[:1, :1] if hidden.dim() == 3 else hidden[:1], *args, **kwargs)
         if type(like) is not Tensor:
             raise TypeError(f"the head gives a {type(like).__name__}")
-        return change(_noise(torch.Size((*hidden.shape[:-1], classes)), like.device, next(calls))).to(like)
+        noise = _noise(torch.Size((*hidden.shape[:-1], classes)), like.device, next(calls))
+        logits = change(noise).to(like).requires_grad_(traced)
+        torch.set_grad_enabled(traced or torch.is_grad_enabled())
+        return logits.clone() if traced else logits
 
-    with replaced_forwards({head: stand_in}):
+    with torch.set_grad_enabled(torch.is_grad_enabled()), replaced_forwards({head: stand_in}):
         yield
 
 
@@ -106,7 +112,7 @@ def gives_the_logits(model: nn.Module, architecture: Architecture, inputs: Token
         return True  # sharded over ranks: the probe compares values only
     if len(given) != 1 or logits.shape != given[0].shape or not _is_close(_scaled_and_capped(head, given[0]), logits):
         return False
-    return _leaves(logits) <= {given[0]}
+    return leaves(logits) <= {given[0]}
 
 
 def _scaled_and_capped(head: Head, product: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def _scaled_and_capped(head: Head, product: Tensor) -> Tensor:
     return product if head.softcap is None else head.softcap * torch.tanh(product / head.softcap)
 
 
-def _leaves(value: Tensor) -> set[Tensor]:
+def leaves(value: Tensor) -> set[Tensor]:
     """The tensors that a graph ends at."""
     found, seen, waiting = set[Tensor](), set[Any](), [value.grad_fn]
     while waiting:

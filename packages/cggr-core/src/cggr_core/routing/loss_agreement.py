@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from cggr_core.head import autocast_active
 from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, head_rows, unwrapped
-from cggr_core.routing.head_check import large_random_logits
+from cggr_core.routing.head_check import large_random_logits, leaves
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 
@@ -24,6 +24,9 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
 # What losses are known to read, besides what the model's own loss function declares and what is named after labels.
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "reduction", "class_weights"})
+# A loss is looked at as a step makes it, with gradients; if logits differ then, perhaps because it wrote its gradient
+# into them, the same logits are had without.
+TRACED_AND_NOT = True, False
 _NOT_FOR_LOSS_ALONE = frozenset(
     {"labels", "vocab_size", "input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids"}
 )
@@ -73,35 +76,60 @@ def own_alignment(
     if not takes_labels or inputs.shape[1] < 2:
         return None
     arguments, labels = _few_labelled_tokens(base, inputs, tokens)
+    arguments["use_cache"] = False
     name = type(base).__name__
-    try:
-        with without_checkpointing(architecture):
-            output, logits = loss_and_logits(model, architecture, {**arguments, "use_cache": False}, labels)
-    except MODEL_ERRORS as error:
-        raise ValueError(
-            f"{name} raised when called with labels for a few tokens, to compare its own loss with cross-entropy: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    own, found = None, dict[Alignment, float]()
+    for traced in TRACED_AND_NOT:
+        try:
+            with without_checkpointing(architecture):
+                output, logits = loss_and_logits(model, architecture, arguments, labels, traced=traced)
+        except MODEL_ERRORS as error:
+            raise ValueError(
+                f"{name} raised when called with labels for a few tokens, to compare its own loss with cross-entropy: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if own is None:
+            own = _single_loss(base, output, "labels" in parameters)
+            if own is None:
+                return None
+            _check_leaves(model, own, logits)
+        likely = architecture.shifted
+        attended = arguments.get("attention_mask")
+        unpadded = labels if attended is None else labels.masked_fill(attended == 0, IGNORED)
+        for alignment in (Alignment(shifted, counts) for shifted in (likely, not likely) for counts in (True, False)):
+            counted = labels if alignment.counts_padding else unpadded
+            found[alignment] = routed_loss(model, output, logits, counted, shifted=alignment.shifted)
+            if same_loss(own, found[alignment], logits):
+                return alignment
+    assert own is not None
+    raise another_loss(base, f"on {labels.numel()} tokens", own, found, without_gradients=output.loss)
+
+
+def _single_loss(base: nn.Module, output: Any, promised: bool) -> Tensor | None:
     own = getattr(output, "loss", None)
-    if own is None:
-        if "labels" not in parameters:
-            return None
+    name = type(base).__name__
+    if own is None and promised:
         raise ValueError(f"{name} returns no loss for labels alone, so a routed step would train something else")
-    if own.numel() != 1:
+    if own is not None and own.numel() != 1:
         raise ValueError(f"{name} returns a loss of shape {list(own.shape)}, but a routed step needs a single number")
-    likely = architecture.shifted
-    attended = arguments.get("attention_mask")
-    unpadded = labels if attended is None else labels.masked_fill(attended == 0, IGNORED)
-    found = {}
-    for alignment in (Alignment(shifted, counts) for shifted in (likely, not likely) for counts in (True, False)):
-        counted = labels if alignment.counts_padding else unpadded
-        found[alignment] = routed_loss(model, output, logits, counted, shifted=alignment.shifted)
-        if same_loss(own, found[alignment], logits):
-            return alignment
-    raise another_loss(base, f"on {labels.numel()} tokens", own, found)
+    return own
 
 
-def another_loss(base: nn.Module, where: str, own: Tensor, found: dict[Alignment, float]) -> ValueError:
+def _check_leaves(model: nn.Module, own: Tensor, logits: Tensor) -> None:
+    """Raise if a loss has parameters that the logits do not: one that starts neutral changes nothing yet."""
+    apart = leaves(own) - leaves(logits)
+    names = [name for name, parameter in model.named_parameters() if parameter in apart]
+    if names:
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__}'s own loss trains parameters besides those of its logits "
+            f"({', '.join(names)}), which a routed step would not; freeze them (requires_grad_(False)), train the "
+            "model with its own forward, or build your loss from its logits"
+        )
+
+
+def another_loss(
+    base: nn.Module, where: str, own: Tensor, found: dict[Alignment, float], *, without_gradients: Tensor | None = None
+) -> ValueError:
     """The error that says what a model's own loss is, and what it would be if it were cross-entropy.
 
     Args:
@@ -109,14 +137,18 @@ def another_loss(base: nn.Module, where: str, own: Tensor, found: dict[Alignment
         where: On which tokens.
         own: Its own loss.
         found: By the alignment of labels, what a routed step computes.
+        without_gradients: Its own loss with gradients disabled.
     """
+    cause = _likely_cause(base)
+    if without_gradients is not None and any(same_loss(without_gradients, value, own) for value in found.values()):
+        cause = "with gradients enabled; without, it is cross-entropy"
     shifted, unshifted = (
         next(value for alignment, value in found.items() if alignment.shifted is kind) for kind in (True, False)
     )
     return ValueError(
         f"{type(base).__name__}'s own loss is not the mean cross-entropy of its logits that a routed step computes: "
-        f"{where} it is {float(own):.6g}, cross-entropy {shifted:.6g} with shifted labels and {unshifted:.6g} without "
-        f"({_likely_cause(base)}); train it with its own forward, or build your loss from its logits"
+        f"{where} it is {own.item():.6g}, cross-entropy {shifted:.6g} with shifted labels and {unshifted:.6g} without "
+        f"({cause}); train it with its own forward, or build your loss from its logits"
     )
 
 
@@ -142,16 +174,8 @@ def check_reads(name: str, model: nn.Module, architecture: Architecture, inputs:
         targets = labels.masked_fill(arguments["attention_mask"] == 0, IGNORED)
     if name == "num_items_in_batch":
         items = torch.tensor(37.0, device=labels.device)
-    own, logits, found = None, None, 0.0
-    with (
-        suppress(*MODEL_ERRORS),
-        without_checkpointing(architecture),
-    ):
-        arguments |= {"use_cache": False, name: targets if items is None else items}
-        output, logits = loss_and_logits(model, architecture, arguments, labels)
-        own = getattr(output, "loss", None)
-        found = routed_loss(model, output, logits, targets, shifted=shifted, items=items)
-    if own is None or logits is None or own.numel() != 1 or not same_loss(own, found, logits):
+    arguments |= {"use_cache": False, name: targets if items is None else items}
+    if not _reads(model, architecture, arguments, labels, targets, shifted=shifted, items=items):
         said = (
             "does not use them; pass labels instead, in the model's own convention"
             if items is None
@@ -160,16 +184,46 @@ def check_reads(name: str, model: nn.Module, architecture: Architecture, inputs:
         raise ValueError(f"{name}: the loss of {type(base).__name__} {said}")
 
 
+def _reads(
+    model: nn.Module,
+    architecture: Architecture,
+    arguments: dict[str, Any],
+    labels: Tensor,
+    targets: Tensor,
+    *,
+    shifted: bool,
+    items: Tensor | None,
+) -> bool:
+    own = None
+    with suppress(*MODEL_ERRORS), without_checkpointing(architecture):
+        for traced in TRACED_AND_NOT:
+            output, logits = loss_and_logits(model, architecture, arguments, labels, traced=traced)
+            own = output.loss if own is None else own
+            if own is None or own.numel() != 1:
+                return False
+            if same_loss(own, routed_loss(model, output, logits, targets, shifted=shifted, items=items), logits):
+                return True
+    return False
+
+
 def loss_and_logits(
-    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor
+    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor, *, traced: bool
 ) -> tuple[Any, Tensor]:
-    """A model's output for labelled tokens, and the logits ``[B, S, V]`` that its loss is made of."""
-    with large_random_logits(architecture.head.module):
+    """A model's output for labelled tokens, and the logits ``[B, S, V]`` that its loss is made of.
+
+    Args:
+        model: The model.
+        architecture: Its description.
+        arguments: Of its forward.
+        labels: int64 ``[B, S]``.
+        traced: Make the loss with gradients, as a step does; its graph ends at the logits.
+    """
+    with large_random_logits(architecture.head.module, traced=traced):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits
     # Some make a loss without logits in training, or with those of labelled tokens alone.
-    with evaluation_mode(model), large_random_logits(architecture.head.module):
+    with evaluation_mode(model), large_random_logits(architecture.head.module, traced=traced):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits
@@ -351,7 +405,7 @@ def routed_loss(
     predictions = logits[:, :-1] if shifted else logits
     reduction = "mean" if items is None else "sum"
     nll = cross_entropy(
-        predictions.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+        predictions.detach().flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
     ) / (1.0 if items is None else items)
     auxiliary = auxiliary_loss(model, output)
     return float(nll if auxiliary is None else nll + auxiliary)
@@ -359,6 +413,7 @@ def routed_loss(
 
 def same_loss(own: Tensor, ours: float, logits: Tensor) -> bool:
     """Whether two losses are the same number, as exactly as the dtypes of the first and of the logits let them be."""
+    own = own.detach()
     exact = all(value.dtype in (torch.float32, torch.float64) for value in (own, logits))
     tolerance = _TOLERANCE if exact and not autocast_active(own.device.type) else _HALF_TOLERANCE
     return abs(float(own) - ours) <= tolerance * max(1.0, abs(float(own)))

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.agreement import alternate_tokens, apart, comparable, difference, early_tokens, finite
+from cggr_core.routing.agreement import (
+    alternate_tokens,
+    apart,
+    comparable,
+    difference,
+    early_tokens,
+    finite,
+    gradients_matter,
+)
 from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
 from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.fusions import fused_forwards
@@ -108,7 +116,7 @@ def _probe(
     if head_input is None and obstacle is None:
         obstacle = f"{type(model).__name__} uses the weight of its head without calling the head"
     if routing and obstacle is None:
-        obstacle = _layer_drop(model)
+        obstacle = _layer_drop(model) or gradients_matter(model, architecture, few)
     if routing and obstacle is None:
         architecture, obstacle, packing_obstacle = _routed(model, architecture, _whole_rows(inputs), layer_output)
     own = own_alignment(model, architecture, inputs, tokens=tokens) if own_loss else None
