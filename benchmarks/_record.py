@@ -148,6 +148,7 @@ def measure_until(
     least: int = 3,
     calls: int = 1,
     device: str | torch.device = "cpu",
+    each: Callable[[dict[str, dict[str, Any]]], object] = lambda rows: None,
 ) -> dict[str, dict[str, Any]]:
     """:func:`measure` round by round, until there are enough rounds or time is up.
 
@@ -159,6 +160,7 @@ def measure_until(
         least: Fewest timed rounds.
         calls: Consecutive calls of a candidate; see :func:`measure`.
         device: Device that the calls run on.
+        each: Given what there is after every round, so that it can be kept if the run is cut off.
 
     Returns:
         As :func:`measure`.
@@ -170,6 +172,7 @@ def measure_until(
     while len(seconds[control]) < least or (len(seconds[control]) < rounds and time.monotonic() < deadline):
         for name, row in measure(candidates, control=control, repeats=1, warmup=0, calls=calls, device=device).items():
             seconds[name].append(row["median"])
+        each(_rows(seconds, control))
     return _rows(seconds, control)
 
 

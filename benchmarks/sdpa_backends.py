@@ -1,8 +1,8 @@
 """Time of causal attention by each kernel behind SDPA, and by the op ``routed_attention``, on a CUDA device.
 
 ``forward`` is what the passes over all tokens need, ``forward + backward`` what a standard step does. The op is given
-all tokens as queries, or three quarters of them at random: the other tokens of an interleaved pass at keep ratio 0.25,
-for which SDPA needs a mask. Every row is written as soon as it is there.
+all tokens as queries, or part of them at random: the other tokens of an interleaved pass. ``filled up`` is cuDNN on
+whole rows, into which these queries are copied. Every row is written as soon as it is there.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from benchmarks._kernels import SEED, Table
 from cggr_kernels import routed_attention
 
 HEADS = {64: (32, 8), 128: (32, 8)}
-SHAPES = ((8, 2048, 64), (4, 2048, 128), (1, 8192, 64), (2, 8192, 128), (2, 2048, 64))
+SHAPES = ((6, 8192, 64), (8, 2048, 64), (2, 8192, 128), (2, 4096, 64), (4, 2048, 128))
 KERNELS = {"sdpa, flash": SDPBackend.FLASH_ATTENTION, "sdpa, cudnn": SDPBackend.CUDNN_ATTENTION}
 CONTROL = "sdpa, by default"
-KEPT = 0.75
+QUERIES = (0.75, 0.9)
 
 
 def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
@@ -37,8 +37,6 @@ def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dty
     q, k, v = rows(heads), rows(key_heads), rows(key_heads)
     cotangent = torch.randn_like(q)
     everywhere = torch.arange(length, device=device).expand(batch, length).contiguous()
-    chosen = torch.rand(batch, length, device=device).topk(int(KEPT * length), dim=1).indices.sort(dim=1).values
-    few = q.detach().gather(1, chosen[:, :, None, None].expand(-1, -1, heads, size))
 
     def sdpa(kernel: SDPBackend | None) -> Tensor:
         arguments = (part.transpose(1, 2) for part in (q, k, v))
@@ -46,6 +44,13 @@ def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dty
             return scaled_dot_product_attention(*arguments, is_causal=True, enable_gqa=True).transpose(1, 2)
         with sdpa_kernel(kernel):
             return scaled_dot_product_attention(*arguments, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def filled_up(few: Tensor, at: Tensor) -> Tensor:
+        whole = few.new_empty(batch * length, heads * size).index_copy_(0, at, few.flatten(2).flatten(0, 1))
+        arguments = (part.transpose(1, 2) for part in (whole.view(q.shape), k, v))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            output = scaled_dot_product_attention(*arguments, is_causal=True, enable_gqa=True)
+        return output.transpose(1, 2).reshape(whole.shape).index_select(0, at)
 
     outputs: dict[str, Callable[[], Tensor]] = {CONTROL: lambda: sdpa(None)}
     outputs |= {name: (lambda kernel=kernel: sdpa(kernel)) for name, kernel in KERNELS.items()}
@@ -58,7 +63,14 @@ def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dty
         return lambda: torch.autograd.grad(output(), (q, k, v), cotangent)
 
     alone = {name: forward(output) for name, output in outputs.items()}
-    alone["cggr, routed_attention, 3/4 of the queries"] = forward(lambda: routed_attention(few, k, v, chosen))
+    for share in QUERIES:
+        chosen = torch.rand(batch, length, device=device).topk(int(share * length), dim=1).indices.sort(dim=1).values
+        at = (chosen + torch.arange(0, batch * length, length, device=device)[:, None]).flatten()
+        few = q.detach().flatten(0, 1).index_select(0, at).view(batch, -1, heads, size)
+        alone[f"cggr, routed_attention, {share} of the queries"] = forward(
+            lambda few=few, chosen=chosen: routed_attention(few, k, v, chosen)
+        )
+        alone[f"filled up, {share} of the queries"] = forward(lambda few=few, at=at: filled_up(few, at))
     return {"forward": alone, "forward + backward": {name: both(output) for name, output in outputs.items()}}
 
 
@@ -88,10 +100,10 @@ def main() -> None:
             flop = products * batch * heads * length**2 * size
 
             def rate(row: str, median: float, flop: float = flop) -> float:
-                return flop * (KEPT if "3/4" in row else 1.0) / median
+                return flop * next((share for share in QUERIES if str(share) in row), 1.0) / median
 
             table.measure(op, calls, CONTROL, flop_per_second=rate)
-            settings = {"seed": SEED, "repeats": options.repeats, "dtype": "bfloat16", "queries": KEPT}
+            settings = {"seed": SEED, "repeats": options.repeats, "dtype": "bfloat16", "queries": QUERIES}
             first = next(iter(table.rows))
             _record.write("sdpa_backends", table.rows, settings=settings, control=first, device="cuda",
                           folder=options.output)  # fmt: skip

@@ -133,23 +133,27 @@ def main() -> None:
     names = ["standard", *everything, "scoring and selection alone"]
     steps, peaks, left_out = prepared(model, tokens, names, options.ratio, until)
     calls = STEPS_IN_A_ROW if cuda else 1
-    rounds = {"rounds": options.rounds, "deadline": deadline, "calls": calls}
-    rows = _record.measure_until(steps, control="standard", device=shape.device, **rounds)
-    if not cuda:
-        peaks = {
-            name: peak_in_fresh_process(options.shape, name, options.ratio)
-            for name in steps
-            if not _record.is_over(deadline)
-        }
-    for name, peak in peaks.items():
-        rows[name]["peak_extra_bytes"] = peak
-    del model, steps
     settings = shape.settings() | {"ratio": options.ratio, "seed": SEED, "left_out": left_out}
     settings["steps_in_a_row"] = calls
     settings["backend"] = os.environ.get("CGGR_BACKEND", "auto")
     name = options.name or f"step_time_{options.shape}"
     where = {"control": "standard", "device": shape.device, "folder": options.output}
-    path = _record.write(name, rows, settings=settings, **where)
+
+    def write(rows: dict[str, dict[str, Any]]) -> Path:
+        for variant, peak in peaks.items():
+            rows[variant]["peak_extra_bytes"] = peak
+        return _record.write(name, rows, settings=settings, **where)
+
+    rounds = {"rounds": options.rounds, "deadline": deadline, "calls": calls, "each": write}
+    rows = _record.measure_until(steps, control="standard", device=shape.device, **rounds)
+    if not cuda:
+        peaks = {
+            variant: peak_in_fresh_process(options.shape, variant, options.ratio)
+            for variant in steps
+            if not _record.is_over(deadline)
+        }
+    path = write(rows)
+    del model, steps
     report(json.loads(path.read_text()))
     _record.plot(_record.load(name, folder=options.output), path.with_suffix(".png"), label="seconds per step")
 
