@@ -63,4 +63,5 @@ def explain(arm: Arm, arms: Sequence[Arm], *, supervised: float = 1.0) -> str:
         "equal_memory": "as many sequences at a time as fit into the memory of a routed step",
         "batch": "another batch size, as requested",
     }[arm.role]
-    return f"Ordinary training on every {kind}, {arm.batch_size} sequences per step: {purpose}."
+    sequences = "1 sequence" if arm.batch_size == 1 else f"{arm.batch_size} sequences"
+    return f"Ordinary training on every {kind}, {sequences} per step: {purpose}."
