@@ -1,5 +1,8 @@
 """Tokens per second on one and on more devices: DDP and FSDP2, the standard step and CGGR's, with the optimizer.
 
+``FSDP2, prefetched`` asks FSDP2 to gather the next layer's weights before a layer runs, and updates all shards in one
+kernel: what there is to do about a host that is slower than its device.
+
 ``torchrun --nproc-per-node 1 -m benchmarks.distributed 1b``, then with 2: NCCL on GPUs, gloo for the shape ``cpu``.
 Every rank has the shape's whole batch (weak scaling), and the loss is divided by the tokens of all ranks. A file for
 each number of ranks, drawn by ``benchmarks.distributed_figures``; ``tokens_per_second`` counts all ranks' tokens. The
@@ -7,6 +10,7 @@ two steps of an engine are timed in turns, by the slowest rank.
 """
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +29,8 @@ from cggr_core import CGGRModel
 
 RATIO = 0.25
 CONTROL = "standard, DDP"
+PREFETCHED = "FSDP2, prefetched"
+ENGINES = ("DDP", "FSDP2", PREFETCHED)
 # Settings of the routed steps: two passes with full-depth scores, and interleaved with tokens known beforehand.
 ROUTED: dict[str, dict[str, str]] = {"CGGR": {}, "CGGR random": {"selection": "random"}}
 
@@ -41,9 +47,13 @@ def parallel(shape: Shape, engine: str) -> tuple[nn.Module, nn.Module]:
     if engine == "DDP":
         return model, DistributedDataParallel(model)
     mesh = init_device_mesh(torch.device(shape.device).type, (dist.get_world_size(),))
-    for layer in model.model.layers:
+    layers = list(model.model.layers)
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if engine == PREFETCHED:
+        for layer, after in itertools.pairwise(layers):
+            layer.set_modules_to_forward_prefetch([after])
     return model, model
 
 
@@ -51,7 +61,8 @@ def make_step(shape: Shape, engine: str, method: str, tokens: Tensor) -> Callabl
     """A training step on this rank."""
     model, called = parallel(shape, engine)
     routed = CGGRModel(model, min_tokens_ratio=RATIO, seed=SEED, **ROUTED.get(method, {}))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    fused = engine == PREFETCHED and torch.device(shape.device).type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused or None)
     world = dist.get_world_size()
     # An int, since mixed precision casts floating inputs of a model.
     num_items = tokens.shape[0] * (tokens.shape[1] - 1) * world
@@ -115,12 +126,12 @@ def wait(shape: Shape) -> None:
 
 def write(name: str, shape: Shape, seconds: dict[str, list[float]], timing: dict[str, int]) -> None:
     """Write the measurements so far."""
-    ranks = dist.get_world_size()
+    ranks, control = dist.get_world_size(), CONTROL if CONTROL in seconds else next(iter(seconds))
     tokens = shape.batch * shape.length * ranks
     rows = {
         row: _record.summary(samples)
         | {"unit": "s", "tokens_per_second": _record.summary([tokens / value for value in samples])}
-        | {"ratio": _record.summary([a / b for a, b in zip(seconds[CONTROL], samples, strict=True)])}
+        | {"ratio": _record.summary([a / b for a, b in zip(seconds[control], samples, strict=False)])}
         for row, samples in seconds.items()
     }
     settings = {
@@ -128,7 +139,7 @@ def write(name: str, shape: Shape, seconds: dict[str, list[float]], timing: dict
         "layers": shape.layers, "hidden": shape.hidden, "vocabulary": shape.vocab, "dtype": str(shape.dtype),
         "keep_ratio": RATIO, "optimizer": "AdamW", "seed": SEED, **timing,
     }  # fmt: skip
-    _record.write(name, rows, settings=settings, control=CONTROL, device=shape.device)
+    _record.write(name, rows, settings=settings, control=control, device=shape.device)
 
 
 def main() -> None:
@@ -138,12 +149,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
     parser.add_argument("--steps", type=int, default=5, help="steps of a round")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--batch", type=int, help="sequences per rank, instead of the shape's own")
     parser.add_argument("--length", type=int, help="tokens per sequence, instead of the shape's own")
     _record.add_seconds(parser)
     options = parser.parse_args()
-    # Half of the time for each engine.
-    halves = [_record.deadline(options.seconds and options.seconds * share) for share in (0.5, 1.0)]
+    # The same time for each engine.
+    shares = [(number + 1) / len(options.engines) for number in range(len(options.engines))]
+    deadlines = [_record.deadline(options.seconds and options.seconds * share) for share in shares]
     shape = on_this_rank(SHAPES[options.shape])
     sizes = {name: value for name in ("batch", "length") if (value := getattr(options, name))}
     shape = Shape(**{**vars(shape), **sizes})
@@ -154,7 +167,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     timing = {"rounds": options.rounds, "warmup": options.warmup, "steps": options.steps}
     seconds: dict[str, list[float]] = {}
-    for engine, deadline in zip(("DDP", "FSDP2"), halves, strict=True):
+    for engine, deadline in zip(options.engines, deadlines, strict=True):
         seconds |= measure(shape, engine, **timing, deadline=deadline)
         if dist.get_rank() == 0:
             write(f"distributed_{options.shape}_{dist.get_world_size()}", shape, seconds, timing)
