@@ -47,7 +47,9 @@ def test_everything_kept_is_cross_entropy(selection, dtype):
 def test_everything_kept_is_cross_entropy_of_the_head(selection):
     hidden, weight, targets = linear_data()
     bias = torch.randn(V, requires_grad=True)
-    loss = CGGRLinearLoss(min_tokens_ratio=1.0, selection=selection)(hidden, weight, targets, bias, 4.0, 0.5)
+    loss = CGGRLinearLoss(min_tokens_ratio=1.0, selection=selection)(
+        hidden, weight, targets, bias=bias, softcap=4.0, scale=0.5
+    )
     expected = full(4.0 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 4.0), targets)
     torch.testing.assert_close(loss, expected)
     leaves = (hidden, weight, bias)

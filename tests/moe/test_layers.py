@@ -243,7 +243,7 @@ def test_repr():
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 @pytest.mark.parametrize("shape", [(2, 5, 16), (10, 16)])
 def test_what_a_masked_token_holds_reaches_no_gradient(shape, fill):
-    layer = PersistentTRMLP(16, 32, 4, 2, z_loss=0.1)
+    layer = PersistentTRMLP(16, 32, num_experts=4, top_k=2, z_loss=0.1)
     states = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(shape[:-1], dtype=torch.bool)
     mask[0] = False

@@ -122,10 +122,10 @@ class CGGRScorer(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        *,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        *,
         reference_nll: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Score every token and choose the tokens to keep.

@@ -37,6 +37,7 @@ _OURS = {
 def load_model_with_flash_attention(
     name_or_path: str | os.PathLike[str],
     backend: str = "auto",
+    *,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
     **from_pretrained: Any,

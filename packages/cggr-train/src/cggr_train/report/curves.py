@@ -60,40 +60,6 @@ def draw_learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Non
         _write(figure, path)
 
 
-def draw_comparison(curves: Mapping[str, Sequence[Mapping[str, float]]], labels: Mapping[str, str], path: Path) -> None:
-    """Held-out loss of several methods against training time and against tokens seen.
-
-    Args:
-        curves: Method name to its evaluations, each with ``seconds``, ``tokens`` and ``heldout_loss``.
-        labels: Method name to its name in the legend.
-        path: PNG file to write, atomically.
-    """
-    with new_figure(10, 4.4) as figure:
-        by_time, by_tokens = figure.subplots(1, 2, sharey=True)
-        for name, points in curves.items():
-            loss = [point["heldout_loss"] for point in points]
-            style: dict[str, Any] = {
-                "color": COLOURS.get(name, INK),
-                "linewidth": 2.4 if name == "cggr" else 1.6,
-                "marker": "o",
-                "markersize": 3.5,
-                "label": labels[name],
-            }
-            by_time.plot([point["seconds"] for point in points], loss, **style)
-            by_tokens.plot([point["tokens"] / 1000 for point in points], loss, **style)
-        by_time.set_title("Held-out loss (nats per token) over time")
-        by_time.set_xlabel("seconds of training")
-        by_tokens.set_title("The same runs over the text they saw")
-        by_tokens.set_xlabel("thousand tokens")
-        by_time.legend()
-        # skip the untrained model, the first point, which would compress the rest
-        later = [point["heldout_loss"] for points in curves.values() for point in points[1:]]
-        if later:
-            room = 0.06 * (max(later) - min(later)) + 0.01
-            by_time.set_ylim(min(later) - room, max(later) + room)
-        _write(figure, path)
-
-
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of this size in inches, in the reports' style; without pyplot, so without global state or display."""
