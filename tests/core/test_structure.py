@@ -1,0 +1,144 @@
+"""The structure and the settings of a model, and which changes to it count."""
+
+import pytest
+from torch import nn
+
+from cggr_core.routing import structure as structures
+from tests.support.model_steps import tokens
+from tests.support.tiny_models import ROUTABLE, VOCAB
+
+
+def test_a_structure_is_its_modules_and_settings():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    assert before == structures.structure(model)
+    modules = [part for part in before if isinstance(part, nn.Module)]
+    assert {id(part) for part in modules} == {id(part) for part in model.modules()}
+    # Each module once as part of the tree; head and embeddings once more, as such. Each forward of a class once.
+    assert len(modules) == len(list(model.modules())) + 2
+
+    def changed(change, undo):
+        change()
+        found = structures.structure(model) != before
+        undo()
+        assert structures.structure(model) == before
+        return found
+
+    attention, own = model.model.layers[1].self_attn, model.model.layers[1].self_attn.q_proj
+    assert changed(lambda: setattr(attention, "q_proj", nn.Linear(1, 1)), lambda: setattr(attention, "q_proj", own))
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_router_logits"):
+        assert changed(
+            lambda name=name: setattr(model.config, name, 3.0), lambda name=name: delattr(model.config, name)
+        )
+    for name in ("loss_type", "logit_scale", "_loss_function"):
+        was = model.__dict__.get(name)
+        assert changed(
+            lambda name=name: model.__dict__.update({name: "other"}),
+            lambda name=name, was=was: model.__dict__.pop(name) if was is None else model.__dict__.update({name: was}),
+        )
+    removed = []
+    for part in (model, attention, model.model.layers[2]):
+        for register in (part.register_forward_hook, part.register_forward_pre_hook):
+            assert changed(
+                lambda register=register: removed.append(register(lambda *_: None)), lambda: removed.pop().remove()
+            )
+    mlp = model.model.layers[0].mlp
+    assert changed(lambda: setattr(mlp, "forward", lambda hidden: hidden), lambda: delattr(mlp, "forward"))
+    kind, forward = type(mlp), type(mlp).forward
+    assert changed(lambda: setattr(kind, "forward", lambda *_: 0), lambda: setattr(kind, "forward", forward))
+    hooks = nn.modules.module
+    assert changed(
+        lambda: removed.append(hooks.register_module_forward_hook(lambda *_: None)), lambda: removed.pop().remove()
+    )
+    assert changed(
+        lambda: removed.append(hooks.register_module_forward_pre_hook(lambda *_: None)), lambda: removed.pop().remove()
+    )
+
+
+def test_settings_that_are_changed():
+    model = ROUTABLE["llama"]()
+    layer, model.loss = model.model.layers[0], nn.Module()
+    layer.mlp.p, model.loss.gamma, layer.mlp.drop = 0.5, 2.0, nn.Dropout(0.5)
+    settings = structures.Settings(model)
+    assert settings.changed() is False
+    for holder, name, value in (
+        (layer.self_attn, "scaling", 0.3),
+        (layer.mlp, "p", 0.25),
+        (layer.mlp.drop, "inplace", True),
+        (model.config, "rms_norm_eps", 1e-3),
+        (model.config, "of_today", "new"),
+        (model, "of_today", 3),
+        (model.loss, "gamma", 1.0),
+        (model.loss, "of_today", None),
+        (model.loss, "of_today", False),
+    ):
+        setattr(holder, name, value)
+        assert (settings.changed(), settings.changed()) == (name != "of_today" or value is not None, False), name
+    del model.config.of_today
+    assert settings.changed() is True
+    # Noise, what is a module's own business, switches of a forward that leave its values, and what is no plain value.
+    layer.mlp.drop.p, layer.self_attn.attention_dropout, layer.mlp._count, layer.mlp.jitter_noise = 0.1, 0.2, 3, 0.4
+    model.config.use_cache, model.config.attention_dropout, model._of_today, model.config.of_today = False, 0.3, 5, [1]
+    model.eval()
+    assert settings.changed() is False
+    assert structures.Settings(ROUTABLE["llama"]()).changed() is False
+
+
+def test_a_setting_that_changes_in_every_step_counts_less_and_less():
+    model = ROUTABLE["llama"]()
+    settings, found = structures.Settings(model), []
+    for step in range(1, 34):
+        model.config.temperature = model.model.layers[1].self_attn.scaling = float(step)
+        found.append(settings.changed())
+    assert [step for step, counts in enumerate(found, 1) if counts] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+    model.config.temperature = 0.0
+    model.model.layers[2].self_attn.scaling = 7.0
+    assert settings.changed() is True, "the other one did not change before"
+
+
+def test_a_head_of_its_own_is_a_change_of_structure():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    model.lm_head.forward = lambda hidden: hidden
+    assert structures.structure(model) != before
+    del model.lm_head.forward
+    assert structures.structure(model) == before
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert structures.structure(model) != before
+    handle.remove()
+    assert structures.structure(model) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "get_output_embeddings", lambda: None)
+        assert structures.structure(model)[:2] == [None, False]
+
+
+def test_modules_in_several_places_and_empty_places_are_looked_at_once():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    model.model.register_module("nothing", None)
+    assert structures.structure(model) == before
+    model.model.again = model.lm_head
+    model.model.layers[0].whole = model.model  # a circle
+    modules = [part for part in structures.structure(model) if isinstance(part, nn.Module)]
+    assert len(modules) == len({id(part) for part in modules}) + 2
+
+
+def test_hooks_of_torch_itself_are_no_change_of_structure():
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+
+    def observe(*_):
+        return None
+
+    for owner in ("torch.utils.module_tracker", "transformers.utils.output_capturing"):
+        observe.__module__ = owner
+        hooks = (
+            nn.modules.module.register_module_forward_pre_hook(observe),
+            model.lm_head.register_forward_hook(observe),
+        )
+        try:
+            assert structures.structure(model)[2:] == before[2:], "a hook on the head is seen there"
+        finally:
+            for hook in hooks:
+                hook.remove()
+    assert model(tokens()).logits.shape[-1] == VOCAB
