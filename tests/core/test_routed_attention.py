@@ -14,7 +14,6 @@ from transformers.masking_utils import (
 from cggr_core import CGGRModel
 from cggr_core.backends import _registry
 from cggr_core.routed_attention import routed_attention_reference
-from cggr_core.routing import nearly_all
 from cggr_core.routing.attention import implementation
 from cggr_core.routing.masks import RoutedMask, Visibility, causal_window
 from tests.support.reference_routing import gradients, relative_error
@@ -73,32 +72,6 @@ def test_equals_attention_with_a_mask(name, case, gradient, engine, kernel, monk
     monkeypatch.undo()
     CGGRModel(model, **settings)(labels=labels, **given).backward()
     assert relative_error(found, gradients(model)) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "phi3"])
-@pytest.mark.parametrize("case", ["plain", "packed", "padded"])
-def test_nearly_all_queries_as_all_of_them(name, case, kernel, monkeypatch):
-    """Only without gradients, and where nothing but causality hides a key."""
-    calls = []
-
-    def attend(query, key, value, position, scaling):
-        calls.append(position)
-        return own(query, key, value, position, scaling)
-
-    def found(pays):
-        model, given = ROUTABLE[name](), inputs(case)
-        monkeypatch.setattr(nearly_all, "pays", lambda query, keys: pays and not torch.is_grad_enabled())
-        settings = {"engine": "interleaved", "selection": "random", "min_tokens_ratio": 0.4}
-        CGGRModel(model, **settings)(labels=given["input_ids"], **given).backward()
-        return gradients(model)
-
-    own = nearly_all.attend
-    monkeypatch.setattr(nearly_all, "attend", attend)
-    wanted = found(False)
-    assert not calls
-    assert relative_error(found(True), wanted) <= 1e-5
-    assert bool(calls) == (case == "plain" and name in ("llama", "phi3"))
-    assert all(position.shape[1] < 13 for position in calls)
 
 
 @pytest.mark.parametrize("engine", ["interleaved", "two_pass"])

@@ -18,7 +18,6 @@ from cggr_core.backends import resolve
 from cggr_core.checks import values_are_free
 from cggr_core.head import autocast_active
 from cggr_core.routed_attention import routed_attention_reference
-from cggr_core.routing import nearly_all
 from cggr_core.routing.architectures import unwrapped
 from cggr_core.routing.masks import ROUTED, ROUTED_UNCAPPED, RoutedMask
 from cggr_core.routing.patches import register_attention
@@ -52,9 +51,6 @@ def _attend(
         query, key, value = (part.to(dtype) for part in (query, key, value))
     attend = resolve(_OP, query.device.type, query.dtype)
     if attend is not routed_attention_reference and in_numbers and plain and dropout == 0.0:
-        unmasked = window is None and softcap is None and mask.segment is None
-        if unmasked and nearly_all.pays(query, key.shape[2]):
-            return nearly_all.attend(query, key, value, mask.position, scaling), None
         heads_last = (part.transpose(1, 2) for part in (query, key, value))
         key_gradient = mask.visibility.key_gradient
         return attend(*heads_last, mask.position, mask.segment, window, softcap, scaling, key_gradient), None
