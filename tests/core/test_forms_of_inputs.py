@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cggr_core import CGGRModel, Selection, loss_coefficients
@@ -165,3 +167,48 @@ def test_dropout_draws_as_in_the_models_own_step(name: str, rates: dict[str, flo
         loss = wrapped(tokens(), labels=tokens())
         assert torch.equal(torch.get_rng_state(), state)
         torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
+
+
+END = 2  # of a document
+
+
+def of_documents(input_ids: Tensor) -> Tensor:
+    """Positions that start anew after every end of a document."""
+    places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return places - torch.where(pad(input_ids[:, :-1] == END, (1, 0)), places, 0).cummax(1).values
+
+
+class Packing(transformers.LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **arguments: Any) -> Any:
+        position_ids = of_documents(input_ids) if position_ids is None else position_ids
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **arguments)
+
+
+def by_a_subclass(model: Any) -> None:
+    model.__class__ = Packing
+
+
+def by_a_hook(model: Any) -> None:
+    def give(module: Any, args: Any, arguments: dict[str, Any]) -> Any:
+        return args, {**arguments, "position_ids": of_documents(arguments["input_ids"])}
+
+    model.model.register_forward_pre_hook(give, with_kwargs=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("gradient", ["exact", "sequence"])
+@pytest.mark.parametrize("pack", [by_a_subclass, by_a_hook])
+def test_documents_that_a_model_finds_itself(pack: Callable[[Any], None], gradient: str, after: int, rows: int) -> None:
+    """Code around a model's layers may make positions of the tokens, and no caller says that rows are packed."""
+    model: Any = ROUTABLE["llama"]()
+    routed = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
+    input_ids = torch.randint(3, VOCAB, (rows, 17))
+    input_ids[:, 9] = input_ids[0, 13] = END
+    for _ in range(after):
+        routed(input_ids, labels=input_ids)
+    packed = {"position_ids": of_documents(input_ids), "use_cache": False}
+    expected = model(input_ids=input_ids, labels=input_ids, **packed).loss
+    assert abs(expected - model(input_ids=input_ids, labels=input_ids, use_cache=False).loss) > 1e-3
+    pack(model)
+    torch.testing.assert_close(routed(input_ids, labels=input_ids), expected)

@@ -233,7 +233,8 @@ class Engine:
         return bool(architecture.checkpoint_wrappers) or not all(map(recomputes_with_torch, switched))
 
     def _forward(self, arguments: dict[str, Any]) -> Any:
-        known_whole = arguments.get("attention_mask") is None and arguments.get("position_ids") is None
+        given = any(arguments.get(name) is not None for name in ("attention_mask", "position_ids"))
+        known_whole = self._findings.counts_positions and not given
         around = unseen_masks() if self._capturable else nullcontext()
         states = without_random_states(self.architecture) if self._capturable else nullcontext()
         with whole_rows() if known_whole else around, states:

@@ -14,7 +14,7 @@ from cggr_core.routing.loss_agreement import IGNORED, check_reads
 from cggr_core.routing.patches import nothing_left
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import shards_layers
-from cggr_core.routing.structure import Settings, structure
+from cggr_core.routing.structure import Settings, leaves_positions_to_transformers, structure
 
 
 class Findings:
@@ -26,9 +26,11 @@ class Findings:
     Attributes:
         model: The model.
         description: Its description, before any check.
+        counts_positions: Whether positions that a batch leaves out number its tokens, whatever the tokens are.
     """
 
     description: Architecture
+    counts_positions: bool
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes depend on its class
@@ -41,6 +43,7 @@ class Findings:
         self._looks += 1
         self.description = describe(self.model)
         self._structure = structure(self.model)
+        self.counts_positions = leaves_positions_to_transformers(self.model, self.description.layers)
         if self._settings is None:
             self._settings = Settings(self.model)
         else:
