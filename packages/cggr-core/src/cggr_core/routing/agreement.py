@@ -16,15 +16,15 @@ from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing, without_dropout
 from cggr_core.selection import Selection
 
-# Relative error, and the share of the tokens that must stay under it. Half precision: all but tokens whose experts
-# change. float32: reordered sums; with TF32, and where kernels take part, more.
+# Tolerated relative error, and the share of the tokens that must stay within it. Half precision: all but tokens whose
+# experts change. float32: reordered sums; more with TF32 and with kernels.
 _HALF = 5e-2, 0.75
 _TOLERANCE = {torch.float64: (1e-7, 1.0), torch.float32: (2e-4, 0.99)}
 _SINGLE_ON_DEVICE = 1e-2, 0.75
 
 
 def verification_interval() -> int | None:
-    """How many steps apart ``CGGR_VERIFY`` asks for a comparison with the plain forward; ``None`` for never.
+    """Steps between comparisons with the plain forward, as ``CGGR_VERIFY`` says; ``None`` for no comparisons.
 
     Raises:
         ValueError: If it is not a whole number of at least 1.
@@ -42,14 +42,13 @@ def verification_interval() -> int | None:
 
 @contextmanager
 def comparable(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[Tensor]:
-    """Run the model plainly, and stay in a mode in which it gives reproducible values.
+    """Run the model plainly, and within the block stay in a mode in which its values are reproducible.
 
     The values are the head's input if the head is one matrix, else the model's logits.
 
     Args:
-        model: The model. In training mode it stays there; where two forwards differ, without dropout and jitter in the
-            block; and where they do then too, in evaluation mode. The state of the random generators is put back at
-            the end.
+        model: The model. It stays in training mode if two forwards agree; otherwise dropout and jitter are switched
+            off; if they still differ, it runs in evaluation mode. Random generators are restored at the end.
         architecture: Its description.
         inputs: Whole rows.
 
@@ -86,8 +85,8 @@ def difference(
         architecture: Its description.
         inputs: Whole rows.
         selection: The kept tokens.
-        expected: The plain forward's values ``[B, S, ...]``, of :func:`comparable`.
-        depth: Layers that a context pass runs before; 0 interleaves all.
+        expected: The plain forward's values ``[B, S, ...]``, from :func:`comparable`.
+        depth: Layers that a context pass runs first; 0 interleaves all.
         layer_output: Wraps a hidden state the way the model's layers return it.
 
     Returns:
@@ -125,7 +124,7 @@ def difference(
 
 
 def _largest_error(value: Tensor, wanted: Tensor, share: float) -> float:
-    """Of the rows of ``[N, ...]``, relative to their size; ``share`` of them must be below it."""
+    """Error of the rows of ``[N, ...]`` relative to their size, which ``share`` of them do not exceed."""
     parts = apart(value, wanted), finite(wanted)
     error, size = (torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts)
     error = error / size.clamp(min=1e-30)
@@ -135,7 +134,7 @@ def _largest_error(value: Tensor, wanted: Tensor, share: float) -> float:
 
 
 def gradients_matter(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> str | None:
-    """Whether a model computes other values with gradients than without, as other tokens are computed in part.
+    """Whether a model computes different values with gradients than without; other tokens run partly without.
 
     Args:
         model: The model.
@@ -174,7 +173,7 @@ def alternate_tokens(inputs: TokenInputs) -> Selection:
 
 
 def early_tokens(inputs: TokenInputs) -> Selection:
-    """The first half of every row: far from where a layer would look that takes its queries for the last ones."""
+    """The first half of every row, which exposes layers that take their queries for the last positions."""
     batch, length = inputs.shape
     mask = torch.zeros(batch, length, dtype=torch.bool, device=inputs.position_ids.device)
     mask[:, : (length + 1) // 2] = True
@@ -192,7 +191,7 @@ def _head_values(model: nn.Module, architecture: Architecture, inputs: TokenInpu
 
 
 def plain_arguments(inputs: TokenInputs) -> dict[str, Any]:
-    """What the caller's batch is to an ordinary forward."""
+    """The arguments of an ordinary forward on the caller's batch."""
     padding = {} if inputs.padding is None else {"attention_mask": inputs.padding}
     return {**inputs.arguments(), **padding, **inputs.quiet}
 

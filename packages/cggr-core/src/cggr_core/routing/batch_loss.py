@@ -1,4 +1,4 @@
-"""Whether a model's own loss is that of a routed step on whole batches, whatever labels their rows have."""
+"""Checks that a model's own loss equals a routed step's on whole batches, whatever labels their rows have."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -29,7 +29,7 @@ from cggr_core.routing.loss_agreement import (
 from cggr_core.routing.patches import attention_of_any_mask, smaller_vocabulary, without_checkpointing
 from cggr_core.routing.truncation import truncated
 
-# Logits of one look: a few copies of them are held at a time, in float32 half a gigabyte of the larger number.
+# Logits of one check: a few copies are held at a time, in float32 half a gigabyte for the larger number.
 _LOGITS, _LOGITS_OF_IDS = 1 << 23, 1 << 25
 _FEWEST_CLASSES, _MOST_CLASSES = 16, 256
 _ROWS, _LABELS, _COUNTS = 2, 3, 4
@@ -37,10 +37,10 @@ _ROWS, _LABELS, _COUNTS = 2, 3, 4
 
 @dataclass(frozen=True)
 class _Look:
-    """Rows with labels, and the logits that stand in for the model's.
+    """Rows with labels, and the logits that replace the model's.
 
     Attributes:
-        said: What is looked at, for a message.
+        said: What is checked, for a message.
         arguments: Of the forward.
         labels: int64 ``[R, S]``.
         scale: Standard deviation of the logits.
@@ -58,23 +58,23 @@ class _Look:
 def check_loss_of_batch(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs, labels: Tensor, layer_output: LayerOutput
 ) -> None:
-    """Hold the model's own loss to that of a routed step on the rows of a batch, with its labels and with others.
+    """Compare the model's own loss with a routed step's on the rows of a batch, with its labels and with others.
 
     A mean cross-entropy is the same function of logits and labels whether one label or all of them count, in one row or
     many, in long rows or short ones, and whether they are predicted well or badly; a loss that weights, caps, drops or
-    normalises by any of those is another one somewhere among eight looks. No layer is run for them, and random logits
-    over few classes stand in for the head's, so that they cost little beside a step; one more look is at which tokens
-    the labels are. Where the model does not run so, two rows are run as they are.
+    normalises by any of those differs in at least one of eight checks. No layer is run for them, and random logits over
+    few classes replace the head's, so that they cost little compared with a step; one more check covers which tokens
+    the labels are. If the model does not run in this way, two rows are run unchanged.
 
     Args:
         model: The model, whose loss agreed on a few tokens.
         architecture: Its description, with the alignment of its labels.
         inputs: The batch.
-        labels: int64 ``[B, S]``, -100 where nothing counts.
+        labels: int64 ``[B, S]``, -100 where a token is not counted.
         layer_output: Wraps a hidden state the way the model's layers return it.
 
     Raises:
-        ValueError: If the loss is another one, or cannot be computed.
+        ValueError: If the losses differ, or the model's own cannot be computed.
     """
     base, found = unwrapped(model), None
     with suppress(*MODEL_ERRORS), without_checkpointing(architecture), truncated(architecture, 0, layer_output):
@@ -87,7 +87,7 @@ def check_loss_of_batch(
         with attention_of_any_mask(), without_checkpointing(architecture):
             try:
                 whole = _as_it_is(model, architecture, inputs, labels, rows, min(length, most))
-            except MODEL_ERRORS:  # some run on rows of certain lengths alone, and the batch's is one
+            except MODEL_ERRORS:  # some models run only on rows of certain lengths, such as the batch's
                 whole = _as_it_is(model, architecture, inputs, labels, rows, length, halves=False)
     except MODEL_ERRORS as error:
         raise ValueError(
@@ -104,11 +104,11 @@ def check_loss_of_batch(
 def _without_layers(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs, labels: Tensor
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
-    """The first look at which the loss is another one, without the layers and over few classes."""
+    """The first check in which the losses differ, without the layers and over few classes."""
     classes, (rows, length) = architecture.head.classes, inputs.shape
     few = min(classes, _MOST_CLASSES, max(_FEWEST_CLASSES, _LOGITS // (rows * length)))
     if few < classes:
-        # Before the vocabulary is a smaller one: which tokens the labels are.
+        # Checked with the full vocabulary: which tokens the labels are.
         for look in _of_ids(model, inputs, labels, classes):
             if (found := _difference(model, architecture, look, classes)) is not None:
                 return found
@@ -149,7 +149,7 @@ def _compared(
             alignment = Alignment(shifted, architecture.counts_padding)
             ours[alignment] = routed_loss(model, output, logits, counted, shifted=shifted)
         found = ours[Alignment(architecture.shifted, architecture.counts_padding)]
-        if found != found or same_loss(own, found, logits):  # a mean of nothing is NaN, and is no mean
+        if found != found or same_loss(own, found, logits):  # the mean over no labels is NaN, and cannot be compared
             return None
     assert own is not None
     return look.said, own, ours
@@ -165,7 +165,7 @@ def _as_it_is(
     *,
     halves: bool = True,
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
-    """The first look at which the loss is another one, on a few rows and with the whole model."""
+    """The first check in which the losses differ, on a few rows and with the whole model."""
     classes, size = architecture.head.classes, {"rows": rows, "length": length}
     for look in (
         *_looks(model, inputs, labels, classes, **size, halves=halves),
@@ -196,7 +196,7 @@ def _looks(
     as_given: bool = False,
     halves: bool = True,
 ) -> Iterator[_Look]:
-    """Four looks at the rows: as many for every batch, since ranks that hold parts of a model look together."""
+    """Four checks of the rows: as many for every batch, since ranks that hold parts of a model run them together."""
     text = _text(model, inputs, rows, length)
     every = torch.randint(classes, labels.shape, generator=torch.Generator().manual_seed(0)).to(labels.device)
     labels, every = labels[:rows, :length], every[:rows, :length]
@@ -206,7 +206,7 @@ def _looks(
     number, size = every.shape
     place = torch.arange(size, device=labels.device)
     chance = torch.rand(every.shape, generator=torch.Generator().manual_seed(1)).to(labels.device)
-    # From a row without labels to a row that has nothing else; half of a single one.
+    # From a row without labels to a fully labelled one; half of a single row.
     share = torch.linspace(0, 1, number, device=labels.device)[:, None] if number > 1 else 0.5
     yield _Look("with more labels in some rows than in others", text, every.masked_fill(chance >= share, IGNORED))
     half = max(size // 2, 2) if halves else size
@@ -224,7 +224,7 @@ def _of_counts(
     rows: int | None = None,
     length: int | None = None,
 ) -> Iterator[_Look]:
-    """Looks at a single label and at more, each time by the same factor: a later batch may have any number of them."""
+    """Checks with one label and more, growing by a constant factor: a later batch may have any number of labels."""
     text = _text(model, inputs, rows, length)
     generator = torch.Generator().manual_seed(2)
     labels = labels[:rows, :length]
@@ -241,7 +241,7 @@ def _of_counts(
 
 
 def _of_ids(model: nn.Module, inputs: TokenInputs, labels: Tensor, classes: int) -> Iterator[_Look]:
-    """A look at as many of the tokens that the labels are as there is room for."""
+    """A check of as many of the labels' tokens as fit."""
     length = max(2, min(inputs.shape[1], _LOGITS_OF_IDS // classes))
     rows = max(1, min(inputs.shape[0], _LOGITS_OF_IDS // (classes * length)))
     ids = labels[labels != IGNORED].unique()
@@ -257,7 +257,7 @@ def _of_ids(model: nn.Module, inputs: TokenInputs, labels: Tensor, classes: int)
 
 
 def _text(model: nn.Module, inputs: TokenInputs, rows: int | None, length: int | None) -> dict[str, Any]:
-    """The first rows of a batch without what goes with text; a mask says what is padding, where models would guess."""
+    """The first rows of a batch, text only; a mask marks padding, which models would otherwise guess."""
     text = {name: tensor[:rows, :length] for name, tensor in inputs.per_token.items()}
     base = unwrapped(model)
     if "input_ids" in text:
@@ -270,7 +270,7 @@ def _text(model: nn.Module, inputs: TokenInputs, rows: int | None, length: int |
 
 
 def _logits_for(architecture: Architecture, look: _Look, classes: int, *, traced: bool) -> AbstractContextManager[None]:
-    """Let the head give the logits of a look, however many classes it has."""
+    """Let the head return the logits of a check, whatever its number of classes."""
     shift = int(architecture.shifted)
 
     def stand_in(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a model's own loss is the cross-entropy of a routed step, held on a few tokens before the first step."""
+"""Checks that a model's own loss is the cross-entropy of a routed step, on a few tokens before the first step."""
 
 import inspect
 import re
@@ -18,29 +18,31 @@ from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 
 IGNORED = -100
 _ROWS, _TOKENS = 2, 8
-# Losses are computed in float32 by nearly all models; those that are not round to the logits' dtype.
+# Nearly all models compute their loss in float32; the others round it to the logits' dtype.
 _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 # Words in the names of settings that change a loss or add a term to it.
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
-# What losses are known to read, besides what the model's own loss function declares and what is named after labels.
+# Arguments that losses are known to read, besides those that the model's loss function declares and those named after
+# labels.
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "reduction", "class_weights"})
-# A loss is looked at as a step makes it, with gradients; if logits differ then, perhaps because it wrote its gradient
-# into them, the same logits are had without.
+# A loss is checked with gradients on, as in a step; if the logits then differ, perhaps because the loss wrote its
+# gradient into them, they are computed again without.
 TRACED_AND_NOT = True, False
 _NOT_FOR_LOSS_ALONE = frozenset(
     {"labels", "vocab_size", "input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids"}
 )
-# Settings that are a token, or several, which a loss may treat as none other.
+# Settings that name one or more tokens, which a loss may treat in a special way.
 _SPECIAL_TOKEN = re.compile(r"token_ids?$|token_index$")
 _MODALITY_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|media|speech)\w*_token_(id|index)$")
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which prediction a label is about in a model's own loss.
+    """Which prediction a label belongs to in a model's own loss.
 
     Attributes:
-        shifted: Whether the one before it (causal models) rather than the one at its place (masked models).
+        shifted: Whether it is the one before the label (causal models) rather than the one at its position (masked
+            models).
         counts_padding: Whether a label counts where the attention mask is 0.
     """
 
@@ -52,23 +54,23 @@ class Alignment:
 def own_alignment(
     model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, tokens: int = _TOKENS
 ) -> Alignment | None:
-    """Hold the model's own loss on a few labelled tokens to the cross-entropy of its own logits.
+    """Compare the model's own loss on a few labelled tokens with the cross-entropy of its own logits.
 
-    Both are of one forward in the mode that the model is in, whose head gives large logits: a loss may have a term in
-    training alone, and with the logits of starting weights every loss is near the logarithm of the vocabulary.
+    Both come from one forward in the model's current mode, with large logits: a loss may have a term only in training,
+    and with the logits of initial weights every loss is near the logarithm of the vocabulary size.
 
     Args:
         model: The model.
         architecture: Its description.
         inputs: The batch to take tokens from.
-        tokens: How many of a row.
+        tokens: Number of tokens per row.
 
     Returns:
-        How the model aligns its labels; ``None`` where that cannot be seen: it computes no loss, or the rows have a
+        How the model aligns its labels; ``None`` if that cannot be determined: it computes no loss, or rows have a
         single token.
 
     Raises:
-        ValueError: If its loss is another one with either alignment, or cannot be computed.
+        ValueError: If its loss differs with either alignment, or cannot be computed.
     """
     base = unwrapped(model)
     parameters = inspect.signature(base.forward).parameters
@@ -116,7 +118,7 @@ def _single_loss(base: nn.Module, output: Any, promised: bool) -> Tensor | None:
 
 
 def _check_leaves(model: nn.Module, own: Tensor, logits: Tensor) -> None:
-    """Raise if a loss has parameters that the logits do not: one that starts neutral changes nothing yet."""
+    """Raise if a loss depends on parameters that the logits do not; such a parameter may have no effect at first."""
     apart = leaves(own) - leaves(logits)
     names = [name for name, parameter in model.named_parameters() if parameter in apart]
     if names:
@@ -130,13 +132,13 @@ def _check_leaves(model: nn.Module, own: Tensor, logits: Tensor) -> None:
 def another_loss(
     base: nn.Module, where: str, own: Tensor, found: dict[Alignment, float], *, without_gradients: Tensor | None = None
 ) -> ValueError:
-    """The error that says what a model's own loss is, and what it would be if it were cross-entropy.
+    """The error that gives a model's own loss, and the cross-entropy that it should be.
 
     Args:
         base: The model.
-        where: On which tokens.
+        where: The tokens on which they differ.
         own: Its own loss.
-        found: By the alignment of labels, what a routed step computes.
+        found: A routed step's loss for each alignment of labels.
         without_gradients: Its own loss with gradients disabled.
     """
     cause = _likely_cause(base)
@@ -169,7 +171,7 @@ def check_reads(name: str, model: nn.Module, architecture: Architecture, inputs:
     arguments, labels = _few_labelled_tokens(base, inputs, _TOKENS)
     shifted, targets, items = architecture.shifted, labels, None
     if name == "shift_labels":
-        shifted, targets = False, labels.flip(1)  # aligned in no way with the labels that go with them
+        shifted, targets = False, labels.flip(1)  # not aligned with the labels passed along with them
     elif not architecture.counts_padding and "attention_mask" in arguments:
         targets = labels.masked_fill(arguments["attention_mask"] == 0, IGNORED)
     if name == "num_items_in_batch":
@@ -209,20 +211,20 @@ def _reads(
 def loss_and_logits(
     model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor, *, traced: bool
 ) -> tuple[Any, Tensor]:
-    """A model's output for labelled tokens, and the logits ``[B, S, V]`` that its loss is made of.
+    """A model's output for labelled tokens, and the logits ``[B, S, V]`` from which its loss is computed.
 
     Args:
         model: The model.
         architecture: Its description.
         arguments: Of its forward.
         labels: int64 ``[B, S]``.
-        traced: Make the loss with gradients, as a step does; its graph ends at the logits.
+        traced: Compute the loss with gradients, as in a step; its graph ends at the logits.
     """
     with large_random_logits(architecture.head.module, traced=traced):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits
-    # Some make a loss without logits in training, or with those of labelled tokens alone.
+    # In training, some models compute their loss without logits, or only with those of labelled tokens.
     with evaluation_mode(model), large_random_logits(architecture.head.module, traced=traced):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
@@ -232,7 +234,7 @@ def loss_and_logits(
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
-    """The part of a model's loss that its expert routers add, weighted as the model weights it."""
+    """The part of a model's loss that comes from its expert routers, weighted as in the model."""
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):
         return None
@@ -250,14 +252,14 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
 
 
 def loss_arguments(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What only a model's loss would read of its forward's arguments: known names, and those its loss function takes.
+    """The arguments of a forward that only the model's loss would read: known names, and those of its loss function.
 
     Args:
         model: The model.
         arguments: Of its forward.
     """
     rest = {name: value for name, value in arguments.items() if name not in _NOT_FOR_LOSS_ALONE}
-    if not rest:  # as in most steps: looking at the loss function costs more than that
+    if not rest:  # as in most steps: inspecting the loss function costs more
         return rest
     of_loss = _LOSS_ARGUMENTS | _parameters(getattr(unwrapped(model), "loss_function", None))
     return {name: value for name, value in rest.items() if name in of_loss or "label" in name}
@@ -265,13 +267,13 @@ def loss_arguments(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any
 
 @dataclass(frozen=True)
 class LossArguments:
-    """What a forward was given for its loss, apart from what the passes over the model are given.
+    """A forward's arguments for its loss, separated from those for the passes over the model.
 
     Attributes:
-        rest: The forward's other arguments; the passes have no labels for a loss to go with.
+        rest: The forward's other arguments; the passes get no labels.
         num_items: Countable tokens of the whole optimiser step, which transformers calls ``num_items_in_batch``.
-        shift_labels: Labels int64 ``[B, S]`` that stand at their predictors already, or ``None``.
-        for_own_loss: Names of those that the model's own loss would have read.
+        shift_labels: Labels int64 ``[B, S]`` that are already shifted to their predictors, or ``None``.
+        for_own_loss: Names of the arguments that the model's own loss would have read.
     """
 
     rest: dict[str, Any]
@@ -283,7 +285,7 @@ class LossArguments:
 def taken_apart(
     model: nn.Module, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
 ) -> LossArguments:
-    """Tell what only a model's loss reads of a forward's arguments from the rest.
+    """Separate the arguments of a forward that only the model's loss reads from the rest.
 
     Args:
         model: The model.
@@ -292,9 +294,9 @@ def taken_apart(
         ignore_index: Of the labels.
 
     Raises:
-        ValueError: If one would change the loss in a way that a routed step does not have, or ``num_items`` is given
-            under both names.
-        TypeError: If ``shift_labels`` is no tensor.
+        ValueError: If an argument would change the loss in a way that a routed step does not support, or ``num_items``
+            is given under both names.
+        TypeError: If ``shift_labels`` is not a tensor.
     """
     given = loss_arguments(model, arguments)
     if not given:
@@ -333,7 +335,7 @@ def _parameters(function: Any) -> frozenset[str]:
 
 
 def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[dict[str, Any], Tensor]:
-    """Tokens ``[2, S]`` with labels in which there is whatever a loss might make something else of."""
+    """Labelled tokens ``[2, S]`` that include everything a loss might treat in a special way."""
     tokens = {name: _two_rows(tensor)[:, :length] for name, tensor in inputs.per_token.items()}
     classes = head_rows(base)
     like = next(iter(tokens.values()))
@@ -344,14 +346,14 @@ def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[d
         labels = torch.arange(like.shape[0] * like.shape[1], device=like.device).view(like.shape[:2])
         labels = labels % classes
     length = labels.shape[1]
-    # What a loss might ignore or weight besides -100: a padding token is a target like any other.
+    # Labels besides -100 that a loss might ignore or weight: a padding token is a target like any other.
     places = ((row, place) for place in range(2, length, 2) for row in range(_ROWS))
     for (row, place), token in zip(places, _special_tokens(base.config, classes), strict=False):
         labels[row, place] = token
-    # And -100 itself, more often in one row than in the other: a mean of the rows' means is another number.
+    # And -100 itself, more often in one row than in the other, so that a mean of row means differs.
     labels[:, 3:4] = labels[1, 5:6] = IGNORED
     if inputs.padding is not None or takes_mask(base):
-        # A mask says what is padding, for which models look among the tokens otherwise: one that has a label.
+        # A mask marks a labelled token as padding; without a mask, models look for padding among the tokens.
         mask = torch.ones_like(labels if inputs.padding is None else _two_rows(inputs.padding)[:, :length])
         if length > 4:
             mask[0, -1] = 0
@@ -364,7 +366,7 @@ def _two_rows(tensor: Tensor) -> Tensor:
 
 
 def _special_tokens(config: Any, classes: int) -> list[int]:
-    """Tokens that a config names, those of which losses make something else first."""
+    """Tokens named in a config, those that losses treat in a special way first."""
     text = config.get_text_config()
     named = [getattr(text, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")]
     for owner in (text, config):
@@ -374,7 +376,7 @@ def _special_tokens(config: Any, classes: int) -> list[int]:
 
 
 def text_alone(input_ids: Tensor, config: Any) -> Tensor:
-    """Token ids in which placeholders of images and the like, which need their inputs, are other tokens."""
+    """Token ids in which placeholders of images and the like, which need their inputs, are replaced."""
     special = {
         value
         for owner in (config, config.get_text_config())
@@ -391,15 +393,15 @@ def text_alone(input_ids: Tensor, config: Any) -> Tensor:
 def routed_loss(
     model: nn.Module, output: Any, logits: Tensor, labels: Tensor, *, shifted: bool, items: Tensor | None = None
 ) -> float:
-    """What a routed step makes of logits ``[B, S, V]``: mean cross-entropy, and what expert routers add.
+    """A routed step's loss from logits ``[B, S, V]``: mean cross-entropy, plus the expert routers' loss.
 
     Args:
         model: The model.
         output: Of its forward.
         logits: Its logits.
         labels: int64 ``[B, S]``.
-        shifted: Whether the prediction of a label is the one before it.
-        items: What the sum is divided by; the number of labels by default.
+        shifted: Whether a label's prediction is the one before it.
+        items: Divisor of the sum; the number of labels by default.
     """
     targets = labels[:, 1:] if shifted else labels
     predictions = logits[:, :-1] if shifted else logits
@@ -412,7 +414,7 @@ def routed_loss(
 
 
 def same_loss(own: Tensor, ours: float, logits: Tensor) -> bool:
-    """Whether two losses are the same number, as exactly as the dtypes of the first and of the logits let them be."""
+    """Whether two losses are equal, within the precision of the first one's dtype and the logits' dtype."""
     own = own.detach()
     exact = all(value.dtype in (torch.float32, torch.float64) for value in (own, logits))
     tolerance = _TOLERANCE if exact and not autocast_active(own.device.type) else _HALF_TOLERANCE
