@@ -179,7 +179,8 @@ class Study:
     def _train(self, workers: list[Connection], answering: Connection | None) -> None:
         waiting = [*self._trials(), *self._runs()]
         self.free = list(workers)
-        answers = [task for task in self._answers() if self.known("answers", **task["fields"]) is None]
+        answers = self._answers() if self.arguments.questions else []
+        answers = [task for task in answers if self.known("answers", **task["fields"]) is None]
         while self.left > 0:
             for pipe in [*self.free]:
                 task = self._next(waiting)
