@@ -80,7 +80,7 @@ def test_a_batch_made_explicit():
         ({"position_ids": torch.arange(6)[None]}, {"position_ids", "segment"}),
         ({"position_ids": torch.arange(6)[None], "attention_mask": torch.ones(2, 6)}, {"position_ids", "padding"}),
         ({"token_type_ids": torch.zeros_like(IDS)}, {"token_type_ids"}),
-        ({"options": {"output_attentions": True, "image": None}}, {"output_attentions"}),
+        ({"options": {"output_attentions": True, "seq_idx": None}}, {"output_attentions"}),
     ],
 )
 def test_the_form_of_a_batch_is_what_there_is_in_it(given, more):

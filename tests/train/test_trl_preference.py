@@ -86,6 +86,28 @@ def test_it_is_trls_loss_with_the_gradient_of_the_labelled_tokens(make, name, gr
         assert error(ours, step(plain, inputs)[1]) >= 1e-3
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_random_tokens_are_the_same_ones_however_a_step_is_split(make, name, monkeypatch):
+    """Of DPO's micro-batches, each has the chosen rows of its pairs, followed by the rejected ones."""
+    kind, config, values = CASES[name]
+    kept = []
+    for rows, accumulated in ((4, 1), (2, 2)):
+        made = make(
+            kind, config, CGGRConfig(selection="random", min_tokens_ratio=0.5),
+            per_device_train_batch_size=rows, gradient_accumulation_steps=accumulated, **values,
+        )  # fmt: skip
+        loss, found = made._task_loss, []
+        own = loss._random
+        monkeypatch.setattr(loss, "_random", lambda *args, own=own, found=found: found.append(own(*args)) or found[-1])
+        made.train()
+        masks = [mask.view(2, -1, mask.shape[1]) if name == "dpo" else mask[None] for mask, _ in found]
+        width = max(mask.shape[2] for mask in masks)
+        kept.append(torch.cat([pad(mask, (0, width - mask.shape[2])) for mask in masks], dim=1))
+    width = max(mask.shape[2] for mask in kept)
+    one, several = (pad(mask, (0, width - mask.shape[2])) for mask in kept)
+    assert one.any() and one.equal(several)
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
 def test_a_margin_before_the_labelled_tokens_is_reached(make, name, gradient):
@@ -161,10 +183,14 @@ def test_a_random_share_leaves_the_loss_as_it_is(make, kind):
     made = make(kind, config, CGGRConfig(selection="random", min_tokens_ratio=0.5, selection_seed=4))
     inputs = batch_of(plain)
     countable = labelled(inputs)
-    kept = select(torch.zeros(countable.shape), countable, ratio=0.5, selection="random", seed=4, draw=0)
+    order = torch.arange(len(countable))
+    if kind is DPOTrainer:  # both rows of a pair are drawn one after the other
+        order = order.view(2, -1).T.flatten()
+    drawn = select(torch.zeros(countable.shape), countable[order], ratio=0.5, selection="random", seed=4, draw=0)
     width = countable.shape[1]
     weight = torch.zeros(len(countable), width + 1)
-    weight = weight.scatter_(1, kept.index.masked_fill(~kept.valid, width), kept.weight)[:, :width]
+    weight = weight.scatter_(1, drawn.index.masked_fill(~drawn.valid, width), drawn.weight)[:, :width]
+    kept, weight = drawn.mask[order.argsort()], weight[order.argsort()]
     own = plain.model.forward
 
     def weighted(*args, **kwargs):
@@ -175,7 +201,7 @@ def test_a_random_share_leaves_the_loss_as_it_is(make, kind):
         return output
 
     plain.model.__dict__["forward"] = weighted
-    with stopped_by_hand(plain.model, kept.mask):
+    with stopped_by_hand(plain.model, kept):
         wanted, expected = step(plain, inputs)
     found, ours = step(made, inputs)
     assert found == pytest.approx(wanted, rel=1e-5)

@@ -10,6 +10,7 @@ from cggr_core.checks import check_float, check_integers, check_same_device
 from cggr_core.routing.architectures import Architecture, default_position_ids, unwrapped
 from cggr_core.routing.masks import Visibility, packed_segments
 from cggr_core.routing.shared import Shared
+from cggr_core.routing.unread import check_read
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
 
@@ -140,6 +141,9 @@ def token_inputs(
         if name == "token_type_ids" and tuple(tensor.shape[:2]) != shape:
             raise ValueError(f"{name} must have shape {list(shape)} like the input tokens, got {list(tensor.shape)}")
     options = dict(options or {})
+    given_options = [name for name, value in options.items() if value is not None]
+    if given_options:
+        check_read(model, given_options)
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         _check_mask_of_queries(attention_mask, shape)
         options["attention_mask"], attention_mask = attention_mask, None

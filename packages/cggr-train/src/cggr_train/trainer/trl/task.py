@@ -49,6 +49,8 @@ class TaskLoss:
     default_ratio = RoutingSettings.min_tokens_ratio
     has_advantages = False
     """Whether rows have advantages, and leave the update without one."""
+    pairs = False
+    """Whether a batch is the chosen rows of pairs, followed by the rejected ones."""
     has_margin = False
     """Whether tokens before the kept ones can be kept without a loss."""
 
@@ -142,11 +144,16 @@ class TaskLoss:
 
     def _random(self, countable: Tensor, measured: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """Sample labelled tokens uniformly, with 1 / inclusion probability as a factor on their gradients."""
-        selection = keep_random(countable, self.ratio, **self.draw())
+        draw, order = self.draw(), None
+        if self.pairs:  # the chosen ones come before the rejected ones; numbered by pairs, a step can be split
+            order = torch.arange(len(countable), device=countable.device).view(2, -1).T.flatten()
+            countable, draw["first_row"] = countable[order], 2 * draw["first_row"]
+        selection = keep_random(countable, self.ratio, **draw)
         width = countable.shape[1]
         weight = torch.zeros((len(countable), width + 1), device=countable.device)
         weight = weight.scatter(1, selection.index.masked_fill(~selection.valid, width), selection.weight)[:, :width]
-        return selection.mask, weight
+        mask = selection.mask
+        return (mask, weight) if order is None else (mask[order.argsort()], weight[order.argsort()])
 
 
 class LabelledLoss(TaskLoss):
@@ -162,7 +169,8 @@ class LabelledLoss(TaskLoss):
         super().__init__(trainer, config, scoring)
         check_fused_head(trainer, unwrapped(trainer.model))
         # The completions of a pair, or of a group, share their prompt.
-        self.shares_prompts = hasattr(trainer, "loss_weights") or hasattr(trainer, "num_generations")
+        self.pairs = hasattr(trainer, "loss_weights")
+        self.shares_prompts = self.pairs or hasattr(trainer, "num_generations")
         self._forward: RoutedForward | None = None
         self._forward_for: Any = None
 
