@@ -84,7 +84,7 @@ def default_selection(answers: str | None, *, by_score: bool) -> str:
 
 
 def default_selections(answers: str | None, *, by_score: bool) -> tuple[str, ...]:
-    """The selections of a study: that of training, and the one by score.
+    """The selections of a study: the default of training, and one by score.
 
     Args:
         answers: See :func:`default_selection`.

@@ -1,4 +1,4 @@
-"""The arguments of what is recorded: those fixed in a recording, and static buffers for those that change."""
+"""The arguments of recorded calls: those fixed in a recording, and static buffers for those that change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONTEXT, _SELECTION = "context.", "selection."
 
 
 class Call(ABC):
-    """One call of something that can be recorded: its arguments by name."""
+    """A call that can be recorded, with its arguments by name."""
 
     @property
     @abstractmethod
@@ -108,11 +108,11 @@ class StepCall(Call):
 
 @dataclass(frozen=True)
 class PassCall(Call):
-    """One gradient pass, whose results a loss outside of it is made of.
+    """One gradient pass, from whose results a loss is computed outside the recording.
 
     Attributes:
         arguments: Of the model's forward.
-        context: What several rows continue, by name; empty for none.
+        context: The context that several rows continue, by name; empty for none.
         selection: The kept tokens.
     """
 
@@ -201,9 +201,9 @@ class Outcome:
     """Results of a call, recorded or not.
 
     Attributes:
-        values: Connected to the graph; of a step, the loss alone.
+        values: Results connected to the graph; for a step, only the loss.
         metrics: See :attr:`cggr_core.CGGRModel.metrics`.
-        findings: float32 ``[3]``, see :class:`~cggr_core.step.DeferredErrors`; ``None`` if nothing was looked for.
+        findings: float32 ``[3]``, see :class:`~cggr_core.step.DeferredErrors`; ``None`` if nothing was checked.
     """
 
     values: tuple[Tensor, ...]

@@ -36,10 +36,10 @@ _SAID_AFTER = 24
 
 
 class Recorder:
-    """Replays a recording of a call if there is one.
+    """Replays the recording of a call if there is one.
 
     Args:
-        run: Does a call eagerly.
+        run: Runs a call eagerly.
         engine: The passes over the model.
         device_type: Device type on which calls are recorded.
         graphs: Creates the recorder of a device.
@@ -78,7 +78,7 @@ class Recorder:
         return reason is None
 
     def take(self, call: Call) -> Outcome | None:
-        """Do a call by replay, after :meth:`ready`; ``None`` if it must run eagerly."""
+        """Replay a call, after :meth:`ready`; ``None`` if it must run eagerly."""
         reason = call.obstacle()
         if reason is not None:
             return self._as_it_is(reason)
@@ -86,7 +86,7 @@ class Recorder:
         return self._replayed(call, self._run, lambda: 0)
 
     def _refresh(self) -> None:
-        """Drop the recordings if the model is not as they found it."""
+        """Drop the recordings if the model has changed since."""
         changed = self._engine.seen != self._stamp or self._state is None or not self._state.holds()
         if self._recordings and changed:
             self._forget()
@@ -152,7 +152,7 @@ class Recorder:
         # After the first recording, which may be the first to run the model in training mode.
         self._state, self._stamp = self._state or ModelState(model), self._engine.seen
         if len(self._recordings) >= MOST_RECORDINGS:
-            self._places.graphs.wait()  # a graph is not taken away while it runs
+            self._places.graphs.wait()  # a graph must not be deleted while it runs
             rested = next(iter(self._recordings))
             del self._recordings[rested]
             self._times.pop(rested, None)
@@ -192,7 +192,7 @@ class Recorder:
 
     def _forget(self) -> None:
         if self._recordings and self._places is not None:
-            self._places.graphs.wait()  # a graph is not taken away while it runs
+            self._places.graphs.wait()  # a graph must not be deleted while it runs
         self._recordings.clear()
         self._refused: dict[Hashable, str] = {}
         self._times: dict[Hashable, int] = {}
@@ -234,7 +234,7 @@ class StepRecorder(Recorder):
 
         Args:
             call: The arguments.
-            router: What scores.
+            router: The source of scores.
             slots: Counts the slots of the supervised tokens, if those are kept. It may wait for the device, so it is
                 called last.
 

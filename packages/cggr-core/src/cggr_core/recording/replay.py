@@ -102,9 +102,9 @@ class Recording:
 
     Args:
         run: Runs a step the way it is recorded.
-        as_it_is: Runs it the way it would run without a recording.
+        as_it_is: Runs it as it would run without a recording.
         call: A call of the kind.
-        model: Whose parameters are trained.
+        model: The model whose parameters are trained.
         places: Shared with the model's other recordings.
         may_draw: Whether the step may draw random numbers besides those of ``draw``.
 
@@ -151,7 +151,7 @@ class Recording:
             self._connected, self._leaves = None, []
 
     def __call__(self, call: Call, draw: int | Tensor) -> Outcome:
-        """Do a call by replaying the recording."""
+        """Run a call by replaying the recording."""
         self._inputs.fill(call, draw)
         values = _Replayed.apply(self, *self._trained)
         numbers = dict(zip(self._names, (number.clone() for number in self._numbers), strict=True))
@@ -281,7 +281,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def _even(value: Tensor) -> Tensor:
-    """The gradient that a recording is compared at: 1 of a loss, and numbers of either sign of hidden states."""
+    """The upstream gradient for comparing a recording: 1 for a loss, numbers of both signs for hidden states."""
     if not value.dim():
         return torch.ones_like(value)
     places = torch.arange(value.numel(), device=value.device, dtype=torch.float32)

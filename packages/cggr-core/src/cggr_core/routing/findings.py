@@ -26,7 +26,7 @@ class Findings:
     Attributes:
         model: The model.
         description: Its description, before any check.
-        counts_positions: Whether positions that a batch leaves out number its tokens, whatever the tokens are.
+        counts_positions: Whether the model numbers a row's tokens if a batch has no positions, whatever the tokens are.
     """
 
     description: Architecture

@@ -107,7 +107,7 @@ class RowMask:
 
     @classmethod
     def __torch_function__(cls, function: Any, *others: Any) -> Any:
-        """Say what happened where torch gets a mask that only the attention of a routed pass can read."""
+        """Explain the error when torch gets a mask that only the attention of a routed pass can read."""
         raise RuntimeError(
             f"{getattr(function, '__name__', function)} got the mask of a routed pass outside of it: a checkpoint "
             "inside the model recomputes an attention in the backward pass; use model.gradient_checkpointing_enable(), "

@@ -140,10 +140,10 @@ def drop_inert_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_no_transform() -> None:
-    """Raise inside a transform of ``torch.func``: a step stops gradients by hooks and functions that have none.
+    """Raise inside a transform of ``torch.func``, which bypasses the hooks with which a step stops gradients.
 
     Raises:
-        RuntimeError: If ``grad``, ``vmap``, ``jvp`` or another one is running.
+        RuntimeError: If ``grad``, ``vmap``, ``jvp`` or another transform is running.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(

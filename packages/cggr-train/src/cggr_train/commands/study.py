@@ -16,7 +16,7 @@ from cggr_train.program import program
 
 OWN_PRECISION = "own"
 SCORED = ("ratio", "scoring", "router", "router_depth")
-"""Options that are about keeping a part of the supervised tokens."""
+"""Options for keeping only some of the supervised tokens."""
 
 
 def study(

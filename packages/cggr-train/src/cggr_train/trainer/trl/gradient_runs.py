@@ -1,4 +1,4 @@
-"""The kept tokens' pass through a model: replayed as a CUDA graph where shapes repeat, and run as it is elsewhere."""
+"""The kept tokens' pass through a model: replayed as a CUDA graph if shapes repeat, and run eagerly otherwise."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class GradientRuns:
     """Runs kept tokens through all layers with gradients, the others without, in one pass.
 
     Args:
-        engine: The model's.
+        engine: The passes over the model.
         gradient: ``"kv"`` or ``"detached"``.
-        precision: ``"fp8"`` or ``None``, of the other tokens.
-        margin: Positions before every kept stretch that gradients reach too.
+        precision: ``"fp8"`` or ``None``, for the other tokens.
+        margin: Number of positions before every kept stretch that gradients also reach.
         records: Whether passes of equal shapes are recorded as CUDA graphs.
 
     Attributes:
@@ -38,7 +38,7 @@ class GradientRuns:
 
         Args:
             arguments: Of the model's forward, over whole rows.
-            prompts: What the rows begin with; ``None`` if they share nothing.
+            prompts: The shared beginnings of the rows; ``None`` if they share nothing.
         """
         if prompts is None:
             batch = self._engine.inputs(**arguments)
