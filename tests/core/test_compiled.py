@@ -57,3 +57,18 @@ def test_what_was_compiled_since_the_first_call_is_refused() -> None:
     for compiled in (torch.compile(model), in_place(model)):
         with pytest.raises(ValueError, match="was compiled"):
             routed_logprobs(compiled, input_ids, keep=keep)
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, in_place])
+@pytest.mark.parametrize("gradient", ["exact", "kv"])
+def test_layers_compiled_since_a_step_are_refused_in_every_step(compiled: Callable[[Any], Any], gradient: str) -> None:
+    model: Any = ROUTABLE["llama"]()
+    input_ids = torch.randint(3, VOCAB, (2, 12))
+    routed = CGGRModel(model, gradient=gradient).train()
+    step(routed, input_ids)
+    model.model.layers[1] = compiled(model.model.layers[1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"was compiled \(its model\.layers\.1\)"):
+            step(routed, input_ids)
+        with pytest.raises(ValueError, match=r"was compiled \(its model\.layers\.1\)"):
+            routed_logprobs(model, input_ids, keep=torch.arange(12).expand(2, -1) < 6)

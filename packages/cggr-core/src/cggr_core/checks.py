@@ -15,7 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "check_float",
     "check_integer",
     "check_integers",
+    "check_not_compiled",
     "check_num_items",
     "check_ratio",
     "check_same_device",
@@ -254,3 +255,22 @@ def first_derivatives_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         return once(ctx, *upstream)
 
     return run
+
+
+def check_not_compiled(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Raise if a model, its layers or their attention were compiled: compiled code would ignore the passes' changes.
+
+    Raises:
+        ValueError: If one was.
+    """
+    routed = {id(layer) for layer in layers}
+    for name, module in model.named_modules():
+        compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled and (
+            not name or any(id(part) in routed or "Attention" in type(part).__name__ for part in module.modules())
+        ):
+            where = f"its {name}" if name else "it"
+            raise ValueError(
+                f"model {type(model).__name__} was compiled ({where}), but routed passes run the model's own modules; "
+                "wrap the model without torch.compile, or compile its norms and MLPs only"
+            )

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from cggr_core.checks import check_not_compiled
 from cggr_core.recording import Outcome, StepCall, StepRecorder
 from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
@@ -17,7 +18,6 @@ from cggr_core.settings import SUPERVISED, CudaGraph, RoutingSettings
 from cggr_core.step import DeferredErrors, Draws, Router, StepBatch, StepResult, findings, run_step
 from cggr_core.step.checks import (
     check_no_transform,
-    check_not_compiled,
     check_token_ids,
     check_unused,
     drop_inert_arguments,

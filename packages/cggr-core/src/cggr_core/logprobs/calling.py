@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cggr_core.checks import check_not_compiled
 from cggr_core.model import CGGRModel
 from cggr_core.monitor import Monitor
-from cggr_core.step.checks import check_not_compiled
 
 if TYPE_CHECKING:
     from cggr_core.routing import Engine

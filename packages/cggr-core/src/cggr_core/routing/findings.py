@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cggr_core.checks import check_not_compiled
 from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
 from cggr_core.routing.batch_loss import check_loss_of_batch
 from cggr_core.routing.context_pass import LayerOutput
@@ -41,6 +42,7 @@ class Findings:
     def _look(self) -> None:
         """Describe the model as it is now and discard earlier checks."""
         self._looks += 1
+        self._may_be_compiled = True
         self.description = describe(self.model)
         self._structure = structure(self.model)
         self.counts_positions = leaves_positions_to_transformers(self.model, self.description.layers)
@@ -113,8 +115,12 @@ class Findings:
                 warning says so.
 
         Raises:
-            ValueError: If keys and values cannot be routed in this model or batch, or if the model's own loss differs.
+            ValueError: If keys and values cannot be routed in this model or batch, if the model's own loss differs, or
+                if parts of the model were compiled.
         """
+        if self._may_be_compiled:
+            check_not_compiled(self.model, self.description.layers)
+            self._may_be_compiled = False
         packed = routing and inputs.segment is not None
         wanted = {"plain"} | ({"routing"} if routing else set()) | ({"packing"} if packed else set())
         wanted |= {"own_loss"} if own_loss else set()

@@ -59,6 +59,9 @@ def structure(model: nn.Module) -> list[Any]:
             waiting.extend(module._modules.values())
             if module._forward_pre_hooks or module._forward_hooks:
                 found.extend(_of_others(module._forward_pre_hooks, module._forward_hooks))
+            compiled = module.__dict__.get("_compiled_call_impl")
+            if compiled is not None:
+                found.append(compiled)
             kind = type(module)
             if kind not in forwards:
                 forwards[kind] = kind.forward

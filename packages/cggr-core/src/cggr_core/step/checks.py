@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_core.checks import (
     check_float,
@@ -20,7 +20,6 @@ from cggr_core.settings import RoutingSettings
 
 __all__ = [
     "check_no_transform",
-    "check_not_compiled",
     "check_step_arguments",
     "check_token_ids",
     "check_unused",
@@ -170,22 +169,3 @@ def check_token_ids(input_ids: Any, rows: int) -> None:
             f"input_ids holds {outside.numel()} value(s) outside the model's {rows} embeddings (the first is "
             f"{int(outside[0])}); use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
         )
-
-
-def check_not_compiled(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Raise if a model, its layers or their attention were compiled: compiled code would ignore the passes' changes.
-
-    Raises:
-        ValueError: If one was.
-    """
-    routed = {id(layer) for layer in layers}
-    for name, module in model.named_modules():
-        compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled and (
-            not name or any(id(part) in routed or "Attention" in type(part).__name__ for part in module.modules())
-        ):
-            where = f"its {name}" if name else "it"
-            raise ValueError(
-                f"model {type(model).__name__} was compiled ({where}), but routed passes run the model's own modules; "
-                "wrap the model without torch.compile, or compile its norms and MLPs only"
-            )
