@@ -1,10 +1,12 @@
 import dataclasses
+import math
 import re
 from html.parser import HTMLParser
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from cggr_train.display import Display, format_bytes, numbers
@@ -352,6 +354,17 @@ def test_kept_shares_that_are_all_alike_are_not_drawn():
     for by in found.kept.values():
         by.update(dict.fromkeys(by, [0.25] * 10))
     assert plots.draw_kept(found) is None
+
+
+def test_a_tenth_without_a_share_is_a_gap_in_the_curve(monkeypatch):
+    found = outcome()
+    for by in found.kept.values():
+        by.update({name: [None, *[0.1, 0.4] * 4, None] for name in by})
+    drawn = []
+    original = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **style: drawn.append(y) or original(axes, x, y, **style))
+    assert plots.draw_kept(found) is not None
+    assert drawn and all(math.isnan(y[0]) and y[1:3] == [10, 40] and math.isnan(y[-1]) for y in drawn)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

@@ -5,14 +5,16 @@ import io
 import json
 import re
 import shutil
+import statistics
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cggr_train.errors import DivergedError, InputError, SaveError
-from cggr_train.study import resume_study, stages, start_study
+from cggr_train.study import kept, resume_study, stages, start_study
 from cggr_train.study.arms import Arm
 from cggr_train.study.context import StudyContext
 from cggr_train.study.estimators import compare_gradients
@@ -295,11 +297,33 @@ def test_kept_shares_follow_the_strategy(study):
     )  # fmt: skip
     for by in shares.values():
         assert set(by) == {"position", "frequency", "score"}
-        assert all(len(values) == BINS and all(0 <= value <= 1 for value in values) for values in by.values())
+        assert all(len(values) == BINS for values in by.values())
+        # tokens of one frequency share a tenth, which leaves others empty
+        assert all(0 <= value <= 1 for values in by.values() for value in values if value is not None)
+        assert None not in by["position"] and any(by["frequency"])
         assert sum(by["position"]) / BINS == pytest.approx(0.25, abs=0.03)
     assert shares["top"]["score"][-1] > 0.7
     assert shares["top"]["score"][0] < 0.1
     assert shares["kv-0.25-random"]["score"][-1] == pytest.approx(0.25, abs=0.12)
+
+
+def test_a_tenth_without_supervised_tokens_has_no_share(study, monkeypatch):
+    """A prompt is never kept, which says nothing about the arm."""
+    context = StudyContext(study, CPU)
+    original = kept.in_order
+
+    def masked(*arguments, **settings):
+        for batch in original(*arguments, **settings):
+            half = batch.shape[1] // 2
+            yield torch.cat([~batch[:, :half], batch[:, half:]], dim=1)
+
+    monkeypatch.setattr(kept, "in_order", masked)
+    arm = context.arms["kv-0.25-random"]
+    weights = study / "runs" / "standard-seed0" / "model"
+    (shares,) = kept_shares(context, [arm], weights=weights, seed=0).values()
+    assert shares["position"][:4] == [None] * 4
+    assert statistics.fmean(shares["position"][5:]) == pytest.approx(0.25, abs=0.05)
+    assert None not in shares["score"] and min(shares["score"]) > 0.05
 
 
 def test_routers_that_learn_and_remember_are_arms_like_others(study):

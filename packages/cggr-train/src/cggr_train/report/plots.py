@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -101,12 +102,12 @@ def draw_kept(outcome: Outcome, *, width: float = WIDE) -> bytes | None:
         for row, (ratio, arms) in zip(grid, sorted(rows.items()), strict=True):
             for axes, (name, (title, ends)) in zip(row, titles.items(), strict=True):
                 for label, arm in arms.items():
-                    shares = [100 * share for share in outcome.kept[arm.name][name]]
-                    axes.plot(range(1, len(shares) + 1), shares, label=label, **line(arm, outcome))
+                    shares = [math.nan if share is None else 100 * share for share in outcome.kept[arm.name][name]]
+                    axes.plot(range(1, len(shares) + 1), shares, marker=".", label=label, **line(arm, outcome))
                 axes.set_xlabel(ends)
                 axes.set_xticks([])
                 axes.set_title(title if name != next(iter(titles)) else f"Ratio {ratio:g}: {title}", fontsize=10)
-            highest = max(max(outcome.kept[arm.name][name]) for arm in arms.values() for name in titles)
+            highest = max(max(_known(outcome.kept[arm.name][name])) for arm in arms.values() for name in titles)
             row[0].set_ylim(0, 100 * max(1.05 * highest, 0.01))
             row[0].set_ylabel("kept, %")
             row[0].legend(fontsize=8)
@@ -189,7 +190,12 @@ def _name_curves(axes: Axes, outcome: Outcome, ends: dict[str, tuple[float, floa
 
 def _shares_differ(outcome: Outcome, what: str) -> bool:
     """Whether some arm keeps clearly different shares of the tenths of the tokens by this measure."""
-    return any(max(by[what]) - min(by[what]) > 0.05 for by in outcome.kept.values())
+    return any(max(_known(by[what])) - min(_known(by[what])) > 0.05 for by in outcome.kept.values())
+
+
+def _known(shares: list[float | None]) -> list[float]:
+    """Shares of the bins that have countable tokens; 0 where none has, so that there is always one."""
+    return [share for share in shares if share is not None] or [0.0]
 
 
 def colour(arm: Arm, outcome: Outcome) -> str:

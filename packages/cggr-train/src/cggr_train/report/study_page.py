@@ -10,6 +10,7 @@ from cggr_train.report.explanation import explain
 from cggr_train.report.page import write_page
 from cggr_train.report.plots import NARROW, colour, draw_frontier, draw_kept, draw_losses, draw_losses_by_tokens
 from cggr_train.report.tables import study_cells
+from cggr_train.study.frontier import non_dominated, points
 
 if TYPE_CHECKING:
     from cggr_train.recorded import StepGraph
@@ -56,6 +57,7 @@ def write_study_page(
         losses=_sizes(draw_losses, outcome),
         by_tokens=_sizes(draw_losses_by_tokens, outcome),
         frontier=_sizes(draw_frontier, outcome),
+        joined=len(non_dominated(points(outcome))) > 1,
         kept=_sizes(draw_kept, outcome) if outcome.kept else None,
     )
 

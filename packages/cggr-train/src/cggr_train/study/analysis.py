@@ -63,7 +63,7 @@ class Outcome:
     comparisons: dict[str, dict[str, Comparison]]
     curves: dict[str, list[list[dict[str, float]]]]
     gradients: dict[str, dict[str, dict[str, Any]]]
-    kept: dict[str, dict[str, list[float]]]
+    kept: dict[str, dict[str, list[float | None]]]
     diverged: dict[str, dict[int, int]]
     seeds: int
     losses: dict[str, dict[str, list[float]]]

@@ -29,9 +29,10 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
         seed: Seed of the selections.
 
     Returns:
-        For each arm the kept share in ten bins of equal count: ``position`` (first to last), ``frequency`` (of the
-        target token in the training text, rarest to most frequent) and ``score`` (lowest to highest; by the gradient
-        norm for arms that use no score).
+        For each arm the kept share in ten bins: ``position`` (tenths of the sequence, first to last), and, of equal
+        counts of countable tokens, ``frequency`` (of the target token in the training text, rarest to most frequent)
+        and ``score`` (lowest to highest; by the gradient norm for arms that use no score). None for a bin without
+        countable tokens, such as the first tenth where it is all prompt.
     """
     from cggr_core import score, select
 
@@ -46,9 +47,13 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
         rows = batch.to(context.device)
         input_ids, _ = split_supervised(rows)
         targets, countable = input_ids[:, 1:], rows[:, 1:] >= 0
+        counted = countable.cpu()
+        if not counted.any():
+            continue
+        places = torch.arange(targets.shape[1]).expand(targets.shape)
         bins = {
-            "position": _bins(torch.arange(targets.shape[1]).expand(targets.shape)),
-            "frequency": _bins(counts[targets.cpu()]),
+            "position": _bins(places, torch.ones_like(counted)),
+            "frequency": _bins(counts[targets.cpu()], counted),
         }
         known: dict[tuple[str, int | None], Tensor] = {}
         for arm in arms:
@@ -56,7 +61,7 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
             if key not in known:
                 known[key] = score(_statistics(context, model, key[1], input_ids), scoring=arm.routing.scoring)
             scores = known[key]
-            bins["score"] = _bins(scores.cpu())
+            bins["score"] = _bins(scores.cpu(), counted)
             for draw in range(DRAWS):
                 mask = select(
                     scores, countable, ratio=arm.routing.ratio, selection=arm.routing.selection, seed=seed,
@@ -64,9 +69,12 @@ def kept_shares(context: StudyContext, arms: list[Arm], *, weights: Path, seed: 
                 ).mask.cpu()  # fmt: skip
                 for name, where in bins.items():
                     kept = torch.bincount(where[mask], minlength=BINS)
-                    sums[arm.name][name] += torch.stack([kept, torch.bincount(where[countable.cpu()], minlength=BINS)])
+                    sums[arm.name][name] += torch.stack([kept, torch.bincount(where[counted], minlength=BINS)])
     return {
-        arm: {name: (kept / seen.clamp(min=1)).tolist() for name, (kept, seen) in by.items()}
+        arm: {
+            name: [share if count else None for share, count in zip((kept / seen).tolist(), seen.tolist(), strict=True)]
+            for name, (kept, seen) in by.items()
+        }
         for arm, by in sums.items()
     }
 
@@ -84,8 +92,8 @@ def _statistics(context: StudyContext, model: Any, depth: int | None, input_ids:
     return token_statistics(logits[:, :-1].float(), input_ids[:, 1:])
 
 
-def _bins(values: Tensor) -> Tensor:
-    """Bin of each value, 0 to 9, of about equal count; equal values share a bin."""
+def _bins(values: Tensor, counted: Tensor) -> Tensor:
+    """Bin of each value, 0 to 9, with about equal numbers of counted ones; equal values share a bin."""
     values = values.to(torch.float64)
-    edges = torch.quantile(values.flatten(), torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1])
+    edges = torch.quantile(values[counted], torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1])
     return torch.bucketize(values, edges, right=True)
