@@ -1,4 +1,4 @@
-"""What `benchmarks.frontier` compares: settings, the ways of training in them, and how their steps are taken."""
+"""What `benchmarks.frontier` compares: settings, the ways of training in them, and the arms that take their steps."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training; what it computes depends on nothing else, so that one run serves every way of taking its step.
+    """A way of training; it determines the results, so one run serves every arm that takes its steps.
 
     Attributes:
-        label: For people.
-        batch: Sequences of a step.
+        label: Name for people. batch: Sequences per step.
         gradient: Gradient mode.
         selection: ``supervised``, or a strategy of ``CGGRModel`` at ``ratio``.
-        ratio: Keep ratio: of the supervised tokens those that are kept.
-        block: Neighbouring tokens that are chosen together.
-        margin: Tokens before each supervised stretch that are kept without a loss.
-        unit: Where a part of the supervised tokens is kept, what is kept together; see
+        ratio: Keep ratio among the supervised tokens.
+        block: Number of neighbouring tokens chosen together.
+        margin: Number of tokens before each supervised stretch that are kept without a loss.
+        unit: The unit in which supervised tokens are kept, if only some are; see
             :func:`benchmarks._frontier_units.keep_part`.
-        parts: The whole of the supervised tokens over what is kept of them.
-        layers: Where the layers that route begin and end, as shares of the depth; the others are exact.
-        rates: Learning rates that are tried.
-        rate_of: Whose learning rate it takes, instead of trying its own.
-        answers: Whether test problems are answered.
-        late: Whether it comes after all seeds of the others.
+        parts: Number of supervised tokens over the number kept.
+        layers: First and last of the layers that route, as shares of the depth; the others are exact.
+        rates: Learning rates to try.
+        rate_of: The way whose learning rate it uses instead of trying its own.
+        answers: Whether it answers test problems.
+        late: Whether it runs after all seeds of the others.
     """
 
     label: str
@@ -44,12 +43,12 @@ class Way:
 
     @property
     def given(self) -> bool:
-        """Whether the kept tokens are known from the labels, and handed over with a fixed number of slots."""
+        """Whether the kept tokens follow from the labels, and are passed in with a fixed number of slots."""
         return self.selection == "supervised"
 
     @property
     def mixed(self) -> bool:
-        """Whether some layers route and others are exact: computed in a pass whose time is not that of such a step."""
+        """Whether some layers route and others are exact; such a pass does not have the time of such a step."""
         return self.layers != (0.0, 1.0)
 
 
@@ -59,11 +58,11 @@ class Arm:
 
     Attributes:
         way: Name of the way.
-        label: For people; None takes the way's.
-        micro_batch: Sequences of one forward; None takes all of the batch.
-        checkpointing: Whether activations are computed anew in the backward pass.
-        role: Of the arm in a study, see :class:`cggr_train.study.arms.Arm`.
-        counted: Arms and shares of their steps, whose sum is taken for the time and memory of this one's.
+        label: Name for people; None for the way's.
+        micro_batch: Sequences per forward; None for the whole batch.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        role: Role of the arm in a study; see :class:`cggr_train.study.arms.Arm`.
+        counted: Arms and weights: the weighted sum of their time and memory stands for this arm's.
     """
 
     way: str
@@ -76,21 +75,21 @@ class Arm:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on, and for how long.
+    """The data, and how long to train on it.
 
     Attributes:
         length: Tokens of a row.
         problems: Training problems.
-        slots: The most answer tokens of a training row, and the slots for those that are kept of it.
+        slots: Most answer tokens of a training row, and the slots for its kept ones.
         ways: By name; the first is the standard one.
         arms: By name; times are compared between these.
         clock: The arm whose steps, at ``steps`` or in ``seconds``, give the time that all arms get.
         steps: Of the clock arm; None takes ``seconds``.
-        seconds: That every arm gets.
-        shares: Of that time, at which all arms are read; the last is 1.
-        context: Whether a problem stands behind others that fill the row.
-        limit: Training rows at most.
-        itself: Whether steps that ``CGGRModel`` records by itself are timed besides.
+        seconds: Time that every arm gets.
+        shares: Shares of that time at which all arms are evaluated; the last is 1.
+        context: Whether a problem is preceded by others that fill the row.
+        limit: Most training rows.
+        itself: Whether steps recorded by ``CGGRModel`` itself are timed too.
     """
 
     length: int

@@ -1,4 +1,4 @@
-"""The rows that `benchmarks.frontier` trains on: tokenized once, in one small file that travels to the GPU."""
+"""The rows that `benchmarks.frontier` trains on, tokenized once and stored in one small file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SIDES = ("train", "test")
 TUNING = 96
-"""Training rows that learning rates are chosen by, and that no run trains on."""
+"""Training rows reserved for choosing learning rates; no run trains on them."""
 
 
 class Rows(NamedTuple):
@@ -32,13 +32,13 @@ class Rows(NamedTuple):
 
 
 def prepare(path: Path, setting: Setting, gsm8k: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write the file of a setting, unless it is there.
+    """Write the file of a setting, unless it exists.
 
     Training problems whose answers take more tokens than the setting has slots are left out: 2.8% of GSM8K's.
 
     Args:
         path: Of the file.
-        setting: What its rows hold.
+        setting: The setting.
         gsm8k: Folder of the problems.
         tokenizer: Of the model.
     """
@@ -52,7 +52,7 @@ def prepare(path: Path, setting: Setting, gsm8k: Path, tokenizer: PreTrainedToke
     for seed, (side, problems) in enumerate(sides.items()):
         if side == "train":
             problems = problems[: setting.problems]
-        if setting.context:  # of test problems too: what stands before one is of the training problems
+        if setting.context:  # of test problems too: those before one are training problems
             problems = among_others(problems, others, tokenizer, length=setting.length, seed=seed)
         prompts, answers = (
             tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -78,11 +78,11 @@ def prepare(path: Path, setting: Setting, gsm8k: Path, tokenizer: PreTrainedToke
 
 
 def load(path: Path, *, limit: int | None = None) -> tuple[Rows, dict[str, int | float]]:
-    """The rows of a file, and what a result notes of them.
+    """The rows of a file, and their description for a result.
 
     Args:
         path: Of the file.
-        limit: Training rows at most.
+        limit: Most training rows.
     """
     line, _, data = lzma.decompress(path.read_bytes()).partition(b"\n")
     head, offset, found = json.loads(line), 0, {}

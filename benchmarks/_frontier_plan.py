@@ -1,4 +1,4 @@
-"""How many steps every arm of `benchmarks.frontier` takes, and after which of them it is read."""
+"""How many steps every arm of `benchmarks.frontier` takes, and after which it is evaluated."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from benchmarks._frontier_arms import SETTINGS, Setting
 
 CURVE = (1 / 8, 1 / 4, 1 / 2)
-"""Where a curve is read besides, as shares of its steps."""
+"""Further points of a curve, as shares of its steps."""
 
 
 def steps_at(setting: Setting, times: dict[str, float], budget: float, share: float) -> dict[str, int]:
-    """Steps of each arm after a share of the time that all get."""
+    """Steps of each arm after a share of the common time."""
     return {name: max(1, round(share * budget / times[name])) for name in setting.arms}
 
 
 def with_arms(setting: Setting, names: Collection[str]) -> Setting:
-    """The setting with some of its arms alone, and the ways that these have."""
+    """The setting with only some of its arms, and their ways."""
     arms = {name: arm for name, arm in setting.arms.items() if name in names}
     left = {arm.way for arm in arms.values()}
     ways = {name: way for name, way in setting.ways.items() if name in left}
@@ -27,7 +27,7 @@ def with_arms(setting: Setting, names: Collection[str]) -> Setting:
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
-    """What the command line asks for."""
+    """The setting as requested on the command line."""
     setting = SETTINGS[arguments.setting]
     if arguments.only:
         if unknown := sorted(set(arguments.only) - set(setting.ways)):
@@ -37,23 +37,25 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
 
 
 def time_of(record: dict[str, Any], kind: str) -> float | None:
-    """Seconds of a step, where there are such."""
+    """Seconds of a step, if it has been timed."""
     return record.get(kind, {}).get("seconds")
 
 
 class Plan:
-    """How many steps every arm takes, from their times.
+    """The number of steps of every arm, from their times.
 
     Args:
         setting: The setting.
         timings: Records of :func:`benchmarks._frontier_training.time_arm`, by arm.
         seconds: Of every run, instead of the setting's.
         steps: Of the clock arm, instead of the setting's.
-        answers: Which readings test problems are answered at, ``"all"`` or ``"equal"``: after equal examples alone.
+        answers: The readings at which test problems are answered: ``"all"``, or ``"equal"`` for only those after equal
+            examples.
 
     Attributes:
-        times: Of a recorded step where it could be recorded.
-        usual: Of a step as it runs by default: the standard one as it is, a routed one as ``CGGRModel`` takes it.
+        times: Time of a recorded step, if it could be recorded.
+        usual: Time of a step as it runs by default: eagerly for the standard one, as ``CGGRModel`` takes it for routed
+            ones.
         budget: Seconds that every arm gets.
         steps: By share of the budget, then by arm.
         equal: By arm, the steps after which all arms have seen as many examples.
@@ -102,10 +104,10 @@ class Plan:
         return sorted(point for point in read | spread if point <= most)
 
     def answered_at(self, way: str) -> dict[str, int]:
-        """After which steps a way answers test problems, by the name of the reading."""
+        """The steps after which a way answers test problems, by the name of the reading."""
         found = {}
         for name, arm in self.setting.arms.items():
-            # Of the arms that are read off the clock's run, this one alone.
+            # Of the arms that share the clock's run, only this one.
             if arm.way == way and (name == self.setting.clock or way != self.setting.arms[self.setting.clock].way):
                 if self.answers == "all":
                     found |= {f"{name}, {share:.2f}": steps[name] for share, steps in self.steps.items()}

@@ -16,11 +16,11 @@ from cggr_train.log import JsonlLog, read_log
 
 TUNING_SEED = 1000
 TUNING_SHARE = 0.5
-"""How long a rate is tried, as a share of the time of a run."""
+"""Time for which a rate is tried, as a share of a run's."""
 REPORT_SECONDS = 12.0
-"""Kept back of the time."""
+"""Seconds held in reserve."""
 WRITE_EVERY = 15.0
-"""Seconds between results, so that there is one should the machine go away."""
+"""Seconds between results, so that there is one if the machine is lost."""
 ROOM = 14e9
 """Bytes of a run's step, so that several runs share a GPU."""
 
@@ -30,9 +30,9 @@ class Study:
 
     Args:
         arguments: Of the command line.
-        told: What every worker is told.
-        noted: What the result says besides.
-        log: Where records go.
+        told: The settings sent to every worker.
+        noted: Further settings for the result.
+        log: File of the records.
     """
 
     def __init__(self, arguments: argparse.Namespace, told: dict[str, Any], noted: dict[str, Any], log: Path) -> None:
@@ -57,11 +57,11 @@ class Study:
         return self.ends - time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print with the seconds that have gone."""
+        """Print with the elapsed seconds."""
         print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
 
     def write(self) -> None:
-        """The result so far, where all arms have done a seed."""
+        """Write the result so far, if all arms have finished a seed."""
         self.written = time.monotonic()
         if self.plan is not None and whole_seeds(self.setting, self.records):
             path = report(self.arguments, self.noted, self.plan, self.records)
@@ -94,7 +94,7 @@ class Study:
         pipe.send(body)
 
     def results(self, timeout: float) -> Iterator[tuple[Connection, dict[str, Any]]]:
-        """What workers have done since."""
+        """The results of workers since the last call."""
         ready: list[Any] = wait(list(self.doing), timeout=timeout)
         for pipe in ready:
             task = self.doing.pop(pipe)
@@ -124,7 +124,7 @@ class Study:
             yield pipe, record
 
     def run(self) -> None:
-        """Everything, as far as the time goes."""
+        """Run everything, as far as time allows."""
         workers = [self.start() for _ in range(self.arguments.parallel)]
         answering = self.start() if self.arguments.questions else None
         self.free: list[Connection] = []
@@ -134,18 +134,18 @@ class Study:
                 self._train(workers, answering)
         finally:
             for pipe in self.pipes:
-                pipe.close()  # which ends those that wait
+                pipe.close()  # ends waiting workers
             for process in self.processes:
                 process.join(1.0)
                 process.kill()
                 process.join()
 
     def _time(self, worker: Connection) -> None:
-        """Steps in a process of their own, which ends with them; meanwhile a worker that needs no GPU reads weights."""
+        """Time steps in a separate process, while a worker that needs no GPU reads the weights."""
         self.give(worker, "weights", {}, {"do": "weights"})
         waiting = [name for name in self.setting.arms if self.known("timing", arm=name) is None]
         timer = self.start() if waiting else None
-        ready = self.told["config"] is not None  # else the model is timed that is being written
+        ready = self.told["config"] is not None  # otherwise the model being written would be timed
         while (waiting or self.doing) and self.left > 0:
             if ready and waiting and timer is not None and timer not in self.doing:
                 name = waiting.pop(0)
@@ -155,13 +155,13 @@ class Study:
                 if record["event"] == "timing" and time_of(record, "eager") is None:
                     self._leave_out(record["arm"])
                 if record["event"] == "timing" and ("error" in record or "CUDA error" in str(record)):
-                    self.processes[-1].kill()  # nothing runs in it any more
+                    self.processes[-1].kill()  # nothing runs in it anymore
                     timer = self.start()
                 ready = ready or record["event"] == "weights"
                 if record["event"] == "weights" and "error" in record:
                     raise SystemExit("the model cannot be loaded")
         if timer is not None:
-            self.processes[-1].kill()  # with the memory of its GPU
+            self.processes[-1].kill()  # frees its GPU memory
         timings = {name: self.known("timing", arm=name) for name in self.setting.arms}
         if None not in timings.values():
             self.plan = Plan(
@@ -171,7 +171,7 @@ class Study:
             self.say(f"every arm gets {self.plan.budget:.1f} s: {self.plan.steps}, usual: {self.plan.usual_steps}")
 
     def _leave_out(self, arm: str) -> None:
-        """Go on without an arm that has no step, and without its way where no other arm has it."""
+        """Continue without an arm that has no step, and without its way if no other arm uses it."""
         if arm in (self.setting.clock, next(iter(self.setting.arms))):
             raise SystemExit(f"{arm} has no step, and every other arm is compared with it")
         self.setting = with_arms(self.setting, [name for name in self.setting.arms if name != arm])
@@ -195,7 +195,7 @@ class Study:
             if not (self.doing or self.failed):
                 break
             found = list(self.results(0.5))
-            while self.failed:  # memory may have run out beside another run
+            while self.failed:  # another run may have used up the memory
                 waiting.insert(0, self.failed.pop())
             for pipe, record in found:
                 if pipe is answering:
@@ -234,9 +234,9 @@ class Study:
         return tuple(self.arguments.rates or self.setting.ways[way].rates)
 
     def _rate(self, way: str) -> float | None:
-        """The best of those tried; None while trials are out."""
+        """The best rate; None while trials are unfinished."""
         whose = self.setting.ways[way].rate_of or way
-        if whose not in self.setting.ways:  # it was left out
+        if whose not in self.setting.ways:  # it was dropped
             return self._rates(way)[0]
         rates = self._rates(whose)
         if len(rates) == 1:
@@ -273,7 +273,7 @@ class Study:
         return {**body, "rate": self._rate(name), "points": points, "seed": seed, "keep": keep}
 
     def _fit(self, way: str) -> dict[str, Any]:
-        """How its runs take their steps: the fastest arm that computes it within :data:`ROOM`, or the smallest."""
+        """The arm that takes a way's steps: the fastest one within :data:`ROOM`, or the smallest."""
         found = []
         for name, arm in self.setting.arms.items():
             timing = self.known("timing", arm=name)
@@ -289,7 +289,7 @@ class Study:
         return Path(self.told["weights"]).parent / f"{self.arguments.setting}-{way}-seed{seed}-step{step}.pt"
 
     def _answers(self) -> list[dict[str, Any]]:
-        """Of the model before training, and of earlier runs that have not been answered yet."""
+        """Questions for the untrained model, and for earlier runs without answers."""
         found = [{"fields": {"way": "before", "seed": 0, "step": 0}, "path": None}]
         for record in self.records:
             if record["event"] == "run":

@@ -30,14 +30,14 @@ from cggr_train.study.average import RunningAverage
 CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.01, 5
 TIMED = 8
 MOST_BEFORE = 10.0
-"""Seconds that steps which record themselves may take before they are timed."""
+"""Seconds for self-recording steps to settle before they are timed."""
 EVAL_BATCH = 32
 
 Take = Callable[..., Tensor]
 
 
 def checkpoint(model: Any) -> None:
-    """Recompute activations in the backward pass; without the random state, whose reading cannot be recorded."""
+    """Recompute activations in the backward pass, without the random state, which cannot be read while recording."""
     given = {"use_reentrant": False, "preserve_rng_state": False}
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
@@ -52,11 +52,11 @@ class Learner:
     Args:
         model: On its device; trained in place.
         way: The way.
-        slots: Of the kept tokens of a row, where they are known from the labels.
+        slots: Slots per row, if the kept tokens follow from the labels.
         seed: Of the selections.
-        records_itself: Leave the kept tokens, and recording steps, to ``CGGRModel``.
-        steps_of_epoch: How many steps an epoch has, where kept tokens depend on it.
-        ends: Tokens that end a line, where sentences are kept; see :func:`benchmarks._frontier_units.line_ends`.
+        records_itself: Leave the choice of tokens and the recording of steps to ``CGGRModel``.
+        steps_of_epoch: Steps per epoch, if kept tokens depend on the epoch.
+        ends: Tokens that end a line, if sentences are kept; see :func:`benchmarks._frontier_units.line_ends`.
     """
 
     memory = None
@@ -69,7 +69,7 @@ class Learner:
         self.way, self.slots = way, -(-slots // way.parts) + way.margin
         self.records_itself = records_itself
         self.steps_of_epoch, self.ends = steps_of_epoch, ends
-        self._looked, self._kept = False, None  # where only some of the layers route
+        self._looked, self._kept = False, None  # only some of the layers route
         if way.mixed:
             route_layers(model.model.layers, way.layers, lambda: self._kept)
         gradient = "exact" if way.mixed else way.gradient
@@ -100,7 +100,7 @@ class Learner:
         return self.routed(input_ids, labels=labels, **given)
 
     def _mixed(self, kept: Tensor, **given: Any) -> Tensor:
-        if not self._looked:  # CGGRModel looks at a model before its first step, on rows of its own
+        if not self._looked:  # CGGRModel checks a model before its first step, on rows of its own
             self.routed(**given)
             self._looked = True
         self._kept = kept
@@ -114,15 +114,15 @@ class Steps:
     """A run's steps.
 
     Args:
-        base: The model that every run starts from; copied.
+        base: The initial model of every run; copied.
         way: How to train.
-        rows: What to train on, int64 ``[N, S]``.
+        rows: Training rows, int64 ``[N, S]``.
         setting: Of the rows.
         seed: Of the data's order and of selections.
-        rate: Learning rate, which comes up over :data:`WARMUP` steps and stays.
-        micro_batch: Sequences of one forward; None takes the batch.
-        checkpointing: Whether activations are computed anew.
-        recorded: Whether the optimizer's whole step is one CUDA graph, after a few that run as they are.
+        rate: Learning rate, constant after :data:`WARMUP` steps of warm-up.
+        micro_batch: Sequences per forward; None for the whole batch.
+        checkpointing: Whether activations are recomputed.
+        recorded: Whether the whole optimizer step is one CUDA graph, after a few eager ones.
         records_itself: See :class:`Learner`.
         ends: See :class:`Learner`.
     """
@@ -153,7 +153,7 @@ class Steps:
         self._take: Take = RecordedStep(step, self.device) if recorded and cuda else step
 
     def take(self) -> Tensor:
-        """Take a step; its loss."""
+        """Take a step, and return its loss."""
         first = self.number * self.accumulate
         read = [self.batches.get(number) for number in range(first, first + self.accumulate)]
         items = float(sum(map(count_targets, read))) if self.accumulate > 1 else None
@@ -187,7 +187,7 @@ def seconds_of(steps: Steps, count: int) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give memory back."""
+    """Free the memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -197,10 +197,11 @@ def release(device: torch.device) -> None:
 def time_arm(
     base: nn.Module, rows: Rows, setting: Setting, arm: Arm, *, itself: bool = True, ends: Tensor | None = None
 ) -> dict[str, Any]:
-    """Seconds and peak memory of a step as it is, recorded as a whole, and recorded by ``CGGRModel`` itself.
+    """Seconds and peak memory of a step: eager, recorded as a whole, and recorded by ``CGGRModel`` itself.
 
     Returns:
-        ``eager``, ``recorded`` and ``itself``, each ``seconds`` and ``peak_bytes`` or why there is none.
+        ``eager``, ``recorded`` and ``itself``, each with ``seconds`` and ``peak_bytes``, or the reason why there are
+        none.
     """
     device = next(base.parameters()).device
     way = setting.ways[arm.way]
@@ -212,14 +213,14 @@ def time_arm(
 
     def measured(before: int, count: int, most: float = 60.0, **how: Any) -> dict[str, Any]:
         release(device)
-        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by what the steps are copied from
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the model that the steps copy
         steps = Steps(base, way, rows.train, setting, **fitted, **how)
         began = time.perf_counter()
         while steps.number < before and time.perf_counter() - began < most:
             steps.take()
             wait(device)
         told: dict[str, Any] = {"before": steps.number, "seconds_before": time.perf_counter() - began}
-        if how.get("records_itself"):  # one by one: where a new number of slots comes, it is recorded in between
+        if how.get("records_itself"):  # one by one, since a new number of slots is recorded in between
             told["seconds"] = statistics.median(seconds_of(steps, 1) for _ in range(2 * count))
         else:
             told["seconds"] = seconds_of(steps, count)
@@ -244,7 +245,7 @@ def time_arm(
 
 @torch.no_grad()
 def loss_on(model: Any, rows: Tensor) -> float:
-    """Mean negative log-likelihood of the supervised tokens of ``rows``, nats; the head runs on these alone."""
+    """Mean negative log-likelihood of the supervised tokens of ``rows``, nats; the head runs only on these."""
     device = next(model.parameters()).device
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -265,10 +266,10 @@ def train(
     eval_rows: int, recorded: bool, micro_batch: int | None = None, checkpointing: bool = False, tuning: bool = False,
     keep: Mapping[int, Callable[[Any], None]] | None = None, ends: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train up to the last of ``points``, and read the averaged weights' held-out loss at each.
+    """Train up to the last of ``points``, and evaluate the averaged weights on held-out rows at each.
 
     Args:
-        base: What it starts from.
+        base: The initial model.
         rows: Of the setting.
         setting: The setting.
         way: How to train.
@@ -279,8 +280,8 @@ def train(
         recorded: Whether steps are recorded.
         micro_batch: See :class:`Steps`.
         checkpointing: See :class:`Steps`.
-        tuning: Read the loss of the rows that rates are chosen by.
-        keep: Called at some of ``points`` with the model, averaged.
+        tuning: Evaluate on the rows for choosing learning rates.
+        keep: Called with the averaged model at some of ``points``.
         ends: See :class:`Learner`.
 
     Returns:

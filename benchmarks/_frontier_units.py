@@ -1,4 +1,4 @@
-"""Which supervised tokens a way of `benchmarks.frontier` keeps, where it is not all of them, and in which layers."""
+"""Which supervised tokens a way of `benchmarks.frontier` keeps, if not all of them, and in which layers it routes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 UNITS = ("tokens", "sentences", "window")
-"""What may be kept together besides stretches of a number of tokens."""
+"""Units that can be kept together, besides stretches of a fixed number of tokens."""
 
 
 def line_ends(tokenizer: Any) -> Tensor:
-    """Which tokens of a vocabulary end a line, bool ``[V]``: the sentences of an answer stand on lines of their own."""
+    """Which tokens of a vocabulary end a line, bool ``[V]``: each sentence of an answer is on its own line."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return torch.tensor(["\n" in text for text in texts])
 
@@ -23,18 +23,18 @@ def line_ends(tokenizer: Any) -> Tensor:
 def keep_part(
     predicts: Tensor, targets: Tensor, *, unit: str | int, parts: int, ends: Tensor | None, epoch: Tensor | int
 ) -> Tensor:
-    """One in ``parts`` of the supervised tokens of each row, whole units of them as far as that goes.
+    """One in ``parts`` of the supervised tokens of each row, in whole units as far as possible.
 
-    Every row keeps the same share, rounded up: units come in random order, and of the last one its beginning. The host
-    reads nothing, so that the step can be recorded.
+    Every row keeps the same share, rounded up: units are taken in random order, and only the beginning of the last one.
+    The host reads nothing, so that the step can be recorded.
 
     Args:
         predicts: bool ``[B, S]``, positions whose next token is supervised.
         targets: int64 ``[B, S]``, that next token.
         unit: ``"tokens"``; a number of neighbouring tokens, the first unit beginning at random; ``"sentences"``, each
-            with the end of its line; or ``"window"``: the tokens are cut into ``parts``, one of which is kept after the
-            other from epoch to epoch, rows beginning at different ones.
-        parts: The whole over what is kept.
+            with the end of its line; or ``"window"``: the tokens are cut into ``parts``, and each epoch keeps the next
+            part, starting at a different one in each row.
+        parts: Number of supervised tokens over the number kept.
         ends: See :func:`line_ends`; for sentences.
         epoch: Of the rows; for the window. 0-dim int64 where it is on the device.
 
@@ -46,7 +46,7 @@ def keep_part(
     rank = predicts.cumsum(1) - 1
     if unit == "window":
         number = (rank * parts).div(count.clamp(min=1), rounding_mode="floor")
-        begins = (targets * predicts).sum(1, keepdim=True)  # a number of the row's own
+        begins = (targets * predicts).sum(1, keepdim=True)  # a number that depends on the row
         order = ((number - begins - epoch) % parts).double()
     else:
         if unit == "sentences":
@@ -59,7 +59,7 @@ def keep_part(
             number = (rank + offset).div(size, rounding_mode="floor")
         draws = torch.rand(rows, length + 1, device=predicts.device, dtype=torch.float64)
         order = draws.gather(1, number.clamp(min=0))
-    # Units in their order, and the tokens of a unit in the text's.
+    # Units in random order, and the tokens of a unit in text order.
     place = order.masked_fill(~predicts, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return predicts & (place < (count + parts - 1).div(parts, rounding_mode="floor"))
 
@@ -67,17 +67,17 @@ def keep_part(
 def route_layers(
     layers: Iterable[nn.Module], share: tuple[float, float], kept: Callable[[], Tensor | None]
 ) -> list[RemovableHandle]:
-    """Let some layers pass gradients on to the kept positions of their input alone, as ``kv`` does.
+    """Let some layers pass gradients only to the kept positions of their input, as ``kv`` does.
 
-    The gradient is that of ``kv`` in these layers and of ``exact`` in the others; the time is not.
+    The gradient is that of ``kv`` in these layers and of ``exact`` in the others; the time of the pass is not.
 
     Args:
         layers: All, in their order.
-        share: Where the routed ones begin and end, as shares of the depth.
-        kept: Says which, bool ``[B, S]``; None while all are.
+        share: First and last of the routed ones, as shares of the depth.
+        kept: Returns the kept positions, bool ``[B, S]``; None if all are kept.
 
     Returns:
-        What removes the hooks.
+        A function that removes the hooks.
     """
     every = list(layers)
     first, last = (round(part * len(every)) for part in share)
@@ -91,7 +91,7 @@ def route_layers(
 
 @contextmanager
 def routed_layers(layers: Iterable[nn.Module], share: tuple[float, float], kept: Tensor) -> Iterator[None]:
-    """:func:`route_layers` for as long as the context lasts."""
+    """:func:`route_layers` within a block."""
     handles = route_layers(layers, share, lambda: kept)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A process of `benchmarks.frontier`: it does what it is told, one thing after the other."""
+"""A worker process of `benchmarks.frontier`, which does one task after another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWER_TOKENS = 256
 
 
 class Worker:
-    """What one process holds.
+    """The state of a worker.
 
     Args:
         told: ``setting``, ``rows`` (file), ``weights`` (folder of the prepared model), ``model`` (what it is made of),
@@ -47,7 +47,7 @@ class Worker:
 
     @cached_property
     def untrained(self) -> Any:
-        """Of the same sizes, with random weights: a step's time does not depend on them."""
+        """A model of the same sizes with random weights, on which a step's time does not depend."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if self.told["config"] is None:
@@ -64,14 +64,14 @@ class Worker:
 
     @cached_property
     def ends(self) -> Tensor | None:
-        """See :func:`benchmarks._frontier_units.line_ends`; None where no way needs it."""
+        """See :func:`benchmarks._frontier_units.line_ends`; None if no way needs it."""
         from benchmarks._frontier_units import line_ends
 
         needed = any(way.unit == "sentences" for way in self.setting.ways.values())
         return line_ends(self.tokenizer) if needed else None
 
     def weights(self) -> dict[str, Any]:
-        """Write the model as every process loads it within a second."""
+        """Write the model in a form that a process loads within a second."""
         from cggr_train.presets import load_model
 
         folder = Path(self.told["weights"])
@@ -140,7 +140,7 @@ class Worker:
         )  # fmt: skip
 
     def answer(self, *, path: str | None) -> dict[str, Any]:
-        """Which test problems saved weights answer rightly; those of the untrained model where there is no path."""
+        """Which test problems saved weights answer correctly; without a path, those of the untrained model."""
         from benchmarks.gsm8k import MARK
         from cggr_train.exact_match import final_answer
 
@@ -169,11 +169,11 @@ def serve(pipe: Connection, told: dict[str, Any]) -> None:
     while True:
         try:
             task = dict(pipe.recv())
-        except (EOFError, OSError):  # the coordinator is at its end
+        except (EOFError, OSError):  # the coordinator has ended
             return
         try:
             result = getattr(worker, task.pop("do"))(**task)
-        except Exception as error:  # whatever it is, the coordinator says it and goes on
+        except Exception as error:  # the coordinator reports any error and continues
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
         try:

@@ -1,19 +1,17 @@
-"""How much of the full gradient a ``kv`` step keeps, by which tokens are kept and in which layers it routes.
+"""How much of the full gradient a ``kv`` step keeps, depending on which tokens are kept and which layers route.
 
 The cosine of the mean over batches of each variant's gradient with the mean of the full gradient, on questions and
 answers of GSM8K (by themselves, or behind other questions), before training and, with ``--train``, what each variant
 reaches on held-out text at the same cost:
 
-``scattered R``    a share R of the supervised tokens, each drawn for itself
-``stretch N, R``   the same share in whole stretches of N neighbouring ones
-``supervised``     all supervised tokens
-``margin M``       these, and the M tokens before each stretch of them: no loss, but a gradient
-``lower K kv``     ``kv`` on the lowest K layers and the exact gradient above them
-``upper K kv``     the reverse
+``scattered R`` a share R of the supervised tokens, drawn independently ``stretch N, R`` the same share in whole
+stretches of N neighbouring ones ``supervised`` all supervised tokens ``margin M`` these, and the M tokens before each
+stretch of them: no loss, but a gradient ``lower K kv`` ``kv`` on the lowest K layers and the exact gradient above them
+``upper K kv`` the reverse
 
 Kept tokens are weighted by the inverse of their probability. A layer is given ``where(kept, h, h.detach())``, which is
-what ``kv`` computes: the gradient is the routed step's to rounding, its time is not, and none is reported; ``cost`` is
-the table's, in forwards of the model.
+what ``kv`` computes: the gradient equals the routed step's up to rounding, but its time does not, so none is reported;
+``cost`` is from the table of gradient modes, in forwards of the model.
 """
 
 import argparse
@@ -40,11 +38,11 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Variant:
-    """Which tokens are kept, and where that matters.
+    """Which tokens are kept, and in which layers.
 
     Attributes:
         ratio: Share of the supervised tokens.
-        stretch: Neighbouring tokens that are kept together.
+        stretch: Number of neighbouring tokens kept together.
         margin: Tokens before each supervised stretch that are kept without a loss.
         layers: The layers that route, of so many, as a share of the depth.
     """
@@ -68,7 +66,7 @@ def variants(ratio: float) -> dict[str, Variant]:
 
 
 def choose(variant: Variant, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What a variant keeps of a batch.
+    """The tokens of a batch that a variant keeps.
 
     Args:
         variant: The variant.
@@ -76,14 +74,14 @@ def choose(variant: Variant, labels: Tensor, generator: torch.Generator) -> tupl
         generator: On the CPU.
 
     Returns:
-        ``kept`` bool ``[B, S]``: positions whose gradient goes on; ``weight`` float32 ``[B, S]`` of the loss that the
-        position makes of the next token.
+        ``kept`` bool ``[B, S]``: positions that get gradients; ``weight`` float32 ``[B, S]``: weight of each position's
+        loss on the next token.
     """
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != -100
     if variant.ratio < 1:
         rows, length = labels.shape
-        # Stretches begin anywhere, so that every token has the same probability.
+        # Stretches can begin anywhere, so that every token has the same probability.
         offset = torch.randint(variant.stretch, (rows, 1), generator=generator)
         block = (torch.arange(length) + offset) // variant.stretch
         draw = torch.rand(rows, length // variant.stretch + 2, generator=generator) < variant.ratio
@@ -97,7 +95,7 @@ def choose(variant: Variant, labels: Tensor, generator: torch.Generator) -> tupl
 
 
 def loss_of(model: Any, rows: Tensor, variant: Variant | None, generator: torch.Generator, *, bfloat16: bool) -> Tensor:
-    """Loss of a batch; of all supervised tokens with the full gradient where there is no variant."""
+    """Loss of a batch; without a variant, of all supervised tokens with the full gradient."""
     input_ids, labels = split_supervised(rows)
     kept, weight = choose(variant or Variant(), labels, generator)
     layers = model.model.layers
@@ -113,7 +111,7 @@ def loss_of(model: Any, rows: Tensor, variant: Variant | None, generator: torch.
 
 
 def cost(variant: Variant, share: float) -> float:
-    """Forwards of the model that a step takes when the kept tokens are known, with ``share`` of all tokens kept."""
+    """Cost of a step in forwards of the model if the kept tokens are known, with ``share`` of all tokens kept."""
     first, last = variant.layers
     return (last - first) * (1 + 2 * share) + (1 - last + first) * 3
 
@@ -140,7 +138,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
-        "--train", type=int, default=0, help="steps with the full gradient; the others take as many as cost the same"
+        "--train",
+        type=int,
+        default=0,
+        help="steps with the full gradient; the others take steps of the same total cost",
     )
     parser.add_argument("--seeds", type=int, default=3, help="of the training")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -159,7 +160,7 @@ def main() -> None:
     order = Batches(stream, **size, seed=SEED)
     batches = [order.get(number).to(device) for number in range(arguments.batches)]
     base: Any = load_model(str(arguments.model))
-    base.to(device).eval()  # no dropout: both means are of the same network
+    base.to(device).eval()  # no dropout, so that both means are of the same network
     settings = {"seed": SEED, "model": arguments.model.name, **size, "batches": arguments.batches,
                 "train_steps": arguments.train, "learning_rate": arguments.learning_rate}  # fmt: skip
 

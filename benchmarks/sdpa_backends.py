@@ -1,8 +1,8 @@
 """Time of causal attention by each kernel behind SDPA, and by the op ``routed_attention``, on a CUDA device.
 
-``forward`` is what the passes over all tokens need, ``forward + backward`` what a standard step does. The op is given
-all tokens as queries, or part of them at random: the other tokens of an interleaved pass. ``filled up`` is cuDNN on
-whole rows, into which these queries are copied. Every row is written as soon as it is there.
+``forward`` is the work of passes over all tokens, ``forward + backward`` that of a standard step. The op gets all
+tokens as queries, or some of them at random, as the other tokens of an interleaved pass. ``filled up`` is cuDNN on
+whole rows, into which these queries are copied. Every row is written as soon as it is measured.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dty
     torch.manual_seed(SEED)
     heads, key_heads = HEADS[size]
 
-    # As projections make them: heads beside each other in a row of the sequence.
+    # Laid out as projections return them: the heads of a token next to each other.
     def rows(count: int) -> Tensor:
         return torch.randn(batch, length, count, size, device=device, dtype=dtype, requires_grad=True)
 
@@ -77,7 +77,7 @@ def candidates(batch: int, length: int, size: int, device: str, dtype: torch.dty
 def main() -> None:
     """Time, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cpu tries the control out and times nothing")
+    parser.add_argument("--device", default="cuda", help="cpu tries the control without timing")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
     _record.add_seconds(parser)
