@@ -78,7 +78,7 @@ def test_settings_that_are_changed():
     assert settings.changed() is True
     # Noise, what is a module's own business, switches of a forward that leave its values, and what is no plain value.
     layer.mlp.drop.p, layer.self_attn.attention_dropout, layer.mlp._count, layer.mlp.jitter_noise = 0.1, 0.2, 3, 0.4
-    model.config.use_cache, model.config.attention_dropout, model._of_today, model.config.of_today = False, 0.3, 5, [1]
+    model.config.use_cache, model.config.attention_dropout, model._of_today, model.config.nested = False, 0.3, 5, [[1]]
     model.eval()
     assert settings.changed() is False
     assert structures.Settings(ROUTABLE["llama"]()).changed() is False

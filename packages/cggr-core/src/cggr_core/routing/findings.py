@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cggr_core.checks import check_not_compiled
+from cggr_core.routing.agreement import verification_interval
 from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
 from cggr_core.routing.batch_loss import check_loss_of_batch
 from cggr_core.routing.context_pass import LayerOutput
@@ -35,7 +36,8 @@ class Findings:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes depend on its class
-        self._looks = 0
+        self._looks = self._own_losses = 0
+        self._verified_every = verification_interval()
         self._settings: Settings | None = None
         self._look()
 
@@ -175,7 +177,8 @@ class Findings:
     def check_own_loss(self, inputs: TokenInputs, labels: Tensor, *, ignore_index: int) -> None:
         """Check the model's own loss against that of a routed step, on batches that are new in some way.
 
-        A batch is new if it has more rows, longer rows, or an input that no earlier batch had.
+        A batch is new if it has more rows, longer rows, or an input that no earlier batch had. ``CGGR_VERIFY=n`` checks
+        every n-th batch.
 
         Args:
             inputs: The batch; :meth:`prepare` has compared the loss with cross-entropy on a few of its tokens.
@@ -189,7 +192,9 @@ class Findings:
             return
         form, (rows, length) = inputs.form, inputs.shape
         known = self._loss_sizes.get(form)
-        if known is not None:
+        due = self._verified_every is not None and self._own_losses % self._verified_every == 0
+        self._own_losses += 1
+        if known is not None and not due:
             rows, length = max(rows, known[0]), max(length, known[1])
             # If the model is sharded, all ranks must look in the same step, and their batches differ.
             if (rows, length) == known or shards_layers(self.description.layers):
@@ -199,4 +204,4 @@ class Findings:
             check_loss_of_batch(
                 self.model, self.architecture, inputs, labels.masked_fill(outside, IGNORED), self._probe.layer_output
             )
-        self._loss_sizes[form] = rows, length
+        self._loss_sizes[form] = (rows, length) if known is None else (max(rows, known[0]), max(length, known[1]))

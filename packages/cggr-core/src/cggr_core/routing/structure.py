@@ -3,8 +3,8 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Hashable, Iterator, Mapping
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
 from cggr_core.routing.architectures import is_plain_matrix, unwrapped
+from cggr_core.routing.loss_state import PLAIN, Values, places, readable, snapshot
 
 # Attributes of a model or its config that a description reads, or that change its own loss.
 _OF_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -20,7 +21,6 @@ _OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation",
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 _LOSSES = ("loss_function", "_loss_function")
 _KNOWN = ("torch.", "transformers.", "peft.", "accelerate.")
-_PLAIN = frozenset((bool, int, float, str, type(None)))
 # Switches that do not affect what a forward computes, and noise rates, which comparisons set to 0; the rate at which
 # layers are dropped is neither.
 _NOT_READ = cache(re.compile(r"^_|^training$|^gradient_checkpointing$|^use_cache$|(?<!layer)drop|jitter").search)
@@ -116,15 +116,16 @@ def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
 class Settings:
     """The numbers, names and switches that forwards read from a model's modules, its configs and its loss.
 
-    They are a few hundred values; comparing them takes 20 microseconds for 16 layers. A setting that changes in every
-    step (a counter, a schedule) counts the first eight times, then at powers of two.
+    Of what a loss may read they are also tensors, small containers and variables that functions have closed over. A few
+    hundred values take some ten microseconds to compare for 16 layers. A setting that changes in every step (a counter,
+    a schedule) counts the first eight times, then at powers of two.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._changes: Counter[tuple[int, str]] = Counter()
+        self._changes: Counter[tuple[Hashable, str]] = Counter()
         self.look_at(model)
 
     def look_at(self, model: nn.Module) -> None:
@@ -136,14 +137,16 @@ class Settings:
             for module in modules
             if module is not base
             for name, value in module.__dict__.items()
-            if type(value) in _PLAIN and not _NOT_READ(name) and not (name == "p" and isinstance(module, _DropoutNd))
+            if type(value) in PLAIN and not _NOT_READ(name) and not (name == "p" and isinstance(module, _DropoutNd))
         ]
         configs = [module.__dict__.get("config") for module in modules] + [base.config.get_text_config()]
-        losses = [base.__dict__.get(name) for name in _LOSSES]
+        losses = [loss for name in _LOSSES if (loss := base.__dict__.get(name) or base._modules.get(name)) is not None]
         # Losses are such modules: without children, without parameters.
         bare = [part for part in base._modules.values() if part is not None and not (part._modules or part._parameters)]
-        holders = [base, *bare, *(held for held in (*configs, *losses) if hasattr(held, "__dict__"))]
-        self._open = list({id(holder): holder.__dict__ for holder in holders}.values())
+        of_configs = {
+            id(config.__dict__): partial(_itself, config.__dict__) for config in configs if hasattr(config, "__dict__")
+        }
+        self._open: dict[Hashable, Values] = {**of_configs, **places(base, bare, losses)}
         self._seen = self._values()
 
     def changed(self) -> bool:
@@ -153,17 +156,23 @@ class Settings:
             return False
         before, self._seen = self._seen, values
         fixed = zip(self._places, before[0], values[0], strict=True)
-        changed = [(id(holder), name) for (holder, name), old, new in fixed if old != new]
+        changed: list[tuple[Hashable, str]] = [(id(holder), name) for (holder, name), old, new in fixed if old != new]
         for place, old, new in zip(self._open, before[1], values[1], strict=True):
-            changed += [(id(place), name) for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
+            changed += [(place, name) for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
         self._changes.update(changed)
         return any(self._changes[place] <= _EVERY_CHANGE or self._changes[place].bit_count() == 1 for place in changed)
 
     def _values(self) -> tuple[list[Any], list[dict[str, Any]]]:
-        return [values.get(name) for values, name in self._places], [dict(_plain(holder)) for holder in self._open]
+        return [values.get(name) for values, name in self._places], [
+            dict(_read(values())) for values in self._open.values()
+        ]
 
 
-def _plain(holder: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _itself(holder: Mapping[str, Any]) -> Mapping[str, Any]:
+    return holder
+
+
+def _read(holder: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in holder.items():
-        if type(value) in _PLAIN and not _NOT_READ(name):
-            yield name, value
+        if not _NOT_READ(name) and readable(value):
+            yield name, snapshot(value)
