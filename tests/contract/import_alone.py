@@ -18,7 +18,7 @@ BEHIND_EXTRA = {"cggr_core.routing": "transformers>=5.17", "cggr_train.lightning
 
 
 def required(distribution: str) -> set[str]:
-    """Modules among ``BLOCKABLE`` that a distribution may import: its own, and those of its requirements."""
+    """Modules of ``BLOCKABLE`` that a distribution may import: its own, and those of its requirements."""
     name, _, extras = distribution.partition("[")
     modules = {name.replace("-", "_")}
     for requirement in requires(name) or ():

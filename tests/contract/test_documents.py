@@ -127,7 +127,7 @@ def test_examples_run_in_order(document, monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(trl|transformers|datasets|multiprocess)[.]")
 @pytest.mark.parametrize("document", TRAINERS)
 def test_the_page_of_a_trainer_trains(document, monkeypatch, tmp_path):
-    """Its Python takes one step on a tiny model, with the trainer's own settings."""
+    """The page's Python takes one step on a tiny model, with the trainer's own settings."""
     from datasets import Dataset
     from transformers import LlamaForCausalLM
 

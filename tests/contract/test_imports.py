@@ -30,7 +30,7 @@ def sources(package: str) -> list[Path]:
 
 
 def imports(tree: ast.AST, *, depth: int = 1, in_function: bool = False) -> Iterator[tuple[str, int, bool]]:
-    """Names that a module imports, cut to ``depth`` parts; the line; whether the import waits for a call."""
+    """Names that a module imports, cut to ``depth`` parts; the line; and whether the import is inside a function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((cut(alias.name, depth), node.lineno, in_function) for alias in node.names)
@@ -70,7 +70,7 @@ def test_core_imports_transformers_in_routing_alone_and_routing_when_it_is_neede
 
 
 def test_no_test_imports_a_test():
-    """What tests share is in tests/support, and imported by its whole name."""
+    """Code shared by tests is in tests/support, and imported by its full name."""
     wrong = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ READERS = {name: sources(name) for name in ("cggr", "cggr_moe", "cggr_train")} |
 
 
 def exported(*inside: str) -> set[str]:
-    """What ``__all__`` of a module of core lists, read from its source; nothing where there is no such list."""
+    """The names in ``__all__`` of a module of core, read from its source; empty if there is no such list."""
     folder = (PACKAGES / "cggr-core/src/cggr_core").joinpath(*inside)
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([], [])
@@ -116,7 +116,7 @@ def exported(*inside: str) -> set[str]:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_public_part_of_core_is_all_that_others_import(reader):
-    """A module that is not listed is core's own, and so is a name that a listed one does not export."""
+    """Unlisted modules are private to core, and so are names that a listed module does not export."""
     wrong, found = [], 0
     for path in READERS[reader]:
         for name, line, _ in imports(ast.parse(path.read_text(encoding="utf-8")), depth=4):
@@ -166,7 +166,7 @@ def test_the_public_part_of_core_is_written_down():
 
 @pytest.mark.parametrize("package", ["cggr_core", "cggr_moe", "cggr_train"])
 def test_every_module_stands_in_a_layer(package):
-    """A module that the contracts of import-linter do not name could import anything, and be in a circle."""
+    """A module missing from import-linter's contracts could import anything, and form a cycle."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     named = {
         ".".join([*container, name.strip()])

@@ -82,7 +82,7 @@ def test_steps_between_comparisons(value, steps, monkeypatch):
 
 
 def compared(monkeypatch, change, *, dtype=torch.float64, padding=None, tokens=400, scale=1.0):
-    """What ``difference`` says where the gradient pass gives ``change`` of the plain forward's values."""
+    """The result of ``difference`` if the gradient pass returns ``change`` of the plain forward's values."""
     expected = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype) * scale
     selection = Selection.from_mask(torch.ones(1, tokens, dtype=torch.bool), capacity=tokens)
 
@@ -97,7 +97,7 @@ def compared(monkeypatch, change, *, dtype=torch.float64, padding=None, tokens=4
 
 
 def off(share, error):
-    """The first ``share`` of the rows, wrong by a relative ``error`` each."""
+    """Changes the first ``share`` of the rows by a relative ``error``."""
 
     def change(values):
         count = round(share * values.shape[1])
@@ -187,7 +187,7 @@ def test_padding_and_empty_slots_are_not_compared(monkeypatch):
 
 
 class Jittered(nn.Module):
-    """Noise from a rate of its own, or from nothing that can be switched off."""
+    """Noise from a rate attribute, or from a source that cannot be switched off."""
 
     def __init__(self, jitter_noise: float | None):
         super().__init__()

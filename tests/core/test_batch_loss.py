@@ -20,7 +20,7 @@ def batch(rows=4, length=48):
 
 
 def nll(logits, labels, **options):
-    """Of every label ``[B, S - 1]``, 0 where nothing counts."""
+    """Loss of every label ``[B, S - 1]``, 0 where nothing is counted."""
     return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none", **options)
 
 
@@ -33,7 +33,7 @@ def mean(logits, labels):
 
 
 def per_row(logits, labels, row):
-    """Of every row a factor that depends on its number of labels."""
+    """A factor for every row that depends on its number of labels."""
     factor = row(counted(labels).sum(1, keepdim=True)).float() * counted(labels)
     return (nll(logits, labels) * factor).sum() / factor.sum().clamp(min=1e-9)
 
@@ -48,7 +48,7 @@ def weighted(logits, labels, weight):
 
 
 def hardest(logits, labels, share):
-    """Of all labels those that are predicted worst, if there are many."""
+    """The worst-predicted labels, if there are many."""
     losses = nll(logits, labels)[counted(labels)]
     return losses.topk(max(16, int(share * len(losses))) if len(losses) > 16 else len(losses)).values.mean()
 
@@ -219,7 +219,7 @@ def test_the_cause_is_said_where_gradients_make_the_difference():
 
 
 class GradientInPlace(torch.autograd.Function):
-    """As fused losses do: the gradient takes the place of the logits."""
+    """Like fused losses, writes the gradient over the logits."""
 
     @staticmethod
     def forward(ctx, logits, labels):
@@ -850,7 +850,7 @@ def test_a_loss_that_reads_the_mask_is_looked_at_without_layers(padded):
 
 @pytest.mark.parametrize("own", ["no logits", "logits of labels", "another head", "right"])
 def test_logits_that_are_not_those_of_all_tokens_are_looked_at_as_they_are(own):
-    """Whatever stands for them, a loss that is another one for the batch is refused."""
+    """Whatever replaces them, a loss that differs for the batch is refused."""
 
     class Sparse(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, labels=None, attention_mask=None, **options):

@@ -204,7 +204,7 @@ def test_attention_implementations_of_every_config():
 
 
 class Noisy(nn.Module):
-    """Every kind of rate, and what only looks like one."""
+    """Every kind of rate, and attributes that only look like one."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ def test_noise_that_is_off():
 
 
 class Sharded(Tensor):
-    """Stands for a kind of tensor whose values are elsewhere."""
+    """A stand-in for tensors whose values are stored elsewhere."""
 
 
 def test_grown_parameters():

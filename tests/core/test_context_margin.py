@@ -17,7 +17,7 @@ LENGTH, MARGIN = 40, 7
 
 
 def batch(seed: int, stretches: list[list[tuple[int, int]]], **more) -> dict:
-    """Rows with supervised stretches, given by their first token and the one behind their last."""
+    """Rows with supervised stretches, given as (first token, one past the last)."""
     input_ids = tokens(rows=len(stretches), length=LENGTH, seed=seed)
     labels = torch.full_like(input_ids, -100)
     for row, places in enumerate(stretches):
@@ -36,7 +36,7 @@ def test_the_margin_is_what_stands_before(row, margin):
 
 
 def reference(base, layers, given, gradient, attended=None):
-    """The loss of the labels, its gradient where they are and at the margin before; written without Selection."""
+    """The loss of the labels, with gradients at them and at the margin before them; written without Selection."""
     targets = align_labels(given["labels"], shifted=True, vocab_size=VOCAB)
     kept = targets.countable.clone()
     for row, place in targets.countable.nonzero().tolist():

@@ -99,7 +99,7 @@ def test_kept_tokens_are_moved_a_little(gradient, engine, products):
 
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
 def test_engines_agree_on_what_runs_in_fp8(gradient, products):
-    """Both run the same products, but for the kept tokens and what comes after the last layer's keys and values."""
+    """Both run the same products, except for kept tokens and whatever follows the last layer's keys and values."""
     model, input_ids = sizes(), tokens()
     wrapped = routed(model, gradient, "two_pass", selection="random", min_tokens_ratio=0.5, **FP8)
     backward(wrapped, input_ids, draw=0)
@@ -122,7 +122,7 @@ def test_engines_agree_on_what_runs_in_fp8(gradient, products):
 
 
 def test_kept_tokens_themselves_are_in_the_models_precision():
-    """Where all tokens are kept there are no others, and nothing is in FP8."""
+    """If all tokens are kept, there are no others, and nothing runs in FP8."""
     model, input_ids = sizes(), tokens()
     everything = torch.ones_like(input_ids, dtype=torch.bool)
     labels = torch.randint(3, 90, input_ids.shape, generator=torch.Generator().manual_seed(1))
@@ -153,7 +153,7 @@ def test_checkpointed_layers_are_recomputed_as_they_were(gradient, products):
 
 @pytest.mark.parametrize(("gradient", "engine"), ROUTED)
 def test_weights_are_quantised_as_they_are_now(gradient, engine):
-    """Also after a change that torch's version counters do not see."""
+    """Also after a change that torch's version counters miss."""
     model, input_ids = sizes(), tokens()
     wrapped = routed(model, gradient, engine, **FP8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -192,7 +192,7 @@ def test_an_adapters_own_matrices_stay_as_they_are(products):
 
 
 class Quantised(nn.Linear):
-    """Stands for the linear layers of quantisation libraries."""
+    """A stand-in for the linear layers of quantisation libraries."""
 
 
 def test_what_is_left_alone(products):

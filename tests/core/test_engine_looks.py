@@ -20,7 +20,7 @@ LENGTH = 8
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Of every look: whether it was at routing, at the model's own loss, and at how many tokens; with what it finds."""
+    """Records whether every look covers routing and the model's own loss, and its tokens; fakes its results."""
     seen, found = [], {}
 
     def result(engine_or_probe):
@@ -88,7 +88,7 @@ def test_rows_count_as_looked_at_where_they_were_routed(looks):
 
 
 def test_every_look_is_seen_by_whoever_holds_something_of_the_last(looks):
-    """Recordings do; what is seen changes with the look itself, before the next batch."""
+    """Recordings hold results of the last look; ``seen`` changes with the look itself, before the next batch."""
     engine = Engine(ROUTABLE["llama"]())
     seen = [engine.seen]
     for change in (
@@ -224,7 +224,7 @@ def test_values_of_a_plain_pass(name):
 
 @pytest.mark.filterwarnings("ignore:the head of:UserWarning")
 def test_values_of_every_pass_with_a_head_of_its_own():
-    """The logits, or what reaches the head where that is asked for."""
+    """The logits, or the head's input if requested."""
     model = ROUTABLE["llama"]().eval()
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.GELU(), torch.nn.Linear(24, 97))
     engine = Engine(model)
@@ -257,7 +257,7 @@ def test_padding_counts_in_a_plain_pass():
 
 
 def test_what_a_graph_cannot_capture_is_left_out(monkeypatch):
-    """Looks at masks and positions on the host, and going back to a random state."""
+    """Host reads of masks and positions, and restoring a random state."""
     engine, ids = Engine(ROUTABLE["llama"]().eval()), tokens(length=LENGTH)[:2]
     inputs = engine.inputs(input_ids=ids)
     engine.prepare(inputs, routing=True)
@@ -321,7 +321,7 @@ def test_whether_a_loss_reads_an_argument_is_seen_once(monkeypatch):
 
 
 def test_labels_that_a_whole_batch_is_looked_at_with(monkeypatch):
-    """Of more rows, longer ones and other inputs alone; and without what no label can be."""
+    """Only batches with more rows, longer rows or other inputs; labels outside the vocabulary are left out."""
     engine, seen = Engine(ROUTABLE["llama"]()), []
 
     def check(model, architecture, inputs, labels, layer_output):

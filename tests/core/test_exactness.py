@@ -107,7 +107,7 @@ PACKED = torch.tensor([[*range(6), *range(7)], [*range(3), *range(8), *range(2)]
 
 @torch.no_grad()
 def attends_across_documents(model) -> bool:
-    """Whether transformers' own forward shows one packed document to the next: it depends on model and version."""
+    """Whether transformers' own forward attends across packed documents, which depends on model and version."""
     input_ids, changed = batch(), batch()
     changed[:, 0] = 3 + (changed[:, 0] - 2) % (VOCAB - 3)
     first, second = (
@@ -132,13 +132,13 @@ def test_packed_rows(name):
 
 
 def test_whether_documents_are_kept_apart_is_seen():
-    """The two answers that the test above can take, for models on which all supported versions agree."""
+    """The two outcomes of the test above, for models on which all supported versions agree."""
     assert not attends_across_documents(ROUTABLE["llama"]())
     assert attends_across_documents(ROUTABLE["bloom"]())
 
 
 class HandsOn(LlamaForCausalLM):
-    """Names none of its arguments."""
+    """A forward that names none of its arguments."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -176,7 +176,7 @@ def partly_labelled() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ROUTABLE)
 def test_everything_kept_is_ordinary_training(name):
-    """Both engines, with every token in the gradient pass, those without a label too."""
+    """Both engines, with every token in the gradient pass, including those without a label."""
     model, (input_ids, labels) = ROUTABLE[name](), partly_labelled()
     countable = aligned(model, labels).countable
     everything = Selection.from_mask(
@@ -246,7 +246,7 @@ def test_exact_and_sequence_work_without_keys_and_values(name, gradient):
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
 @pytest.mark.parametrize("form", ["whole", "padded", "packed"])
 def test_attention_in_stretches_of_queries(name, form, monkeypatch):
-    """As on long rows, where a stretch of queries is given the keys that it sees."""
+    """As on long rows, where each stretch of queries gets only the keys that it sees."""
     monkeypatch.setattr(masks, "STRETCH", 2)
     model, input_ids = ROUTABLE[name](), batch()
     labels, inputs = input_ids.clone(), {}

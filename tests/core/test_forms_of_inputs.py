@@ -156,7 +156,7 @@ def test_noise_on_embeddings_is_drawn_for_whole_rows(gradient: str) -> None:
     ],
 )
 def test_dropout_draws_as_in_the_models_own_step(name: str, rates: dict[str, float], gradient: str) -> None:
-    """Where everything is kept, one seed gives one loss, and leaves the generator where the model's step does."""
+    """If everything is kept, a seed gives the model's own loss, and leaves the generator in the same state."""
     model = ROUTABLE[name](**rates)
     wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
     for seed in range(2):  # the first step looks at the model
@@ -173,7 +173,7 @@ END = 2  # of a document
 
 
 def of_documents(input_ids: Tensor) -> Tensor:
-    """Positions that start anew after every end of a document."""
+    """Positions that restart after every end of a document."""
     places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     return places - torch.where(pad(input_ids[:, :-1] == END, (1, 0)), places, 0).cummax(1).values
 
@@ -200,7 +200,7 @@ def by_a_hook(model: Any) -> None:
 @pytest.mark.parametrize("gradient", ["exact", "sequence"])
 @pytest.mark.parametrize("pack", [by_a_subclass, by_a_hook])
 def test_documents_that_a_model_finds_itself(pack: Callable[[Any], None], gradient: str, after: int, rows: int) -> None:
-    """Code around a model's layers may make positions of the tokens, and no caller says that rows are packed."""
+    """Code around a model's layers may derive positions from the tokens, though no caller says that rows are packed."""
     model: Any = ROUTABLE["llama"]()
     routed = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0)
     input_ids = torch.randint(3, VOCAB, (rows, 17))

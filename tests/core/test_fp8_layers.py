@@ -92,7 +92,7 @@ def test_under_autograd_queries_alone_whose_gradient_nobody_reads(wrap, beside, 
 
 
 class Sharded(Tensor):
-    """Stands for weights whose values are elsewhere, or are quantised already."""
+    """A stand-in for weights that are stored elsewhere, or already quantised."""
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ RECOGNISED = {
 
 @pytest.fixture
 def calls(monkeypatch) -> dict[str, int]:
-    """Counts of calls of stand-ins for the kernels, which are the references under other names."""
+    """Call counts of stand-ins for the kernels: the references under other names."""
     counts = {"rotary": 0, "silu_mul": 0}
     references = {"rotary": rotary_reference, "silu_mul": silu_mul_reference}
 

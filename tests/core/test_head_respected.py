@@ -72,7 +72,7 @@ def test_kept_rows_go_through_the_hook_too(engine):
 
 
 class Bounded(transformers.LlamaForCausalLM):
-    """Logits bounded under a name that nobody knows; at starting weights that changes nothing."""
+    """Logits bounded by an unknown attribute, which has no effect at initial weights."""
 
     def forward(self, labels=None, **options):
         output = super().forward(**options)
@@ -95,7 +95,7 @@ def test_what_follows_the_head_is_seen_at_starting_weights(gradient):
 
 
 class AfterTheHead(transformers.LlamaForCausalLM):
-    """What becomes of the logits past the head's module."""
+    """Whatever happens to the logits after the head's module."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -186,7 +186,7 @@ def test_what_follows_the_head_sees_logits_of_the_right_shape_in_every_pass(engi
 
 
 class MixedLogits(AfterTheHead):
-    """Every position's logits know those of the others."""
+    """Every position's logits depend on those of the others."""
 
     def changed(self, logits):
         return logits + logits.mean(1, keepdim=True)

@@ -140,7 +140,7 @@ def test_a_score_that_does_not_vary():
 
 @pytest.mark.parametrize("updates", [0, 3])
 def test_state_round_trip(updates):
-    """Through a file, and with the optimizer's moments: the copy goes on as the original does."""
+    """Saved to a file with the optimizer's moments, the copy continues like the original."""
     router = attached(learning_rate=1e-2)
     for step in range(updates):
         router.learn(*batch(seed=step), torch.ones(256))

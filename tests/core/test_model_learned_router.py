@@ -139,7 +139,7 @@ def test_the_vocabulary_meets_no_more_than_kept_and_observed_tokens(gradient, en
 
 
 def test_observed_tokens_are_drawn_with_the_same_probability():
-    """Thinned slots are evenly spaced from a random start, so that none is left out for good."""
+    """Thinned slots are evenly spaced from a random start, so that none is left out forever."""
     slots = torch.arange(10).expand(2, 10)
     of_a_step = (None,) * 4
     whole = Observation(*of_a_step, slots[..., None].float(), slots, slots.float(), torch.arange(2), slots, None)

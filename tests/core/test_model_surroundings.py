@@ -98,7 +98,7 @@ class TestSurroundings:
 
     @pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
     def test_dropout(self, engine):
-        """Every computation draws its own mask; with everything kept, one pass draws those of ordinary training."""
+        """Every computation draws its own mask; with everything kept, one pass draws the masks of ordinary training."""
         dropout = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.0}
         model, input_ids = ROUTABLE["gpt2"](**dropout), tokens()
         wrapped = CGGRModel(model, engine=engine, selection="random", min_tokens_ratio=1.0)
@@ -171,7 +171,7 @@ class TestSurroundings:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
     @pytest.mark.parametrize(("gradient", "engine"), ROUTED)
     def test_compiled_norms_and_mlps(self, gradient, engine):
-        """What the guide on backends recommends: modules between the seams are called as they are."""
+        """As the guide on backends recommends: modules that routing does not touch are called unchanged."""
         model, input_ids = ROUTABLE["llama"](), tokens()
         settings = {"gradient": gradient, "engine": engine, "selection": "random"}
         _, wanted = backward(CGGRModel(model, **settings), input_ids)

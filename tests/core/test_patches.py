@@ -17,7 +17,7 @@ from tests.support.tiny_models import ROUTABLE
 
 
 def in_threads(*functions):
-    """Run each function in a thread of its own; the first error is raised here."""
+    """Run each function in its own thread, and raise the first error."""
     errors = []
 
     def run(function):
@@ -36,7 +36,7 @@ def in_threads(*functions):
 
 
 def test_two_models_run_in_two_threads():
-    """Each step is stopped at its first layer until the other is there too, and comes out as it does alone."""
+    """Each step waits at its first layer for the other one, and gives the same result as alone."""
     names, settings = ("llama", "gpt2"), {"gradient": "kv", "selection": "random", "min_tokens_ratio": 0.5}
     batches = [tokens(seed=seed) for seed in (0, 1)]
     models = [CGGRModel(ROUTABLE[name](), **settings) for name in names]

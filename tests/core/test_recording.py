@@ -44,7 +44,7 @@ def test_the_numbers_of_the_steps_as_they_are(settings):
 
 
 def test_what_changes_from_step_to_step():
-    """Draws, first rows, items, weights and masks are read anew; shapes have recordings of their own."""
+    """Draws, first rows, items, weights and masks are read again; each shape has its own recording."""
     steps = []
     for step in range(5):
         weight = torch.rand(3, 12, generator=torch.Generator().manual_seed(step))
@@ -73,7 +73,7 @@ def test_padding_is_not_looked_at(gradient, architecture):
 
 
 def test_packed_rows_are_not_looked_for():
-    """Two documents in every row, in another place in each step, and one document alone."""
+    """Two documents in every row, at different places in each step, and a single document."""
     steps = []
     for step in range(5):
         positions = torch.cat([torch.arange(4 + step), torch.arange(8 - step)]).expand(3, -1)
@@ -116,7 +116,7 @@ def test_frozen_tied_and_unused_parameters():
 
 
 def test_draws_are_counted_through():
-    """A replay draws with the number that is next, and the state says how many there were."""
+    """A replay uses the next draw number, and the state has their count."""
     model, plain = recorded(), CGGRModel(ROUTABLE["llama"](), selection="random")
     for seed in range(ENOUGH):
         backward(plain, tokens(seed=seed))
@@ -152,7 +152,7 @@ def test_hooks_on_parameters_see_the_gradients_once():
 
 
 def test_two_forwards_before_the_first_backward():
-    """The second runs as it is: the first one's activations are still wanted."""
+    """The second runs eagerly, since the first one's activations are still needed."""
     model, plain = recorded(), CGGRModel(ROUTABLE["llama"](), selection="random")
     draws = [{"draw": 5}, {"draw": 6}]
     first = model(**batch(0), **draws[0])
@@ -202,7 +202,7 @@ def test_checkpointed_layers(settings):
 
 
 def test_dropout_draws_as_it_would(monkeypatch):
-    """The random state after a recording is that after a step; and every replay draws anew."""
+    """A recording leaves the random state of a step, and every replay draws again."""
     model = recording_model(ROUTABLE["llama"](attention_dropout=0.3), selection="random")
     torch.manual_seed(0)
     for draw in range(ENOUGH):

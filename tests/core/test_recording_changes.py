@@ -76,7 +76,7 @@ def test_weights_that_are_changed_in_place_are_read_anew():
 
 
 def test_no_more_than_a_few_are_held(monkeypatch):
-    """The one that was not used for longest goes, and comes again after as many steps as any other."""
+    """The least recently used one is dropped, and recorded again after as many steps as any other."""
     monkeypatch.setattr(recorder, "MOST_RECORDINGS", 2)
     model = recorded()
     for length in (5, 12, 6):  # 5 is what rests when 6 comes

@@ -24,7 +24,7 @@ def _recorded_at_once(monkeypatch):
 
 
 def batch(seed: int, counts: tuple[int, ...], **more) -> dict:
-    """Rows whose last tokens are supervised, so many of each."""
+    """Rows whose last tokens are supervised, with the given numbers."""
     input_ids = tokens(rows=len(counts), length=LENGTH, seed=seed)
     left_out = torch.arange(LENGTH) < LENGTH - torch.tensor(counts)[:, None]
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(left_out, -100), **more}
@@ -55,7 +55,7 @@ def test_full_buckets_are_the_steps_as_they_are_bit_for_bit():
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
 def test_equals_the_autograd_reference(gradient, architecture):
-    """Slots that hold no kept token weigh nothing, and gradients do not pass through them."""
+    """Slots without a kept token have zero weight, and gradients do not pass through them."""
     base = ROUTABLE[architecture]()
     model = recording_model(base, gradient=gradient, selection="supervised")
     for seed in range(3):
@@ -105,7 +105,7 @@ def test_slots_come_in_few_numbers():
 
 @pytest.mark.parametrize("settings", [{}, {"engine": "two_pass"}, {"gradient": "exact"}])
 def test_labels_are_counted_once_and_before_anything_is_run(settings, monkeypatch):
-    """On a device that is the one read of a step; what is queued before it is waited for."""
+    """On a device, this is the only read of a step; it waits for everything queued before it."""
     model, seen = CGGRModel(ROUTABLE["llama"](), selection="supervised", **settings), []
     model.model.model.embed_tokens.register_forward_pre_hook(lambda *args: seen.append("run"))
     backward(model, **batch(0, (5, 5, 5)))

@@ -24,7 +24,7 @@ POSITIONS = torch.tensor([[*range(5), *range(8)], [*range(9), *range(4)]])
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The reference, offered as a kernel for the CPU that gives no gradient it is not asked for; counts its calls."""
+    """The reference, registered as a CPU kernel that returns only the requested gradients; counts its calls."""
     calls = []
 
     def routed_attention(q, k, v, q_position, *args):
@@ -94,7 +94,7 @@ def test_eager_attention_is_left_as_it_was_asked_for(name, kernel):
 
 @pytest.mark.parametrize(("replaced", "softcap"), [("sdpa", None), ("flash_attention_2", 50.0)])
 def test_caps_scores_where_the_attention_it_replaces_does(replaced, softcap, kernel):
-    """SDPA knows no softcap, and transformers calls it without; flash attention caps."""
+    """SDPA has no softcap, and transformers calls it without; flash attention applies it."""
     model = ROUTABLE["gemma2"](attn_logit_softcapping=50.0)
     name = implementation(model, "cpu")(replaced)
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)

@@ -54,7 +54,7 @@ def test_lora(gradient, engine, targets):
 @pytest.mark.parametrize(("gradient", "engine"), WAYS)
 @PEFT_ASKS
 def test_an_adapter_on_the_head_is_run_for_kept_tokens_alone(gradient, engine):
-    """Its logits are the model's own, so there must be none of all tokens."""
+    """The logits are the model's own, and must not exist for all tokens."""
     model = get_peft_model(ROUTABLE["llama"](), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     sizes = []
     head = model.get_output_embeddings().base_layer

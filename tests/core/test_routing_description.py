@@ -161,7 +161,7 @@ def test_of_two_lists_as_long_as_the_layers_the_outer_one_of_the_decoder_is_mean
 
 
 class Plain(nn.Module):
-    """A language model without what transformers' own have besides."""
+    """A minimal language model, without the extras of transformers' own."""
 
     def __init__(self, own):
         super().__init__()
@@ -175,7 +175,7 @@ class Plain(nn.Module):
 
 
 def test_a_model_that_names_no_decoder():
-    """The cache is handed to the module that holds the layers, under the name that this one gives it."""
+    """The cache is passed to the module with the layers, under that module's name for it."""
     own = described()[0]
     found = describe(Plain(own))
     assert found.layers is own.model.layers and found.obstacle is None and found.shifted

@@ -21,7 +21,7 @@ INF = float("inf")
 
 
 def truth(logits, targets=None, ignore_index=-100):
-    """The definitions, in float64 and without any care for speed."""
+    """The definitions, in float64 and without regard to speed."""
     log_p = logits.double().log_softmax(-1)
     p = log_p.exp()
     top = torch.cat([p, torch.zeros_like(p[..., :1])], -1).topk(2, -1).values

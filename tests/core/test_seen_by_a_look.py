@@ -385,7 +385,7 @@ def test_a_config_that_switches_caches_off_does_not_switch_routing_off(gradient:
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_layer_that_hands_over_no_keys_is_named(place: int) -> None:
-    """Also one that needs none: whether it looks at other tokens cannot be told."""
+    """Also one that needs none: whether it depends on other tokens is unknown."""
     model = ROUTABLE["llama"]()
     layer = model.model.layers[place]
     layer.forward = lambda hidden, **_: hidden + layer.mlp(hidden)

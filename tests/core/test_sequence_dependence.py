@@ -53,7 +53,7 @@ def dynamic() -> Any:
 
 
 def tempered() -> Any:
-    """Attention temperature by position."""
+    """Attention temperature that depends on the position."""
     rope = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,

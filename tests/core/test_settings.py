@@ -89,7 +89,7 @@ def test_a_threshold_that_is_off_waits_for_no_device(settings, waits, monkeypatc
 
 
 def test_blocks_leave_more_of_the_gradient():
-    """Where tokens attend to their neighbours, and gradients reach kept tokens alone, neighbours kept together help."""
+    """If tokens attend to their neighbours and gradients reach only kept tokens, keeping neighbours together helps."""
     torch.manual_seed(0)
     model = MistralForCausalLM(
         MistralConfig(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -224,7 +224,7 @@ def test_kernels_are_asked_for_the_contexts_gradients(gradient, wanted, monkeypa
 
 
 def test_a_comparison_with_plain_forwards_leaves_contexts_out(monkeypatch):
-    """Rows behind a context are no whole rows, which a plain forward could be given."""
+    """Rows after a context are not whole rows that could be passed to a plain forward."""
     model, (context, shared, _) = ROUTABLE["llama"](), batch()
     wanted = step(model, kept(), shared, gradient="kv", context=context)
     monkeypatch.setenv("CGGR_VERIFY", "1")

@@ -90,7 +90,7 @@ def test_the_models_own_loss_is_seen_where_rows_have_a_label_to_predict(given):
 
 
 class WithOptions(transformers.LlamaForCausalLM):
-    """Takes numbers for every row, and notes how many rows there were of each."""
+    """Takes inputs for every row, and records their numbers of rows."""
 
     def forward(self, *args, by_row=None, by_row_or_one=None, scale=None, **kwargs):
         self.seen.append({"by_row": by_row, "by_row_or_one": by_row_or_one, "scale": scale, **kwargs})
@@ -212,7 +212,7 @@ def test_some_models_run_on_rows_of_certain_lengths_alone(multiple, length, said
 
 
 class Replaced(transformers.LlamaForCausalLM):
-    """Gives something else than its logits."""
+    """Returns something other than its logits."""
 
     def forward(self, *args, **kwargs):
         return self.change(super().forward(*args, **kwargs))
@@ -278,7 +278,7 @@ def ruled_out(output):
     ],
 )
 def test_logits_are_compared_where_a_head_is_sharded(change, dtype, fused, monkeypatch):
-    """What comes after such a head cannot be tried on logits that stand in for its own."""
+    """What follows such a head cannot be tested with replaced logits."""
     monkeypatch.setattr("cggr_core.routing.probe.gives_the_logits", lambda model, architecture, inputs: True)
     found, _ = look(replaced(change).to(dtype), routing=False)
     assert found.architecture.head.fused is fused

@@ -16,7 +16,7 @@ def _one_thread():
 
 @pytest.fixture
 def on_machine(monkeypatch):
-    """Pretend to be on a machine: its facts replace those that were read."""
+    """Pretend to be on a machine: its facts replace the real ones."""
 
     def pretend(machine: Machine) -> None:
         for module in (enabling, loading):

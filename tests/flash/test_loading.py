@@ -32,7 +32,7 @@ def checkpoint(saved, tmp_path) -> Path:
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Every call of ``from_pretrained`` on the classes that tests load, which still does its work."""
+    """Records every call of ``from_pretrained`` on the classes that tests load, and still runs it."""
     calls: list[dict] = []
     for model_class in (LlamaForCausalLM, FalconForCausalLM):
         original = model_class.from_pretrained

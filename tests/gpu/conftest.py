@@ -13,7 +13,7 @@ if not NATIVE:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder, and let torch say of ``torch.compile`` what it likes."""
+    """Mark every test of this folder, and ignore torch's warnings about ``torch.compile``."""
     said = (
         "TensorFloat32 tensor cores for float32 matrix multiplication available:UserWarning",
         r"<class 'torch\.autograd\.function\.Function'> should not be:DeprecationWarning",

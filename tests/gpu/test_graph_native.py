@@ -100,7 +100,7 @@ def test_padding_and_packing_are_not_looked_at(gradient, sliding_window):
 
 
 def answers(seed: int, counts: tuple[int, ...], length: int = 257, **more) -> dict:
-    """Rows whose last tokens are supervised, so many of each."""
+    """Rows whose last tokens are supervised, with the given numbers."""
     given = batch(seed, length, rows=len(counts), **more)
     left_out = torch.arange(length) < length - torch.tensor(counts)[:, None]
     return {**given, "labels": given["labels"].masked_fill(left_out.cuda(), -100)}
@@ -176,7 +176,7 @@ def test_checkpointed_layers_with_dropout_run_as_they_are():
 
 
 def test_captures_that_nobody_holds_are_not_taken_away_within_another():
-    """Models that are garbage in a circle, which Python collects whenever it likes."""
+    """Models in garbage reference cycles, which Python may collect at any time."""
     base = model()
 
     class Collects(torch.nn.Module):
@@ -235,7 +235,7 @@ def test_a_loss_that_is_still_around_does_not_spoil_the_recording():
 
 
 def test_dropout_draws_anew_and_as_it_would():
-    """The random state after every step is that of a step as it is."""
+    """The random state after every step is that of an eager step."""
     given = {"attention_dropout": 0.2}
     cggr, eager = recording_model(model(**given), selection="random"), CGGRModel(model(**given), selection="random")
     states, losses = [], []
@@ -321,7 +321,7 @@ def test_a_model_that_draws_on_the_host_runs_as_it_is():
 
 
 def test_a_capture_that_fails_leaves_training_as_it_is():
-    """What the look before cannot see: something that torch forbids while a graph is captured."""
+    """Something that torch forbids during capture, which the check before it cannot detect."""
     base, other = model(), model()
     act = base.model.layers[1].mlp.act_fn
 

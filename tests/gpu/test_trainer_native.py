@@ -91,7 +91,7 @@ def test_low_precision_is_close_to_full(tmp_path, precision, name):
 
 @pytest.mark.parametrize("precision", [None, *DTYPES])
 def test_accumulation_changes_nothing(tmp_path, precision):
-    """What is left is the rounding of products over other numbers of rows."""
+    """The remaining difference is rounding in products over different numbers of rows."""
     low = {} if precision is None else {precision: True}
     limit = ROUNDING.get(precision, 1e-5)
     for cggr in (FIXED["interleaved"], FIXED["two passes"]) if low else SETTINGS.values():
@@ -117,7 +117,7 @@ def test_a_resumed_run_makes_the_same_selections(tmp_path, selections, precision
 
 @pytest.mark.parametrize("precision", DTYPES)
 def test_adapters_and_checkpointing(tmp_path, precision):
-    """LoRA adapters alone are trained, and layers that are computed anew make the same step."""
+    """Only LoRA adapters are trained, and recomputed layers give the same step."""
     from peft import LoraConfig, get_peft_model
 
     def adapted():

@@ -72,7 +72,7 @@ def test_rows_weights_softcap_and_scale(softcap, scale, reduction, device):
 @pytest.mark.parametrize(("M", "H"), [(5, 16), (16, 16), (17, 16), (13, 5)])
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_sums_with_logits_in_the_place_of_the_gradient(M, H, factor, device):
-    """All chunks, every second or every third fits; what comes from above scales every gradient."""
+    """All chunks, every second or every third fits; the upstream gradient scales every gradient."""
     hidden, weight, targets, bias = problem(M, H, 200, torch.float32, device, bias=True)
     upstream = torch.tensor(factor, device=device)
     for max_logits in (None, M * 200):

@@ -11,7 +11,7 @@ from cggr_moe.grouped import moe_experts_reference
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Larger blocks than a device likes: what the interpreter takes time for is programs."""
+    """Larger blocks than on a device, since the interpreter's time goes into programs."""
     blocks = products.Blocks(64, 32, 16, 2, 4, 2)
     monkeypatch.setattr(products, "FLOAT_BLOCKS", products.Table(blocks, blocks, blocks))
     monkeypatch.setattr(products, "_SWIGLU_ROWS", 128)

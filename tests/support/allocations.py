@@ -47,6 +47,6 @@ class Held(TorchDispatchMode):
 
     @property
     def bytes(self):
-        """Bytes that are held now."""
+        """Bytes held now."""
         gc.collect()
         return sum(size for storage, size in self._made.values() if not storage.expired())

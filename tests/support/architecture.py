@@ -16,13 +16,13 @@ START, END = "<!-- tree: python tests/support/architecture.py --update -->\n", "
 
 
 def first_line(path: Path) -> str:
-    """What a module says of itself, without the full stop."""
+    """The first line of a module's docstring, without the full stop."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0].removesuffix(".")
 
 
 def tree(folder: Path, indent: str = "") -> Iterator[str]:
-    """Lines for a package's folder: its modules, then its folders; ``__init__.py`` speaks for the folder."""
+    """Lines for a package's folder: its modules, then its folders, described by their ``__init__.py``."""
     modules = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
     for path in modules:
         yield f"{indent}{path.name:<{32 - len(indent)}} {first_line(path)}"
@@ -32,7 +32,7 @@ def tree(folder: Path, indent: str = "") -> Iterator[str]:
 
 
 def section() -> str:
-    """All packages, as the page has them between its two marks."""
+    """All packages, as they appear between the page's two marks."""
     parts = []
     for package in PACKAGES:
         folder = ROOT / "packages" / package / "src" / package.replace("-", "_")

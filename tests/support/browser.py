@@ -25,7 +25,7 @@ def browser() -> str:
 
 
 def look(browser: str, page: Path, profile: Path, *options: str, size: tuple[int, int] = (1100, 900)) -> str:
-    """Open a page with a fresh profile and every host name unresolvable; what it prints."""
+    """Open a page with a fresh profile and no name resolution, and return the output."""
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--no-first-run",
         "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -36,7 +36,7 @@ def look(browser: str, page: Path, profile: Path, *options: str, size: tuple[int
 
 
 def widths(browser: str, page: Path, folder: Path, *, width: int) -> tuple[int, int]:
-    """Width of what a page shows in a view of so many pixels, and that view's own."""
+    """Width of a page's content in a view of the given pixels, and the view's own width."""
     told = """<script>addEventListener("load", () => {
       const view = document.querySelector("iframe").contentWindow;
       document.body.dataset.widths = [view.document.documentElement.scrollWidth, view.innerWidth];

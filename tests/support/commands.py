@@ -52,7 +52,7 @@ class Command:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End it where a test failed."""
+        """End it if a test failed."""
         if kind is not None:
             self._process.kill()
         self._process.join()
@@ -93,7 +93,7 @@ def small_data(folder: Path) -> Path:
 
 
 def interrupt_twice_after_step_five() -> None:
-    """Let a run send itself two signals, as somebody does who presses Ctrl-C twice."""
+    """Let a run send itself two signals, like a user who presses Ctrl-C twice."""
     from cggr_train import run
 
     own = run._Run._after_step

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-    """Two halves teach the router what the whole batch does, so the next selections are those of one rank too."""
+    """Two halves teach the router the same as the whole batch, so the next selections also equal those of one rank."""
     parts = [slice(0, 4), slice(0, 2) if rank == 0 else slice(2, 4)]
     settings = {"selection": "sampled", "min_tokens_ratio": 0.4, "seed": 3}
     found, count = [], (labels[:, 1:] != -100).sum()
@@ -74,7 +74,7 @@ def check_learned_router(rank: int, input_ids: torch.Tensor, labels: torch.Tenso
 
 
 def check_remembered_scores(rank: int, input_ids: torch.Tensor) -> None:
-    """Ranks whose batches have other numbers of rows and tokens remember what one rank does that runs both."""
+    """Ranks whose batches differ in rows and tokens remember the same as one rank that runs both."""
     parts = [(input_ids[:3, :7], torch.tensor([0, 4, 1])), (input_ids[2:], torch.tensor([2, 3]))]
     for gradient in ("kv", "sequence"):
         found = []
@@ -95,7 +95,7 @@ def check_remembered_scores(rank: int, input_ids: torch.Tensor) -> None:
 
 @contextmanager
 def nothing_shared():
-    """Let this rank compute as if it were alone."""
+    """Run as if this rank were alone."""
     with (
         mock.patch("cggr_core.collectives.world_size", return_value=1),
         mock.patch("cggr_core.experimental.remembered_scores.world_size", return_value=1),

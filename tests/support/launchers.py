@@ -27,7 +27,7 @@ def launched(launcher: str, ranks: int, *arguments: object) -> list[str]:
 
 
 def finish(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, which must be a good one; ``more`` is of the environment."""
+    """Run to the end, which must succeed; ``more`` is added to the environment."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

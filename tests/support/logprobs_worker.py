@@ -64,7 +64,7 @@ def policy_loss(
 
 
 def check_hidden(mesh, input_ids: Tensor, keep: Tensor, mine: slice) -> None:
-    """With a head of one's own beside the model, whose own head is not used."""
+    """With a separate head, instead of the model's own."""
     torch.manual_seed(0)
     head = nn.Linear(32, 1)
 

@@ -37,7 +37,7 @@ class OwnPool:
 
 
 def settings(data_files, train=(), **values):
-    """A study of seconds; ``train`` changes what all arms share."""
+    """A study that takes seconds; ``train`` changes the settings that all arms share."""
     shape = dict(
         data=tuple(map(str, data_files)), config="nano", vocab_size=300, length=32, batch_size=4, steps=6,
         heldout_fraction=0.3, eval_sequences=8, device="cpu",

@@ -44,12 +44,12 @@ def run(cggr: CGGRConfig, folder: Path, *, model=None, **values):
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter that may be spread over ranks."""
+    """The whole of a parameter that may be sharded over ranks."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def main(engine: str, alone: Path, folder: Path) -> None:
-    """Compare every setting with what one process left in ``alone``."""
+    """Compare every setting with the results of one process in ``alone``."""
     more: dict[str, Any] = {"fsdp": True, "fsdp_config": FSDP} if engine == "FSDP2" else {}
     more["per_device_train_batch_size"] = 4 // world_size()
     wrong = []

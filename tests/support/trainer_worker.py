@@ -48,7 +48,7 @@ def compare(folder: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """Two ranks that go on from a checkpoint end where two that were not interrupted do."""
+    """Two ranks that resume from a checkpoint end with the weights of an uninterrupted run."""
     values = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
     settings = {**values, "optim": "adamw_torch", "learning_rate": 1e-2, "train_sampling_strategy": "random"}
     whole, parts = (trainer(folder, CGGRConfig(ratio_warmup_steps=3), **settings) for _ in range(2))

@@ -69,7 +69,7 @@ def one_process(folder: Path, **values: Any) -> None:
 
 
 def on_a_rank(engine: str, alone: Path, folder: Path, limit: float = 1e-5, **values: Any) -> None:
-    """Compare the gradients of all ranks with those that one process left in ``alone``."""
+    """Compare the gradients of all ranks with those of one process in ``alone``."""
     on_cpu = values.get("use_cpu", True)
     # Accelerate has FSDP2 for accelerators alone; on a CPU the layers are sharded by hand.
     more: dict[str, Any] = {"fsdp": True, "fsdp_config": FSDP} if engine == "FSDP2" and not on_cpu else {}
@@ -97,7 +97,7 @@ def on_a_rank(engine: str, alone: Path, folder: Path, limit: float = 1e-5, **val
 
 
 def sharded(model: Any) -> Any:
-    """The model with every layer, and what is around them, spread over the ranks."""
+    """The model with every layer, and the modules around them, sharded over the ranks."""
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -105,7 +105,7 @@ def sharded(model: Any) -> Any:
 
 
 def whole(grad: Tensor) -> Tensor:
-    """All of a gradient that may be spread over ranks."""
+    """The whole of a gradient that may be sharded over ranks."""
     return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 

@@ -125,7 +125,7 @@ def test_the_verdict_when_the_method_wins():
     st.sampled_from([0.0, 0.01, 0.5]), st.integers(2, 4), st.booleans(),
 )  # fmt: skip
 def test_the_verdict_and_every_table_say_the_same(means, peaks, spread, seeds, asked):
-    """Nothing in a table speaks against the arm that is recommended, and what the verdict calls lowest is set bold."""
+    """No table contradicts the recommendation, and the arm that the verdict calls lowest is bold."""
     names = (STANDARD, "standard-b4", EQUAL, RANDOM, ASKED)
     found = outcome(seeds=seeds, spread=spread, **dict(zip(names, means, strict=True)))
     found.memory.update({n: {"peak_bytes": p, "start_bytes": 300} for n, p in zip(names, peaks, strict=True)})

@@ -342,7 +342,7 @@ def test_sizes_that_the_host_has_no_memory_for_do_not_fit(monkeypatch, data, tmp
 
 @pytest.mark.parametrize("name", ["standard", "kv-0.25-stratified-gradnorm", "exact-0.25-stratified-gradnorm"])
 def test_gradients_are_compared_in_the_parts_that_fit(data, tmp_path, name):
-    """A limit of memory holds there too, and changes no number."""
+    """A memory limit also holds there, and changes no number."""
     wanted = asked(data, draws=2, controls=(), gradients=("kv", "exact"))
     prepare_study(wanted, tmp_path / "study", Console(file=io.StringIO()))
     context, found = StudyContext(tmp_path / "study", CPU), []

@@ -131,7 +131,7 @@ def test_precisions_on_the_command_line(tmp_path):
 
 
 def test_fp8_is_refused_where_it_would_be_emulated(tmp_path):
-    """Its time would say nothing, and arms are compared at equal time."""
+    """Its time would be meaningless, and arms are compared at equal time."""
     made = settings(context_precisions=(None, "fp8"))
     made = dataclasses.replace(made, train=dataclasses.replace(made.train, device="cpu"))
     with pytest.raises(InputError, match=r"fp8 needs a GPU with FP8 matrix products .* the device is cpu"):

@@ -43,7 +43,7 @@ def trained(folder, cggr: CGGRConfig, *, recorded: bool, **values):
     ],
 )
 def test_accumulation_and_clipping(settings, precision, tmp_path):
-    """Four micro-batches a step, of other numbers of items: one recording serves them all."""
+    """Four micro-batches per step, with different numbers of items: one recording serves them all."""
     values = {"max_steps": 4, "gradient_accumulation_steps": 4, "max_grad_norm": 0.1, "data": examples(64, length=24)}
     values |= {"per_device_train_batch_size": 4, **precision}
     wanted, *_ = trained(tmp_path / "plain", CGGRConfig(cuda_graph=False, **settings), recorded=False, **values)
@@ -64,7 +64,7 @@ def test_checkpointed_layers(tmp_path):
 
 
 def test_the_last_batch_is_shorter_and_rows_are_of_several_lengths(tmp_path):
-    """Shapes that come once run as they are; those that come again are replayed."""
+    """Shapes that occur once run eagerly; those that recur are replayed."""
     data = examples(16, length=24) + examples(16, length=16) + examples(16, length=24) + examples(2, length=16)
     values = {"max_steps": 26, "per_device_train_batch_size": 4, "data": data}
     values |= {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0}

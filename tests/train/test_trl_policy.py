@@ -67,7 +67,7 @@ def log_probs_and_entropies(made, inputs):
 
 
 def kept_by_the_loss(made, inputs, quantile: float):
-    """The tokens that TRL's loss is about, found without CGGR."""
+    """The tokens in TRL's loss, found without CGGR."""
     mask = inputs["completion_mask"] * inputs.get("tool_mask", torch.ones_like(inputs["completion_mask"]))
     keep = mask.bool()
     if quantile < 1:

@@ -46,7 +46,7 @@ def batch_of(made):
 
 
 def labelled(inputs) -> torch.Tensor:
-    """Positions whose next token the loss is about."""
+    """Positions whose next token is in the loss."""
     mask = inputs["completion_mask"].bool() if "completion_mask" in inputs else inputs["labels"] != -100
     return pad(mask[:, 1:], (0, 1))
 

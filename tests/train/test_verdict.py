@@ -26,7 +26,7 @@ FEW = st.sampled_from([3.0, 3.5, 3.5001, 4.0])
 
 @st.composite
 def outcomes(draw):
-    """What a study may have come to: ties, arms that diverged or are missing, one seed, answers of all kinds."""
+    """Possible results of a study: ties, diverged or missing arms, one seed, answers of all kinds."""
     precisions = draw(st.sampled_from([(None,), (None, "fp8"), ("fp8",)]))
     arms = plan_arms(
         Routing(), gradients=["kv"], ratios=[0.25], num_layers=4, batch_size=8, context_precisions=precisions,
