@@ -38,4 +38,4 @@ def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch):
     for made in ("inspect.html", "study/report.html", "run/learning_curve.png", "run/checkpoints/step-00000002"):
         assert (tmp_path / made).exists(), made
     page = (tmp_path / "study/report.html").read_text(encoding="utf-8")
-    assert "5 ways to train" in page
+    assert "3 ways to train" in page

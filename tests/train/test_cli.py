@@ -137,6 +137,7 @@ def test_other_ends(tmp_path, data_files, monkeypatch, error, code):
     result = cggr("train", *data_files, *SMALL, "--steps", 1, "--out", tmp_path / "run")
     assert result.exit_code == code
     assert "Traceback" not in result.output
+    assert ("error: the disk is full" in result.output) == isinstance(error, OSError)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,14 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, message):
     assert documents.skipped == 1
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path, encoding):
+    path = tmp_path / "wide.jsonl"
+    path.write_bytes(("\ufeff" + '{"text": "one"}\n').encode(encoding))
+    with pytest.raises(InputError, match=r"wide\.jsonl is UTF-16 text; save it as UTF-8"):
+        list(Documents([path], skip_bad=True))
+
+
 def test_bytes_that_are_not_utf8(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9 au lait")

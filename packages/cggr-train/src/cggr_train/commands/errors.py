@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,10 @@ def plain_errors(*, interrupted: str) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except (RunError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        text = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            text = f"the disk is full ({error}); free some space, and continue with --resume or start again"
+        typer.echo(f"error: {text}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo(interrupted, err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,6 +113,8 @@ class Documents:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
+                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise InputError(f"{path} is UTF-16 text; save it as UTF-8")
                 try:
                     record = json.loads(line)
                 except (
