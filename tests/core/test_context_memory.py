@@ -1,6 +1,7 @@
 """For the backward pass in mode ``kv``, a context token keeps only its layers' inputs, keys and values."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,3 +223,148 @@ def test_they_are_kept_for_layers_that_are_run_again(engine):
     loss, found = backward(routed(model, engine=engine, seed=1), tokens())
     assert torch.equal(loss, wanted[0])
     assert all(torch.equal(found[name], value) for name, value in wanted[1].items())
+
+
+class Scaled(torch.nn.LayerNorm):
+    """A norm with an attribute and an argument that its result depends on."""
+
+    factor = 1.0
+
+    def forward(self, x, scale=1.0):
+        x = x[0] if isinstance(x, tuple) else x
+        return super().forward(x) * self.factor * scale
+
+
+class Block(torch.nn.Module):
+    """Two norms, of which one is read by two projections, and a projection that reads no norm."""
+
+    def __init__(self, norm=Scaled, **how):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norm, self.other = norm(6, **how), norm(6, **how)
+        self.a, self.b, self.c, self.d = (torch.nn.Linear(6, 5) for _ in range(4))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x, call=lambda norm, x: norm(x)):
+        first, second = call(self.norm, x), call(self.other, x + 1)
+        return torch.cat([self.a(first), self.b(first), self.c(second), self.d(second[:, :, :6]), self.a(x)], -1)
+
+
+def of_block(block, *, made_again, mixed=False, backward_mixed=None, between=None, **how):
+    """Values and gradients, with the norms made again in the backward pass or as autograd keeps them."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 6, generator=generator).to(block.a.weight.dtype)
+    linears = (block.a, block.b, block.c, block.d)
+    architecture = SimpleNamespace(norms=((block.norm, block.other),), linears=(linears,), layers=[block])
+    parameters = dict(block.named_parameters())
+    with autocast(mixed), remade.remade_norms(architecture, 0, "cpu") if made_again else nullcontext():
+        out = block(x, **how)
+    if between is not None:
+        between(block, x)
+    with autocast(mixed if backward_mixed is None else backward_mixed):
+        (out.double() * torch.randn(out.shape, generator=generator)).sum().backward()
+    return [out.detach(), *(p.grad for p in parameters.values() if p.requires_grad)]
+
+
+def assert_same_as_autograd(make=Block, **how):
+    found, wanted = (of_block(make(), made_again=again, **how) for again in (True, False))
+    assert len(found) == len(wanted) and all(value is not None and value.abs().max() > 0 for value in wanted)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+CALLS = {
+    "alone": lambda norm, x: norm(x),
+    "positional": lambda norm, x: norm(x, 3.0),
+    "keyword": lambda norm, x: norm(x, scale=3.0),
+    "tuple": lambda norm, x: norm((x,)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_norm_is_made_again_as_it_was_called(call, mixed):
+    assert_same_as_autograd(mixed=mixed, call=CALLS[call])
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64, BF16])
+@pytest.mark.parametrize(("mixed", "backward_mixed"), [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("norm", [Scaled, torch.nn.RMSNorm])
+def test_norms_that_are_made_again_give_autograds_gradients(norm, mixed, backward_mixed, dtype):
+    """Also where several projections share a cast of one, and whatever autocast is at the time of the backward pass."""
+    assert_same_as_autograd(lambda: Block(norm).to(dtype), mixed=mixed, backward_mixed=backward_mixed)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both", "no bias"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_norms_with_parameters_that_are_frozen_or_missing(frozen, mixed):
+    def make():
+        block = Block(torch.nn.LayerNorm, bias=frozen != "no bias")
+        for norm in (block.norm, block.other):
+            norm.weight.requires_grad_(frozen not in ("weight", "both"))
+            if norm.bias is not None:
+                norm.bias.requires_grad_(frozen not in ("bias", "both"))
+        return block
+
+    assert_same_as_autograd(make, mixed=mixed)
+
+
+@pytest.mark.parametrize("hooks", ["forward", "pre-forward"])
+def test_a_norm_whose_hooks_set_it_up_is_left_alone(hooks):
+    """They would not run when it is made again."""
+
+    def make():
+        block = Block()
+        for norm in (block.norm, block.other):
+            if hooks == "pre-forward":
+                norm.register_forward_pre_hook(lambda norm, args: setattr(norm, "factor", norm.factor + 1))
+            else:
+                norm.register_forward_hook(lambda norm, args, out: setattr(norm, "factor", 7.0))
+        return block
+
+    assert_same_as_autograd(make)
+
+
+def test_a_norm_is_made_again_of_the_parameters_that_it_had():
+    def replace(block, x):
+        block.norm.weight = torch.nn.Parameter(torch.zeros(6))
+        del block.other.bias
+        block.other.register_parameter("bias", None)
+
+    assert_same_as_autograd(between=replace)
+
+
+@pytest.mark.parametrize("what", ["hidden state", "weight", "bias"])
+def test_what_a_norm_is_made_of_must_not_change_before_it_is_made_again(what):
+    def change(block, x):
+        with torch.no_grad():
+            (x if what == "hidden state" else getattr(block.other, what)).mul_(2)
+
+    with pytest.raises(RuntimeError, match="was changed in place between the forward and the backward pass"):
+        of_block(Block(), made_again=True, between=change)
+
+
+def test_which_modules_of_a_layer_are_called_in_another_way():
+    def replaced(change):
+        block = Block()
+        change(block)
+        norms = (block.norm, block.other)
+        architecture = SimpleNamespace(norms=(norms,), linears=((block.a, block.b),), layers=[block])
+        with remade.remade_norms(architecture, 0, "cpu"):
+            found = {name for name, part in block.named_children() if "forward" in vars(part)}
+        assert not any("forward" in vars(part) for part in block.modules())
+        return found
+
+    def compiled(part):
+        part._compiled_call_impl = part._call_impl  # what compile() sets, without its time
+
+    everything = {"norm", "other", "a", "b"}
+    assert replaced(lambda block: None) == everything
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        assert replaced(lambda block, name=register: getattr(block.norm, name)(lambda *_: None)) == everything - {
+            "norm"
+        }
+    assert replaced(lambda block: compiled(block.norm)) == {"other"}
+    assert replaced(lambda block: compiled(block.d)) == replaced(compiled) == {"norm", "other"}
+    assert replaced(lambda block: (compiled(block.norm), compiled(block.other))) == set()

@@ -187,9 +187,45 @@ def test_what_cannot_be_routed_is_refused_each_time(looks):
 def test_a_head_that_is_more_than_a_matrix_is_said_once(looks):
     engine = Engine(ROUTABLE["llama"]())
     looks.found["fused"] = False
+    preparing(engine, applies_head=False)()
+    engine.follow(ROUTABLE["llama"]())
     with pytest.warns(UserWarning, match="the head of LlamaForCausalLM is more than one matrix"):
         preparing(engine)()
     assert looks(preparing(engine)) == []
+
+
+def test_a_setting_of_one_rank_is_no_reason_to_look_where_layers_are_sharded(monkeypatch):
+    """Other ranks would not look in the same step; what is changed of the modules is changed on all."""
+    engine = Engine(ROUTABLE["llama"]())
+    monkeypatch.setattr(findings, "shards_layers", lambda layers: True)
+    engine.model.config.rms_norm_eps = 0.5
+    assert engine.follow() is False
+    monkeypatch.undo()
+    engine.model.config.rms_norm_eps = 0.25
+    assert engine.follow() is True
+
+
+@pytest.mark.parametrize("look", ["probe", "probe_whole_rows", "check_reads", "check_loss_of_batch"])
+def test_a_look_leaves_no_trace(look, monkeypatch):
+    """Of the random numbers that it draws and the buffers that it counts in."""
+    model, own, ran = ROUTABLE["llama"](), getattr(findings, look), []
+    model.register_buffer("seen", torch.zeros(1))
+
+    def noisy(given, *args, **how):
+        torch.rand(3)
+        model.seen += 1
+        ran.append(look)
+        return own(given, *args, **how)
+
+    monkeypatch.setattr(findings, look, noisy)
+    engine, ids = Engine(model), tokens(length=LENGTH)[:2]
+    state = torch.get_rng_state()
+    for length in (LENGTH - 2, LENGTH):
+        inputs = engine.inputs(input_ids=ids[:, :length])
+        engine.prepare(inputs, routing=True, own_loss=True)
+        engine.check_reads("num_items_in_batch", inputs)
+        engine.check_own_loss(inputs, ids[:, :length], ignore_index=-100)
+    assert ran and model.seen == 0 and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -277,6 +313,7 @@ def test_what_a_graph_cannot_capture_is_left_out(monkeypatch):
 
     monkeypatch.setattr(engines, "unseen_masks", lambda: block("unseen"))
     monkeypatch.setattr(engines, "whole_rows", lambda: block("whole"))
+    monkeypatch.setattr(engines, "without_random_states", lambda architecture: block("no states"))
     monkeypatch.setattr(engines, "gradient_pass", gradient_pass)
 
     def passes():
@@ -289,7 +326,7 @@ def test_what_a_graph_cannot_capture_is_left_out(monkeypatch):
 
     assert passes() == ["whole", True]
     with pytest.raises(RuntimeError, match="inside"), engine.capturable():
-        assert passes() == ["whole", "unseen", "unseen", False]
+        assert passes() == ["whole", "no states", *["unseen", "no states"] * 2, False]
         raise RuntimeError("inside")
     assert passes() == ["whole", True]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
 from cggr_core.routing import masks
@@ -71,6 +72,27 @@ def test_equals_the_autograd_reference(name, gradient):
     wanted = reference(model, labels, selection, gradient=gradient, input_ids=input_ids)
     for engine in ENGINES:
         assert_equal(routed(model, labels, selection, gradient=gradient, engine=engine, input_ids=input_ids), wanted)
+
+
+class FeedForwardFirst(LlamaDecoderLayer):
+    """A layer that computes on its hidden states before their keys and values."""
+
+    def forward(self, hidden_states, **options):
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0]
+        return hidden_states + attended
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("gradient", ["kv", "detached"])
+def test_layers_that_compute_before_their_attention(gradient, engine):
+    """What comes before the keys and values of other tokens has the gradient that reaches it within its layer."""
+    model, labels = ROUTABLE["llama"](), batch()
+    for layer in model.model.layers:
+        layer.__class__ = FeedForwardFirst
+    selection = random_selection(aligned(model, labels).countable)
+    given = {"gradient": gradient, "input_ids": labels}
+    assert_equal(routed(model, labels, selection, engine=engine, **given), reference(model, labels, selection, **given))
 
 
 @pytest.mark.parametrize("gradient", ["kv", "detached"])

@@ -1,6 +1,9 @@
 """The structure and the settings of a model, and which changes to it count."""
 
+import copy
+
 import pytest
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cggr_core.routing import structure as structures
@@ -55,9 +58,29 @@ def test_a_structure_is_its_modules_and_settings():
     )
 
 
+# PEFT asks transformers for a name that is deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_forward_that_is_bound_again_is_no_change_of_structure(wrapped):
+    """As those do who put a replaced one back."""
+    model = ROUTABLE["llama"]()
+    outer = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if wrapped else model
+    before = structures.structure(outer)
+    for part in {id(part): part for part in (outer, structures.unwrapped(outer))}.values():
+        part.forward = part.forward
+        assert structures.structure(outer) == before
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda hidden: hidden
+    once = structures.structure(outer)
+    mlp.forward = lambda hidden: 2 * hidden
+    assert before != once != structures.structure(outer) != before
+
+
 def test_settings_that_are_changed():
     model = ROUTABLE["llama"]()
     layer, model.loss = model.model.layers[0], nn.Module()
+    model.register_module("nothing", None)
+    layer.mlp.table, layer.self_attn.config = [1], copy.copy(model.config)
     layer.mlp.p, model.loss.gamma, layer.mlp.drop = 0.5, 2.0, nn.Dropout(0.5)
     settings = structures.Settings(model)
     assert settings.changed() is False
@@ -66,6 +89,7 @@ def test_settings_that_are_changed():
         (layer.mlp, "p", 0.25),
         (layer.mlp.drop, "inplace", True),
         (model.config, "rms_norm_eps", 1e-3),
+        (layer.self_attn.config, "rms_norm_eps", 1e-2),  # of a part's own
         (model.config, "of_today", "new"),
         (model, "of_today", 3),
         (model.loss, "gamma", 1.0),
@@ -79,6 +103,7 @@ def test_settings_that_are_changed():
     # Noise, what is a module's own business, switches of a forward that leave its values, and what is no plain value.
     layer.mlp.drop.p, layer.self_attn.attention_dropout, layer.mlp._count, layer.mlp.jitter_noise = 0.1, 0.2, 3, 0.4
     model.config.use_cache, model.config.attention_dropout, model._of_today, model.config.nested = False, 0.3, 5, [[1]]
+    layer.mlp.table = [2]
     model.eval()
     assert settings.changed() is False
     assert structures.Settings(ROUTABLE["llama"]()).changed() is False
@@ -86,9 +111,10 @@ def test_settings_that_are_changed():
 
 def test_a_setting_that_changes_in_every_step_counts_less_and_less():
     model = ROUTABLE["llama"]()
+    model.scale = 0.0
     settings, found = structures.Settings(model), []
     for step in range(1, 34):
-        model.config.temperature = model.model.layers[1].self_attn.scaling = float(step)
+        model.scale = model.config.temperature = model.model.layers[1].self_attn.scaling = float(step)
         found.append(settings.changed())
     assert [step for step, counts in enumerate(found, 1) if counts] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
     model.config.temperature = 0.0

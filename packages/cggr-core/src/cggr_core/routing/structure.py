@@ -39,7 +39,7 @@ def structure(model: nn.Module) -> list[Any]:
     own = base.__dict__
     found: list[Any] = [
         head,
-        head is not None and is_plain_matrix(head),
+        is_plain_matrix(head),
         base.get_input_embeddings(),
         *(getattr(config, name, None) for name in _OF_THE_CONFIG),
         *(own.get(name) for name in _OF_THE_MODEL),
