@@ -120,6 +120,8 @@ def check_num_items(num_items: Tensor | float | None) -> None:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}; sum it")
+        if num_items.is_meta:
+            raise ValueError("num_items must be a number, got a tensor on the meta device, which has no value")
         if not values_are_free(num_items):
             return
         num_items = num_items.item()

@@ -172,7 +172,7 @@ def _as_it_is(
         *_of_counts(model, inputs, labels, classes, **size),
     ):
         arguments = {**look.arguments, "use_cache": False}
-        run = partial(_with_layers, model, architecture, arguments, look.labels)
+        run = partial(_with_layers, model, architecture, arguments, look)
         found = _compared(model, architecture, look, run)
         if found is not None:
             return found
@@ -180,9 +180,10 @@ def _as_it_is(
 
 
 def _with_layers(
-    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor, traced: bool
+    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], look: _Look, traced: bool
 ) -> tuple[Any, Tensor]:
-    return loss_and_logits(model, architecture, arguments, labels, traced=traced)
+    change = partial(_stand_in, architecture, look)
+    return loss_and_logits(model, architecture, arguments, look.labels, traced=traced, change=change)
 
 
 def _looks(
@@ -271,13 +272,12 @@ def _text(model: nn.Module, inputs: TokenInputs, rows: int | None, length: int |
 
 def _logits_for(architecture: Architecture, look: _Look, classes: int, *, traced: bool) -> AbstractContextManager[None]:
     """Let the head return the logits of a check, whatever its number of classes."""
-    shift = int(architecture.shifted)
+    return random_logits(architecture.head.module, classes, partial(_stand_in, architecture, look), traced=traced)
 
-    def stand_in(logits: Tensor) -> Tensor:
-        logits = logits * look.scale
-        if look.sure and logits.shape[:2] == look.labels.shape:
-            targets = look.labels[:, shift:, None]
-            logits[:, : targets.shape[1]] += look.sure * (targets == torch.arange(classes, device=logits.device))
-        return logits
 
-    return random_logits(architecture.head.module, classes, stand_in, traced=traced)
+def _stand_in(architecture: Architecture, look: _Look, noise: Tensor) -> Tensor:
+    logits = noise * look.scale
+    if look.sure and logits.shape[:2] == look.labels.shape:
+        targets = look.labels[:, int(architecture.shifted) :, None]
+        logits[:, : targets.shape[1]] += look.sure * (targets == torch.arange(logits.shape[-1], device=logits.device))
+    return logits

@@ -22,7 +22,9 @@ _MOST_DRAWN = 1048573  # a prime
 
 
 @contextmanager
-def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[list[Tensor]]:
+def large_random_logits(
+    head: nn.Module, *, traced: bool = False, change: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[list[Tensor]]:
     """Let a head return large random logits, the same in every block; the rest of the model runs as usual.
 
     Scope: this module, whoever calls it.
@@ -31,6 +33,7 @@ def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[li
         head: The head.
         traced: Enable gradients from the head's call to the end of the block, so that everything computed from its
             logits has a graph that ends at them.
+        change: Maps standard normal numbers to the logits; they are large by default.
 
     Yields:
         The logits of every call of the head; the model gets copies of them.
@@ -41,7 +44,9 @@ def large_random_logits(head: nn.Module, *, traced: bool = False) -> Iterator[li
         logits = own(*args, **kwargs)
         if type(logits) is not Tensor:  # sharded over ranks
             return logits
-        given.append((_noise(logits.shape, logits.device, len(given)) * _LOGIT_SCALE).to(logits).requires_grad_(traced))
+        given.append(
+            (change or _large)(_noise(logits.shape, logits.device, len(given))).to(logits).requires_grad_(traced)
+        )
         torch.set_grad_enabled(traced or torch.is_grad_enabled())
         return given[-1].clone()
 
@@ -79,6 +84,10 @@ def random_logits(
 
     with torch.set_grad_enabled(torch.is_grad_enabled()), replaced_forwards({head: stand_in}):
         yield
+
+
+def _large(noise: Tensor) -> Tensor:
+    return noise * _LOGIT_SCALE
 
 
 def _noise(shape: torch.Size, device: torch.device, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +210,13 @@ def _reads(
 
 
 def loss_and_logits(
-    model: nn.Module, architecture: Architecture, arguments: dict[str, Any], labels: Tensor, *, traced: bool
+    model: nn.Module,
+    architecture: Architecture,
+    arguments: dict[str, Any],
+    labels: Tensor,
+    *,
+    traced: bool,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Any, Tensor]:
     """A model's output for labelled tokens, and the logits ``[B, S, V]`` from which its loss is computed.
 
@@ -219,13 +226,14 @@ def loss_and_logits(
         arguments: Of its forward.
         labels: int64 ``[B, S]``.
         traced: Compute the loss with gradients, as in a step; its graph ends at the logits.
+        change: As for :func:`~cggr_core.routing.head_check.large_random_logits`.
     """
-    with large_random_logits(architecture.head.module, traced=traced):
+    with large_random_logits(architecture.head.module, traced=traced, change=change):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits
     # In training, some models compute their loss without logits, or only with those of labelled tokens.
-    with evaluation_mode(model), large_random_logits(architecture.head.module, traced=traced):
+    with evaluation_mode(model), large_random_logits(architecture.head.module, traced=traced, change=change):
         output = model(**arguments, labels=labels)
     if isinstance(output.logits, Tensor) and output.logits.shape[:2] == labels.shape:
         return output, output.logits
