@@ -77,7 +77,7 @@ Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocas
 CudaGraph = Annotated[
     bool | None,
     typer.Option(
-        help="Capture the whole step as one CUDA graph, or nothing; by default the passes, where that is faster.",
+        help="Capture the whole step as one CUDA graph, or nothing. Default: capture the passes if that is faster.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""The settings of TRL's trainers that routed losses were held to, so that a newer one does not pass unseen."""
+"""The settings of TRL's trainers with which routed losses were tested, so that newer ones are noticed."""
 
 from __future__ import annotations
 
