@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cggr_core.routing import loss_agreement
+from cggr_core.routing import labelled_tokens, loss_agreement, loss_arguments
 from tests.support.tiny_models import VOCAB
 
 
@@ -47,7 +47,7 @@ def labelled(input_ids, padding=None, *, embeds=None, masked=False, **settings):
         forward=forward if masked else lambda input_ids: None,
     )
     per_token = {"input_ids": input_ids} if embeds is None else {"inputs_embeds": embeds}
-    return loss_agreement._few_labelled_tokens(
+    return labelled_tokens.few_labelled_tokens(
         base, SimpleNamespace(per_token=per_token, padding=padding), loss_agreement._TOKENS
     )
 
@@ -107,10 +107,10 @@ def test_placeholders_of_images_become_other_tokens():
     inner = SimpleNamespace(audio_token_id=1, eoi_token_index=2, hidden_size=5, image_size=7, image_token_id="6")
     config = SimpleNamespace(image_token_id=0, bos_token_id=4, get_text_config=lambda: inner)
     input_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
-    assert loss_agreement.text_alone(input_ids, config).tolist() == [[3, 3, 3, 3, 4, 5, 6, 7]]
+    assert labelled_tokens.text_alone(input_ids, config).tolist() == [[3, 3, 3, 3, 4, 5, 6, 7]]
     plain = SimpleNamespace(bos_token_id=0, hidden_size=4)
     plain.get_text_config = lambda: plain
-    assert loss_agreement.text_alone(input_ids, plain) is input_ids
+    assert labelled_tokens.text_alone(input_ids, plain) is input_ids
 
 
 def test_which_arguments_only_a_loss_reads():
@@ -123,11 +123,11 @@ def test_which_arguments_only_a_loss_reads():
     # What the model reads besides is no argument of its loss alone.
     read = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "labels", "vocab_size")
     given = {**dict.fromkeys(read, 1), "use_cache": 5}
-    assert loss_agreement.loss_arguments(model, given) == {}
+    assert loss_arguments.loss_arguments(model, given) == {}
     of_loss = {"num_items_in_batch": 6, "ignore_index": 7, "focal_gamma": 8, "my_labels": 9, "reduction": "sum"}
     of_loss |= {"shift_labels": 1, "label_smoothing": 0.1, "class_weights": 2}
-    assert loss_agreement.loss_arguments(model, given | of_loss) == of_loss
-    assert loss_agreement.loss_arguments(SimpleNamespace(), {"focal_gamma": 8, "reduction": "sum"}) == {
+    assert loss_arguments.loss_arguments(model, given | of_loss) == of_loss
+    assert loss_arguments.loss_arguments(SimpleNamespace(), {"focal_gamma": 8, "reduction": "sum"}) == {
         "reduction": "sum"
     }
 

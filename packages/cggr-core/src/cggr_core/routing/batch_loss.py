@@ -15,16 +15,14 @@ from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrappe
 from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.head_check import random_logits
 from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.labelled_tokens import IGNORED, takes_mask, text_alone
 from cggr_core.routing.loss_agreement import (
-    IGNORED,
     TRACED_AND_NOT,
     Alignment,
     another_loss,
     loss_and_logits,
     routed_loss,
     same_loss,
-    takes_mask,
-    text_alone,
 )
 from cggr_core.routing.patches import attention_of_any_mask, smaller_vocabulary, without_checkpointing
 from cggr_core.routing.truncation import truncated

@@ -13,7 +13,8 @@ from cggr_core.routing.context_pass import Context, context_pass, head_at, head_
 from cggr_core.routing.findings import Findings
 from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
-from cggr_core.routing.loss_agreement import LossArguments, auxiliary_loss, loss_arguments, taken_apart
+from cggr_core.routing.loss_agreement import auxiliary_loss
+from cggr_core.routing.loss_arguments import LossArguments, loss_arguments, taken_apart
 from cggr_core.routing.masks import unseen_masks, whole_rows
 from cggr_core.routing.patches import nothing_left, recomputes_with_torch, without_random_states
 from cggr_core.routing.precision import LowPrecision
@@ -129,7 +130,7 @@ class Engine:
     def taken_apart(
         self, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
     ) -> LossArguments:
-        """Separate a forward's arguments from its loss's; see :func:`cggr_core.routing.loss_agreement.taken_apart`."""
+        """Separate a forward's arguments from its loss's; see :func:`cggr_core.routing.loss_arguments.taken_apart`."""
         return taken_apart(self.model, arguments, num_items=num_items, ignore_index=ignore_index)
 
     def check_reads(self, name: str, inputs: TokenInputs) -> None:

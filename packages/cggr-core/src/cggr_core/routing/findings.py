@@ -11,8 +11,9 @@ from cggr_core.routing.architectures import Architecture, describe, head_rows, u
 from cggr_core.routing.batch_loss import check_loss_of_batch
 from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.labelled_tokens import IGNORED
 from cggr_core.routing.loads import count_loads
-from cggr_core.routing.loss_agreement import IGNORED, check_reads
+from cggr_core.routing.loss_agreement import check_reads
 from cggr_core.routing.patches import nothing_left
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
 from cggr_core.routing.sharding import shards_layers

@@ -12,29 +12,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cggr_core.head import autocast_active
-from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, head_rows, unwrapped
+from cggr_core.routing.architectures import MODEL_ERRORS, Architecture, unwrapped
 from cggr_core.routing.head_check import large_random_logits, leaves
 from cggr_core.routing.inputs import TokenInputs
+from cggr_core.routing.labelled_tokens import IGNORED, few_labelled_tokens
 from cggr_core.routing.patches import evaluation_mode, without_checkpointing
 
-IGNORED = -100
-_ROWS, _TOKENS = 2, 8
+_TOKENS = 8
 # Nearly all models compute their loss in float32; the others round it to the logits' dtype.
 _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 # Words in the names of settings that change a loss or add a term to it.
 _LOSS_SETTINGS = re.compile(r"loss|smoothing|aux|mtp|nextn|focal")
-# Arguments that losses are known to read, besides those that the model's loss function declares and those named after
-# labels.
-_LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "reduction", "class_weights"})
 # A loss is checked with gradients on, as in a step; if the logits then differ, perhaps because the loss wrote its
 # gradient into them, they are computed again without.
 TRACED_AND_NOT = True, False
-_NOT_FOR_LOSS_ALONE = frozenset(
-    {"labels", "vocab_size", "input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids"}
-)
-# Settings that name one or more tokens, which a loss may treat in a special way.
-_SPECIAL_TOKEN = re.compile(r"token_ids?$|token_index$")
-_MODALITY_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|media|speech)\w*_token_(id|index)$")
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def own_alignment(
     takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_labels or inputs.shape[1] < 2:
         return None
-    arguments, labels = _few_labelled_tokens(base, inputs, tokens)
+    arguments, labels = few_labelled_tokens(base, inputs, tokens)
     arguments["use_cache"] = False
     name = type(base).__name__
     own, found = None, dict[Alignment, float]()
@@ -169,7 +160,7 @@ def check_reads(name: str, model: nn.Module, architecture: Architecture, inputs:
         ValueError: If it does not.
     """
     base = unwrapped(model)
-    arguments, labels = _few_labelled_tokens(base, inputs, _TOKENS)
+    arguments, labels = few_labelled_tokens(base, inputs, _TOKENS)
     shifted, targets, items = architecture.shifted, labels, None
     if name == "shift_labels":
         shifted, targets = False, labels.flip(1)  # not aligned with the labels passed along with them
@@ -257,145 +248,6 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
         f"{type(base).__name__} returns an auxiliary loss, but neither it nor its config has a router_aux_loss_coef to "
         "weight it; set config.router_aux_loss_coef, or config.output_router_logits=False"
     )
-
-
-def loss_arguments(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward that only the model's loss would read: known names, and those of its loss function.
-
-    Args:
-        model: The model.
-        arguments: Of its forward.
-    """
-    rest = {name: value for name, value in arguments.items() if name not in _NOT_FOR_LOSS_ALONE}
-    if not rest:  # as in most steps: inspecting the loss function costs more
-        return rest
-    of_loss = _LOSS_ARGUMENTS | _parameters(getattr(unwrapped(model), "loss_function", None))
-    return {name: value for name, value in rest.items() if name in of_loss or "label" in name}
-
-
-@dataclass(frozen=True)
-class LossArguments:
-    """A forward's arguments for its loss, separated from those for the passes over the model.
-
-    Attributes:
-        rest: The forward's other arguments; the passes get no labels.
-        num_items: Countable tokens of the whole optimiser step, which transformers calls ``num_items_in_batch``.
-        shift_labels: Labels int64 ``[B, S]`` that are already shifted to their predictors, or ``None``.
-        for_own_loss: Names of the arguments that the model's own loss would have read.
-    """
-
-    rest: dict[str, Any]
-    num_items: Tensor | float | None = None
-    shift_labels: Tensor | None = None
-    for_own_loss: frozenset[str] = frozenset()
-
-
-def taken_apart(
-    model: nn.Module, arguments: dict[str, Any], *, num_items: Tensor | float | None, ignore_index: int
-) -> LossArguments:
-    """Separate the arguments of a forward that only the model's loss reads from the rest.
-
-    Args:
-        model: The model.
-        arguments: Of its forward.
-        num_items: Countable tokens of the whole optimiser step, or ``None``.
-        ignore_index: Of the labels.
-
-    Raises:
-        ValueError: If an argument would change the loss in a way that a routed step does not support, or ``num_items``
-            is given under both names.
-        TypeError: If ``shift_labels`` is not a tensor.
-    """
-    given = loss_arguments(model, arguments)
-    if not given:
-        return LossArguments(arguments, num_items)
-    rest, names = {name: value for name, value in arguments.items() if name not in given}, frozenset(given)
-    shift_labels = given.pop("shift_labels", None)
-    if shift_labels is not None and not isinstance(shift_labels, Tensor):
-        raise TypeError(f"shift_labels must be a tensor, got {type(shift_labels).__name__}")
-    for name in sorted(given):
-        value = given[name]
-        if name == "num_items_in_batch":
-            if num_items is not None:
-                raise ValueError("num_items and num_items_in_batch are the same number; give only one of them")
-            num_items = value
-        elif name == "ignore_index":
-            if value != ignore_index:
-                raise ValueError(
-                    f"ignore_index={value}: this model was created with ignore_index={ignore_index}; create it with "
-                    f"CGGRModel(model, ignore_index={value})"
-                )
-        else:
-            raise ValueError(
-                f"{name} is an argument of the model's own loss, but the loss of a routed step is cross-entropy with "
-                "token_weight; leave it out, or build your loss from the model's logits"
-            )
-    return LossArguments(rest, num_items, shift_labels, names)
-
-
-def takes_mask(base: Any) -> bool:
-    """Whether a model's forward takes an attention mask by name."""
-    return "attention_mask" in inspect.signature(base.forward).parameters
-
-
-def _parameters(function: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
-
-
-def _few_labelled_tokens(base: Any, inputs: TokenInputs, length: int) -> tuple[dict[str, Any], Tensor]:
-    """Labelled tokens ``[2, S]`` that include everything a loss might treat in a special way."""
-    tokens = {name: _two_rows(tensor)[:, :length] for name, tensor in inputs.per_token.items()}
-    classes = head_rows(base)
-    like = next(iter(tokens.values()))
-    if "input_ids" in tokens:
-        tokens["input_ids"] = labels = text_alone(tokens["input_ids"], base.config)
-        labels = labels.long().clone()
-    else:
-        labels = torch.arange(like.shape[0] * like.shape[1], device=like.device).view(like.shape[:2])
-        labels = labels % classes
-    length = labels.shape[1]
-    # Labels besides -100 that a loss might ignore or weight: a padding token is a target like any other.
-    places = ((row, place) for place in range(2, length, 2) for row in range(_ROWS))
-    for (row, place), token in zip(places, _special_tokens(base.config, classes), strict=False):
-        labels[row, place] = token
-    # And -100 itself, more often in one row than in the other, so that a mean of row means differs.
-    labels[:, 3:4] = labels[1, 5:6] = IGNORED
-    if inputs.padding is not None or takes_mask(base):
-        # A mask marks a labelled token as padding; without a mask, models look for padding among the tokens.
-        mask = torch.ones_like(labels if inputs.padding is None else _two_rows(inputs.padding)[:, :length])
-        if length > 4:
-            mask[0, -1] = 0
-        tokens["attention_mask"] = mask
-    return tokens, labels
-
-
-def _two_rows(tensor: Tensor) -> Tensor:
-    return tensor[:_ROWS] if tensor.shape[0] >= _ROWS else torch.cat([tensor] * _ROWS)
-
-
-def _special_tokens(config: Any, classes: int) -> list[int]:
-    """Tokens named in a config, those that losses treat in a special way first."""
-    text = config.get_text_config()
-    named = [getattr(text, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")]
-    for owner in (text, config):
-        named += [value for name, value in vars(owner).items() if _SPECIAL_TOKEN.search(name)]
-    tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(token for token in tokens if type(token) is int and 0 <= token < classes))
-
-
-def text_alone(input_ids: Tensor, config: Any) -> Tensor:
-    """Token ids in which placeholders of images and the like, which need their inputs, are replaced."""
-    special = {
-        value
-        for owner in (config, config.get_text_config())
-        for name, value in vars(owner).items()
-        if isinstance(value, int) and _MODALITY_TOKEN.search(name)
-    }
-    if not special:
-        return input_ids
-    plain = next(token for token in range(len(special) + 1) if token not in special)
-    placeholders = torch.isin(input_ids, torch.tensor(sorted(special), device=input_ids.device))
-    return input_ids.masked_fill(placeholders, plain)
 
 
 def routed_loss(

@@ -22,7 +22,8 @@ from cggr_core.routing.context_pass import LayerOutput
 from cggr_core.routing.fusions import fused_forwards
 from cggr_core.routing.head_check import gives_the_logits
 from cggr_core.routing.inputs import TokenInputs
-from cggr_core.routing.loss_agreement import own_alignment, text_alone
+from cggr_core.routing.labelled_tokens import text_alone
+from cggr_core.routing.loss_agreement import own_alignment
 from cggr_core.routing.patches import attention_of_any_mask, evaluation_mode, grown_parameters, without_checkpointing
 
 _ROWS, _TOKENS = 2, 8
