@@ -8,6 +8,7 @@ import torch
 
 from cggr_core import backends, sampling
 from cggr_core import selection as selection_module
+from cggr_core.sampling import select_reference
 from cggr_core.selection import Selection, plain_weight, select, slots_for, slots_in_steps
 from cggr_core.settings import SCOPES, SELECTIONS
 
@@ -324,3 +325,15 @@ def test_gather_names_the_shape_it_wants():
     assert torch.equal(made.gather(column), made.gather(column[:, :, 0])[:, :, None])
     empty = select(torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.bool), ratio=0.5)
     assert empty.gather(torch.zeros(0, 5, 2)).shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("strategy", ["topk", "random", "sampled"])
+@pytest.mark.parametrize("rows", [(9, 5), (0, 7), (0, 0)])
+def test_without_probabilities_the_op_weights_all_kept_tokens_alike(strategy, rows):
+    """By how many countable tokens one of them stands for, in the whole batch."""
+    score, places = torch.rand(2, 12), torch.arange(12).expand(2, 12)
+    countable = places < torch.tensor(rows)[:, None]
+    _, valid, weight = select_reference(score, countable, 0.4, strategy, 6, 4, 1, False, 0, 0, 0.05)
+    kept = sum(max(1, round(0.4 * n)) for n in rows if n)
+    assert valid.sum() == kept
+    torch.testing.assert_close(weight, valid * (sum(rows) / max(kept, 1)))
