@@ -86,6 +86,7 @@ def _label(name: str, row: Mapping[str, Any]) -> str:
 
 def arms(rows: Mapping[str, Mapping[str, Any]], basis: str) -> str:
     """What every arm reaches in the same time; the lowest loss in bold."""
+    rows = {name: row for name, row in rows.items() if basis in row}
     shares = list(next(iter(rows.values()))[basis]["readings"])
     lowest = {share: min(interval(row[basis]["readings"][share]["losses"]).mean for row in rows.values())
               for share in shares}  # fmt: skip
@@ -93,8 +94,6 @@ def arms(rows: Mapping[str, Mapping[str, Any]], basis: str) -> str:
     found = []
     for name, row in rows.items():
         own = row[basis]
-        if basis == "usual" and row["step"].get("itself") is None and name.startswith("kv"):
-            continue  # its step as it captures itself was not timed
         losses = []
         for share in shares:
             values = own["readings"][share]["losses"]

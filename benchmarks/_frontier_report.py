@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import _record
-from benchmarks._frontier_arms import Setting
+from benchmarks._frontier_arms import Setting, Way
 from cggr_train.learner import Routing
 from cggr_train.report.verdict import verdict
 from cggr_train.study import arms as study_arms
@@ -50,6 +50,10 @@ def whole_seeds(setting: Setting, records: Sequence[Mapping[str, Any]]) -> list[
     return [seed for seed in seeds if all((name, seed) in done for name in needed)]
 
 
+def _is_standard(way: Way) -> bool:
+    return way.gradient == "exact" and way.given and not way.mixed
+
+
 class Found:
     """What a study's records say, of the seeds that all ways have done.
 
@@ -75,6 +79,14 @@ class Found:
             for name, arm in plan.setting.arms.items()
             if self.seeds and all((arm.way, seed) in self.runs for seed in self.seeds)
         ]
+
+    def of(self, basis: str) -> list[str]:
+        """Arms whose steps were timed as ``basis`` has them: by default, routed ones as ``CGGRModel`` records them."""
+        if basis == "recorded":
+            return self.arms
+        ways = {name: self.setting.ways[self.setting.arms[name].way] for name in self.arms}
+        routed = [name for name in self.arms if "itself" in self.timings[name] and not _is_standard(ways[name])]
+        return [name for name in self.arms if name in routed or _is_standard(ways[name])] if routed else []
 
     def seconds(self, basis: str) -> dict[str, float]:
         """Of a step of each arm."""
@@ -134,16 +146,18 @@ def outcome_of(found: Found, basis: str) -> Outcome:
     arms, records, readings = [], [], {}
     # The verdict compares with what it knows as "standard".
     called = {name: "standard" if place == 0 else name for place, name in enumerate(found.arms)}
-    for name in found.arms:
+    compared = found.of(basis)
+    for name in compared:
         arm = setting.arms[name]
         way = setting.ways[arm.way]
+        scored = way.selection in ("sampled", "stratified")
         arms.append(
             study_arms.Arm(
                 called[name], arm.label or way.label, arm.role,
                 "standard" if way.gradient == "exact" and way.given else "cggr", way.batch,
                 Routing(gradient=way.gradient, ratio=way.ratio, selection=way.selection),
-                equal_cost=next((n for n in found.arms if setting.arms[n].role == "equal_cost"), "standard"),
-                random="kv-random" if way.selection in ("sampled", "stratified") and way.gradient == "kv" else None,
+                equal_cost=next((n for n in compared if setting.arms[n].role == "equal_cost"), "standard"),
+                random="kv-random" if "kv-random" in compared and scored and way.gradient == "kv" else None,
                 checkpointing=arm.checkpointing,
             )
         )  # fmt: skip
@@ -188,6 +202,8 @@ def rows_of(found: Found) -> dict[str, dict[str, Any]]:
             rows[name] = {**row, "unit": "nat", "diverged": True, **_record.summary([0.0])}
             continue
         for basis in BASES:
+            if name not in found.of(basis):
+                continue
             row[basis] = {
                 "step_seconds": found.seconds(basis)[name],
                 "peak_bytes": found.peak(basis, name),
@@ -202,7 +218,7 @@ def rows_of(found: Found) -> dict[str, dict[str, Any]]:
                 "share_of_the_time_of": {
                     control: found.reached(name, control, basis)
                     for control in ("standard", "standard-checkpointed", "standard-b4")
-                    if control in found.arms and control != name
+                    if control in found.of(basis) and control != name
                 },
             }
         row["equal_examples"] = {
@@ -234,7 +250,7 @@ def report(arguments: Namespace, noted: Mapping[str, Any], plan: Plan, records: 
             {"way": r["way"], "rate": r["rate"], "loss": r["points"][-1]["loss"] if r["points"] else None}
             for r in found.rates
         ],
-        "verdict": {basis: verdict(outcome_of(found, basis)) for basis in BASES},
+        "verdict": {basis: verdict(outcome_of(found, basis)) for basis in BASES if found.of(basis)},
     }  # fmt: skip
     path = _record.write(
         arguments.name, rows_of(found), settings=settings, control=found.arms[0], device=arguments.device,

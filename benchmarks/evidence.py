@@ -23,14 +23,15 @@ def frontier_tables(result: Mapping[str, Any]) -> str:
             f"{result['environment']['device']}, {result['environment']['commit']}"]  # fmt: skip
     if before := settings.get("accuracy_before"):
         told.append(f"\nBefore training: {right_answers([before])}.")
-    for basis in ("recorded", "usual"):
-        shares = list(next(iter(rows.values()))[basis]["readings"])
+    for basis in settings["verdict"]:
+        timed = [row for row in rows.values() if basis in row]
+        shares = list(timed[0][basis]["readings"])
         heads = [f"loss, {share} of the time | right" for share in shares]
         told += [f"\n{basis}: {' '.join(settings['verdict'][basis])}\n",
                  f"| step | ms | peak | steps | {' | '.join(heads)} | less the first | share of its control's time |",
                  "|---" * (6 + 2 * len(shares)) + "|"]  # fmt: skip
-        first = next(iter(rows.values()))[basis]["readings"][shares[-1]]["losses"]
-        for row in rows.values():
+        first = timed[0][basis]["readings"][shares[-1]]["losses"]
+        for row in timed:
             own = row[basis]
             read = [f"{with_interval(found['losses'])} | {right_answers(found['accuracy'])}"
                     for found in own["readings"].values()]  # fmt: skip

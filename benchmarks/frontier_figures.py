@@ -29,6 +29,7 @@ def draw(path: Path, bases: Sequence[str] = tuple(TITLES), *, suffix: str = "") 
         suffix: Of the plot's name.
     """
     result = _record.load(path.stem, folder=path.parent)
+    bases = [basis for basis in bases if any(basis in row for row in result["rows"].values())]
     figure = Figure(figsize=(5.6 * len(bases) + 1.6 * (len(bases) == 1), 4.4), layout="constrained")
     panels = figure.subplots(1, len(bases), squeeze=False, sharey=True)[0]
     for axes, basis in zip(panels, bases, strict=True):
@@ -52,7 +53,7 @@ def draw(path: Path, bases: Sequence[str] = tuple(TITLES), *, suffix: str = "") 
 def _panel(axes: Axes, rows: dict[str, Any], basis: str) -> None:
     points = []
     for row in rows.values():
-        if "diverged" in row:
+        if basis not in row:
             continue
         found = row[basis]
         last = list(found["readings"].values())[-1]

@@ -306,9 +306,14 @@ def test_the_verdict_says_what_the_rows_say(data, tmp_path_factory):
         patch.setattr("benchmarks.frontier_figures.draw", lambda path: path)  # 15 times over
         path = report(arguments, noted, plan, records_of(plan, timings, losses, 3))
     result = _record.load(path.stem, folder=folder)
+    # Of routed steps, one alone was timed as CGGRModel records it by itself.
+    usual = {name for name, row in result["rows"].items() if "usual" in row}
+    assert {name for name in usual if not name.startswith("standard")} == {"kv"}
     for basis in ("recorded", "usual"):
         means = {
-            row["label"]: statistics.fmean(row[basis]["readings"]["1.00"]["losses"]) for row in result["rows"].values()
+            row["label"]: statistics.fmean(row[basis]["readings"]["1.00"]["losses"])
+            for row in result["rows"].values()
+            if basis in row
         }
         first, lowest = result["settings"]["verdict"][basis][:2]
         label, value = re.fullmatch(r"Lowest held-out loss in the same time: (.*) \((.*)\)\.", lowest).groups()
