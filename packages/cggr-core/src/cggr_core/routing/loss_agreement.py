@@ -72,6 +72,7 @@ def own_alignment(
     arguments, labels = few_labelled_tokens(base, inputs, tokens)
     arguments["use_cache"] = False
     name = type(base).__name__
+    output: Any = None
     own, found = None, dict[Alignment, float]()
     for traced in TRACED_AND_NOT:
         try:
