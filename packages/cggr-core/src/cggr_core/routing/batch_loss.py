@@ -164,10 +164,10 @@ def _as_it_is(
     halves: bool = True,
 ) -> tuple[str, Tensor, dict[Alignment, float]] | None:
     """The first check in which the losses differ, on a few rows and with the whole model."""
-    classes, size = architecture.head.classes, {"rows": rows, "length": length}
+    classes = architecture.head.classes
     for look in (
-        *_looks(model, inputs, labels, classes, **size, halves=halves),
-        *_of_counts(model, inputs, labels, classes, **size),
+        *_looks(model, inputs, labels, classes, rows=rows, length=length, halves=halves),
+        *_of_counts(model, inputs, labels, classes, rows=rows, length=length),
     ):
         arguments = {**look.arguments, "use_cache": False}
         run = partial(_with_layers, model, architecture, arguments, look)
