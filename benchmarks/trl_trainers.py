@@ -197,17 +197,17 @@ def sft(sizes: Sizes, model: Any, length: int) -> Iterator[dict[str, Variant]]:
     batch = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(~supervised, -100),
     }  # fmt: skip
-    configurations = [CGGRConfig(selection="supervised"), CGGRConfig(selection="supervised", cuda_graph=False)]
+    configurations = [CGGRConfig(selection="supervised"), CGGRConfig(selection="supervised", cuda_graph="auto")]
     if has_fp8_products(ids.device):
         configurations.append(CGGRConfig(selection="supervised", context_precision="fp8"))
     with trainers(sizes, model, SFTTrainer, RoutedSFT, SFTConfig, *configurations, max_length=None) as made:
-        plain, routed, eager, *fp8 = made
+        plain, routed, captured, *fp8 = made
         few, many = (split(batch, max(1, tokens // length)) for tokens in (sizes.plain, sizes.routed))
         variants = {
             CONTROL: Variant(plain, few, checkpointing=True),
             PLAIN: Variant(plain, few),
             "CGGR, kv": Variant(routed, many),
-            "CGGR, kv, not captured": Variant(eager, many),
+            "CGGR, kv, captured": Variant(captured, many),
             "CGGR, kv, TRL's micro-batches": Variant(routed, few),
         }
         if fp8:

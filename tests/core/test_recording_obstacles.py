@@ -160,7 +160,7 @@ def test_a_recording_that_saves_nothing_is_not_held(monkeypatch):
     assert replayed(model)
 
 
-@pytest.mark.parametrize(("share", "held"), [(0.94, 1), (0.96, 0)])
+@pytest.mark.parametrize(("share", "held"), [(0.89, 1), (0.98, 0)])
 def test_what_a_recording_has_to_save(share, held, monkeypatch):
     """The first two readings of the clock are around the step as it is, the next two around a replay."""
     monkeypatch.undo()

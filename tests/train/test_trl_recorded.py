@@ -38,8 +38,8 @@ def recording(made):
 def test_the_numbers_of_the_updates_as_they_are(make, tokenizer, name, gradient):
     kind, config, values = CASES[name]
     settings = {"gradient": gradient, "selection": "supervised"}
-    plain = make(kind, config, CGGRConfig(cuda_graph=False, **settings), **values)
-    made = make(kind, config, CGGRConfig(**settings), **values)
+    plain = make(kind, config, CGGRConfig(**settings), **values)
+    made = make(kind, config, CGGRConfig(cuda_graph="auto", **settings), **values)
     recorder, replays = recording(made), []
     for batch in updates(plain, name, len(tokenizer)):
         wanted, expected = step(plain, batch)
@@ -76,8 +76,8 @@ def test_with_what_changes_a_pass(make, tokenizer, case):
         models = [{"model": MixtralForCausalLM(config)} for _ in range(2)]
         for one in models:
             one["model"].load_state_dict(weights)
-    plain = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph=False, **settings), **models[0], **values)
-    made = make(SFTTrainer, SFTConfig, CGGRConfig(**settings), **models[1], **values)
+    plain = make(SFTTrainer, SFTConfig, CGGRConfig(**settings), **models[0], **values)
+    made = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph="auto", **settings), **models[1], **values)
     recorder, replays = recording(made), []
     if case == "checkpointing":
         for one in (plain, made):
@@ -98,8 +98,8 @@ def test_with_what_changes_a_pass(make, tokenizer, case):
 
 def test_what_changes_the_model_is_followed(make, tokenizer):
     """Another setting drops the recordings; the same shapes are recorded again."""
-    plain = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph=False, selection="supervised"))
-    made = make(SFTTrainer, SFTConfig, CGGRConfig(selection="supervised"))
+    plain = make(SFTTrainer, SFTConfig, CGGRConfig(selection="supervised"))
+    made = make(SFTTrainer, SFTConfig, CGGRConfig(cuda_graph="auto", selection="supervised"))
     recorder = recording(made)
     batches = updates(plain, "sft", len(tokenizer))
     for batch in batches:

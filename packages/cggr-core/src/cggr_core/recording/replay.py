@@ -22,7 +22,7 @@ Run = Callable[[Any], Outcome]
 Replay = Callable[[], None]
 
 # A replay that takes more than this share of the eager step's time is not worth its memory.
-_WORTH = 0.95
+_WORTH = 0.9
 # Relative to a gradient's norm, and to the norm of all gradients; kernels with nondeterministic sums differ by far
 # less.
 _TOLERANCE, _TOTAL_TOLERANCE = 0.05, 0.01

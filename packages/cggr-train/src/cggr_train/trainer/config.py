@@ -116,9 +116,12 @@ class CGGRConfig:
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selections; the seed of the training arguments if not given."}
     )
-    cuda_graph: CudaGraph = field(
-        default=RoutingSettings.cuda_graph,
-        metadata={"help": "'auto' captures steps of equal shapes as CUDA graphs when that saves time."},
+    cuda_graph: CudaGraph | None = field(
+        default=None,
+        metadata={
+            "help": "'auto' captures steps of equal shapes as CUDA graphs when that saves time, False does not. By "
+            "default, steps of CGGRModel are captured, and the updates of TRL's own losses are not."
+        },
     )
     skip_zero_advantage: bool | None = field(
         default=None,
@@ -149,7 +152,7 @@ class CGGRConfig:
             "engine": self.engine,
             "context_precision": self.context_precision,
             "context_margin": self.context_margin,
-            "cuda_graph": self.cuda_graph,
+            "cuda_graph": RoutingSettings.cuda_graph if self.cuda_graph is None else self.cuda_graph,
             "num_strata": self.num_strata,
             "min_tokens_per_sequence": self.min_tokens_per_sequence,
             "block_size": self.block_size,

@@ -114,7 +114,7 @@ class TaskLoss:
                 f"engine={config.engine!r} has no effect: with {name}, an update takes two passes if its loss needs "
                 "values of skipped tokens, and otherwise one; leave it unset"
             )
-        if config.cuda_graph not in ("auto", False):
+        if config.cuda_graph not in ("auto", False, None):
             raise ValueError(f"cuda_graph must be 'auto' or False, got {config.cuda_graph!r}")
         if config.skip_zero_advantage is not None and not self.has_advantages:
             raise ValueError(
@@ -203,7 +203,7 @@ class LabelledLoss(TaskLoss):
                 self.config.gradient,
                 self.config.context_precision,
                 self.config.context_margin,
-                self.config.cuda_graph,
+                self.config.cuda_graph or False,
                 self.scoring,
                 autocast,
             )
