@@ -1,5 +1,7 @@
 """Losses that people write: refused if they are not cross-entropy, and followed while they change."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -123,7 +125,9 @@ def test_a_loss_driven_by_a_counter_is_refused_once_it_is_looked_at(factor, refu
     def own(model, logits, labels):
         return mean(nll(logits, labels), labels) * (1.0 + 0.1 * float(factor(int(model.steps))))
 
-    assert steps_until_refused(own, lambda model, step: model.steps.add_(1)) == refused
+    often = refused is None or refused > 8
+    with pytest.warns(UserWarning, match="^steps of the model.* keeps changing") if often else nullcontext():
+        assert steps_until_refused(own, lambda model, step: model.steps.add_(1)) == refused
 
 
 def test_a_temperature_in_the_config_is_followed():

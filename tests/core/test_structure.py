@@ -113,9 +113,11 @@ def test_a_setting_that_changes_in_every_step_counts_less_and_less():
     model = ROUTABLE["llama"]()
     model.scale = 0.0
     settings, found = structures.Settings(model), []
-    for step in range(1, 34):
-        model.scale = model.config.temperature = model.model.layers[1].self_attn.scaling = float(step)
-        found.append(settings.changed())
+    with pytest.warns(UserWarning, match="^scale, scaling, temperature of the model.* keeps changing") as warned:
+        for step in range(1, 34):
+            model.scale = model.config.temperature = model.model.layers[1].self_attn.scaling = float(step)
+            found.append(settings.changed())
+    assert len(warned) == 1
     assert [step for step, counts in enumerate(found, 1) if counts] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
     model.config.temperature = 0.0
     model.model.layers[2].self_attn.scaling = 7.0

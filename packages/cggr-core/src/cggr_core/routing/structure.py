@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from functools import cache, partial
@@ -118,7 +119,7 @@ class Settings:
 
     Of what a loss may read they are also tensors, small containers and variables that functions have closed over. A few
     hundred values take some ten microseconds to compare for 16 layers. A setting that changes in every step (a counter,
-    a schedule) counts the first eight times, then at powers of two.
+    a schedule) counts the first eight times, then, after a warning, at powers of two.
 
     Args:
         model: The model.
@@ -160,6 +161,14 @@ class Settings:
         for place, old, new in zip(self._open, before[1], values[1], strict=True):
             changed += [(place, name) for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
         self._changes.update(changed)
+        often = sorted(name for place, name in changed if self._changes[place, name] == _EVERY_CHANGE + 1)
+        if often:
+            warnings.warn(
+                f"{', '.join(often)} of the model, its config or its loss keeps changing; from now on, routed steps "
+                "are compared with the model at changes 16, 32, 64 and so on. Set CGGR_VERIFY=n to compare every n-th "
+                "step",
+                stacklevel=5,
+            )
         return any(self._changes[place] <= _EVERY_CHANGE or self._changes[place].bit_count() == 1 for place in changed)
 
     def _values(self) -> tuple[list[Any], list[dict[str, Any]]]:
