@@ -150,7 +150,7 @@ def measure_until(
     device: str | torch.device = "cpu",
     each: Callable[[dict[str, dict[str, Any]]], object] = lambda rows: None,
 ) -> dict[str, dict[str, Any]]:
-    """:func:`measure` round by round, until there are enough rounds or time is up.
+    """:func:`measure` round by round, until there are enough rounds or time or, after a whole round, memory is up.
 
     Args:
         candidates: Name → call to time, each called before.
@@ -167,10 +167,18 @@ def measure_until(
 
     Raises:
         ValueError: If ``control`` is not one of the candidates.
+        torch.OutOfMemoryError: If the first round does not fit in memory.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     while len(seconds[control]) < least or (len(seconds[control]) < rounds and time.monotonic() < deadline):
-        for name, row in measure(candidates, control=control, repeats=1, warmup=0, calls=calls, device=device).items():
+        try:
+            found = measure(candidates, control=control, repeats=1, warmup=0, calls=calls, device=device)
+        except torch.OutOfMemoryError as error:  # a candidate may hold more the longer it runs
+            if not seconds[control]:
+                raise
+            print(f"stopped after {len(seconds[control])} whole rounds: {str(error).split('. ')[0]}", flush=True)
+            break
+        for name, row in found.items():
             seconds[name].append(row["median"])
         each(_rows(seconds, control))
     return _rows(seconds, control)
@@ -296,12 +304,14 @@ def plot(result: Mapping[str, Any], path: Path, *, field: str | None = None, lab
     from matplotlib.figure import Figure
 
     rows = {name: row[field] if field else row for name, row in result["rows"].items()}
+    control = result["control"].rpartition(": ")[2]  # "131072 tokens, 0.25 kept: SDPA" is one beside "...: SDPA"
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, (name, row) in enumerate(rows.items()):
         low, high = row["spread"]
         error = [[max(row["median"] - low, 0.0)], [max(high - row["median"], 0.0)]]
-        colour = "0.6" if name == result["control"] or name.startswith(("standard", "TRL")) else "#2a6f97"
+        ordinary = name.rpartition(": ")[2] == control or name.startswith(("standard", "TRL"))
+        colour = "0.6" if ordinary else "#2a6f97"
         if row.get("unit") == "nat":  # losses differ by hundredths, which bars from zero would not show
             axes.errorbar(row["median"], place, xerr=error, color=colour, fmt="o", capsize=3)
         else:

@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="short rows, to check that everything runs")
+    parser.add_argument("--name", default="long_attention", help="of the result file")
     parser.add_argument("--output", type=Path, default=_record.RESULTS, help="folder of the result")
     _record.add_seconds(parser)
     options = parser.parse_args()
@@ -135,14 +136,9 @@ def main() -> None:
                 "heads": HEADS, "key_heads": KEY_HEADS, "head_dim": SIZE, "batch": 1, "dtype": "bfloat16", "seed": SEED,
                 "rounds": options.rounds, "left_out": left_out,
             }  # fmt: skip
-            _record.write(
-                "long_attention",
-                rows,
-                settings=settings,
-                control=next(iter(rows)),
-                device=device,
-                folder=options.output,
-            )
+            made = {"control": next(iter(rows)), "device": device, "folder": options.output}
+            path = _record.write(options.name, rows, settings=settings, **made)
+            _record.plot(_record.load(options.name, folder=options.output), path.with_suffix(".png"), label="seconds")
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
 

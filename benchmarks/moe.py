@@ -117,17 +117,20 @@ def describe(table: Table, problem: Problem, layers: dict[str, Callable[[Tensor]
             table.bar(f"{problem.shape}, {what}", f"{bar}, times grouped_mm's", share, 1.0, at_most=True)
 
 
-def result_name(shape: Shape) -> str:
+def result_name(shape: Shape, first: str) -> str:
     """Name of a shape's result file: ``moe_h1024_i4096_e8_k2``."""
-    return "_".join(("moe", *str(shape).lower().split()))
+    return "_".join((first, *str(shape).lower().split()))
 
 
-def draw(folder: Path) -> None:
+def draw(folder: Path, first: str) -> None:
     """For each shape and pass, the rate of every candidate by distribution of the load; dense as a line."""
     from matplotlib.figure import Figure
 
-    found = [shape for shape in SHAPES if (folder / f"{result_name(shape)}.json").exists()]
-    results = {str(shape): _record.load(result_name(shape), folder=folder) for shape in found}
+    found = [shape for shape in SHAPES if (folder / f"{result_name(shape, first)}.json").exists()]
+    results = {str(shape): _record.load(result_name(shape, first), folder=folder) for shape in found}
+    measured = [name for result in results.values() for name in result["rows"]]
+    loads = [one for one in DISTRIBUTIONS if any(f", {one}, " in name for name in measured)]
+    colours = {name: colour for name, colour in COLOURS.items() if any(row.endswith(f": {name}") for row in measured)}
     figure = Figure(figsize=(10, 2.1 * len(results) + 0.7), layout="constrained")
     panels = figure.subplots(len(results), len(PASSES), squeeze=False, sharey="row")
     for (shape, result), line in zip(results.items(), panels, strict=True):
@@ -135,14 +138,14 @@ def draw(folder: Path) -> None:
             rates = {
                 op: row["flop_per_second"] / 1e12 for op, row in result["rows"].items() if "flop_per_second" in row
             }
-            for place, distribution in enumerate(DISTRIBUTIONS):
+            for place, distribution in enumerate(loads):
                 op = f"{shape}, {distribution}, {what}"
-                for offset, (name, colour) in enumerate(COLOURS.items()):
-                    at = place + (offset - (len(COLOURS) - 1) / 2) * 0.17
+                for offset, (name, colour) in enumerate(colours.items()):
+                    at = place + (offset - (len(colours) - 1) / 2) * 0.17
                     axes.bar(at, rates.get(f"{op}: {name}", 0.0), 0.16, color=colour, label=None if place else name)
                 if height := rates.get(f"{op}: {DENSE}"):
                     axes.plot([place - 0.45, place + 0.45], [height] * 2, color="#b23a48", lw=1.2)
-            axes.set_xticks(range(len(DISTRIBUTIONS)), DISTRIBUTIONS, fontsize=7)
+            axes.set_xticks(range(len(loads)), loads, fontsize=7)
             axes.tick_params(axis="y", labelsize=7)
             axes.set_title(f"{shape}, {what}", fontsize=8, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
@@ -151,7 +154,7 @@ def draw(folder: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     device = next(iter(results.values()))["environment"]["device"]
     figure.suptitle(f"Token-routed MLP on {device}, {TOKENS} tokens, bfloat16; line: dense products", fontsize=9)
-    figure.savefig(folder / "moe.png", dpi=150)
+    figure.savefig(folder / f"{first}.png", dpi=150)
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> None:
@@ -166,12 +169,12 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> None:
         if table.rows and _record.is_over(arguments.deadline):
             break
         compare(table, problem, distribution, layers)
-        _record.write(result_name(shape), table.rows, settings=settings, **where)
+        _record.write(result_name(shape, arguments.name), table.rows, settings=settings, **where)
     if OURS in layers and not _record.is_over(arguments.deadline):
         compare_masked(table, problem)
         describe(table, problem, layers)
-    _record.write(result_name(shape), table.rows, settings=settings, **where)
-    draw(arguments.folder)
+    _record.write(result_name(shape, arguments.name), table.rows, settings=settings, **where)
+    draw(arguments.folder, arguments.name)
 
 
 def compile_only(shape: Shape, arguments: argparse.Namespace) -> None:
@@ -215,6 +218,7 @@ def main() -> None:
         metavar=("PLACE", "COUNT"),
         help="with --compile-only: every COUNT-th of Liger's configurations, from PLACE (0 to COUNT - 1) on",
     )
+    parser.add_argument("--name", default="moe", help="first part of the result files' names")
     parser.add_argument("--folder", type=Path, default=_record.RESULTS)
     _record.add_seconds(parser)
     arguments = parser.parse_args()

@@ -54,7 +54,7 @@ def trained(options: argparse.Namespace, method: str, routing: Routing, cuda_gra
     seconds = [(after - before) / WINDOW for before, after in itertools.pairwise(ends)]
     return {
         "losses": [record["loss"] for record in log],
-        "seconds": seconds[len(seconds) // 2 :],  # by then, everything is compiled and captured
+        "seconds": seconds[len(seconds) // 2 :],  # by then, everything is compiled, though not all is captured
         "peak": log[-1]["peak_memory_bytes"],
     }
 
@@ -85,17 +85,19 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bar()
     until = _record.deadline(options.seconds)
+    named = options.config if options.model is None else Path(options.model).name
     with tempfile.TemporaryDirectory() as folder:
         if options.model is not None:
             options.model = weights_ready(options.model, Path(folder))
             print("the weights are ready", flush=True)
-        _compare(options, until)
+        _compare(options, named, until)
 
 
-def _compare(options: argparse.Namespace, until: float) -> None:
+def _compare(options: argparse.Namespace, named: str, until: float) -> None:
     rows: dict[str, dict[str, Any]] = {}
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    settings = {"seed": 0, **{key: str(value) for key, value in vars(options).items() if key != "model"}}
+    settings = {"seed": 0, "model": named, "data": [Path(path).name for path in options.data]}
+    settings |= {key: getattr(options, key) for key in ("field", "length", "batch", "steps", "methods")}
     for name in options.methods:
         method, routing = METHODS[name]
         before: dict[str, Any] | None = None

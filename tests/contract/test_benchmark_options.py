@@ -5,6 +5,7 @@ import importlib
 import time
 
 import pytest
+import torch
 
 from benchmarks import _record
 from tests.support.documents import ROOT
@@ -46,6 +47,22 @@ def test_rounds_end_with_the_time():
     )
     assert rows["control"]["samples"] == 3
     assert len(calls) == 3
+
+
+def test_rounds_end_with_the_memory_after_a_whole_one():
+    calls = []
+
+    def last_fits_twice():
+        calls.append(0)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    candidates = {"control": lambda: None, "other": last_fits_twice}
+    asked = {"control": "control", "deadline": _record.deadline(None), "rounds": 5}
+    rows = _record.measure_until(candidates, **asked)
+    assert {name: row["samples"] for name, row in rows.items()} == {"control": 2, "other": 2}
+    with pytest.raises(torch.OutOfMemoryError):
+        _record.measure_until(candidates, **asked)
 
 
 def test_a_deadline_of_no_seconds_given_never_comes():
