@@ -31,8 +31,9 @@ def of_logits(criterion, fill):
 def of_hidden(criterion, fill):
     hidden = random(*SHAPE, HIDDEN).masked_fill(IGNORED[:, :, None], fill).requires_grad_()
     head, bias = random(VOCAB, HIDDEN).requires_grad_(), random(VOCAB).requires_grad_()
-    excess = {"reference_nll": random(*SHAPE).masked_fill(IGNORED, fill)}
-    loss = criterion(hidden, head, TARGETS, bias, **(excess if criterion.settings.scoring == "excess" else {}), draw=3)
+    reference = random(*SHAPE).masked_fill(IGNORED, fill)
+    excess = {"reference_nll": reference} if criterion.settings.scoring == "excess" else {}
+    loss = criterion(hidden, head, TARGETS, bias=bias, **excess, draw=3)
     loss.backward()
     return loss, hidden.grad, head.grad, bias.grad
 
