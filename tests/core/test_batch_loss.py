@@ -500,9 +500,10 @@ def test_of_a_setting_that_changes_in_every_step_not_every_change_is_looked_at(m
     monkeypatch.setattr("cggr_core.routing.findings.check_loss_of_batch", lambda *given: looks.append(own(*given)))
     model = ROUTABLE["llama"]()
     wrapped = CGGRModel(model, gradient="exact")
-    for step in range(40):
-        model.steps_done = step
-        wrapped(batch(2, 8), labels=batch(2, 8))
+    with pytest.warns(UserWarning, match="^steps_done of the model.* keeps changing"):
+        for step in range(40):
+            model.steps_done = step
+            wrapped(batch(2, 8), labels=batch(2, 8))
     assert len(looks) == 10  # the first eight, 16 and 32
 
 
