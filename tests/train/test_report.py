@@ -312,12 +312,16 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
+def page_of(found, folder):
+    page = folder / "report.html"
+    study = {"devices": ["a device"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
+    write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
+    return page
+
+
 @pytest.mark.parametrize("width", [901, 650])
 def test_the_page_scrolls_nothing_sideways_at_widths_between(browser, tmp_path, width):
-    study = {"devices": ["a device"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
-    found = outcome(**{STANDARD: 15.0, EQUAL: 14.6, RANDOM: 14.5, ASKED: 14.0})
-    page = tmp_path / "report.html"
-    write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
+    page = page_of(outcome(**{STANDARD: 15.0, EQUAL: 14.6, RANDOM: 14.5, ASKED: 14.0}), tmp_path)
     shown, window = widths(browser, page, tmp_path, width=width)
     assert shown <= window == width
 
@@ -326,10 +330,8 @@ def test_the_page_scrolls_nothing_sideways_at_widths_between(browser, tmp_path, 
 def test_the_page_in_a_browser_has_its_plot_first_and_nothing_sideways(browser, tmp_path, width):
     from PIL import Image
 
-    study = {"devices": ["a device"], "workers": 2, "threads": 1, "versions": {"torch": "2"}}
     found = outcome(**{STANDARD: 5.0, EQUAL: 4.6, RANDOM: 4.5, ASKED: 4.0})
-    page = tmp_path / "report.html"
-    write_study_page(page, outcome=found, verdict=verdict(found), settings=SETTINGS, study=study)
+    page = page_of(found, tmp_path)
     shown, window = widths(browser, page, tmp_path, width=width)
     assert window == width and shown <= window, "no sideways scrolling"
     pixels = Image.open(picture_of(browser, page, tmp_path, size=(width, 1000))).convert("RGB")

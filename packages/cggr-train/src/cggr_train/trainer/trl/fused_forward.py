@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from cggr_core.routing import (
+    NO_CONTEXT,
     Engine,
     replaced_forwards,
     shards_layers,
@@ -195,6 +196,7 @@ class RoutedForward:
             shares = plan.shares_prompts and not (self._sharded or self._margin)
             prompts = shared_prompts(arguments, part != IGNORED) if shares else None
             start = 0 if prompts is None else prompts.input_ids.shape[1]
+            batch, context, measured = None, NO_CONTEXT, None
             if plan.measure:
                 batch = self.runs.inputs(arguments, prompts)
                 with self._scoring.measure(targets.device):
@@ -208,18 +210,15 @@ class RoutedForward:
                     )
                     assert hidden is not None  # asked for
                     measured = self._measured(plan, inputs, targets, rows, hidden, start)
-                keep, weight = _chosen(plan, countable, measured)
-                kept = (keep if rows is None else keep[rows])[:, start:]
-                selection = self.runs.selected(kept, arguments, recurring=False)
+            keep, weight = _chosen(plan, countable, measured)
+            kept = (keep if rows is None else keep[rows])[:, start:]
+            selection = self.runs.selected(kept, arguments, recurring=batch is None)
+            if batch is None:
+                hidden, auxiliary = self.runs.run(arguments, prompts, selection)
+            else:
                 hidden, auxiliary = engine.gradient(
                     batch, selection, context, keep_graph=keep_graph, hidden=True, precision=self._precision
                 )
-            else:
-                measured = None
-                keep, weight = _chosen(plan, countable, None)
-                kept = (keep if rows is None else keep[rows])[:, start:]
-                selection = self.runs.selected(kept, arguments, recurring=True)
-                hidden, auxiliary = self.runs.run(arguments, prompts, selection)
         index, valid = selection.index + start, selection.valid & kept.gather(1, selection.index)
         output = self._head(hidden, part.gather(1, index).masked_fill(~valid, IGNORED))
         for name, value in _per_token(output).items():
