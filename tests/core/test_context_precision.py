@@ -7,8 +7,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from cggr_core import CGGRModel, create_truncated_router, keep_tokens, routed_hidden, routed_logprobs
+from cggr_core import (
+    CGGRModel,
+    create_truncated_router,
+    keep_tokens,
+    linear_token_statistics,
+    routed_hidden,
+    routed_logprobs,
+    token_statistics,
+)
 from cggr_core.backends import has_fp8_products
+from cggr_core.difficulty import FIELDS, linear_difficulty_fp8, linear_difficulty_reference
 from cggr_core.fp8 import product, quantize_rows, quantize_silu_mul_reference
 from cggr_core.routing import Engine
 from cggr_core.settings import RoutingSettings
@@ -315,3 +324,62 @@ def test_a_step_stays_finite_on_a_cpu_that_has_no_fp8():
     assert not has_fp8_products(torch.device("cpu"))
     loss, _ = backward(routed(sizes(), "kv", "two_pass", **FP8), tokens(), draw=0)
     assert math.isfinite(loss)
+
+
+def head_problem(rows=40, features=64, classes=96):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*size, generator=generator) for size in ((rows, features), (classes, features), (classes,))
+    )
+    targets = torch.randint(0, classes, (rows,), generator=generator)
+    targets[::5] = -100
+    return hidden, 0.3 * weight, targets, bias
+
+
+@pytest.mark.parametrize("numbers", [{}, {"softcap": 5.0}, {"scale": 0.5}, {"softcap": 5.0, "scale": 2.0}])
+@pytest.mark.parametrize("biased", [False, True])
+def test_statistics_are_those_of_logits_made_in_fp8(numbers, biased, monkeypatch):
+    hidden, weight, targets, bias = head_problem()
+    monkeypatch.setattr("cggr_core.difficulty._FP8_CHUNK", 7 * 96)  # several chunks, the last one not full
+    given = {"bias": bias if biased else None, **numbers}
+    low = linear_token_statistics(hidden, weight, targets, precision="fp8", **given)
+    logits = product(*quantize_rows(hidden), *quantize_rows(weight), given["bias"]).float()
+    logits = logits * numbers.get("scale", 1.0)
+    if "softcap" in numbers:
+        logits = numbers["softcap"] * torch.tanh(logits / numbers["softcap"])
+    for found, wanted in zip(low[:5], token_statistics(logits, targets)[:5], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)  # rounded to bfloat16 again
+    own = linear_token_statistics(hidden, weight, targets, **given)
+    assert not low.nll.equal(own.nll)
+    torch.testing.assert_close(low.nll, own.nll, rtol=0.1, atol=0.3)
+    assert low.nll[::5].eq(0).all()
+
+
+def test_statistics_of_what_does_not_fit_are_in_its_own_precision():
+    hidden, weight, targets, _ = head_problem(classes=90)
+    for x, w in ((hidden, weight), (hidden.double(), weight.double()), (hidden[:0], weight)):
+        of = targets[: len(x)]
+        low, own = (linear_token_statistics(x, w, of, precision=precision) for precision in ("fp8", None))
+        assert low.gradnorm.equal(own.gradnorm)
+    with pytest.raises(ValueError, match="precision must be"):
+        linear_token_statistics(hidden, weight, targets, precision="fp4")
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_scores_are_made_in_fp8_where_that_is_asked_for(truncated, monkeypatch):
+    seen = []
+
+    def note(*arguments):
+        made = linear_difficulty_fp8(*arguments)
+        seen.append((made[FIELDS.index("gradnorm")], linear_difficulty_reference(*arguments)[FIELDS.index("gradnorm")]))
+        return made
+
+    monkeypatch.setattr("cggr_core.scoring.linear_difficulty_fp8", note)
+    model, input_ids = sizes(vocab_size=96), tokens()
+    router = create_truncated_router(model, 1) if truncated else None
+    backward(CGGRModel(model, router).train(), input_ids, draw=0)
+    assert not seen
+    backward(CGGRModel(model, router, **FP8).train(), input_ids, draw=0)
+    ((low, own),) = seen
+    assert not low.equal(own)
+    torch.testing.assert_close(low, own, rtol=0.02, atol=0)

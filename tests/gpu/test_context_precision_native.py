@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_core.fp8 as fp8
-from cggr_core import CGGRModel
+from cggr_core import CGGRModel, linear_token_statistics
 from cggr_core.backends import has_fp8_products
 from tests.support.host_reads import no_host_reads
 from tests.support.model_steps import ROUTED, backward
@@ -62,6 +62,21 @@ def test_products_are_those_of_the_emulation(N, K, M, biased, monkeypatch):
     # Sums in 22 bits and one rounding to bfloat16 apart.
     error = (found.float() - emulated.float()).norm() / emulated.float().norm()
     assert error < 5e-3
+
+
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 16, 16), (7, 64, 272), (300, 512, 5008)])
+def test_statistics_are_those_of_the_emulation(N, H, V, monkeypatch):
+    monkeypatch.setattr("cggr_core.difficulty._FP8_CHUNK", 128 * V)  # several chunks, the last one not full
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(rows, H, device="cuda", dtype=torch.bfloat16) for rows in (N, V))
+    weight, targets = 2 * weight / H**0.5, torch.randint(0, V, (N,), device="cuda")
+    targets[1::3] = -100
+    with no_host_reads():
+        found = linear_token_statistics(hidden, weight, targets, precision="fp8")
+    monkeypatch.setattr(fp8, "has_fp8_products", lambda device: False)
+    emulated = linear_token_statistics(hidden, weight, targets, precision="fp8")
+    for low, wanted in zip(found[:5], emulated[:5], strict=True):
+        torch.testing.assert_close(low, wanted, rtol=0.02, atol=0.02)
 
 
 def test_what_is_no_number_stays_none():

@@ -10,10 +10,18 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from cggr_core.backends import register_reference
-from cggr_core.head import accumulation_dtype, head_logits
+from cggr_core.backends import register_reference, resolve
+from cggr_core.fp8 import product, quantize_rows
+from cggr_core.head import accumulation_dtype, bounded_logits, head_logits
 
-__all__ = ["FIELDS", "NEED_TARGETS", "difficulty_reference", "linear_difficulty_reference", "wanted_fields"]
+__all__ = [
+    "FIELDS",
+    "NEED_TARGETS",
+    "difficulty_reference",
+    "linear_difficulty_fp8",
+    "linear_difficulty_reference",
+    "wanted_fields",
+]
 
 FIELDS = ("entropy", "confidence", "margin", "nll", "gradnorm")
 NEED_TARGETS = frozenset({"nll", "gradnorm"})
@@ -23,6 +31,7 @@ NEED_TARGETS = frozenset({"nll", "gradnorm"})
 _CHUNK = 2**25
 _CPU_CHUNK = 2**18
 _CPU_HEAD_CHUNK = 2**22
+_FP8_CHUNK = 2**27
 _TOP2_BLOCK = 128
 # exp() of it is 0 in float64 too, and 0 times it is 0, where 0 * -inf would be NaN.
 _FLOOR = -1e4
@@ -191,6 +200,34 @@ def linear_difficulty_reference(
                 if column is not None and field in parts:
                     parts[field].append(column)
     return _finish(parts, targets, ignore_index, hidden)
+
+
+def linear_difficulty_fp8(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+    ignore_index: int,
+    fields: Collection[str] | None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`linear_difficulty_reference` with the head's product in FP8, and logits rounded to bfloat16.
+
+    Both factors are quantised as in :mod:`cggr_core.fp8`, which ``weight`` has to fit. A device without FP8 products
+    emulates them.
+    """
+    N, V = hidden.shape[0], weight.shape[0]
+    rows = _chunk_rows(_FP8_CHUNK, V, N)
+    (x, x_scale), (w, w_scale) = quantize_rows(hidden), quantize_rows(weight)
+    op = resolve("difficulty", hidden.device.type)
+    extra = (fields,) if op is difficulty_reference else ()
+    chunks = []
+    for start in range(0, N, rows):
+        chunk = slice(start, start + rows)
+        logits = bounded_logits(product(x[chunk], x_scale[chunk], w, w_scale, bias), softcap, scale)
+        chunks.append(op(logits, None if targets is None else targets[chunk], ignore_index, *extra))
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 register_reference("difficulty", difficulty_reference)

@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 from cggr_core.backends import has_fp8_products, register_reference, resolve
 
 __all__ = [
+    "fits",
     "product",
     "quantize_rows",
     "quantize_rows_reference",
@@ -22,6 +23,13 @@ LARGEST = 448.0
 SMALLEST = 1e-30
 # Sizes must be multiples of this: products read 16 bytes at a time.
 STEP = 16
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether ``weight`` ``[M, K]``, once quantised, can be a factor of :func:`product`."""
+    plain = type(weight) in (torch.nn.Parameter, Tensor)  # not sharded, nor quantised by another library
+    return plain and weight.dtype in _FLOATS and all(size % STEP == 0 for size in weight.shape)
 
 
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:

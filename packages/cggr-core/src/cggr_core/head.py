@@ -9,7 +9,15 @@ from torch import Tensor
 
 from cggr_core.checks import check_float, check_same_device, check_shape
 
-__all__ = ["accumulation_dtype", "check_head", "has_flat_rows", "head_logits", "head_operands", "product_dtype"]
+__all__ = [
+    "accumulation_dtype",
+    "bounded_logits",
+    "check_head",
+    "has_flat_rows",
+    "head_logits",
+    "head_operands",
+    "product_dtype",
+]
 
 
 # The device type without autocast. A constant, since torch 2.11 cannot compile a query for it.
@@ -82,6 +90,11 @@ def head_logits(
     x = torch.mm(hidden, weight.t(), out=out)
     if bias is not None:
         x.add_(bias)
+    return bounded_logits(x, softcap, scale)
+
+
+def bounded_logits(x: Tensor, softcap: float | None, scale: float | None) -> Tensor:
+    """``softcap * tanh(scale * x / softcap)``, in place."""
     if scale is not None and scale != 1.0:
         x.mul_(scale)
     if softcap is not None:

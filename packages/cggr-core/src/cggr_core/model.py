@@ -72,9 +72,10 @@ class CGGRModel(nn.Module):
         threshold_sensitivity: How strongly the confidence changes the ratio.
         engine: ``"interleaved"`` or ``"two_pass"``; ``None`` chooses the cheaper one that the scores allow.
         context_precision: ``"fp8"`` runs linear layers in FP8 (e4m3, one scale per row) on tokens that need no
-            gradient; keys and values of mode ``"kv"`` and the head stay in the model's precision. Kept tokens attend to
-            the results, with an error of a few per cent. It is faster on NVIDIA GPUs from compute capability 9.0 on,
-            and emulated elsewhere. ``None``, the default, is the model's own precision.
+            gradient, and the head's product that scores are made from; keys and values of mode ``"kv"`` and the loss
+            stay in the model's precision. Kept tokens attend to the results, with an error of a few per cent. It is
+            faster on NVIDIA GPUs from compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the
+            model's own precision.
         context_margin: For ``selection="supervised"`` in modes ``"kv"`` and ``"detached"``: also keep this many tokens
             before each supervised stretch. They have no loss of their own, but gradients of the supervised tokens' loss
             reach them, so the step misses less of the full gradient.

@@ -34,13 +34,16 @@ class HeadReadout:
         return self._head.fused
 
     @torch.no_grad()
-    def statistics(self, values: Tensor, targets: Tensor | None, *, fields: Collection[str]) -> TokenStatistics:
+    def statistics(
+        self, values: Tensor, targets: Tensor | None, *, fields: Collection[str], precision: str | None = None
+    ) -> TokenStatistics:
         """Statistics of every token.
 
         Args:
             values: The head's input ``[B, S, H]`` if ``fused``, else logits ``[B, S, V]``.
             targets: int64 ``[B, S]``, or ``None`` for the statistics that need none.
             fields: Statistics that are needed.
+            precision: As in :func:`~cggr_core.linear_token_statistics`, if ``fused``.
 
         Returns:
             float32 ``[B, S]`` each.
@@ -57,6 +60,7 @@ class HeadReadout:
             scale=self._head.scale,
             ignore_index=self._ignore_index,
             fields=fields,
+            precision=precision,
         )
 
     def weighted_loss(self, values: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:

@@ -15,11 +15,13 @@ from cggr_core.difficulty import (
     FIELDS,
     NEED_TARGETS,
     difficulty_reference,
+    linear_difficulty_fp8,
     linear_difficulty_reference,
     wanted_fields,
 )
+from cggr_core.fp8 import fits
 from cggr_core.head import check_head, has_flat_rows, head_operands
-from cggr_core.settings import SCORINGS
+from cggr_core.settings import CONTEXT_PRECISIONS, SCORINGS
 
 __all__ = [
     "FIELDS",
@@ -214,6 +216,7 @@ def linear_token_statistics(
     scale: float | None = None,
     ignore_index: int = -100,
     fields: Collection[str] | None = None,
+    precision: str | None = None,
 ) -> TokenStatistics:
     """:func:`token_statistics` of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
@@ -228,13 +231,17 @@ def linear_token_statistics(
         scale: Factor on the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``); None for 1.
         ignore_index: As in :func:`token_statistics`.
         fields: As in :func:`token_statistics`.
+        precision: ``"fp8"`` computes the product in FP8 (e4m3, one scale per row of both factors) and rounds the logits
+            to bfloat16, unless they are float64, a size is not a multiple of 16 or ``weight`` is sharded; ``None`` for
+            the operands' own.
 
     Returns:
         :class:`TokenStatistics` with the leading shape of ``hidden``.
 
     Raises:
         TypeError: If a dtype is wrong, or those of ``hidden`` and ``weight`` differ outside of autocast.
-        ValueError: As in :func:`token_statistics`, or if ``weight`` or ``bias`` do not match ``hidden``.
+        ValueError: As in :func:`token_statistics`, or if ``weight`` or ``bias`` do not match ``hidden``, or
+            ``precision`` is unknown.
 
     Example:
         >>> linear_token_statistics(torch.zeros(2, 5, 8), torch.zeros(16, 8)).entropy.shape
@@ -245,10 +252,15 @@ def linear_token_statistics(
     if targets is not None:
         targets = check_targets("targets", targets, shape, V, ignore_index, hidden, "hidden").reshape(-1)
     _check_fields(fields, targets is not None)
+    if precision is not None:
+        check_choice("precision", precision, CONTEXT_PRECISIONS)
     hidden, weight, bias = head_operands(hidden.detach(), weight.detach(), bias)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if precision is not None and fits(weight) and rows.shape[0]:
+        columns = linear_difficulty_fp8(rows, weight, targets, bias, softcap, scale, ignore_index, fields)
+        return _as_statistics(columns, shape, fields, targets is not None, V, "logits (of hidden and weight, in FP8)")
     op = resolve("linear_difficulty", hidden.device.type, hidden.dtype)
     extra = (fields,) if op is linear_difficulty_reference else ()
-    rows = hidden.reshape(-1, hidden.shape[-1])
     columns = op(rows, weight, targets, bias, softcap, scale, ignore_index, *extra)
     return _as_statistics(columns, shape, fields, targets is not None, V, "logits (of hidden and weight)")
 

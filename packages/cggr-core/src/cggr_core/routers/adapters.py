@@ -92,11 +92,8 @@ class FullDepthRouter(_StatelessRouter):
 
     def score(self, request: ScoreRequest) -> Scores:
         """Scores from the head values of the pass over all tokens."""
-        assert request.values is not None  # a full-depth pass always runs the head
         # The nll comes almost free, and its mean is the full loss.
-        fields = request.fields | {"nll"}
-        statistics = request.readout.statistics(request.values.detach(), request.batch.targets.tokens, fields=fields)
-        return request.scores(statistics, full_depth=True)
+        return request.scores(request.statistics(request.fields | {"nll"}), full_depth=True)
 
 
 class CallableRouter(_StatelessRouter):
@@ -140,8 +137,7 @@ class OwnLayersRouter(CallableRouter):
         """Scores from the head values above its layers, or from a separate forward if there are none."""
         if request.values is None or request.depth != self.depth:
             return super().score(request)
-        tokens = request.batch.targets.tokens
-        return request.scores(request.readout.statistics(request.values.detach(), tokens, fields=request.fields))
+        return request.scores(request.statistics(request.fields))
 
 
 @dataclass(frozen=True)

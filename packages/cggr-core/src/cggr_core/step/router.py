@@ -86,6 +86,12 @@ class ScoreRequest:
     values: Tensor | None
     hidden: Tensor | None
 
+    def statistics(self, fields: frozenset[str]) -> TokenStatistics:
+        """Statistics of every token from the head values, in the precision of what needs no gradient."""
+        assert self.values is not None  # the routers that read the head had it run
+        tokens, precision = self.batch.targets.tokens, self.settings.context_precision
+        return self.readout.statistics(self.values.detach(), tokens, fields=fields, precision=precision)
+
     def scores(self, statistics: TokenStatistics, *, full_depth: bool = False) -> Scores:
         """Scores from token statistics, as set by the settings."""
         made = score(statistics, scoring=self.settings.scoring, reference_nll=self.batch.reference_nll)
