@@ -1,8 +1,8 @@
-"""Steps of ``cggr train`` with and without captured passes: their time, and whether they train alike.
+"""Steps of ``cggr train`` with and without captured passes: their time throughout a run, and whether they train alike.
 
 ``python -m benchmarks.train_command --model FOLDER --data train.jsonl --field question,answer`` (one CUDA device)
 trains a model with each method, first with ``--no-cuda-graph`` and then with the command's default, and compares losses
-every few steps. ``--config nano --device cpu`` tries the script out.
+and the time per step of every 20 steps. ``--config nano --device cpu`` tries the script out.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from cggr_train.run import start_run
 from cggr_train.settings import TrainSettings
 from cggr_train.tokenizer import load_tokenizer
 
-WINDOW = 5
-"""Number of steps per log record."""
+WINDOW = 20
+"""Number of steps per log record, and per time in the result."""
 METHODS: dict[str, tuple[str, Routing]] = {
     "standard": ("standard", Routing()),
     "kv, supervised tokens": ("cggr", Routing("kv", selection="supervised")),
@@ -38,7 +38,7 @@ GRAPHS = {"one operation at a time": False, "by default": "auto"}
 
 
 def trained(options: argparse.Namespace, method: str, routing: Routing, cuda_graph: Any) -> dict[str, Any]:
-    """Losses, seconds of a step and peak memory of a run."""
+    """Losses and seconds of a step in each window, and the peak memory of a run."""
     model = options.model
     chosen = defaults(model, learning_rate=None, weight_decay=None, field=options.field, answer=None)
     settings = TrainSettings(
@@ -54,7 +54,7 @@ def trained(options: argparse.Namespace, method: str, routing: Routing, cuda_gra
     seconds = [(after - before) / WINDOW for before, after in itertools.pairwise(ends)]
     return {
         "losses": [record["loss"] for record in log],
-        "seconds": seconds[len(seconds) // 2 :],  # by then, everything is compiled, though not all is captured
+        "windows": seconds,
         "peak": log[-1]["peak_memory_bytes"],
     }
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--field", default="text", help="with question,answer, only the answers are supervised")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--name", default="train_command")
@@ -105,18 +105,43 @@ def _compare(options: argparse.Namespace, named: str, until: float) -> None:
             if rows and _record.is_over(until):
                 return
             run = trained(options, method, routing, value)
-            row = {"unit": "s", **_record.summary(run["seconds"]), "losses": run["losses"]}
-            row["peak_memory_bytes"] = run["peak"]
+            windows = run["windows"]
+            late = windows[len(windows) // 2 :]  # by then, everything is compiled and captured that will be
+            row = {"unit": "s", **_record.summary(late), "windows": windows, "total": sum(windows) * WINDOW}
+            row |= {"losses": run["losses"], "peak_memory_bytes": run["peak"]}
             if before is not None:
-                row["speedup"] = statistics.median(before["seconds"]) / statistics.median(run["seconds"])
+                earlier = before["windows"]
+                row["speedup"] = statistics.median(earlier[len(earlier) // 2 :]) / statistics.median(late)
+                row["speedup_of_all_steps"] = sum(earlier) / sum(windows)
                 pairs = zip(run["losses"], before["losses"], strict=True)
                 row["largest_relative_difference_of_losses"] = max(abs(a - b) / abs(b) for a, b in pairs)
             before = run
             rows[f"{name}, {graph}"] = row
             _record.write(options.name, rows, settings=settings, control=next(iter(rows)), device=device,
                           folder=options.output)  # fmt: skip
-            told = {key: row[key] for key in ("speedup", "largest_relative_difference_of_losses") if key in row}
-            print(f"{name}, {graph}: {row['median'] * 1e3:.1f} ms {told or ''}", flush=True)
+            draw(_record.load(options.name, folder=options.output), options.output / f"{options.name}.png")
+            told = {key: row[key] for key in ("speedup", "speedup_of_all_steps") if key in row}
+            times = " ".join(f"{seconds * 1e3:.0f}" for seconds in windows)
+            print(f"{name}, {graph}: {row['median'] * 1e3:.1f} ms, by window: {times} {told or ''}", flush=True)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Plot the time per step of every window of steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    looks = itertools.product(range(len(METHODS)), ("--", "-"))
+    for (name, row), (method, look) in zip(result["rows"].items(), looks, strict=False):
+        steps = [WINDOW * (number + 1) for number in range(len(row["windows"]))]
+        axes.plot(steps, [1e3 * seconds for seconds in row["windows"]], look, color=f"C{method}", label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"ms per step, mean of {WINDOW}")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{result['benchmark']}: {result['environment']['device']}", fontsize=9, loc="left")
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
