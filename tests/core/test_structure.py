@@ -3,10 +3,13 @@
 import copy
 
 import pytest
+import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cggr_core.routing import structure as structures
+from cggr_core.routing.structure import leaves_positions_to_transformers
 from tests.support.model_steps import tokens
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -33,7 +36,7 @@ def test_a_structure_is_its_modules_and_settings():
         assert changed(
             lambda name=name: setattr(model.config, name, 3.0), lambda name=name: delattr(model.config, name)
         )
-    for name in ("loss_type", "logit_scale", "_loss_function"):
+    for name in ("loss_type", "logit_scale", "loss_function", "_loss_function"):
         was = model.__dict__.get(name)
         assert changed(
             lambda name=name: model.__dict__.update({name: "other"}),
@@ -56,6 +59,39 @@ def test_a_structure_is_its_modules_and_settings():
     assert changed(
         lambda: removed.append(hooks.register_module_forward_pre_hook(lambda *_: None)), lambda: removed.pop().remove()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("_attn_implementation", "eager"), ("num_hidden_layers", 7), ("decoder_layers", 7)]
+)
+def test_numbers_of_layers_and_the_attention_are_part_of_a_structure(name, value):
+    """Not only settings, which do not count where layers are sharded over ranks."""
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    setattr(model.config, name, value)
+    assert structures.structure(model) != before
+
+
+def test_a_compiled_part_and_functions_of_a_models_module_are_part_of_a_structure(monkeypatch):
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+    mlp = model.model.layers[0].mlp
+    mlp._compiled_call_impl = mlp._call_impl  # what compile() sets, without its time
+    assert structures.structure(model) != before
+    mlp._compiled_call_impl = None
+    assert structures.structure(model) == before
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "apply_rotary_pos_emb", lambda *_: None)
+    assert structures.structure(model) != before
+
+
+def test_a_forward_may_be_any_callable():
+    class Called:
+        def __call__(self, hidden):
+            return hidden
+
+    model = ROUTABLE["llama"]()
+    model.model.layers[0].mlp = type("Part", (nn.Module,), {"forward": Called()})()
+    assert structures.structure(model) == structures.structure(model)
 
 
 # PEFT asks transformers for a name that is deprecated.
@@ -107,6 +143,54 @@ def test_settings_that_are_changed():
     model.eval()
     assert settings.changed() is False
     assert structures.Settings(ROUTABLE["llama"]()).changed() is False
+
+
+def test_what_a_loss_of_the_models_own_reads():
+    def closed_over():
+        scale = [1.0]
+        return scale, lambda logits, labels: logits.sum() * scale[0]
+
+    class Criterion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+            self.inner.table = torch.ones(3)
+
+    model = ROUTABLE["llama"]()
+    scale, model.__dict__["_loss_function"] = closed_over()
+    other, model.__dict__["loss_function"] = closed_over()
+    settings = structures.Settings(model)
+    for held in (scale, other):
+        held[0] = 2.0
+        assert (settings.changed(), settings.changed()) == (True, False)
+    del model.__dict__["loss_function"]
+    model._modules["loss_function"] = criterion = Criterion()
+    settings.look_at(model)
+    assert settings.changed() is False
+    criterion.inner.table[1] = 5.0
+    assert (settings.changed(), settings.changed()) == (True, False)
+
+
+def test_tensors_of_the_models_parts_are_no_settings():
+    """A counter of the backbone, or a frozen weight that is written to: a loss reads none of them."""
+    model = ROUTABLE["llama"]()
+    model.model.register_buffer("count", torch.zeros(1))
+    model.lm_head.requires_grad_(False)
+    settings = structures.Settings(model)
+    model.model.count += 1
+    model.lm_head.weight.mul_(2.0)
+    assert settings.changed() is False
+
+
+def test_each_change_of_a_models_own_attribute_counts_once():
+    model, found = ROUTABLE["llama"](), []
+    model.scale = 0.0
+    settings = structures.Settings(model)
+    with pytest.warns(UserWarning, match="^scale of the model, its config or its loss keeps changing"):
+        for step in range(1, 17):
+            model.scale = float(step)
+            found.append(settings.changed())
+    assert [step for step, counts in enumerate(found, 1) if counts] == [1, 2, 3, 4, 5, 6, 7, 8, 16]
 
 
 def test_a_setting_that_changes_in_every_step_counts_less_and_less():
@@ -170,3 +254,46 @@ def test_hooks_of_torch_itself_are_no_change_of_structure():
             for hook in hooks:
                 hook.remove()
     assert model(tokens()).logits.shape[-1] == VOCAB
+
+
+def test_hooks_of_an_adapter_library_are_a_change_of_structure():
+    """They compute, unlike those of torch and transformers."""
+    model = ROUTABLE["llama"]()
+    before = structures.structure(model)
+
+    def compute(*_):
+        return None
+
+    compute.__module__ = "peft.tuners.tuners_utils"
+    model.model.layers[0].register_forward_pre_hook(compute)
+    assert structures.structure(model) != before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_who_numbers_the_tokens_of_a_row():
+    model = ROUTABLE["llama"]()
+    layers = model.model.layers
+
+    def counts(of=model):
+        return leaves_positions_to_transformers(of, layers)
+
+    assert counts()
+    for module in ("accelerate.utils.operations", "peft.peft_model", "own.code"):
+
+        def forward(*args, **kwargs):
+            return None
+
+        forward.__module__ = module
+        for part in (model, model.model):
+            part.forward = forward
+            assert counts() is (module != "own.code")
+            del part.forward
+    layers[0].forward = forward  # it runs after positions are known
+    assert counts()
+    handle = model.model.register_forward_pre_hook(lambda *_: None)
+    assert not counts()
+    handle.remove()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert counts(adapted)
+    adapted.register_forward_pre_hook(lambda *_: None)
+    assert not counts(adapted)

@@ -136,7 +136,7 @@ class Findings:
             )
         length, form = inputs.shape[1], inputs.form
         new = length > self._probed_lengths.get(form, 0)
-        if new and self._probed_lengths and shards_layers(self.description.layers):
+        if new and shards_layers(self.description.layers):
             new = False  # all ranks must look in the same step, and their batches differ
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
