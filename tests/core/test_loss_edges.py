@@ -136,9 +136,9 @@ def test_what_an_earlier_step_reported_is_raised_by_both(make):
 @pytest.mark.parametrize(("scoring", "broken", "reported"), [("loss", True, 3), (None, True, 1), ("loss", False, 0)])
 def test_what_is_reported_where_values_are_not_read(scoring, broken, reported, monkeypatch):
     # As on a GPU: nothing is looked at in the step, and counted for the next one.
-    for name in ("token_loss", "checks", "scoring", "selection"):
+    for name in ("token_loss", "checks", "scoring", "strategies"):
         module = __import__(f"cggr_core.{name}", fromlist=[name])
-        monkeypatch.setattr(module, "values_are_free", lambda tensor: False, raising=False)
+        monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
     logits, targets = logits_and_targets()
     if broken:
         logits[0, 3:6, 2] = torch.nan

@@ -7,7 +7,7 @@ import torch
 
 from cggr_core import CGGRModel, Selection
 from cggr_core.loss import loss_coefficients
-from cggr_core.selection import slots_in_buckets, slots_in_steps
+from cggr_core.slots import slots_in_buckets, slots_in_steps
 from cggr_core.step import selecting
 from cggr_core.targets import align_labels
 from tests.support.model_steps import backward, tokens

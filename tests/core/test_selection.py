@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cggr_core import backends, sampling
-from cggr_core.selection import Selection, select, slots_for
+from cggr_core.selection import Selection
 from cggr_core.settings import SCOPES, SELECTIONS
+from cggr_core.slots import slots_for
+from cggr_core.strategies import select
 
 WEIGHTED = ("stratified", "sampled", "random")
 

@@ -6,11 +6,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from cggr_core import backends, sampling
-from cggr_core import selection as selection_module
+from cggr_core import backends, sampling, strategies
 from cggr_core.sampling import select_reference
-from cggr_core.selection import Selection, plain_weight, select, slots_for, slots_in_steps
+from cggr_core.selection import Selection
 from cggr_core.settings import SCOPES, SELECTIONS
+from cggr_core.slots import slots_for, slots_in_steps
+from cggr_core.strategies import plain_weight, select
 
 WEIGHTED = ("stratified", "sampled", "random")
 
@@ -261,7 +262,7 @@ def test_ops_get_plain_float32_scores(monkeypatch):
 
 
 def test_nan_is_the_lowest_score_where_values_are_not_read(monkeypatch):
-    monkeypatch.setattr(selection_module, "values_are_free", lambda tensor: False)
+    monkeypatch.setattr(strategies, "values_are_free", lambda tensor: False)
     score = torch.tensor([[-1.0, float("nan"), -2.0, -float("inf")]])
     made = select(score, torch.ones(1, 4, dtype=torch.bool), ratio=0.5, selection="topk")
     assert made.index.tolist() == [[0, 2]]

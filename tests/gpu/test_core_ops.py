@@ -8,8 +8,8 @@ from cggr_core.loss import CGGRLinearLoss, CGGRLoss
 from cggr_core.monitor import Monitor
 from cggr_core.randomness import uniform
 from cggr_core.scoring import linear_token_statistics, token_statistics
-from cggr_core.selection import select
 from cggr_core.settings import SCOPES, SELECTIONS
+from cggr_core.strategies import select
 from tests.support import host_reads
 
 pytestmark = pytest.mark.gpu

@@ -26,7 +26,8 @@ from cggr_core.routers import TruncatedRouter, create_truncated_router
 from cggr_core.schedule import Schedule
 from cggr_core.scorer import CGGRScorer
 from cggr_core.scoring import TokenStatistics, linear_token_statistics, score, token_statistics
-from cggr_core.selection import Selection, select
+from cggr_core.selection import Selection
+from cggr_core.strategies import select
 
 __version__ = version("cggr-core")
 

@@ -159,7 +159,7 @@ def resolve(op: str, device_type: str, dtype: torch.dtype | None = None) -> Call
         ValueError: If no implementation of ``op`` exists.
 
     Example:
-        >>> import cggr_core.selection
+        >>> import cggr_core.strategies
         >>> callable(resolve("select", "cpu"))
         True
     """

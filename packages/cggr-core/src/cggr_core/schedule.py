@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cggr_core.checks import check_at_least, check_finite_number
-from cggr_core.selection import slots_for
 from cggr_core.settings import SelectionSettings
+from cggr_core.slots import slots_for
 
 __all__ = ["Schedule"]
 

@@ -19,8 +19,9 @@ from cggr_core.checks import (
 from cggr_core.monitor import Monitor
 from cggr_core.schedule import Schedule
 from cggr_core.scoring import TokenStatistics, fields_for, score
-from cggr_core.selection import Selection, select
+from cggr_core.selection import Selection
 from cggr_core.settings import SelectionSettings
+from cggr_core.strategies import select
 
 __all__ = ["TokenLoss", "all_coefficients", "check_per_token", "loss_coefficients", "with_row"]
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from cggr_core.checks import check_choice, check_float, check_ratio, check_same_device, check_shape, values_are_free
-from cggr_core.selection import Selection, check_mask, select, slots_in_steps
+from cggr_core.selection import Selection, check_mask
 from cggr_core.settings import SCOPES
+from cggr_core.slots import slots_in_steps
+from cggr_core.strategies import select
 
 __all__ = ["keep_nonzero", "keep_random", "keep_tokens", "keep_top_entropy"]
 

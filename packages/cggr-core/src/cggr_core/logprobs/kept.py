@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cggr_core.checks import check_same_device, values_are_free
-from cggr_core.selection import Selection, check_mask, slots_in_steps
+from cggr_core.selection import Selection, check_mask
+from cggr_core.slots import slots_in_steps
 
 if TYPE_CHECKING:
     from cggr_core.routing import TokenInputs

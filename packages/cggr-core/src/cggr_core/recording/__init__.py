@@ -2,6 +2,6 @@
 
 from cggr_core.recording.calls import Outcome, PassCall, StepCall
 from cggr_core.recording.recorder import Recorder, StepRecorder
-from cggr_core.selection import slots_in_buckets
+from cggr_core.slots import slots_in_buckets
 
 __all__ = ["Outcome", "PassCall", "Recorder", "StepCall", "StepRecorder", "slots_in_buckets"]

@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cggr_core.selection import Selection, slots_in_buckets
+from cggr_core.selection import Selection
+from cggr_core.slots import slots_in_buckets
 
 # Numbers that change from step to step and are read on the device: integers,
 _COUNTED = ("draw", "first_row")

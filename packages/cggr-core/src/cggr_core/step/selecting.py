@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from cggr_core.schedule import Schedule
-from cggr_core.selection import Selection, plain_weight, select, slots_in_steps, with_margin
+from cggr_core.selection import Selection, with_margin
 from cggr_core.settings import SUPERVISED, RoutingSettings
+from cggr_core.slots import slots_in_steps
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.draws import Draws
+from cggr_core.strategies import plain_weight, select
 
 _logger = logging.getLogger(__name__)
 
