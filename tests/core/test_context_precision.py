@@ -374,7 +374,7 @@ def test_scores_are_made_in_fp8_where_that_is_asked_for(truncated, monkeypatch):
         seen.append((made[FIELDS.index("gradnorm")], linear_difficulty_reference(*arguments)[FIELDS.index("gradnorm")]))
         return made
 
-    monkeypatch.setattr("cggr_core.scoring.linear_difficulty_fp8", note)
+    monkeypatch.setattr("cggr_core.statistics.linear_difficulty_fp8", note)
     model, input_ids = sizes(vocab_size=96), tokens()
     router = create_truncated_router(model, 1) if truncated else None
     backward(CGGRModel(model, router).train(), input_ids, draw=0)

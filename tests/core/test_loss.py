@@ -6,7 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 
 from cggr_core import difficulty, head_chunks
-from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
+from cggr_core.coefficients import loss_coefficients
+from cggr_core.loss import CGGRLinearLoss, CGGRLoss
 from cggr_core.selection import Selection
 from cggr_core.settings import SELECTIONS
 from tests.support.allocations import largest_allocation

@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from cggr_core import linear_loss, schedule
+from cggr_core.coefficients import loss_coefficients
 from cggr_core.linear_loss import linear_cross_entropy
-from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
+from cggr_core.loss import CGGRLinearLoss, CGGRLoss
 from cggr_core.selection import Selection
 from cggr_core.token_loss import check_per_token
 
@@ -136,7 +137,7 @@ def test_what_an_earlier_step_reported_is_raised_by_both(make):
 @pytest.mark.parametrize(("scoring", "broken", "reported"), [("loss", True, 3), (None, True, 1), ("loss", False, 0)])
 def test_what_is_reported_where_values_are_not_read(scoring, broken, reported, monkeypatch):
     # As on a GPU: nothing is looked at in the step, and counted for the next one.
-    for name in ("token_loss", "checks", "scoring", "strategies"):
+    for name in ("token_loss", "coefficients", "checks", "statistics", "strategies"):
         module = __import__(f"cggr_core.{name}", fromlist=[name])
         monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
     logits, targets = logits_and_targets()

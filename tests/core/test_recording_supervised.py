@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel, Selection
-from cggr_core.loss import loss_coefficients
+from cggr_core.coefficients import loss_coefficients
 from cggr_core.slots import slots_in_buckets, slots_in_steps
 from cggr_core.step import selecting
 from cggr_core.targets import align_labels

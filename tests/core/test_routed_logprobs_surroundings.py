@@ -238,7 +238,7 @@ def test_what_a_device_finds_is_raised_one_call_later(monkeypatch, wrong, messag
     """As on a GPU, where looking at values would wait for the device."""
     for module in ("routed", "kept"):
         monkeypatch.setattr(f"cggr_core.logprobs.{module}.values_are_free", lambda tensor: False)
-    for module in ("checks", "scoring", "linear_loss"):
+    for module in ("checks", "statistics", "linear_loss"):
         monkeypatch.setattr(f"cggr_core.{module}.values_are_free", lambda tensor: False)
     model, wrong = ROUTABLE["llama"](), dict(wrong)
     step(model)

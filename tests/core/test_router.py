@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr_core import create_truncated_router, token_statistics
+from cggr_core.difficulty import FIELDS
 from cggr_core.routers import router_statistics
-from cggr_core.scoring import FIELDS
 from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
 ALL = {**ROUTABLE, **UNROUTABLE}

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from cggr_core.scorer import CGGRScorer
-from cggr_core.scoring import score, token_statistics
+from cggr_core.scoring import score
 from cggr_core.selection import Selection
 from cggr_core.settings import SELECTIONS
+from cggr_core.statistics import token_statistics
 
 B, S, V = 3, 16, 30
 

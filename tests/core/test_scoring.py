@@ -6,15 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cggr_core import difficulty
-from cggr_core.scoring import (
-    FIELDS,
-    TokenStatistics,
-    fields_for,
-    linear_token_statistics,
-    score,
-    token_statistics,
-)
+from cggr_core.difficulty import FIELDS
+from cggr_core.scoring import fields_for, score
 from cggr_core.settings import SCORINGS
+from cggr_core.statistics import TokenStatistics, linear_token_statistics, token_statistics
 from tests.support.allocations import largest_allocation
 
 INF = float("inf")

@@ -7,8 +7,8 @@ from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.loss import CGGRLinearLoss, CGGRLoss
 from cggr_core.monitor import Monitor
 from cggr_core.randomness import uniform
-from cggr_core.scoring import linear_token_statistics, token_statistics
 from cggr_core.settings import SCOPES, SELECTIONS
+from cggr_core.statistics import linear_token_statistics, token_statistics
 from cggr_core.strategies import select
 from tests.support import host_reads
 

@@ -8,6 +8,7 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
+from cggr_core.coefficients import loss_coefficients
 from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.logprobs import (
     RoutedHidden,
@@ -20,13 +21,14 @@ from cggr_core.logprobs import (
     routed_hidden,
     routed_logprobs,
 )
-from cggr_core.loss import CGGRLinearLoss, CGGRLoss, loss_coefficients
+from cggr_core.loss import CGGRLinearLoss, CGGRLoss
 from cggr_core.model import CGGRModel
 from cggr_core.routers import TruncatedRouter, create_truncated_router
 from cggr_core.schedule import Schedule
 from cggr_core.scorer import CGGRScorer
-from cggr_core.scoring import TokenStatistics, linear_token_statistics, score, token_statistics
+from cggr_core.scoring import score
 from cggr_core.selection import Selection
+from cggr_core.statistics import TokenStatistics, linear_token_statistics, token_statistics
 from cggr_core.strategies import select
 
 __version__ = version("cggr-core")

@@ -113,7 +113,7 @@ def check_number(name: str, value: int | Tensor, minimum: int | None = None) -> 
 def check_num_items(num_items: Tensor | float | None) -> None:
     """Raise unless ``num_items`` is None or one number, 0 at least; a tensor's value is checked where that is free.
 
-    0 is what a step without a label has; see :func:`cggr_core.token_loss.divisor`.
+    0 is what a step without a label has; see :func:`cggr_core.coefficients.divisor`.
     """
     if num_items is None:
         return

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.checks import check_float, check_targets
+from cggr_core.coefficients import all_coefficients, loss_coefficients
 from cggr_core.head import accumulation_dtype, check_head, has_flat_rows
 from cggr_core.linear_loss import linear_cross_entropy
-from cggr_core.scoring import linear_token_statistics, token_statistics
-from cggr_core.token_loss import TokenLoss, all_coefficients, check_per_token, loss_coefficients, with_row
+from cggr_core.statistics import linear_token_statistics, token_statistics
+from cggr_core.token_loss import TokenLoss, check_per_token, with_row
 
-__all__ = ["CGGRLinearLoss", "CGGRLoss", "loss_coefficients"]
+__all__ = ["CGGRLinearLoss", "CGGRLoss"]
 
 
 class CGGRLoss(TokenLoss):

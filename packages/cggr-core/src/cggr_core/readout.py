@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.linear_loss import linear_cross_entropy
-from cggr_core.scoring import TokenStatistics, linear_token_statistics, token_statistics
+from cggr_core.statistics import TokenStatistics, linear_token_statistics, token_statistics
 
 if TYPE_CHECKING:
     from cggr_core.routing.architectures import Head

@@ -20,9 +20,10 @@ from cggr_core.checks import (
 from cggr_core.monitor import Monitor
 from cggr_core.routers import TruncatedRouter, router_statistics
 from cggr_core.schedule import Schedule
-from cggr_core.scoring import TokenStatistics, fields_for, score
+from cggr_core.scoring import fields_for, score
 from cggr_core.selection import Selection
 from cggr_core.settings import SCOPES, SelectionSettings
+from cggr_core.statistics import TokenStatistics
 from cggr_core.step import Router
 from cggr_core.strategies import select
 from cggr_core.targets import at_predictors

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cggr_core.head import accumulation_dtype
 from cggr_core.logprobs.linear import linear_logprobs, logits_logprobs
-from cggr_core.scoring import linear_token_statistics, token_statistics
+from cggr_core.statistics import linear_token_statistics, token_statistics
 
 if TYPE_CHECKING:
     from cggr_core.routing.architectures import Head

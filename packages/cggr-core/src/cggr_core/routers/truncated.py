@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from cggr_core.checks import check_at_least
 from cggr_core.readout import HeadReadout
-from cggr_core.scoring import TokenStatistics, token_statistics
 from cggr_core.settings import default_router_depth
+from cggr_core.statistics import TokenStatistics, token_statistics
 
 if TYPE_CHECKING:
     from cggr_core.routing import Engine

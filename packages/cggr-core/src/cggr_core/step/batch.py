@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cggr_core.checks import values_are_free
+from cggr_core.coefficients import divisor
 from cggr_core.selection import Selection
 from cggr_core.settings import RoutingSettings
 from cggr_core.step.checks import check_step_arguments
 from cggr_core.targets import Targets, align_labels
-from cggr_core.token_loss import divisor
 
 if TYPE_CHECKING:
     from cggr_core.routing import Engine, TokenInputs

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cggr_core.randomness import uniform
 from cggr_core.readout import HeadReadout
-from cggr_core.scoring import TokenStatistics, fields_for, score
+from cggr_core.scoring import fields_for, score
 from cggr_core.settings import RoutingSettings
+from cggr_core.statistics import TokenStatistics
 from cggr_core.step.batch import StepBatch
 
 if TYPE_CHECKING:

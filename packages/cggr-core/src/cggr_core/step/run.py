@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cggr_core.loss import loss_coefficients
+from cggr_core.coefficients import loss_coefficients
 from cggr_core.readout import HeadReadout
 from cggr_core.schedule import Schedule
 from cggr_core.scoring import fields_for
