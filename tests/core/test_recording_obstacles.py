@@ -1,6 +1,7 @@
 """Steps that run eagerly: obstacles to recording, and recordings that do not pay off."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from cggr_core import CGGRModel, Selection
 from cggr_core.experimental import LearnedRouter
-from cggr_core.recording import recorder, replay
+from cggr_core.recording import ledger, recorder, replay
 from cggr_core.recording.obstacles import obstacle_of
 from tests.support.model_steps import backward, checkpoint_activations, tokens
 from tests.support.recorded_steps import (
@@ -147,14 +148,14 @@ def test_a_recording_that_gives_other_numbers_is_not_used(monkeypatch):
 
 
 def test_a_recording_that_saves_nothing_is_not_held(monkeypatch):
-    monkeypatch.setattr(replay, "_WORTH", 0.0)
+    monkeypatch.setattr(recorder, "_WORTH", 0.0)
     model = recording_model(ROUTABLE["llama"](), selection="random")
     for seed in range(ENOUGH):
         backward(model, tokens(seed=seed))
     assert "not bound by launches" in model._recorder.reason
     assert model._recorder.recordings == 0
     assert model._recorder._places is None
-    monkeypatch.setattr(replay, "_WORTH", 1e9)
+    monkeypatch.setattr(recorder, "_WORTH", 1e9)
     for seed in range(ENOUGH):
         backward(model, tokens(length=9, seed=seed))
     assert replayed(model)
@@ -164,9 +165,9 @@ def test_a_recording_that_saves_nothing_is_not_held(monkeypatch):
 def test_what_a_recording_has_to_save(share, held, monkeypatch):
     """The first two readings of the clock are around the step as it is, the next two around a replay."""
     monkeypatch.undo()
-    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+    monkeypatch.setattr(ledger, "IN_A_ROW", 1)
     times = iter([0.0, 1.0, 1.0, 1.0 + share])
-    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(replay, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     model = recording_model(ROUTABLE["llama"](), selection="random")
     for seed in range(ENOUGH):
         model(**batch(seed)).backward()

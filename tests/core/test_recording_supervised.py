@@ -23,10 +23,10 @@ def _recorded_at_once(monkeypatch):
     record_at_once(monkeypatch)
 
 
-def batch(seed: int, counts: tuple[int, ...], **more) -> dict:
+def batch(seed: int, counts: tuple[int, ...], *, length: int = LENGTH, **more) -> dict:
     """Rows whose last tokens are supervised, with the given numbers."""
-    input_ids = tokens(rows=len(counts), length=LENGTH, seed=seed)
-    left_out = torch.arange(LENGTH) < LENGTH - torch.tensor(counts)[:, None]
+    input_ids = tokens(rows=len(counts), length=length, seed=seed)
+    left_out = torch.arange(length) < length - torch.tensor(counts)[:, None]
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(left_out, -100), **more}
 
 
@@ -86,6 +86,21 @@ def test_one_recording_serves_a_bucket():
         backward(model, **batch(seed, (most, 0, 1)))
     assert replayed(model)
     assert model._recorder.recordings == 2
+
+
+def test_a_recording_serves_up_to_a_third_fewer_slots_and_gives_way_to_a_larger_one():
+    """80 and 96 slots are of one kind; a recording of 80 is replaced by one of 96, which then serves both."""
+    model, eager = (build(ROUTABLE["llama"](), selection="supervised") for build in (recording_model, CGGRModel))
+    found = []
+    for seed, most in enumerate((65, 70, 70, 90, 90, 65, 90)):
+        given = batch(seed, (most, 0, 1), length=128)
+        loss, gradient = backward(model, **given)
+        wanted = backward(eager, **given)
+        torch.testing.assert_close(loss, wanted[0])
+        assert relative_error(gradient, wanted[1]) <= 1e-6
+        found.append(replayed(model))
+    assert found == [False, False, True, False, True, True, True]
+    assert model._recorder.recordings == 1
 
 
 def test_slots_come_in_few_numbers():

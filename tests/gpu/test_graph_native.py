@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cggr_core import CGGRModel
-from cggr_core.recording import recorder, replay
+from cggr_core.recording import ledger, recorder
 from tests.support.gpu_models import gradients, model, tokens, varied
 from tests.support.host_reads import no_host_reads
 from tests.support.model_steps import checkpoint_activations
@@ -14,7 +14,7 @@ from tests.support.recorded_steps import hold_to_eager, recording_model, replaye
 
 pytestmark = pytest.mark.gpu
 
-ENOUGH = recorder.EAGER_STEPS + 2
+ENOUGH = ledger.IN_A_ROW + 2
 VARIANTS = {
     "kv, two passes": {"gradient": "kv"},
     "kv, router": {"gradient": "kv", "depth": 1},
@@ -378,7 +378,7 @@ def test_a_capture_leaves_room_for_a_step_as_it_is(monkeypatch, caplog):
 def test_one_kind_is_refused_and_another_captured(monkeypatch):
     cggr = recording_model(model(), selection="random")
     for worth, length in ((0.0, 257), (1e9, 130)):
-        monkeypatch.setattr(replay, "_WORTH", worth)
+        monkeypatch.setattr(recorder, "_WORTH", worth)
         for step in range(ENOUGH):
             cggr(**batch(step, length)).backward()
         assert replayed(cggr) is (worth > 0)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed")
 
-from cggr_core.recording import recorder
+from cggr_core.recording import ledger
 from cggr_train import CGGRConfig
 from cggr_train.tokenizer import train_tokenizer
 from tests.support.recorded_steps import worth_it
@@ -18,7 +18,7 @@ pytestmark = [
     # With checkpointing torch warns that gradients of eager updates arrive on another stream than those of captures.
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning"),
 ]
-ENOUGH = recorder.EAGER_STEPS + 3
+ENOUGH = ledger.IN_A_ROW + 3
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,16 @@
 """Recorded training steps compared with the same steps run eagerly."""
 
 import copy
+from collections.abc import Hashable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from cggr_core import CGGRModel, create_truncated_router
-from cggr_core.recording import StepRecorder, recorder, replay
+from cggr_core.recording import StepRecorder, ledger, recorder
 from tests.support.model_steps import backward, tokens
-from tests.support.reenacted import Reenacted
+from tests.support.reenacted import HostClock, Reenacted
 from tests.support.tiny_models import ROUTABLE
 
 ENOUGH = 3  # steps until one is a replay: the first one of a model also looks at it
@@ -27,7 +28,7 @@ def recording_model(base, *, depth: int | None = None, **settings: Any) -> CGGRM
 def record_by_doing_again(model: CGGRModel) -> None:
     """Let a model on the CPU record its steps."""
     parts = (model._outcome, model.settings, model._passes, model.schedule, model._draws)
-    model._recorder = StepRecorder(*parts, device_type="cpu", graphs=Reenacted)
+    model._recorder = StepRecorder(*parts, device_type="cpu", graphs=Reenacted, clock=HostClock)
 
 
 def replayed(model: CGGRModel) -> bool:
@@ -128,10 +129,16 @@ def reason_of(model: CGGRModel, **inputs: Any) -> str:
 
 def record_at_once(monkeypatch) -> None:
     """Let the step after the first of a shape be recorded, and kept whatever it saves: on the CPU it saves nothing."""
-    monkeypatch.setattr(recorder, "EAGER_STEPS", 1)
+    monkeypatch.setattr(ledger, "IN_A_ROW", 1)
     worth_it(monkeypatch)
 
 
 def worth_it(monkeypatch) -> None:
-    """Let recordings be kept whatever they save: on the CPU they save nothing."""
-    monkeypatch.setattr(replay, "_WORTH", 1e9)
+    """Let recordings be made after a few steps of a kind and be kept, whatever they cost and save."""
+    monkeypatch.setattr(recorder, "_WORTH", 1e9)
+    monkeypatch.setattr(ledger.Ledger, "objection", _too_few)
+    monkeypatch.setattr(ledger.Ledger, "loses", lambda self, kind: False)
+
+
+def _too_few(self: ledger.Ledger, kind: Hashable) -> str | None:
+    return ledger._TOO_RARE if self._kinds[kind].count < ledger.IN_A_ROW else None

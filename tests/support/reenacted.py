@@ -1,6 +1,7 @@
 """Recordings on the CPU: a replay runs the pass again and writes its results over the first ones."""
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +43,33 @@ class Reenacted:
     def wait(self) -> None:
         pass
 
+    def allocated_bytes(self) -> int:
+        return 0
+
+    def check_room(self, needed: int) -> None:
+        pass
+
     def random_state(self) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_random_state(self, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
+
+
+class HostClock:
+    """What :class:`cggr_core.recording.cuda.CudaClock` is on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def now(self) -> float:
+        return time.perf_counter()
 
 
 class _HostReads(TorchDispatchMode):

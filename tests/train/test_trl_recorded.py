@@ -8,7 +8,7 @@ from trl import SFTConfig, SFTTrainer
 from cggr_core.recording import Recorder
 from cggr_train import CGGRConfig
 from tests.support.recorded_steps import record_at_once
-from tests.support.reenacted import Reenacted
+from tests.support.reenacted import HostClock, Reenacted
 from tests.support.trl_kit import QUIET, error, step
 from tests.support.trl_updates import CASES, trainer_of, updates
 
@@ -29,7 +29,7 @@ def recording(made):
     """The trainer, with its passes recorded on the CPU by doing them again."""
     runs = made._task_loss.forward().runs
     assert runs.recorder is not None
-    runs.recorder = Recorder(runs._run, runs._engine, device_type="cpu", graphs=Reenacted)
+    runs.recorder = Recorder(runs._run, runs._engine, device_type="cpu", graphs=Reenacted, clock=HostClock)
     return runs.recorder
 
 

@@ -52,6 +52,15 @@ class Call(ABC):
                 return f"the argument {name} is on {value.device}, but the labels are on {self.device}"
         return None
 
+    @property
+    def size(self) -> int:
+        """What a recording must hold to serve the call, where one serves several sizes."""
+        return 0
+
+    def of_size(self, size: int) -> Self:
+        """A call of the same kind and of a larger size."""
+        return self
+
     def key(self) -> Hashable:
         """What a recording of the call bakes in: names, shapes, dtypes, non-tensor values, autocast."""
         kind = self.device.type
@@ -94,6 +103,19 @@ class StepCall(Call):
             if self.given.get(name) is not None:
                 return f"{name} is passed in"
         return super().obstacle()
+
+    @property
+    def size(self) -> int:
+        """Its slots, if they are counted in every step."""
+        return self.given["slots"] or 0
+
+    def of_size(self, size: int) -> StepCall:
+        """The same step with more slots; the extra ones hold no kept token and have zero weight."""
+        return self.with_slots(size) if self.size else self
+
+    def key(self) -> Hashable:
+        """As of any call, except that steps with up to half as many slots again are of one kind."""
+        return super(StepCall, self.with_slots(_shared_by(self.size) or None)).key()
 
     def in_bucket(self) -> StepCall:
         """The same step with its slots rounded up; the extra ones hold no kept token and have zero weight."""
@@ -139,6 +161,12 @@ class PassCall(Call):
             for prefix, named in ((_CONTEXT, self.context), (_SELECTION, vars(self.selection)))
         )
         return type(self)(_replaced(self.arguments, places), context, Selection(**selection))
+
+
+def _shared_by(slots: int) -> int:
+    """Slots rounded up to a power of two, or to one and a half times one."""
+    power = 1 << (slots - 1).bit_length() if slots else 0
+    return power * 3 // 4 if slots <= power * 3 // 4 else power
 
 
 def _prefixed(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

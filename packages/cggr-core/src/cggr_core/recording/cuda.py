@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,31 @@ from torch import Tensor
 from cggr_core.recording.replay import NotRecordedError, Replay
 
 _READ = "called a synchronizing CUDA operation"
+
+
+class CudaClock:
+    """Times steps by events, without waiting for the device.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> torch.cuda.Event:
+        """See :class:`~cggr_core.recording.ledger.Clock`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        """See :class:`~cggr_core.recording.ledger.Clock`."""
+        return start.elapsed_time(end) / 1e3 if end.query() else None
+
+    def now(self) -> float:
+        """See :class:`~cggr_core.recording.ledger.Clock`."""
+        return time.perf_counter()
 
 
 class CudaGraphs:
@@ -40,7 +66,6 @@ class CudaGraphs:
         self.wait()
         torch.clear_autocast_cache()
         collects = gc.isenabled()
-        gc.collect()
         gc.disable()  # deleting another graph during a capture would end the capture
         try:
             return self._captured(run)
@@ -49,7 +74,6 @@ class CudaGraphs:
                 gc.enable()
 
     def _captured(self, run: Callable[[], list[Tensor]]) -> tuple[Replay, list[Tensor]]:
-        torch.cuda.empty_cache()  # cached memory must be released before the pool can use it
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -65,12 +89,7 @@ class CudaGraphs:
                 torch.clear_autocast_cache()  # of copies that live in the pool
         self.wait()
         self.held_bytes += torch.cuda.memory_reserved(self._device) - before
-        left, _ = torch.cuda.mem_get_info(self._device)
-        if left < self.held_bytes:
-            raise NotRecordedError(
-                f"recordings would hold {self.held_bytes / 1e9:.1f} GB of the device's memory and leave "
-                f"{left / 1e9:.1f} GB, less than an eager step needs"
-            )
+        self.check_room(0)
 
         def replay() -> None:
             stream = torch.cuda.current_stream(self._device)
@@ -80,6 +99,22 @@ class CudaGraphs:
             graph.replay()
 
         return replay, made
+
+    def allocated_bytes(self) -> int:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        return torch.cuda.memory_allocated(self._device)
+
+    def check_room(self, needed: int) -> None:
+        """See :class:`~cggr_core.recording.replay.Graphs`."""
+        torch.cuda.empty_cache()  # cached memory must be released before the pool can use it
+        free, _ = torch.cuda.mem_get_info(self._device)
+        held = max(self.held_bytes, needed)  # the recordings share their memory
+        left = free - (held - self.held_bytes)
+        if left < held:
+            raise NotRecordedError(
+                f"recordings would hold {held / 1e9:.1f} GB of the device's memory and leave "
+                f"{max(left, 0) / 1e9:.1f} GB, less than an eager step needs"
+            )
 
     def watched(self, run: Callable[[], Any]) -> Any:
         """See :class:`~cggr_core.recording.replay.Graphs`."""

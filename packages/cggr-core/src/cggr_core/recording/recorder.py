@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cggr_core.recording.calls import Call, Outcome, StepCall
-from cggr_core.recording.cuda import CudaGraphs
+from cggr_core.recording.cuda import CudaClock, CudaGraphs
+from cggr_core.recording.ledger import Clock, Ledger
 from cggr_core.recording.model_state import ModelState, checkpoints, obstacle_in
 from cggr_core.recording.obstacles import obstacle_now, obstacle_of
 from cggr_core.recording.replay import Graphs, NotRecordedError, Recording, Run, SharedPlaces
@@ -23,15 +24,10 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-EAGER_STEPS = 3
-"""Eager steps of a kind before one is recorded: they compile kernels, and not every kind recurs."""
 MOST_RECORDINGS = 16
 """Number of recordings held at a time, in one memory pool; beyond it, the least recently used one is dropped."""
-MOST_ATTEMPTS = 16
-"""Recordings made before any of them has paid off: afterwards, a model that changes every few steps stays eager."""
-REPLAYS_THAT_PAY = 32
-"""Number of replays that earns one more recording after that."""
-_MOST_KINDS = 256
+# A replay that takes more than this share of the eager step's time is not worth its memory.
+_WORTH = 0.9
 _SAID_AFTER = 24
 
 
@@ -43,6 +39,7 @@ class Recorder:
         engine: The passes over the model.
         device_type: Device type on which calls are recorded.
         graphs: Creates the recorder of a device.
+        clock: Creates what times the steps of a device.
 
     Attributes:
         replayed: Whether the last call was.
@@ -55,10 +52,12 @@ class Recorder:
         *,
         device_type: str = "cuda",
         graphs: Callable[[torch.device], Graphs] = CudaGraphs,
+        clock: Callable[[torch.device], Clock] = CudaClock,
     ) -> None:
         self._run, self._engine = run, engine
-        self._device_type, self._graphs = device_type, graphs
-        self._attempts = self._replays = self._eager_in_a_row = 0
+        self._device_type, self._graphs, self._clock = device_type, graphs, clock
+        self._ledger: Ledger | None = None
+        self._eager_in_a_row = 0
         self._stopped: str | None = None
         self._said: set[str] = set()
         self._reason = ""
@@ -74,14 +73,14 @@ class Recorder:
             return False
         reason = self._stopped or self._obstacle() or obstacle_now(device)
         if reason is not None:
-            self._as_it_is(reason)
+            self._untimed(reason)
         return reason is None
 
     def take(self, call: Call) -> Outcome | None:
         """Replay a call, after :meth:`ready`; ``None`` if it must run eagerly."""
         reason = call.obstacle()
         if reason is not None:
-            return self._as_it_is(reason)
+            return self._untimed(reason)
         self._refresh()
         return self._replayed(call, self._run, lambda: 0)
 
@@ -95,13 +94,22 @@ class Recorder:
         self, call: Call, as_it_is: Run, next_draw: Callable[[], int | Tensor], *beside: Hashable
     ) -> Outcome | None:
         kind = (self._engine.seen, *beside, call.key())
-        recording = self._recordings.pop(kind, None)
-        if recording is None:
-            recording, reason = self._recorded(kind, call, as_it_is)
+        if self._ledger is None:
+            self._ledger = Ledger(self._clock(call.device))
+        ledger = self._ledger
+        ledger.start(kind, call.size)
+        recording = self._recordings.get(kind)
+        if recording is not None and ledger.loses(kind):
+            self._drop(kind)
+            self._refuse(kind, "in this loop, replayed steps take longer than eager ones")
+            recording = None
+        if recording is None or recording.size < call.size:
+            recording, reason = self._recorded(kind, call, as_it_is, ledger)
             if recording is None:
                 return self._as_it_is(reason)
-        self._recordings[kind] = recording  # the last one is the most recently used
-        self._replays += 1
+        else:
+            ledger.took(replay=True)
+            self._recordings[kind] = self._recordings.pop(kind)  # the last one is the most recently used
         self.replayed = True
         self._eager_in_a_row = 0
         return recording(call, next_draw())
@@ -116,53 +124,60 @@ class Recorder:
         """Why the last step ran eagerly; ``None`` if it was replayed."""
         return self._reason if self._eager_in_a_row else None
 
-    def _recorded(self, kind: Hashable, call: Call, as_it_is: Run) -> tuple[Recording | None, str]:
-        if kind in self._refused:
-            return None, self._refused[kind]
-        if len(self._times) >= _MOST_KINDS:
-            self._times.clear()
-        self._times[kind] = self._times.get(kind, 0) + 1
-        if self._times[kind] <= EAGER_STEPS:
-            return None, f"no kind of step (shapes, keep ratio) has occurred more than {EAGER_STEPS} times yet"
-        if self._attempts >= MOST_ATTEMPTS + self._replays // REPLAYS_THAT_PAY:
-            return None, f"the model or its steps still change after {self._attempts} recordings"
+    def _recorded(self, kind: Hashable, call: Call, as_it_is: Run, ledger: Ledger) -> tuple[Recording | None, str]:
         model = self._engine.model
-        checkpointed = checkpoints(model)
-        reason = obstacle_in(model, call.device)
+        reason = self._refused.get(kind) or ledger.objection(kind) or obstacle_in(model, call.device)
+        checkpointed = reason is None and checkpoints(model)
         if checkpointed and not self._routed and self._engine.keeps_random_states:
             reason = "gradient checkpointing restores a random state on the host"
         if reason is not None:
+            ledger.took(replay=False)
             return None, reason
-        self._attempts += 1
         if self._places is None:
             self._places = SharedPlaces(self._graphs(call.device))
+        self._places.graphs.wait()  # for earlier steps, which are not part of what the capture costs
+        began = ledger.now()
+        sized, made = call.of_size(ledger.size(kind)), None
         try:
-            made = Recording(self._capturable, as_it_is, call, model, self._places, may_draw=not checkpointed)
+            made = recording = Recording(
+                self._capturable, as_it_is, sized, model, self._places, may_draw=not checkpointed
+            )
+            recording.check_worth(_WORTH)
         except NotRecordedError as refusal:
-            self._refused[kind] = str(refusal)
-            if not self._recordings:
-                self._places = None  # a pool without a successful capture cannot be captured into again
-            self._say(str(refusal))
+            self._refuse(kind, str(refusal))
             return None, str(refusal)
         except RuntimeError as error:
             self._stopped = f"recording failed ({str(error).strip().splitlines()[0]})"
             self._forget()
             self._say(self._stopped, logging.WARNING)
             return None, self._stopped
+        finally:
+            times = {} if made is None else {"eager": made.eager_seconds, "replay": made.replay_seconds}
+            ledger.captured(kind, began, **times)
         # After the first recording, which may be the first to run the model in training mode.
         self._state, self._stamp = self._state or ModelState(model), self._engine.seen
+        self._drop(kind)  # one that is too small
         if len(self._recordings) >= MOST_RECORDINGS:
-            self._places.graphs.wait()  # a graph must not be deleted while it runs
-            rested = next(iter(self._recordings))
-            del self._recordings[rested]
-            self._times.pop(rested, None)
+            self._drop(next(iter(self._recordings)))
+        self._recordings[kind] = recording
         _logger.info(
             "cuda_graph='auto': recording %d of at most %d; they hold %.2f GB together",
-            len(self._recordings) + 1,
+            len(self._recordings),
             MOST_RECORDINGS,
             self._places.graphs.held_bytes / 1e9,
         )
-        return made, ""
+        return recording, ""
+
+    def _refuse(self, kind: Hashable, reason: str) -> None:
+        self._refused[kind] = reason
+        if not self._recordings:
+            self._places = None  # a pool without a successful capture cannot be captured into again
+        self._say(reason)
+
+    def _drop(self, kind: Hashable) -> None:
+        if kind in self._recordings and self._places is not None:
+            self._places.graphs.wait()  # a graph must not be deleted while it runs
+            del self._recordings[kind]
 
     @property
     def _routed(self) -> bool:
@@ -178,6 +193,11 @@ class Recorder:
         if self._places is not None and self._places.busy:
             return "the backward pass of an earlier step is still pending"
         return None
+
+    def _untimed(self, reason: str) -> None:
+        if self._ledger is not None:
+            self._ledger.interrupt()
+        self._as_it_is(reason)
 
     def _as_it_is(self, reason: str) -> None:
         self._reason = reason
@@ -195,7 +215,8 @@ class Recorder:
             self._places.graphs.wait()  # a graph must not be deleted while it runs
         self._recordings.clear()
         self._refused: dict[Hashable, str] = {}
-        self._times: dict[Hashable, int] = {}
+        if self._ledger is not None:
+            self._ledger.forget_kinds()
         # A pool cannot be captured into again once its recordings are gone.
         self._places = None
         self._state: ModelState | None = None
@@ -213,6 +234,7 @@ class StepRecorder(Recorder):
         draws: Numbers their random draws.
         device_type: Device type on which steps are recorded.
         graphs: Creates the recorder of a device.
+        clock: Creates what times the steps of a device.
     """
 
     def __init__(
@@ -225,8 +247,9 @@ class StepRecorder(Recorder):
         *,
         device_type: str = "cuda",
         graphs: Callable[[torch.device], Graphs] = CudaGraphs,
+        clock: Callable[[torch.device], Clock] = CudaClock,
     ) -> None:
-        super().__init__(run, engine, device_type=device_type, graphs=graphs)
+        super().__init__(run, engine, device_type=device_type, graphs=graphs, clock=clock)
         self._settings, self._schedule, self._draws = settings, schedule, draws
 
     def take_step(self, call: StepCall, router: Any, slots: Callable[[], int | None]) -> Outcome | None:
@@ -248,7 +271,7 @@ class StepRecorder(Recorder):
             return None
         reason = obstacle_of(router) or call.obstacle()
         if reason is not None:
-            return self._as_it_is(reason)
+            return self._untimed(reason)
         self._refresh()
         usual = call.with_slots(slots())
         return self._replayed(

@@ -21,8 +21,6 @@ Run = Callable[[Any], Outcome]
 """Runs a :class:`~cggr_core.recording.calls.Call` of one kind."""
 Replay = Callable[[], None]
 
-# A replay that takes more than this share of the eager step's time is not worth its memory.
-_WORTH = 0.9
 # Relative to a gradient's norm, and to the norm of all gradients; kernels with nondeterministic sums differ by far
 # less.
 _TOLERANCE, _TOTAL_TOLERANCE = 0.05, 0.01
@@ -51,6 +49,14 @@ class Graphs(Protocol):
     @property
     def held_bytes(self) -> int:
         """Memory that the recordings hold."""
+        ...
+
+    def allocated_bytes(self) -> int:
+        """Memory of the tensors that exist now."""
+        ...
+
+    def check_room(self, needed: int) -> None:
+        """Raise :class:`NotRecordedError` unless a recording of ``needed`` bytes would leave room for eager steps."""
         ...
 
     def random_state(self) -> Tensor:
@@ -108,6 +114,11 @@ class Recording:
         places: Shared with the model's other recordings.
         may_draw: Whether the step may draw random numbers besides those of ``draw``.
 
+    Attributes:
+        size: Of the call; the recording also serves smaller ones.
+        eager_seconds: Of the step as it is, with its backward pass.
+        replay_seconds: Of a replay, with its backward pass.
+
     Raises:
         NotRecordedError: If the step should not be recorded.
         RuntimeError: If it cannot be.
@@ -124,6 +135,7 @@ class Recording:
         may_draw: bool,
     ) -> None:
         self._run, self._model, self._places = run, model, places
+        self.size = call.size
         self._inputs = FixedInputs(call)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._leaves: list[nn.Parameter] = []
@@ -133,22 +145,35 @@ class Recording:
         graphs = places.graphs
         state = graphs.random_state()
         try:
-            seconds = self._time(as_it_is)
+            self.eager_seconds = self._time(as_it_is)
             graphs.set_random_state(state)
             expected = self._rehearse()
             if not may_draw and not torch.equal(graphs.random_state(), state):
                 raise NotRecordedError("checkpointed layers draw random numbers, which a replay cannot repeat")
             graphs.set_random_state(state)
+            graphs.check_room(self._activations + self._bytes_of_gradients())
             self._replay_forward, results = graphs.capture(self._forward)
             self._values, self._numbers = results[: self._count], results[self._count :]
             self._upstream = [_even(value) for value in self._values]
             self._reached: list[int] = []
             self._replay_backward, _ = graphs.capture(self._backward)
             graphs.set_random_state(state)
-            self._compare(*expected, seconds)
+            self._compare(*expected)
         finally:
             graphs.set_random_state(state)
             self._connected, self._leaves = None, []
+
+    def check_worth(self, share: float) -> None:
+        """Check that a replay takes at most a share of the time of the eager step.
+
+        Raises:
+            NotRecordedError: If it takes longer.
+        """
+        if self.replay_seconds > share * self.eager_seconds:
+            raise NotRecordedError(
+                f"a replay takes {self.replay_seconds * 1e3:.1f} ms and the eager step {self.eager_seconds * 1e3:.1f} "
+                "ms: the step is not bound by launches"
+            )
 
     def __call__(self, call: Call, draw: int | Tensor) -> Outcome:
         """Run a call by replaying the recording."""
@@ -222,9 +247,15 @@ class Recording:
 
     def _take(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
         """The values and the gradients of an eager step."""
+        before = self._places.graphs.allocated_bytes()
         results = self._forward(run)
+        self._activations = self._places.graphs.allocated_bytes() - before
         values = results[: self._count]
         return values, [gradient for gradient in self._gradients([_even(v) for v in values]) if gradient is not None]
+
+    def _bytes_of_gradients(self) -> int:
+        held = self._places.gradients
+        return sum(own.nbytes for place, own in enumerate(self._trained) if place not in held)
 
     def _time(self, run: Run) -> float:
         """Seconds per step."""
@@ -240,8 +271,8 @@ class Recording:
         values, gradients = self._places.graphs.watched(lambda: self._take(self._run))
         return _norms(values), _norms(gradients)
 
-    def _compare(self, values: list[float], norms: list[float], seconds: float) -> None:
-        """Compare the recording with the eager step, and check that it saves time."""
+    def _compare(self, values: list[float], norms: list[float]) -> None:
+        """Compare the recording with the eager step, and time it."""
         graphs = self._places.graphs
         for upstream in self._upstream:
             upstream.copy_(_even(upstream))
@@ -250,7 +281,7 @@ class Recording:
         self._replay_forward()
         self._replay_backward()
         graphs.wait()
-        replayed = time.perf_counter() - began
+        self.replay_seconds = time.perf_counter() - began
         found = _norms([self._places.gradients[place] for place in self._reached])
         total = sum(norm**2 for norm in norms) ** 0.5
         same = all(abs(a - b) <= _TOLERANCE * b for a, b in zip(_norms(self._values), values, strict=True))
@@ -260,11 +291,6 @@ class Recording:
         )
         if not same:
             raise NotRecordedError("a replay gives different numbers from the recorded step")
-        if replayed > _WORTH * seconds:
-            raise NotRecordedError(
-                f"a replay takes {replayed * 1e3:.1f} ms and the eager step {seconds * 1e3:.1f} ms: the step is not "
-                "bound by launches"
-            )
 
 
 class _Replayed(torch.autograd.Function):
