@@ -74,6 +74,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 # Tokens without a gradient run in FP8.
 LOW = ", fp8 context"
+# Kept tokens reuse what linear layers made of them in the context pass.
+REUSED = ", outputs reused"
 # The routed passes run norms, rotary embeddings and gated activations in fused ops; this is the standard step with
 # those alone changed.
 FUSED = "standard, fused layers"
@@ -255,6 +257,7 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     more: dict[str, Any] = {"cuda_graph": "auto" if recorded else False}
     more["context_precision"] = "fp8" if variant.endswith(LOW) else None
     variant = variant.removesuffix(LOW)
+    more["reuse_outputs"], variant = variant.endswith(REUSED), variant.removesuffix(REUSED)
     if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
         step = supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
     else:
@@ -296,6 +299,7 @@ def variants_of(shape: Shape) -> list[str]:
         FUSED,
         CHECKPOINTED,
         *main_variants,
+        *(name + REUSED for name in main_variants[:2]),
         *([*low[:4], *by_themselves] if cuda and not shape.launch_bound else []),
         *supervised,
         *(controls if cuda else []),

@@ -76,6 +76,10 @@ class CGGRModel(nn.Module):
             stay in the model's precision. Kept tokens attend to the results, with an error of a few per cent. It is
             faster on NVIDIA GPUs from compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the
             model's own precision.
+        reuse_outputs: In two passes, and in the layers of a router that is part of the model: hold the outputs of
+            linear layers from the pass over all tokens, so that kept tokens are not multiplied again in their second
+            pass. The same results in less time, for memory: every such output of all tokens until the kept ones pass
+            its layer. Not with dropout, gradient checkpointing, FSDP2 or ``context_precision``.
         context_margin: For ``selection="supervised"`` in modes ``"kv"`` and ``"detached"``: also keep this many tokens
             before each supervised stretch. They have no loss of their own, but gradients of the supervised tokens' loss
             reach them, so the step misses less of the full gradient.
@@ -128,6 +132,7 @@ class CGGRModel(nn.Module):
         ignore_index: int = RoutingSettings.ignore_index,
         engine: str | None = RoutingSettings.engine,
         context_precision: str | None = RoutingSettings.context_precision,
+        reuse_outputs: bool = RoutingSettings.reuse_outputs,
         context_margin: int = RoutingSettings.context_margin,
         cuda_graph: CudaGraph = RoutingSettings.cuda_graph,
     ) -> None:
@@ -141,6 +146,7 @@ class CGGRModel(nn.Module):
             gradient=gradient,
             engine=engine,
             context_precision=context_precision,
+            reuse_outputs=reuse_outputs,
             context_margin=context_margin,
             scoring=scoring,
             selection=selection,

@@ -194,6 +194,8 @@ class RoutingSettings(SelectionSettings):
         engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
         context_precision: One of :data:`CONTEXT_PRECISIONS`, for linear layers on tokens that need no gradient;
             ``None`` for the model's own.
+        reuse_outputs: Hold the outputs of linear layers from the context pass until the gradient pass, which then does
+            not compute them again for kept tokens.
         context_margin: Let gradients also reach this many tokens before each supervised stretch, without a loss on
             them.
         cuda_graph: One of :data:`CUDA_GRAPHS`: ``"auto"`` records steps of equal shapes as CUDA graphs if that saves
@@ -211,6 +213,7 @@ class RoutingSettings(SelectionSettings):
     gradient: str = "kv"
     engine: str | None = None
     context_precision: str | None = None
+    reuse_outputs: bool = False
     context_margin: int = 0
     cuda_graph: CudaGraph = "auto"
 
@@ -229,6 +232,8 @@ class RoutingSettings(SelectionSettings):
                     f"{self.gradient!r}; leave engine=None"
                 )
         check_context_precision(self.context_precision, "gradient", self.gradient)
+        if check_flag("reuse_outputs", self.reuse_outputs):
+            self._check_reuse()
         check_at_least("context_margin", self.context_margin, 0)
         if self.context_margin and not (self.selection == SUPERVISED and self.routes_keys_and_values):
             raise ValueError(
@@ -273,6 +278,23 @@ class RoutingSettings(SelectionSettings):
             raise ValueError(
                 "engine='interleaved' needs the selection before the layers run: pass a router "
                 "(create_truncated_router(model)), selection='random' or 'supervised', or leave engine=None"
+            )
+
+    def _check_reuse(self) -> None:
+        if not self.routes_keys_and_values:
+            raise ValueError(
+                f"reuse_outputs=True applies to gradient='kv' and 'detached', but gradient is {self.gradient!r}; leave "
+                "reuse_outputs=False"
+            )
+        if self.context_precision is not None:
+            raise ValueError(
+                f"reuse_outputs=True would give kept tokens the context's outputs in {self.context_precision}; leave "
+                "reuse_outputs=False or context_precision=None"
+            )
+        if not self.reads_scores and self.engine != "two_pass":
+            raise ValueError(
+                f"reuse_outputs=True has an effect only on layers that run twice, but selection={self.selection!r} "
+                "needs one pass; leave reuse_outputs=False"
             )
 
     def _check_supervised(self) -> None:

@@ -14,6 +14,7 @@ from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import RecordingCache
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import routed_masks, whole_rows
+from cggr_core.routing.outputs import PassOutputs
 from cggr_core.routing.patches import (
     attention_implementation,
     replaced_forwards,
@@ -33,12 +34,14 @@ class Context:
         hidden: Input of layer ``depth`` at every position ``[B, S, H]``; ``None`` at full depth.
         depth: Layers that were run.
         logits: ``[B, S, V]`` where the model's own head was run, else ``None``.
+        outputs: Outputs of its linear layers, if a gradient pass is to reuse them.
     """
 
     recorded: dict[int, KeyValue]
     hidden: Tensor | None
     depth: int
     logits: Tensor | None = None
+    outputs: PassOutputs | None = None
 
 
 NO_CONTEXT = Context({}, None, 0)
@@ -59,6 +62,7 @@ def context_pass(
     read_head: HeadReader | None,
     layer_output: LayerOutput,
     precision: AbstractContextManager[None] | None = None,
+    outputs: PassOutputs | None = None,
 ) -> Context:
     """Run all tokens through the first ``depth`` layers without keeping activations.
 
@@ -74,6 +78,7 @@ def context_pass(
         read_head: Called with the head's input ``[B, S, H]`` in place of the head; ``None`` runs the model's own head.
         layer_output: Wraps a hidden state the way the model's layers return it.
         precision: A context in which layers compute in a lower precision; ``None`` for their own.
+        outputs: Where to hold the outputs of linear layers for the gradient pass; ``None`` to release them.
 
     Returns:
         Keys and values, and the hidden state to continue from.
@@ -105,6 +110,8 @@ def context_pass(
         return layer_output(hidden)
 
     replacements: dict[nn.Module, Callable[..., Any]] = {**architecture.fused, **architecture.checkpoint_wrappers}
+    if outputs is not None:
+        replacements |= outputs.recording()
     for number, layer in enumerate(architecture.layers):
         replacements[layer] = (
             partial(run, number, architecture.checkpoint_wrappers.get(layer, layer.forward)) if number < depth else skip
@@ -122,7 +129,7 @@ def context_pass(
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
     logits = output.logits if read_head is None else None
-    return Context(cache.recorded, resume[0] if resume else None, depth, logits)
+    return Context(cache.recorded, resume[0] if resume else None, depth, logits, outputs)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loss_agreement import auxiliary_loss
 from cggr_core.routing.loss_arguments import LossArguments, loss_arguments, taken_apart
 from cggr_core.routing.masks import unseen_masks, whole_rows
+from cggr_core.routing.outputs import ReusableOutputs
 from cggr_core.routing.patches import nothing_left, recomputes_with_torch, without_random_states
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.sharding import GatheredWeights
@@ -44,6 +45,7 @@ class Engine:
     def _forget(self) -> None:
         """Discard what was made for the layers of an earlier structure."""
         self._low_precision: LowPrecision | None = None
+        self._outputs: ReusableOutputs | None = None
         self._gathered = GatheredWeights(self._findings.description.layers)
 
     def follow(self, model: nn.Module | None = None) -> bool:
@@ -259,6 +261,7 @@ class Engine:
         head: bool,
         hidden: bool = False,
         precision: str | None = None,
+        hold_outputs: bool = False,
     ) -> tuple[Context, Tensor | None]:
         """All tokens through ``depth`` layers without keeping activations.
 
@@ -270,9 +273,13 @@ class Engine:
             hidden: Return the head's input even if the head is not one matrix.
             precision: One of :data:`~cggr_core.settings.CONTEXT_PRECISIONS` for the layers' products; ``None`` for
                 the model's own.
+            hold_outputs: Hold the outputs of linear layers, so that a gradient pass does not compute them again.
 
         Returns:
             Keys and values, and the head values ``[B, S, ...]`` if requested.
+
+        Raises:
+            ValueError: If outputs cannot be reused.
         """
         seen: list[Tensor] = []
         own_head = head and not (self.architecture.head.fused or hidden)
@@ -286,6 +293,7 @@ class Engine:
                 read_head=None if own_head else (seen.append if head else ignore_head),
                 layer_output=self._findings.layer_output,
                 precision=None if precision is None else self._in_low_precision().everywhere(),
+                outputs=self._reusable_outputs().of_a_pass(depth) if hold_outputs else None,
             )
         return context, context.logits if own_head else (seen[0] if head else None)
 
@@ -336,6 +344,11 @@ class Engine:
         if self._low_precision is None:
             self._low_precision = LowPrecision(self._findings.description.layers)
         return self._low_precision
+
+    def _reusable_outputs(self) -> ReusableOutputs:
+        if self._outputs is None:
+            self._outputs = ReusableOutputs(self.model, self._findings.description)
+        return self._outputs
 
     def _verify(self, inputs: TokenInputs, selection: Selection, context: Context) -> None:
         """Compare with a plain forward if ``CGGR_VERIFY`` requests it."""

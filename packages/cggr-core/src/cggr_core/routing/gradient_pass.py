@@ -34,7 +34,7 @@ from cggr_core.routing.patches import (
     uses_checkpointing,
     without_checkpointing,
 )
-from cggr_core.routing.rows import stop_gradient
+from cggr_core.routing.rows import Places, stop_gradient
 from cggr_core.routing.sharding import shards_layers
 from cggr_core.routing.shared import KeyValue
 from cggr_core.selection import Selection
@@ -60,8 +60,8 @@ def gradient_pass(
         architecture: Its description.
         inputs: The whole batch.
         selection: The kept tokens, one row of the selection for each row of the batch.
-        context: Results of a context pass of any depth; depth 0 means none. Its keys and values are moved out, so it
-            can be used for one gradient pass only.
+        context: Results of a context pass of any depth; depth 0 means none. Its keys, values and outputs are moved
+            out, so it can be used for one gradient pass only.
         keep_graph: Mode ``kv``: keys and values of other tokens carry gradients to their projections.
         read_head: Called with the head's input ``[B, K, H]``, which carries the graph, in place of the head;
             ``None`` runs the model's own head.
@@ -109,6 +109,8 @@ def gradient_pass(
     )
     # Read which layers are recomputed before their switch is turned off.
     forwards = kept.forwards(others, recorded=context.depth)
+    if context.outputs is not None:
+        forwards |= context.outputs.reusing(Places(index, length))
     with (
         without_checkpointing(architecture),
         attention_implementation(architecture, attention),

@@ -50,7 +50,7 @@ class LowPrecision:
         adapters = _adapters(layer)
         for name, module in layer.named_modules():
             if takes_fp8(module) and module not in adapters and name.rpartition(".")[2] not in _ROUTERS:
-                forwards[module] = partial(self._linear, module, _makes_queries(layer, name))
+                forwards[module] = partial(self._linear, module, makes_queries(layer, module))
         for module in gated_mlps(layer.modules()):
             if module.down_proj in forwards:
                 forwards[module] = partial(self._gated_mlp, module)
@@ -146,7 +146,9 @@ def _adapters(layer: nn.Module) -> set[nn.Module]:
     }
 
 
-def _makes_queries(layer: nn.Module, name: str) -> bool:
+def makes_queries(layer: nn.Module, linear: nn.Linear) -> bool:
+    """Whether a linear layer makes an attention's queries, and others beside it the keys and values."""
+    name = next(name for name, module in layer.named_modules() if module is linear)
     # An adapter's base layer is one level deeper than the layer it replaced.
     parent, _, own = name.removesuffix(".base_layer").rpartition(".")
     siblings = layer.get_submodule(parent)._modules

@@ -73,18 +73,23 @@ def first_pass(
             left = FirstPass(passes.depth, values, auxiliary_loss=auxiliary_loss)
         else:
             depth = passes.depth if engine == "two_pass" else (tap or own_head or 0)
-            left = _context(mode, depth, batch, passes, own_head, settings.context_precision)
+            left = _context(settings, mode, depth, batch, passes, own_head)
     return left if not hidden else FirstPass(left.depth, left.values, hidden[0], left.context, left.auxiliary_loss)
 
 
 def _context(
-    mode: str, depth: int, batch: StepBatch, passes: Engine, own_head: int | None, precision: str | None
+    settings: RoutingSettings, mode: str, depth: int, batch: StepBatch, passes: Engine, own_head: int | None
 ) -> FirstPass:
     from cggr_core.routing import NO_CONTEXT
 
     if depth == 0:
         return FirstPass(context=NO_CONTEXT)
     context, values = passes.context(
-        batch.tokens, depth=depth, keep_graph=mode == "kv", head=own_head == depth, precision=precision
+        batch.tokens,
+        depth=depth,
+        keep_graph=mode == "kv",
+        head=own_head == depth,
+        precision=settings.context_precision,
+        hold_outputs=settings.reuse_outputs,
     )
     return FirstPass(depth, values, context=context)
