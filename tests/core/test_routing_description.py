@@ -9,15 +9,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import OffloadWrapper, checkpoint_wrapper
 from torch.nn.utils.parametrize import register_parametrization
 
-from cggr_core.routing.architectures import (
-    default_position_ids,
-    describe,
-    has_hooks,
-    head_rows,
-    is_plain_matrix,
-    unwrapped,
-)
+from cggr_core.routing.architectures import default_position_ids, describe, unwrapped
 from cggr_core.routing.head_check import _noise, gives_the_logits, large_random_logits, leaves, random_logits
+from cggr_core.routing.heads import head_rows, is_plain_matrix
+from cggr_core.routing.hooks import has_hooks
 from cggr_core.routing.inputs import token_inputs
 from cggr_core.routing.loads import count_loads
 from cggr_core.routing.ordering import backward_in_turn

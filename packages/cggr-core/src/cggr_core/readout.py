@@ -10,7 +10,7 @@ from cggr_core.linear_loss import linear_cross_entropy
 from cggr_core.statistics import TokenStatistics, linear_token_statistics, token_statistics
 
 if TYPE_CHECKING:
-    from cggr_core.routing.architectures import Head
+    from cggr_core.routing.heads import Head
 
 # 1 GiB of bfloat16: far less than the activations that a step holds when its loss is computed.
 _MAX_LOGITS = 2**29

@@ -1,8 +1,6 @@
 """LearnedRouter: a small head that predicts the score of every token, trained on observed scores."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +8,7 @@ from torch.func import functional_call
 
 from cggr_core.checks import check_at_least, check_finite_number
 from cggr_core.collectives import sum_over_ranks
+from cggr_core.experimental.regression_head import RegressionHead
 from cggr_core.step.batch import StepBatch
 from cggr_core.step.router import Observation, ScoreRequest, Scores
 
@@ -19,9 +18,9 @@ _DECAY = 0.99
 _UPDATES = 4
 # Of the averaged weights that predict: some hundred steps back, and from the first steps on no more than there were.
 _AVERAGED, _AVERAGED_AT_FIRST = 0.98, 10
-# Numbers that say how hidden state and target agree. Adam moves all weights alike, so that what is large among a
-# layer's inputs is learned from first: these, of which a single one ranks tokens already.
-_AGREEMENTS, _LARGE = 8, 8.0
+# Size of the agreements among the head's inputs. Adam moves all weights alike, so that what is large is learned from
+# first: a single agreement ranks tokens already.
+_LARGE = 8.0
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -227,7 +226,7 @@ class LearnedRouter(nn.Module):
         unit = torch.where(agreement > 0, (agreement / count.clamp(min=_TINY)).sqrt() / _LARGE, 1.0)
         return mean, std, unit
 
-    def _heads_on(self, device: torch.device) -> "tuple[RegressionHead, RegressionHead]":
+    def _heads_on(self, device: torch.device) -> tuple[RegressionHead, RegressionHead]:
         """The head that learns and the one that predicts."""
         if self.head is None or self.averaged is None:
             raise ValueError("the router has no weights yet: give it to CGGRModel(model, router)")
@@ -274,58 +273,6 @@ class LearnedRouter(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_extra_state`; it takes effect with the next step."""
         self._optimizer, self._optimizer_state = None, state or None
-
-
-class RegressionHead(nn.Module):
-    """``c · gelu(M [a, b, a * b, d])`` of a hidden state and a target embedding; see :class:`LearnedRouter`.
-
-    Args:
-        hidden_size: Length of a hidden state.
-        embedding_size: Length of an embedding.
-        width: Length of both projections and of the layer between.
-        seed: Of the weights; ``c`` and the biases start at 0, ``D`` around 1.
-    """
-
-    def __init__(self, hidden_size: int, embedding_size: int, width: int, *, seed: int) -> None:
-        super().__init__()
-        # Initialised separately: nn.Linear would draw from the global generator and change the model's draws.
-        linear: Callable[..., nn.Linear] = partial(
-            cast(Any, nn.utils.skip_init), nn.Linear, device="cpu", dtype=torch.float32
-        )
-        self.hidden = linear(hidden_size, width)
-        self.target = linear(embedding_size, width)
-        self.product = linear(hidden_size, _AGREEMENTS, bias=False) if hidden_size == embedding_size else None
-        self.between = linear(3 * width + (0 if self.product is None else _AGREEMENTS), width)
-        self.out = linear(width, 1, bias=False)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.requires_grad_(False).zero_()
-            for layer in (self.hidden, self.target, self.between):
-                bound = layer.in_features**-0.5
-                layer.weight.uniform_(-bound, bound, generator=generator)
-            if self.product is not None:
-                self.product.weight.normal_(1.0, 0.5, generator=generator)
-
-    def forward(self, hidden: Tensor, target: Tensor, unit: Tensor) -> Tensor:
-        """float32 ``[...]`` from ``[..., H]`` and ``[..., E]``; the projections run in the inputs' dtype."""
-        a, b = _projected(hidden, self.hidden), _projected(target, self.target)
-        parts = [a, b, a * b]
-        if self.product is not None:
-            parts.append(self.agreement(hidden, target) / unit)
-        return self.out(nn.functional.gelu(self.between(torch.cat(parts, dim=-1))))[..., 0]
-
-    def agreement(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """``D (norm(h) * e)``, float32 ``[..., 8]``; one 0 where the lengths differ."""
-        if self.product is None:
-            return hidden.new_zeros(*hidden.shape[:-1], 1, dtype=torch.float32)
-        product = nn.functional.layer_norm(hidden, hidden.shape[-1:]) * target
-        return nn.functional.linear(product, self.product.weight.to(product.dtype)).float()
-
-
-def _projected(value: Tensor, layer: nn.Linear) -> Tensor:
-    normed = nn.functional.layer_norm(value, value.shape[-1:])
-    return nn.functional.linear(normed, layer.weight.to(normed.dtype)).float() + layer.bias
 
 
 def _varies(variance: Tensor, square: Tensor) -> Tensor:

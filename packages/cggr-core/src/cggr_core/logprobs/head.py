@@ -12,7 +12,7 @@ from cggr_core.logprobs.linear import linear_logprobs, logits_logprobs
 from cggr_core.statistics import linear_token_statistics, token_statistics
 
 if TYPE_CHECKING:
-    from cggr_core.routing.architectures import Head
+    from cggr_core.routing.heads import Head
 
 __all__ = ["TokenHead"]
 

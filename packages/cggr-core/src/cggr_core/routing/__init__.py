@@ -30,10 +30,11 @@ except ImportError as error:
         "routing through a model needs transformers >= 5.17: python -m pip install 'transformers>=5.17'"
     ) from error
 
-from cggr_core.routing.architectures import Head, unwrapped
+from cggr_core.routing.architectures import unwrapped
 from cggr_core.routing.context_pass import NO_CONTEXT, Context
 from cggr_core.routing.engine import Engine
 from cggr_core.routing.fusions import fused_forwards
+from cggr_core.routing.heads import Head
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import whole_rows
 from cggr_core.routing.patches import forward_replaced_by, replaced_forwards, replaced_parameters, without_hooks

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
+
+from cggr_core.routing.heads import Head, find_head
 
 # RoBERTa and its descendants count positions from padding_idx + 1 and skip padding.
 _MAKES_POSITIONS = "create_position_ids_from_input_ids"
@@ -19,32 +20,6 @@ CACHE_NAMES = ("past_key_values", "cache")
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 # Layer types with their own state instead of keys and values.
 _STATEFUL = ("mamba", "linear", "recurrent", "conv", "ssm", "rwkv")
-
-
-@dataclass(frozen=True)
-class Head:
-    """The language-model head as one matrix: ``logits = softcap * tanh(scale * (h @ W.T + b) / softcap)``.
-
-    Attributes:
-        module: The output embedding; its input is what the statistics and losses read.
-        scale: Factor on the logits, or ``None``.
-        softcap: Bound on the logits, or ``None``.
-        fused: Whether the head computes exactly that formula; otherwise the model's own logits are used.
-        classes: Number of logits.
-    """
-
-    module: nn.Module
-    scale: float | None
-    softcap: float | None
-    fused: bool
-
-    @property
-    def linear(self) -> nn.Linear:
-        """The module of a fused head, which is one matrix and its bias."""
-        assert isinstance(self.module, nn.Linear)
-        return self.module
-
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +108,7 @@ def describe(model: nn.Module) -> Architecture:
     return Architecture(
         layers=layers,
         places={number: place for place, number in enumerate(numbers) if number != place},
-        head=_find_head(base, text_config),
+        head=find_head(base, text_config),
         shifted=getattr(base, "loss_type", None) != "ForMaskedLM",
         obstacle=_obstacle(base, text_config, owner) or _same_number(base, layers, numbers)
         if layers
@@ -166,17 +141,6 @@ def _recomputed_by_torch(module: nn.Module) -> Callable[..., Any] | None:
 def _is_norm(module: nn.Module) -> bool:
     alone = not module._modules and not module._buffers
     return alone and "norm" in type(module).__name__.lower()
-
-
-def head_rows(base: Any) -> int:
-    """Number of classes of a model's head."""
-    head = base.get_output_embeddings()
-    if is_parametrized(head, "weight"):  # reading it would compute it
-        return head.out_features
-    weight = getattr(head, "weight", None)
-    if weight is not None and weight.dim() == 2:
-        return weight.shape[0]
-    return base.config.get_text_config().vocab_size  # a packed weight has another shape
 
 
 def _find_layers(base: Any, config: Any) -> tuple[nn.ModuleList, nn.Module]:
@@ -218,54 +182,6 @@ def _same_number(base: nn.Module, layers: nn.ModuleList, numbers: list[int]) -> 
         f"layers {first} and {second} of {type(base).__name__} share the cache index layer_idx={numbers[first]} (were "
         "they copied?); renumber every layer's modules before training"
     )
-
-
-def _find_head(base: Any, config: Any) -> Head:
-    module = base.get_output_embeddings()
-    if module is None:
-        raise ValueError(
-            f"model {type(base).__name__} has no output embedding; load it with its language-model head, for example "
-            "with AutoModelForCausalLM"
-        )
-    if next(module.parameters(), None) is None and not isinstance(getattr(module, "weight", None), Tensor):
-        raise TypeError(
-            f"the head of {type(base).__name__} ({type(module).__name__}) has no weight tensor, as in modules "
-            "quantised for inference, so gradients cannot flow through it; load the model unquantised, or with a "
-            "quantisation that supports LoRA and leaves the head unquantised"
-        )
-    scaling, scale = _setting(base, config, "logits_scaling"), _setting(base, config, "logit_scale")
-    if scaling is not None:  # Granite divides, Cohere multiplies
-        scale = 1.0 / scaling
-    softcap = _setting(base, config, "final_logit_softcapping")
-    return Head(module, scale, softcap, is_plain_matrix(module), head_rows(base))
-
-
-def _setting(base: Any, config: Any, name: str) -> float | None:
-    # Some models read the config in every forward, others their own copy of it.
-    value = base.__dict__.get(name)
-    value = getattr(config, name, None) if value is None else value
-    return None if value is None else float(value)
-
-
-def is_plain_matrix(module: nn.Module) -> bool:
-    """Whether calling a head only multiplies by its weight.
-
-    Not true for a subclass with another forward (quantised, LoRA), even if it is equivalent now, nor for a module with
-    hooks (which may change its output or load an offloaded weight) or with a custom forward.
-    """
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain and "forward" not in module.__dict__ and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything wraps a module's call, besides gathering its weights (FSDP2)."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(not is_of_distributed(hook) for registered in hooks for hook in registered.values())
-
-
-def is_of_distributed(hook: Any) -> bool:
-    """Whether a hook is one of torch's own, which gather a module's weights."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture, has_hooks
+from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import RecordingCache
+from cggr_core.routing.hooks import has_hooks
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.masks import routed_masks, whole_rows
 from cggr_core.routing.outputs import PassOutputs

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from cggr_core.checks import check_not_compiled
 from cggr_core.routing.agreement import verification_interval
-from cggr_core.routing.architectures import Architecture, describe, head_rows, unwrapped
+from cggr_core.routing.architectures import Architecture, describe, unwrapped
 from cggr_core.routing.batch_loss import check_loss_of_batch
 from cggr_core.routing.context_pass import LayerOutput
+from cggr_core.routing.heads import head_rows
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.labelled_tokens import IGNORED
 from cggr_core.routing.loads import count_loads

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture, Head
+from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.heads import Head
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.patches import replaced_forwards, without_checkpointing
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_core.routing.architectures import head_rows
+from cggr_core.routing.heads import head_rows
 from cggr_core.routing.inputs import TokenInputs
 
 IGNORED = -100

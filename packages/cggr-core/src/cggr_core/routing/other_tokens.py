@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cggr_core.routing.adapters import InvokedAdapters
-from cggr_core.routing.architectures import Architecture, has_hooks, is_of_distributed
+from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.cache import LastLayerReachedError, OtherTokensCache, taken
 from cggr_core.routing.context_pass import Context
+from cggr_core.routing.hooks import has_hooks, is_of_distributed
 from cggr_core.routing.inputs import TokenInputs, other_positions
 from cggr_core.routing.layer_rows import LayerCall, LayerRows
 from cggr_core.routing.patches import without_checkpoint_wrappers

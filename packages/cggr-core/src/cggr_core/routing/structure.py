@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
-from cggr_core.routing.architectures import is_plain_matrix, unwrapped
+from cggr_core.routing.architectures import unwrapped
+from cggr_core.routing.heads import is_plain_matrix
 from cggr_core.routing.loss_state import PLAIN, Values, places, readable, snapshot
 
 # Attributes of a model or its config that a description reads, or that change its own loss.
