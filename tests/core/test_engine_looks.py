@@ -28,7 +28,7 @@ def looks(monkeypatch):
         head = dataclasses.replace(own.head, fused=found.get("fused", True))
         architecture = dataclasses.replace(own, head=head, obstacle=found.get("obstacle"))
         return findings.Probe(
-            architecture, lambda hidden: hidden, found.get("packing"), saw_loss=found.get("saw_loss", False)
+            architecture, lambda hidden: hidden, found.get("packing"), found.get("saw_loss", False), has_loss=False
         )
 
     def probe(model, architecture, inputs, *, routing, own_loss):

@@ -366,6 +366,21 @@ def test_a_head_gives_random_logits_over_other_classes(shape):
         head(hidden)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_random_logits_have_a_graph_where_one_is_traced(traced):
+    head, hidden = nn.Linear(32, 7), torch.randn(2, 32)
+    with torch.no_grad():
+        with random_logits(head, 5, lambda noise: noise, traced=traced):
+            logits = head(hidden)
+            assert torch.is_grad_enabled() is logits.requires_grad is traced
+            logits += 1  # as some models scale theirs
+        assert not torch.is_grad_enabled()
+        with random_logits(head, 5, lambda noise: noise):
+            assert not head(hidden).requires_grad
+        with large_random_logits(head, change=lambda noise: 3 * noise.sign()):
+            assert head(hidden).unique().tolist() == [-3, 3]
+
+
 def test_random_logits_are_repeated_where_there_are_many(monkeypatch):
     monkeypatch.setattr("cggr_core.routing.head_check._MOST_DRAWN", 4)
     drawn = torch.randn(4, generator=torch.Generator().manual_seed(3)).tolist()

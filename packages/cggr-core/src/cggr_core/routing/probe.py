@@ -46,15 +46,13 @@ class Probe:
 
     architecture: Architecture
     layer_output: LayerOutput
-    packing_obstacle: str | None = None
-    saw_loss: bool = False
-    has_loss: bool = False
+    packing_obstacle: str | None
+    saw_loss: bool
+    has_loss: bool
 
 
 @torch.no_grad()
-def probe(
-    model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool, own_loss: bool = False
-) -> Probe:
+def probe(model: nn.Module, architecture: Architecture, inputs: TokenInputs, *, routing: bool, own_loss: bool) -> Probe:
     """Run the model on a few tokens of a batch to check its head, and on whole rows, plainly and routed.
 
     Args:
@@ -129,7 +127,6 @@ def _probe(
     return Probe(architecture, layer_output, packing_obstacle, saw_loss, own is not None)
 
 
-@torch.no_grad()
 def probe_whole_rows(model: nn.Module, seen: Probe, inputs: TokenInputs) -> Probe:
     """Compare the routed passes with the plain forward once more; see :func:`probe`."""
     if seen.architecture.obstacle is not None:
@@ -228,7 +225,7 @@ def _whole_rows(inputs: TokenInputs) -> TokenInputs:
 
 
 def _unpacked(inputs: TokenInputs) -> TokenInputs:
-    positions = torch.arange(inputs.shape[1], device=inputs.position_ids.device).expand(inputs.shape)
+    positions = torch.arange(inputs.shape[1], device=inputs.position_ids.device)
     return replace(inputs, position_ids=inputs.position_ids[:, :1] + positions, segment=None)
 
 
