@@ -53,6 +53,22 @@ def test_rotary(B, HQ, HKV, S, D, dtype, device):
             assert_no_further_from_the_truth(rotary, rotary_reference, (q, k), rest)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_rotary_of_which_one_is_unused(strided, device):
+    """What is not used has no gradient, rather than one of zeros that everything before it multiplies."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 5, H, 8, device=device).transpose(1, 2) for H in (4, 2))
+    rest = angles(2, 5, 8, device, torch.float32)
+    for used, unused in ((0, 1), (1, 0)):
+        both = [x.detach().requires_grad_() for x in (q, k)]
+        made = [f(*both, *rest)[used] for f in (rotary, rotary_reference)]
+        d_out = torch.randn_like(made[0])
+        d_out = d_out.transpose(2, 3).contiguous().transpose(2, 3) if strided else d_out
+        found, wanted = (torch.autograd.grad(x, both, d_out, allow_unused=True) for x in made)
+        assert found[unused] is None
+        torch.testing.assert_close(found[used], wanted[used])
+
+
 def test_rotary_of_other_strides(device):
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 6, 8, device=device), torch.randn(2, 8, 6, 2, device=device).transpose(1, 3)

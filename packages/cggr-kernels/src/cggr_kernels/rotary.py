@@ -64,13 +64,20 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
+        # Where queries or keys take no part in a loss, nothing before them should be multiplied by zeros.
+        ctx.set_materialize_grads(False)
         return _rotary(q, k, cos, sin, False)
 
     @staticmethod
-    def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:
         check_first_derivatives()
-        d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
-        return *_rotary(d_q, d_k, *ctx.saved_tensors, True), None, None
+        given = d_q if d_q is not None else d_k
+        if given is None:
+            return None, None, None, None
+        nothing = given[:, :0]
+        of_q, of_k = (nothing if d is None else d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
+        turned_q, turned_k = _rotary(of_q, of_k, *ctx.saved_tensors, True)
+        return None if d_q is None else turned_q, None if d_k is None else turned_k, None, None
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
