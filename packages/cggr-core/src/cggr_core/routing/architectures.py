@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cggr_core.routing import own_code
 from cggr_core.routing.heads import Head, find_head
 
 # RoBERTa and its descendants count positions from padding_idx + 1 and skip padding.
@@ -43,6 +44,9 @@ class Architecture:
         position_maker: The module that makes position ids from token ids (RoBERTa), or ``None``.
         norms: The norms of every layer.
         linears: The plain linear layers of every layer.
+        cache_at_layers: Whether the layers are given a cache of which the model itself knows nothing: code of others
+            around them may make positions, documents and masks, and transformers makes others with a cache.
+        own_code: Whether code of others runs anywhere in the model.
         whole_after_layers: Whether the model needs full-length rows from its layers, even if it reads only part of them
             afterwards; unknown until the model has been probed.
         fused: Norms, attentions and gated MLPs, each with the forward that the passes run in its place; empty until the
@@ -62,6 +66,8 @@ class Architecture:
     position_maker: Any
     norms: tuple[tuple[nn.Module, ...], ...]
     linears: tuple[tuple[nn.Linear, ...], ...]
+    cache_at_layers: bool
+    own_code: bool
     counts_padding: bool = True
     whole_after_layers: bool = False
     fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
@@ -125,6 +131,8 @@ def describe(model: nn.Module) -> Architecture:
         position_maker=next((module for module in modules if hasattr(module, _MAKES_POSITIONS)), None),
         norms=tuple(tuple(module for module in layer.modules() if _is_norm(module)) for layer in layers),
         linears=tuple(tuple(module for module in layer.modules() if type(module) is nn.Linear) for layer in layers),
+        cache_at_layers=own_code.surrounds_layers(model, base, layers),
+        own_code=own_code.is_in(model),
     )
 
 
@@ -196,8 +204,14 @@ def _obstacle(base: nn.Module, config: Any, owner: nn.Module) -> str | None:
 
 
 def _cache_parameter(module: nn.Module) -> str | None:
-    parameters = inspect.signature(module.forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    # A subclass's forward may pass further arguments on to its base's.
+    inherited = (vars(kind).get("forward") for kind in type(module).__mro__)
+    for forward in (module.forward, *filter(None, inherited)):
+        parameters = inspect.signature(forward).parameters
+        named = next((name for name in CACHE_NAMES if name in parameters), None)
+        if named is not None or not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            return named
+    return None
 
 
 def _cache_name(base: nn.Module, owner: nn.Module) -> str:

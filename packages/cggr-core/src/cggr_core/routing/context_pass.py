@@ -1,5 +1,7 @@
 """The context pass: runs all tokens through the first layers and records keys, values and the head's input."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_core.routing.architectures import Architecture
+from cggr_core.routing.architectures import CACHE_NAMES, Architecture
 from cggr_core.routing.attention import implementation
 from cggr_core.routing.cache import RecordingCache
 from cggr_core.routing.hooks import has_hooks
@@ -91,12 +93,14 @@ def context_pass(
         length=inputs.shape[1], keep_graph=keep_graph, shared=inputs.shared, places=architecture.places
     )
     resume: list[Tensor] = []
-
+    at_layers = gives_layers_the_cache(architecture, inputs)
     remakes = keep_graph and not saved_tensors_are_hooked()
     device_type = inputs.position_ids.device.type
 
     def run(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = with_layer_input(args, kwargs, layer_input(args, kwargs).detach())
+        if at_layers:
+            args, kwargs = with_cache(architecture.layers[number], args, kwargs, cache)
         # The cache's update switches gradients off again: only keys and values keep their graph.
         with (
             torch.set_grad_enabled(keep_graph),
@@ -125,7 +129,8 @@ def context_pass(
         head_read_by(architecture, read_head),
     ):
         arguments = {**inputs.arguments(), **inputs.quiet}
-        output = model(**arguments, **{architecture.cache_name: cache}, use_cache=True)
+        arguments |= {"use_cache": False} if at_layers else {architecture.cache_name: cache, "use_cache": True}
+        output = model(**arguments)
     missing = sorted(set(range(depth)) - cache.recorded.keys())
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
@@ -133,16 +138,47 @@ def context_pass(
     return Context(cache.recorded, resume[0] if resume else None, depth, logits, outputs)
 
 
+def gives_layers_the_cache(architecture: Architecture, inputs: TokenInputs) -> bool:
+    """Whether a pass gives its cache to the layers rather than the model; shared tokens are known to a cache alone."""
+    return architecture.cache_at_layers and inputs.shared is None
+
+
+def with_cache(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments from a model without a cache, with one."""
+    for part in layer.modules():  # inside a wrapper, if there is one
+        place = _cache_place(type(part))
+        if place is not None:
+            number, name = place
+            if number < len(args):
+                return (*args[:number], cache, *args[number + 1 :]), kwargs
+            return args, {**kwargs, name: cache}
+    return args, kwargs
+
+
+@functools.cache
+def _cache_place(kind: type[nn.Module]) -> tuple[int, str] | None:
+    """Place, after ``self``, and name of the cache among the arguments of a layer's forward, or of its base's."""
+    for forward in filter(None, (vars(base).get("forward") for base in kind.__mro__)):
+        names = list(inspect.signature(forward).parameters)[1:]
+        found = next((name for name in (*CACHE_NAMES, "layer_past") if name in names), None)
+        if found is not None:
+            return names.index(found), found
+    return None
+
+
 @contextmanager
 def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenInputs) -> Iterator[None]:
     # transformers detects packed documents only without a cache, so the mask built here separates them; without padding
     # and packing, its own shortcuts (plain causal attention) still apply.
-    if inputs.segment is None and inputs.padding is None and inputs.shared is None:
-        with whole_rows():
+    own_documents = gives_layers_the_cache(architecture, inputs)
+    if inputs.padding is None and inputs.shared is None and (own_documents or inputs.segment is None):
+        with nullcontext() if own_documents else whole_rows():
             yield
         return
     choose = implementation(model, inputs.position_ids.device.type)
-    with attention_implementation(architecture, choose), routed_masks(inputs.visibility()):
+    with attention_implementation(architecture, choose), routed_masks(inputs.visibility(), own_documents=own_documents):
         yield
 
 

@@ -15,9 +15,9 @@ from cggr_core.routing.gradient_pass import gradient_pass
 from cggr_core.routing.inputs import TokenInputs, token_inputs
 from cggr_core.routing.loss_agreement import auxiliary_loss
 from cggr_core.routing.loss_arguments import LossArguments, loss_arguments, taken_apart
-from cggr_core.routing.masks import unseen_masks, whole_rows
+from cggr_core.routing.masks import packed_segments, unseen_masks, whole_rows
 from cggr_core.routing.outputs import ReusableOutputs
-from cggr_core.routing.patches import nothing_left, recomputes_with_torch, without_random_states
+from cggr_core.routing.patches import documents_found_by, nothing_left, recomputes_with_torch, without_random_states
 from cggr_core.routing.precision import LowPrecision
 from cggr_core.routing.sharding import GatheredWeights
 from cggr_core.routing.shared import KeyValue
@@ -224,7 +224,8 @@ class Engine:
         """
         self._capturable = True
         try:
-            yield
+            with documents_found_by(packed_segments):
+                yield
         finally:
             self._capturable = False
 
@@ -237,7 +238,7 @@ class Engine:
 
     def _forward(self, arguments: dict[str, Any]) -> Any:
         given = any(arguments.get(name) is not None for name in ("attention_mask", "position_ids"))
-        known_whole = self._findings.counts_positions and not given
+        known_whole = not (self._findings.description.cache_at_layers or given)
         around = unseen_masks() if self._capturable else nullcontext()
         states = without_random_states(self.architecture) if self._capturable else nullcontext()
         with whole_rows() if known_whole else around, states:

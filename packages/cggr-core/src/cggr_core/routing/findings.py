@@ -17,8 +17,9 @@ from cggr_core.routing.loads import count_loads
 from cggr_core.routing.loss_agreement import check_reads
 from cggr_core.routing.patches import nothing_left
 from cggr_core.routing.probe import Probe, probe, probe_whole_rows
+from cggr_core.routing.rare_tokens import probe_rare_tokens
 from cggr_core.routing.sharding import shards_layers
-from cggr_core.routing.structure import Settings, leaves_positions_to_transformers, structure
+from cggr_core.routing.structure import Settings, structure
 
 
 class Findings:
@@ -30,11 +31,9 @@ class Findings:
     Attributes:
         model: The model.
         description: Its description, before any check.
-        counts_positions: Whether the model numbers a row's tokens if a batch has no positions, whatever the tokens are.
     """
 
     description: Architecture
-    counts_positions: bool
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes depend on its class
@@ -49,13 +48,13 @@ class Findings:
         self._may_be_compiled = True
         self.description = describe(self.model)
         self._structure = structure(self.model)
-        self.counts_positions = leaves_positions_to_transformers(self.model, self.description.layers)
         if self._settings is None:
             self._settings = Settings(self.model)
         else:
             self._settings.look_at(self.model)
         self._probe: Probe | None = None
         self._probed: set[str] = set()
+        self._routed = 0
         self._probed_lengths: dict[frozenset[str], int] = {}  # of the longest rows, by the batch's features
         self._loss_sizes: dict[frozenset[str], tuple[int, int]] = {}  # of the largest batches whose loss was checked
         self._loads = count_loads(self.model)
@@ -109,7 +108,8 @@ class Findings:
         """Probe the model on its first batch, after weights were loaded, and on batches that are new in some way.
 
         A batch is new if its rows are longer than before, or if it is the first with padding, position ids or some
-        other input.
+        other input. A model with code of others, of which a batch may show nothing, is also compared on tokens that the
+        first batch does not hold, and again on batches 2, 4, 8 and so on.
 
         Args:
             inputs: The batch.
@@ -137,8 +137,12 @@ class Findings:
             )
         length, form = inputs.shape[1], inputs.form
         new = length > self._probed_lengths.get(form, 0)
-        if new and shards_layers(self.description.layers):
+        sharded = shards_layers(self.description.layers)
+        if new and sharded:
             new = False  # all ranks must look in the same step, and their batches differ
+        self._routed += routing
+        # A batch may show nothing of what code of others does.
+        again = routing and self.description.own_code and self._routed.bit_count() == 1
         loaded = self._loads.count != self._loads_seen
         if self._probe is None or not wanted <= self._probed or loaded:
             self._looks += 1
@@ -156,10 +160,13 @@ class Findings:
                     "tensor",
                     stacklevel=4,
                 )
-        elif routing and new:
+        elif routing and (new or (again and not sharded)):
             with nothing_left(self.model, inputs.position_ids.device):
                 self._probe = probe_whole_rows(self.model, self._probe, inputs)
-            self._probed_lengths[form] = length
+            self._probed_lengths[form] = max(self._probed_lengths.get(form, 0), length)
+        if again and self._routed == 1 and self.architecture.obstacle is None and "input_ids" in inputs.per_token:
+            with nothing_left(self.model, inputs.position_ids.device):
+                self._probe = probe_rare_tokens(self.model, self._probe, inputs, sharded=sharded)
         if routing and self.architecture.obstacle is not None:
             raise ValueError(
                 f"gradient='kv' and 'detached' route keys and values, but {self.architecture.obstacle}; use "

@@ -21,8 +21,10 @@ from cggr_core.routing.cache import RoutedCache
 from cggr_core.routing.context_pass import (
     Context,
     HeadReader,
+    gives_layers_the_cache,
     head_read_by,
     layer_input,
+    with_cache,
 )
 from cggr_core.routing.inputs import TokenInputs
 from cggr_core.routing.layer_rows import LayerRows
@@ -78,6 +80,7 @@ def gradient_pass(
         RuntimeError: If a layer did not use the cache.
     """
     index, length = selection.index, inputs.shape[1]
+    at_layers = gives_layers_the_cache(architecture, inputs)
     attention = implementation(model, index.device.type)
     adapters = InvokedAdapters(model, length)
     others = None
@@ -114,12 +117,18 @@ def gradient_pass(
     with (
         without_checkpointing(architecture),
         attention_implementation(architecture, attention),
-        routed_masks(inputs.visibility(), taken_apart=True),
+        routed_masks(
+            inputs.visibility(),
+            own_documents=at_layers,
+            taken_apart=True,
+        ),
         replaced_forwards(forwards),
         head_read_by(architecture, None if read_head is None else kept.reader(read_head)),
         nullcontext() if inputs.shared is None else cache.remade.saving(),
     ):
-        output = model(**inputs.arguments(), **{architecture.cache_name: cache}, use_cache=True)
+        arguments = inputs.arguments()
+        arguments |= {"use_cache": False} if at_layers else {architecture.cache_name: cache, "use_cache": True}
+        output = model(**arguments)
     missing = sorted(set(range(len(architecture.layers))) - cache.updated)
     if missing:
         raise RuntimeError(f"layers {missing} did not pass their keys and values through the cache")
@@ -148,6 +157,7 @@ class _KeptTokens:
         self._attention = attention
         self._keep_graph = keep_graph
         self._preserve_rng_state = preserve_rng_state
+        self._at_layers = gives_layers_the_cache(architecture, inputs)
         beyond_kept = keep_graph or (inputs.shared is not None and inputs.shared.takes_gradients)
         key_gradient = "all" if beyond_kept else "kept"
         self._rows = LayerRows(selection.index, inputs.shape[1], key_gradient=key_gradient)
@@ -184,6 +194,8 @@ class _KeptTokens:
         self, number: int, forward: Callable[..., Any], others: OtherTokens | None, *args: Any, **kwargs: Any
     ) -> Any:
         self._cache.in_layers = True
+        if self._at_layers:
+            args, kwargs = with_cache(self._architecture.layers[number], args, kwargs, self._cache)
         whole = hidden = layer_input(args, kwargs)
         if number == 0:
             hidden = self._rows.hidden(whole)

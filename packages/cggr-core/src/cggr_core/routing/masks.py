@@ -218,14 +218,20 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
     return window is not None and rest == [causal_mask_function], window
 
 
-def routed_masks(visibility: Visibility, *, taken_apart: bool = False) -> AbstractContextManager[None]:
+def routed_masks(
+    visibility: Visibility, *, own_documents: bool = False, taken_apart: bool = False
+) -> AbstractContextManager[None]:
     """Within the block, make the models' mask builders build masks for the queries of a pass.
 
     Args:
         visibility: What the queries may attend to.
+        own_documents: Whether the documents of packed rows are those of the position ids that the model itself passes
+            to the builders in a forward without a cache, rather than the visibility's.
         taken_apart: Whether layers run on only some of the queries; see
             :class:`~cggr_core.routing.layer_rows.LayerRows`.
     """
+    if own_documents:
+        visibility = replace(visibility, segment=None)
 
     def change(name: str, build: MaskBuilder) -> MaskBuilder:
         if name in (ROUTED, ROUTED_UNCAPPED):

@@ -22,7 +22,7 @@ _OF_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _OF_THE_CONFIG = (*_OF_THE_HEAD, "output_router_logits", "_attn_implementation", "num_hidden_layers", "decoder_layers")
 _OF_THE_MODEL = (*_OF_THE_HEAD, "loss_function", "_loss_function", "loss_type")
 _LOSSES = ("loss_function", "_loss_function")
-_KNOWN = ("torch.", "transformers.", "peft.", "accelerate.")
+_KNOWN = ("torch.", "transformers.")
 # Switches that do not affect what a forward computes, and noise rates, which comparisons set to 0; the rate at which
 # layers are dropped is neither.
 _NOT_READ = cache(re.compile(r"^_|^training$|^gradient_checkpointing$|^use_cache$|(?<!layer)drop|jitter").search)
@@ -86,24 +86,6 @@ def _functions_named(forward: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
     return tuple(name for name in own.__code__.co_names if isinstance(values.get(name), FunctionType)), values
 
 
-def leaves_positions_to_transformers(model: nn.Module, layers: nn.ModuleList) -> bool:
-    """Whether positions that a caller leaves out count a row's tokens, whatever they are.
-
-    Code of others around a model's layers (a subclass's forward, a hook) may derive them, and with them packed
-    documents, from the tokens.
-
-    Args:
-        model: The model.
-        layers: Its layers.
-    """
-    base = unwrapped(model)
-    names = next((name.split(".") for name, module in base.named_modules() if module is layers), [])
-    around = [model, *(base.get_submodule(".".join(names[:count])) for count in range(len(names)))]
-    return not any(_of_others(module._forward_pre_hooks) for module in around) and all(
-        str(getattr(module.forward, "__module__", "")).startswith(_KNOWN) for module in around
-    )
-
-
 def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
     # Hooks of torch and transformers themselves only observe (a FLOP counter, a collector of hidden states) or load
     # weights, and come and go.
@@ -111,7 +93,7 @@ def _of_others(*registered: Mapping[int, Any]) -> list[Any]:
         hook
         for hooks in registered
         for hook in hooks.values()
-        if not str(getattr(hook, "__module__", "")).startswith(_KNOWN[:2])
+        if not str(getattr(hook, "__module__", "")).startswith(_KNOWN)
     ]
 
 

@@ -9,6 +9,7 @@ from cggr_core.routing.patches.attention import (
     MaskBuilder,
     attention_implementation,
     changed_mask_builders,
+    documents_found_by,
     register_attention,
 )
 from cggr_core.routing.patches.checkpointing import (
@@ -41,6 +42,7 @@ __all__ = [
     "attention_implementation",
     "attention_of_any_mask",
     "changed_mask_builders",
+    "documents_found_by",
     "evaluation_mode",
     "forward_replaced_by",
     "grown_parameters",

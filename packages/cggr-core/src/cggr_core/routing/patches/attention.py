@@ -77,6 +77,16 @@ def changed_mask_builders(change: ChangeBuilder, *, documents: FindDocuments | N
         _change_of_builders.reset(changed)
 
 
+@contextmanager
+def documents_found_by(find: FindDocuments) -> Iterator[None]:
+    """Use another function to find packed documents, wherever mask builders are changed within the block."""
+    told = _documents.set(find)
+    try:
+        yield
+    finally:
+        _documents.reset(told)
+
+
 def register_attention(name: str, attend: Callable[..., Any], build_mask: MaskBuilder) -> None:
     """Register an attention implementation with transformers.
 
