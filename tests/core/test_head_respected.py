@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from cggr_core import CGGRModel
-from tests.support.reference_routing import gradients, relative_error
+from tests.support.model_steps import assert_plain_step
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
 SIZES = {
@@ -47,15 +47,9 @@ def given_a_forward(head):
 def test_what_is_around_the_head_counts(around, gradient):
     model, input_ids = ROUTABLE["llama"](), tokens()
     around(model.lm_head)
-    plain = model(input_ids=input_ids, labels=input_ids).loss
-    plain.backward()
-    wanted = gradients(model)
     wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
     with pytest.warns(UserWarning, match="its own logits are used"):
-        loss = wrapped(input_ids, labels=input_ids)
-    loss.backward()
-    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
-    assert relative_error(gradients(model), wanted) <= 1e-5
+        assert_plain_step(wrapped, model, input_ids)
     with warnings.catch_warnings(action="error"):
         wrapped(input_ids, labels=input_ids)  # said once
 
@@ -149,13 +143,7 @@ def test_what_follows_the_head_in_training_or_learns_counts(kind, gradient):
     model, input_ids = kind(transformers.LlamaConfig(**SIZES, initializer_range=0.2)).train(), tokens()
     wrapped = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()
     for _ in range(2):  # with parameters that change nothing at first, and do after a step
-        plain = model(input_ids=input_ids, labels=input_ids).loss
-        plain.backward()
-        wanted = gradients(model)
-        loss = wrapped(input_ids, labels=input_ids)
-        loss.backward()
-        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
-        assert relative_error(gradients(model), wanted) <= 1e-5
+        assert_plain_step(wrapped, model, input_ids)
         with torch.no_grad():
             model.bias += torch.linspace(-1.0, 1.0, VOCAB)
             model.temperature += 0.3
@@ -212,13 +200,7 @@ def test_a_head_of_several_layers_is_run_as_it_is(gradient):
     model, input_ids = ROUTABLE["llama"](), tokens()
     torch.manual_seed(0)
     model.lm_head = mlp_head()
-    plain = model(input_ids=input_ids, labels=input_ids).loss
-    plain.backward()
-    wanted = gradients(model)
-    loss = CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train()(input_ids, labels=input_ids)
-    loss.backward()
-    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
-    assert relative_error(gradients(model), wanted) <= 1e-5
+    assert_plain_step(CGGRModel(model, gradient=gradient, min_tokens_ratio=1.0).train(), model, input_ids)
 
 
 @pytest.mark.filterwarnings("ignore:the head of:UserWarning")

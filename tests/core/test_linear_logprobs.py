@@ -4,31 +4,12 @@ import torch
 from cggr_core import head_chunks
 from cggr_core.logprobs.linear import linear_logprobs, linear_logprobs_by_autograd, logits_logprobs
 from tests.support.allocations import largest_allocation
-
-KINDS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 1.5},
-    "scale": {"scale": 0.3},
-    "all": {"bias": True, "softcap": 1.5, "scale": 0.3},
-}
+from tests.support.linear_heads import KINDS, operands
 
 
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch):
     monkeypatch.setattr(head_chunks, "_CPU_CHUNK", 100)
-
-
-def operands(N=7, H=5, V=23, dtype=torch.float64, kind="plain"):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, H, dtype=dtype, generator=generator).requires_grad_()
-    weight = torch.randn(V, H, dtype=dtype, generator=generator).requires_grad_()
-    targets = torch.randint(0, V, (N,), generator=generator)
-    targets[2] = -100
-    head = dict(KINDS[kind])
-    if "bias" in head:
-        head["bias"] = torch.randn(V, dtype=dtype, generator=generator).requires_grad_()
-    return hidden, weight, targets, head
 
 
 @pytest.mark.parametrize("entropy", [False, True])

@@ -4,32 +4,14 @@ import torch
 from cggr_core import backends, head_chunks
 from cggr_core.linear_loss import linear_cross_entropy, linear_cross_entropy_by_autograd
 from tests.support.allocations import largest_allocation
+from tests.support.linear_heads import KINDS, operands
 
 REDUCTIONS = ("sum", "none")
-KINDS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 1.5},
-    "scale": {"scale": 0.3},
-    "all": {"bias": True, "softcap": 1.5, "scale": 0.3},
-}
 
 
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch):
     monkeypatch.setattr(head_chunks, "_CPU_CHUNK", 100)
-
-
-def operands(N=7, H=5, V=23, dtype=torch.float64, kind="plain"):
-    hidden = torch.randn(N, H, dtype=dtype, requires_grad=True)
-    weight = torch.randn(V, H, dtype=dtype, requires_grad=True)
-    targets = torch.randint(0, V, (N,))
-    if N > 2:
-        targets[2] = -100
-    head = dict(KINDS[kind])
-    if "bias" in head:
-        head["bias"] = torch.randn(V, dtype=dtype, requires_grad=True)
-    return hidden, weight, targets, head
 
 
 def by_autograd(

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from cggr_core import CGGRModel, Selection, create_truncated_router
 from cggr_core.routing import findings
-from tests.support.reference_routing import gradients, relative_error
+from tests.support.model_steps import assert_plain_step
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
@@ -91,13 +91,7 @@ def test_a_change_after_wrapping_counts(change, stepped, gradient):
     if stepped:
         wrapped(tokens(), labels=tokens())
     changed, input_ids = change(model).train(), tokens(CHANGES[change])
-    plain = changed(input_ids=input_ids, labels=input_ids).loss
-    plain.backward()
-    wanted = gradients(model)
-    loss = wrapped(input_ids, labels=input_ids)
-    loss.backward()
-    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
-    assert relative_error(gradients(model), wanted) <= 1e-5
+    assert_plain_step(wrapped, changed, input_ids)
 
 
 def with_fewer_layers(model, wrapped):

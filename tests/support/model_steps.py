@@ -3,7 +3,7 @@
 import torch
 
 from cggr_core import CGGRModel
-from tests.support.reference_routing import gradients
+from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import VOCAB
 
 MODES = ("exact", "kv", "detached", "sequence")
@@ -21,6 +21,16 @@ def backward(wrapped: CGGRModel, input_ids, **inputs):
     loss = wrapped(input_ids, **inputs)
     loss.backward()
     return loss.detach(), gradients(wrapped.model)
+
+
+def assert_plain_step(wrapped: CGGRModel, model: torch.nn.Module, input_ids: torch.Tensor) -> None:
+    """A step that keeps every token has the loss and gradients of ``model``: the wrapped one, or a wrapper of it."""
+    plain = model(input_ids=input_ids, labels=input_ids).loss
+    plain.backward()
+    wanted = gradients(wrapped.model)
+    loss, found = backward(wrapped, input_ids)
+    torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-6)
+    assert relative_error(found, wanted) <= 1e-5
 
 
 def routed(model, gradient="kv", engine=None, **settings) -> CGGRModel:

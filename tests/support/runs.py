@@ -5,6 +5,7 @@ import signal
 
 from cggr_train.checkpoint import latest_checkpoint
 from cggr_train.presets import load_model
+from cggr_train.run import resume_run, start_run
 from cggr_train.settings import TrainSettings
 
 
@@ -32,3 +33,18 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(module._Run, "_after_step", after_step)
+
+
+def assert_continues_exactly(wanted, folder, console, monkeypatch, *, interrupted_at):
+    """A run that is interrupted after a step and resumed ends with the weights of one that was not.
+
+    The runs are in ``folder / "whole"`` and ``folder / "parts"``; what the interrupted and the resumed one returned.
+    """
+    start_run(wanted, folder / "whole", console)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, interrupted_at)
+        stopped = start_run(wanted, folder / "parts", console)
+    resumed = resume_run(folder / "parts", console)
+    whole, parts = parameters(folder / "whole"), parameters(folder / "parts")
+    assert all(parameter.equal(parts[key]) for key, parameter in whole.items())
+    return stopped, resumed

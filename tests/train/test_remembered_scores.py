@@ -22,7 +22,7 @@ from cggr_train.log import read_log
 from cggr_train.presets import build_config, build_model
 from cggr_train.remembered_file import FILE_NAME, fingerprint, load_remembered, save_remembered
 from cggr_train.run import resume_run, start_run
-from tests.support.runs import interrupt_at, parameters, settings
+from tests.support.runs import assert_continues_exactly, interrupt_at, settings
 
 REMEMBERED = {"method": "cggr", "routing": Routing(router="remembered", selection="sampled")}
 
@@ -148,13 +148,7 @@ class TestRun:
 
     def test_resume_continues_exactly(self, tmp_path, data_files, console, monkeypatch):
         wanted = settings(data_files, **{**REMEMBERED, "steps": 10, "batch_size": 32})
-        start_run(wanted, tmp_path / "whole", console)
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 5)
-            start_run(wanted, tmp_path / "parts", console)
-        resume_run(tmp_path / "parts", console)
-        whole, parts = parameters(tmp_path / "whole"), parameters(tmp_path / "parts")
-        assert all(parameter.equal(parts[key]) for key, parameter in whole.items())
+        assert_continues_exactly(wanted, tmp_path, console, monkeypatch, interrupted_at=5)
         files = [latest_checkpoint(tmp_path / part / "checkpoints") / FILE_NAME for part in ("whole", "parts")]
         scores = [load_file(path) for path in files]
         assert all(scores[0][name].equal(scores[1][name]) for name in ("score", "observed"))
@@ -186,13 +180,7 @@ class TestRun:
 
     def test_a_learned_router_resumes_exactly(self, tmp_path, data_files, console, monkeypatch):
         wanted = settings(data_files, method="cggr", routing=Routing(router="learned", router_depth=1))
-        start_run(wanted, tmp_path / "whole", console)
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 3)
-            start_run(wanted, tmp_path / "parts", console)
-        resume_run(tmp_path / "parts", console)
-        whole, parts = parameters(tmp_path / "whole"), parameters(tmp_path / "parts")
-        assert all(parameter.equal(parts[key]) for key, parameter in whole.items())
+        assert_continues_exactly(wanted, tmp_path, console, monkeypatch, interrupted_at=3)
         train = [record for record in read_log(tmp_path / "parts" / "log.jsonl") if record["event"] == "train"]
         assert all("router_correlation" in record for record in train)
 

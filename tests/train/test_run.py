@@ -14,7 +14,7 @@ from cggr_train.log import JsonlLog, read_log
 from cggr_train.presets import load_model
 from cggr_train.run import resume_run, start_run
 from cggr_train.tokenizer import load_tokenizer
-from tests.support.runs import interrupt_at, parameters, settings
+from tests.support.runs import assert_continues_exactly, interrupt_at, settings
 
 METHODS = {
     "standard": {"method": "standard"},
@@ -50,16 +50,10 @@ def test_a_run_leaves_everything_it_promises(tmp_path, data_files, console, monk
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_continues_exactly(tmp_path, data_files, console, monkeypatch, name):
     wanted = settings(data_files, **METHODS[name])
-    start_run(wanted, tmp_path / "whole", console)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        stopped = start_run(wanted, tmp_path / "parts", console)
+    stopped, resumed = assert_continues_exactly(wanted, tmp_path, console, monkeypatch, interrupted_at=3)
     assert stopped.exit_code == 130
     assert stopped.checkpoint.name == "step-00000003"
-    resumed = resume_run(tmp_path / "parts", console)
     assert resumed.exit_code == 0
-    whole, parts = parameters(tmp_path / "whole"), parameters(tmp_path / "parts")
-    assert all(parameter.equal(parts[key]) for key, parameter in whole.items())
     states = [load_training_state(latest_checkpoint(tmp_path / part / "checkpoints")) for part in ("whole", "parts")]
     assert states[0].learner == states[1].learner
     assert states[0].random["cpu"].equal(states[1].random["cpu"])

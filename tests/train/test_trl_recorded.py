@@ -25,6 +25,16 @@ def make(tmp_path, tokenizer):
     return lambda kind, config, cggr, **values: trainer_of(kind, config, tmp_path, tokenizer, cggr, **values)
 
 
+def same_updates(made, plain, batches):
+    """Update both trainers with each batch; their losses and gradients are equal. Yields the gradients."""
+    for batch in batches:
+        wanted, expected = step(plain, batch)
+        found, ours = step(made, batch)
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert error(ours, expected) <= 1e-6
+        yield expected
+
+
 def recording(made):
     """The trainer, with its passes recorded on the CPU by doing them again."""
     runs = made._task_loss.forward().runs
@@ -41,12 +51,8 @@ def test_the_numbers_of_the_updates_as_they_are(make, tokenizer, name, gradient)
     plain = make(kind, config, CGGRConfig(**settings), **values)
     made = make(kind, config, CGGRConfig(cuda_graph="auto", **settings), **values)
     recorder, replays = recording(made), []
-    for batch in updates(plain, name, len(tokenizer)):
-        wanted, expected = step(plain, batch)
-        found, ours = step(made, batch)
+    for _ in same_updates(made, plain, updates(plain, name, len(tokenizer))):
         replays.append(recorder.replayed)
-        assert found == pytest.approx(wanted, rel=1e-6)
-        assert error(ours, expected) <= 1e-6
         for metric, count in plain._task_loss.metrics.items():
             assert made._task_loss.metrics[metric] == count
     assert replays[0] is False and replays[-2:] == [True, True]
@@ -82,13 +88,9 @@ def test_with_what_changes_a_pass(make, tokenizer, case):
     if case == "checkpointing":
         for one in (plain, made):
             one.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for batch in updates(plain, case, len(tokenizer)):
-        wanted, expected = step(plain, batch)
-        found, ours = step(made, batch)
+    for gradients in same_updates(made, plain, updates(plain, case, len(tokenizer))):
         replays.append(recorder.replayed)
-        assert found == pytest.approx(wanted, rel=1e-6)
-        assert error(ours, expected) <= 1e-6
-        for one, gradients in ((plain, expected), (made, expected)):
+        for one in (plain, made):
             with torch.no_grad():
                 for name, parameter in one.model.named_parameters():
                     if name in gradients:
