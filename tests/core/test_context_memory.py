@@ -259,7 +259,7 @@ def of_block(block, *, made_again, mixed=False, backward_mixed=None, between=Non
     linears = (block.a, block.b, block.c, block.d)
     architecture = SimpleNamespace(norms=((block.norm, block.other),), linears=(linears,), layers=[block])
     parameters = dict(block.named_parameters())
-    with autocast(mixed), remade.remade_norms(architecture, 0, "cpu") if made_again else nullcontext():
+    with autocast(mixed), remade.remade_norms(architecture, 0) if made_again else nullcontext():
         out = block(x, **how)
     if between is not None:
         between(block, x)
@@ -351,7 +351,7 @@ def test_which_modules_of_a_layer_are_called_in_another_way():
         change(block)
         norms = (block.norm, block.other)
         architecture = SimpleNamespace(norms=(norms,), linears=((block.a, block.b),), layers=[block])
-        with remade.remade_norms(architecture, 0, "cpu"):
+        with remade.remade_norms(architecture, 0):
             found = {name for name, part in block.named_children() if "forward" in vars(part)}
         assert not any("forward" in vars(part) for part in block.modules())
         return found

@@ -76,9 +76,9 @@ def test_keys_and_values_alone_have_a_graph_and_only_where_it_is_kept(keep_graph
 def test_norms_are_remade_where_nobody_else_watches_what_is_saved(keep_graph, watched, monkeypatch):
     passes, remade = Passes(), []
 
-    def noted(architecture, number, device_type, make=context_passes.remade_norms):
+    def noted(architecture, number, make=context_passes.remade_norms):
         remade.append(number)
-        return make(architecture, number, device_type)
+        return make(architecture, number)
 
     monkeypatch.setattr(context_passes, "remade_norms", noted)
     with torch.autograd.graph.save_on_cpu() if watched else nullcontext():

@@ -66,7 +66,7 @@ def test_a_norm_is_computed_once_more_however_many_read_it():
 
     for trained in (True, False):
         norm, linears = Counted(6).requires_grad_(trained), (nn.Linear(6, 5), nn.Linear(6, 4))
-        with remade.remade_norms(layer(norm, linears=linears), 0, "cpu"):
+        with remade.remade_norms(layer(norm, linears=linears), 0):
             made = norm(rows(3, 6))
             out = torch.cat([linear(made) for linear in linears], 1)
         calls.clear()
@@ -77,7 +77,7 @@ def test_a_norm_is_computed_once_more_however_many_read_it():
 
 def test_norms_are_held_until_keys_and_values_are_passed_on():
     first, second, x = nn.LayerNorm(6), nn.LayerNorm(6), rows(3, 6)
-    with remade.remade_norms(layer(first, second), 0, "cpu"):
+    with remade.remade_norms(layer(first, second), 0):
         made = weakref.ref(first(x))
         assert made() is not None, "another tensor could take its memory"
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_norm_with_a_product_runs_under_the_autocast_of_its_forward():
         forward = norm.forward
         with torch.autocast("cpu", BF16):
             if again:
-                with remade.remade_norms(layer(norm, linears=(linear,)), 0, "cpu"):
+                with remade.remade_norms(layer(norm, linears=(linear,)), 0):
                     out = linear(norm(rows(3, 6)))
             else:
                 out = linear(forward(rows(3, 6)))
@@ -126,7 +126,7 @@ class Casts(TorchDispatchMode):
 def test_projections_of_one_norm_share_a_cast_of_it():
     norms_of, linears = (nn.LayerNorm(6), nn.LayerNorm(6)), tuple(nn.Linear(6, 5) for _ in range(4))
     with (
-        remade.remade_norms(layer(*norms_of, linears=linears), 0, "cpu"),
+        remade.remade_norms(layer(*norms_of, linears=linears), 0),
         torch.autocast("cpu", BF16),
         Casts((3, 6)) as casts,
     ):
@@ -158,5 +158,5 @@ def test_a_shared_product_has_no_second_derivative():
 def test_linear_layers_are_left_alone_where_no_norm_is_recomputed():
     norm, linear = nn.LayerNorm(6), nn.Linear(6, 5)
     norm.register_forward_hook(lambda *_: None)
-    with remade.remade_norms(layer(norm, linears=(linear,)), 0, "cpu"):
+    with remade.remade_norms(layer(norm, linears=(linear,)), 0):
         assert "forward" not in vars(norm) and "forward" not in vars(linear)

@@ -95,7 +95,6 @@ def context_pass(
     resume: list[Tensor] = []
     at_layers = gives_layers_the_cache(architecture, inputs)
     remakes = keep_graph and not saved_tensors_are_hooked()
-    device_type = inputs.position_ids.device.type
 
     def run(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = with_layer_input(args, kwargs, layer_input(args, kwargs).detach())
@@ -104,7 +103,7 @@ def context_pass(
         # The cache's update switches gradients off again: only keys and values keep their graph.
         with (
             torch.set_grad_enabled(keep_graph),
-            remade_norms(architecture, number, device_type) if remakes else nullcontext(),
+            remade_norms(architecture, number) if remakes else nullcontext(),
         ):
             return forward(*args, **kwargs)
 

@@ -84,7 +84,7 @@ class OtherTokens:
                 self._adapters.at(self.index),
                 without_checkpoint_wrappers(self._architecture),
                 nullcontext() if self._precision is None else self._precision(layer),
-                remade_norms(self._architecture, layer, self.index.device.type) if self._keep_graph else nullcontext(),
+                remade_norms(self._architecture, layer) if self._keep_graph else nullcontext(),
                 suppress(LastLayerReachedError),
             ):
                 output = contextvars.Context().run(self._forwards[layer], *args, **kwargs)

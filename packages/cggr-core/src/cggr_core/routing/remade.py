@@ -28,7 +28,7 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def remade_norms(architecture: Architecture, layer: int, device_type: str) -> Iterator[None]:
+def remade_norms(architecture: Architecture, layer: int) -> Iterator[None]:
     """Do not save norms of a layer's input for the backward pass of what the block computes.
 
     The numbers of the forward do not change, and gradients only by rounding. Saved-tensor hooks entered before the
@@ -39,7 +39,6 @@ def remade_norms(architecture: Architecture, layer: int, device_type: str) -> It
     Args:
         architecture: Of the model.
         layer: Number of the layer that is called in the block, on hidden states without a graph.
-        device_type: Of the hidden states.
     """
     segment = _Segment()
     forwards: dict[nn.Module, Forward] = {
