@@ -25,21 +25,9 @@ def test_public_names_are_those_of_core(name):
     assert name in cggr.__all__
 
 
-@pytest.mark.parametrize("name", ["LearnedRouter", "RememberedScores"])
-@pytest.mark.parametrize("package", [cggr, cggr_core])
-def test_names_that_have_moved_say_where(package, name):
-    with pytest.warns(DeprecationWarning, match=f"from cggr_core.experimental import {name}") as warned:
-        found = getattr(package, name)
-    assert found is getattr(import_module("cggr_core.experimental"), name)
-    assert warned[0].filename == __file__
-    assert name not in package.__all__
-
-
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'cggr' has no attribute 'nonsense'"):
         cggr.nonsense  # noqa: B018
-    with pytest.raises(AttributeError, match="module 'cggr_core' has no attribute 'nonsense'"):
-        cggr_core.nonsense  # noqa: B018
 
 
 def test_an_optional_name_is_looked_up_when_used(monkeypatch):

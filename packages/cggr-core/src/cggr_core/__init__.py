@@ -4,9 +4,7 @@ Pure torch. transformers is needed only by what runs a Hugging Face model (:clas
 imported when they are first used.
 """
 
-import warnings
 from importlib.metadata import version
-from typing import Any
 
 from cggr_core.coefficients import loss_coefficients
 from cggr_core.linear_loss import linear_cross_entropy
@@ -60,15 +58,3 @@ __all__ = [
     "keep_nonzero",
     "__version__",
 ]
-
-_EXPERIMENTAL = ("LearnedRouter", "RememberedScores")
-
-
-def __getattr__(name: str) -> Any:
-    # For one release the old place hands the name on.
-    if name not in _EXPERIMENTAL:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cggr_core import experimental
-
-    warnings.warn(f"{name} has moved: from cggr_core.experimental import {name}", DeprecationWarning, stacklevel=2)
-    return getattr(experimental, name)

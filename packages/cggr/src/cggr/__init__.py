@@ -4,7 +4,6 @@ This package re-exports the public names of ``cggr_core``. Names of the optional
 the package is missing, the error says how to install it.
 """
 
-import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -59,9 +58,6 @@ _OPTIONAL: dict[str, str] = {
 
 
 def __getattr__(name: str) -> Any:  # typed as object, no name would be callable for a type checker
-    if name in ("LearnedRouter", "RememberedScores"):  # for one release
-        warnings.warn(f"{name} has moved: from cggr_core.experimental import {name}", DeprecationWarning, stacklevel=2)
-        return getattr(import_module("cggr_core.experimental"), name)
     if name not in _OPTIONAL:
         raise AttributeError(f"module 'cggr' has no attribute {name!r}")
     module = _OPTIONAL[name]
