@@ -74,6 +74,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 # Tokens without a gradient run in FP8.
 LOW = ", fp8 context"
+# Only the head's product that scores are made from runs in FP8.
+LOW_SCORES = ", fp8 scores"
 # Kept tokens reuse what linear layers made of them in the context pass.
 REUSED = ", outputs reused"
 # The routed passes run norms, rotary embeddings and gated activations in fused ops; this is the standard step with
@@ -258,6 +260,8 @@ def make_step(model: nn.Module, tokens: Tensor, variant: str, ratio: float) -> C
     more["context_precision"] = "fp8" if variant.endswith(LOW) else None
     variant = variant.removesuffix(LOW)
     more["reuse_outputs"], variant = variant.endswith(REUSED), variant.removesuffix(REUSED)
+    more["score_precision"] = "fp8" if variant.endswith(LOW_SCORES) else None
+    variant = variant.removesuffix(LOW_SCORES)
     if variant.removesuffix(GIVEN) == "kv" + SUPERVISED:
         step = supervised_step(model, tokens, given=variant.endswith(GIVEN), **more)
     else:
@@ -299,7 +303,7 @@ def variants_of(shape: Shape) -> list[str]:
         FUSED,
         CHECKPOINTED,
         *main_variants,
-        *(name + REUSED for name in main_variants[:2]),
+        *(name + scores + REUSED for scores in ("", LOW_SCORES) for name in main_variants[:2]),
         *([*low[:4], *by_themselves] if cuda and not shape.launch_bound else []),
         *supervised,
         *(controls if cuda else []),

@@ -9,6 +9,7 @@ from torch import nn
 
 from cggr_core import (
     CGGRModel,
+    Selection,
     create_truncated_router,
     keep_tokens,
     linear_token_statistics,
@@ -340,7 +341,8 @@ def head_problem(rows=40, features=64, classes=96):
 @pytest.mark.parametrize("biased", [False, True])
 def test_statistics_are_those_of_logits_made_in_fp8(numbers, biased, monkeypatch):
     hidden, weight, targets, bias = head_problem()
-    monkeypatch.setattr("cggr_core.difficulty._FP8_CHUNK", 7 * 96)  # several chunks, the last one not full
+    monkeypatch.setattr("cggr_core.difficulty._FP8_CHUNK", 5 * 96)  # several chunks, the last one not full
+    monkeypatch.setattr("cggr_core.difficulty._FP8_ROWS", 7)
     given = {"bias": bias if biased else None, **numbers}
     low = linear_token_statistics(hidden, weight, targets, precision="fp8", **given)
     logits = product(*quantize_rows(hidden), *quantize_rows(weight), given["bias"]).float()
@@ -380,6 +382,29 @@ def test_scores_are_made_in_fp8_where_that_is_asked_for(truncated, monkeypatch):
     backward(CGGRModel(model, router).train(), input_ids, draw=0)
     assert not seen
     backward(CGGRModel(model, router, **FP8).train(), input_ids, draw=0)
-    ((low, own),) = seen
-    assert not low.equal(own)
-    torch.testing.assert_close(low, own, rtol=0.02, atol=0)
+    for gradient in ("kv", "exact", "sequence"):
+        backward(CGGRModel(model, router, gradient=gradient, score_precision="fp8").train(), input_ids, draw=0)
+    assert len(seen) == 4
+    for low, own in seen:
+        assert not low.equal(own)
+        torch.testing.assert_close(low, own, rtol=0.02, atol=0)
+
+
+def test_only_scores_in_fp8_leave_what_is_kept_as_it_is(products):
+    model, input_ids = sizes(vocab_size=96), tokens()
+    selection = Selection.from_mask((torch.arange(12).expand(3, -1) >= 8) & (torch.arange(12) < 11))
+    wanted = backward(CGGRModel(model), input_ids, draw=0, selection=selection)
+    found = backward(CGGRModel(model, score_precision="fp8"), input_ids, draw=0, selection=selection)
+    assert found[0].equal(wanted[0])
+    assert relative_error(found[1], wanted[1]) == 0.0
+    assert not products
+
+
+def test_a_precision_of_scores_that_are_not_the_heads_is_refused():
+    model = sizes(vocab_size=96)
+    with pytest.raises(ValueError, match="score_precision='fp8' applies to scores, but selection='random' uses none"):
+        CGGRModel(model, selection="random", score_precision="fp8")
+    with pytest.raises(ValueError, match="score_precision='fp8' is the precision of the model's head, but function"):
+        CGGRModel(model, lambda input_ids: input_ids, score_precision="fp8")
+    with pytest.raises(ValueError, match="score_precision must be"):
+        CGGRModel(model, score_precision="fp4")

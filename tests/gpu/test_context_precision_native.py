@@ -66,7 +66,7 @@ def test_products_are_those_of_the_emulation(N, K, M, biased, monkeypatch):
 
 @pytest.mark.parametrize(("N", "H", "V"), [(1, 16, 16), (7, 64, 272), (300, 512, 5008)])
 def test_statistics_are_those_of_the_emulation(N, H, V, monkeypatch):
-    monkeypatch.setattr("cggr_core.difficulty._FP8_CHUNK", 128 * V)  # several chunks, the last one not full
+    monkeypatch.setattr("cggr_core.difficulty._FP8_CHUNK", 100 * V)  # several chunks, the last one not full
     torch.manual_seed(0)
     hidden, weight = (torch.randn(rows, H, device="cuda", dtype=torch.bfloat16) for rows in (N, V))
     weight, targets = 2 * weight / H**0.5, torch.randint(0, V, (N,), device="cuda")

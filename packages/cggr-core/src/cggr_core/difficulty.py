@@ -31,7 +31,9 @@ NEED_TARGETS = frozenset({"nll", "gradnorm"})
 _CHUNK = 2**25
 _CPU_CHUNK = 2**18
 _CPU_HEAD_CHUNK = 2**22
-_FP8_CHUNK = 2**27
+_FP8_CHUNK = 2**29
+# Devices read the scales of a chunk's rows from where it starts, which has to be aligned.
+_FP8_ROWS = 128
 _TOP2_BLOCK = 128
 # exp() of it is 0 in float64 too, and 0 times it is 0, where 0 * -inf would be NaN.
 _FLOOR = -1e4
@@ -218,7 +220,7 @@ def linear_difficulty_fp8(
     emulates them.
     """
     N, V = hidden.shape[0], weight.shape[0]
-    rows = _chunk_rows(_FP8_CHUNK, V, N)
+    rows = -(-_chunk_rows(_FP8_CHUNK, V, N) // _FP8_ROWS) * _FP8_ROWS
     (x, x_scale), (w, w_scale) = quantize_rows(hidden), quantize_rows(weight)
     op = resolve("difficulty", hidden.device.type)
     extra = (fields,) if op is difficulty_reference else ()

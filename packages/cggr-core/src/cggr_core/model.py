@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 
 from cggr_core.checks import check_not_compiled
 from cggr_core.recording import Outcome, StepCall, StepRecorder
-from cggr_core.routers import TimedRouter, TruncatedRouter, as_router
+from cggr_core.routers import FullDepthRouter, OwnLayersRouter, TimedRouter, TruncatedRouter, as_router
 from cggr_core.schedule import Schedule
 from cggr_core.selection import Selection
 from cggr_core.settings import SUPERVISED, CudaGraph, RoutingSettings
@@ -76,6 +76,8 @@ class CGGRModel(nn.Module):
             stay in the model's precision. Kept tokens attend to the results, with an error of a few per cent. It is
             faster on NVIDIA GPUs from compute capability 9.0 on, and emulated elsewhere. ``None``, the default, is the
             model's own precision.
+        score_precision: ``"fp8"`` runs the head's product that scores are made from in FP8, with everything else in the
+            model's precision; ``None``, the default, runs it in ``context_precision``.
         reuse_outputs: In two passes, and in the layers of a router that is part of the model: hold the outputs of
             linear layers from the pass over all tokens, so that kept tokens are not multiplied again in their second
             pass. The same results in less time, for memory: every such output of all tokens until the kept ones pass
@@ -132,6 +134,7 @@ class CGGRModel(nn.Module):
         ignore_index: int = RoutingSettings.ignore_index,
         engine: str | None = RoutingSettings.engine,
         context_precision: str | None = RoutingSettings.context_precision,
+        score_precision: str | None = RoutingSettings.score_precision,
         reuse_outputs: bool = RoutingSettings.reuse_outputs,
         context_margin: int = RoutingSettings.context_margin,
         cuda_graph: CudaGraph = RoutingSettings.cuda_graph,
@@ -146,6 +149,7 @@ class CGGRModel(nn.Module):
             gradient=gradient,
             engine=engine,
             context_precision=context_precision,
+            score_precision=score_precision,
             reuse_outputs=reuse_outputs,
             context_margin=context_margin,
             scoring=scoring,
@@ -166,7 +170,8 @@ class CGGRModel(nn.Module):
         self._passes = Engine(model)
         check_not_compiled(model, self._passes.architecture.layers)
         scores_by = as_router(router, self._passes)
-        self.settings.check_router(router, gives_confidence=scores_by.gives_confidence)
+        by_head = isinstance(scores_by, FullDepthRouter | OwnLayersRouter)
+        self.settings.check_router(router, gives_confidence=scores_by.gives_confidence, by_head=by_head)
         self.model = model
         if isinstance(router, TruncatedRouter) and scores_by.depth is not None:
             self.__dict__["router"] = router  # shared parameters are registered once

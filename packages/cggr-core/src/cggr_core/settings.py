@@ -194,6 +194,8 @@ class RoutingSettings(SelectionSettings):
         engine: One of :data:`ENGINES`; ``None`` takes the cheaper one that the scores allow.
         context_precision: One of :data:`CONTEXT_PRECISIONS`, for linear layers on tokens that need no gradient;
             ``None`` for the model's own.
+        score_precision: One of :data:`CONTEXT_PRECISIONS`, for the head's product that scores are made from; ``None``
+            for ``context_precision``.
         reuse_outputs: Hold the outputs of linear layers from the context pass until the gradient pass, which then does
             not compute them again for kept tokens.
         context_margin: Let gradients also reach this many tokens before each supervised stretch, without a loss on
@@ -213,6 +215,7 @@ class RoutingSettings(SelectionSettings):
     gradient: str = "kv"
     engine: str | None = None
     context_precision: str | None = None
+    score_precision: str | None = None
     reuse_outputs: bool = False
     context_margin: int = 0
     cuda_graph: CudaGraph = "auto"
@@ -232,6 +235,13 @@ class RoutingSettings(SelectionSettings):
                     f"{self.gradient!r}; leave engine=None"
                 )
         check_context_precision(self.context_precision, "gradient", self.gradient)
+        if self.score_precision is not None:
+            check_choice("score_precision", self.score_precision, CONTEXT_PRECISIONS)
+            if not self.reads_scores:
+                raise ValueError(
+                    f"score_precision={self.score_precision!r} applies to scores, but selection={self.selection!r} "
+                    "uses none; leave score_precision=None"
+                )
         if check_flag("reuse_outputs", self.reuse_outputs):
             self._check_reuse()
         check_at_least("context_margin", self.context_margin, 0)
@@ -255,12 +265,18 @@ class RoutingSettings(SelectionSettings):
         """Whether the gradient mode is one of :data:`KEY_VALUE_MODES`."""
         return self.gradient in KEY_VALUE_MODES
 
-    def check_router(self, router: Any, *, gives_confidence: bool) -> None:
+    @property
+    def precision_of_scores(self) -> str | None:
+        """Precision of the head's product that scores are made from; ``None`` for the model's own."""
+        return self.context_precision if self.score_precision is None else self.score_precision
+
+    def check_router(self, router: Any, *, gives_confidence: bool, by_head: bool) -> None:
         """Raise unless a router works with these settings.
 
         Args:
             router: What scores; ``None`` for the model itself at full depth.
             gives_confidence: Whether it gives the model's confidence at every token.
+            by_head: Whether it reads the model's own head.
 
         Raises:
             ValueError: If it would be ignored, or lacks what is needed.
@@ -273,6 +289,11 @@ class RoutingSettings(SelectionSettings):
             raise ValueError(
                 f"dynamic_threshold needs the model's confidence at every token, but {type(router).__name__} gives "
                 "only scores; use a truncated router or none"
+            )
+        if self.score_precision is not None and not by_head:
+            raise ValueError(
+                f"score_precision={self.score_precision!r} is the precision of the model's head, but "
+                f"{type(router).__name__} scores without it; leave score_precision=None"
             )
         if self.engine == "interleaved" and router is None and self.reads_scores:
             raise ValueError(

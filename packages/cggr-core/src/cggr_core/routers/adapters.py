@@ -116,6 +116,7 @@ class CallableRouter(_StatelessRouter):
             shape=tokens.shape,
             fields=request.fields,
             ignore_index=request.settings.ignore_index,
+            precision=request.settings.precision_of_scores,
         )
         return request.scores(statistics)
 

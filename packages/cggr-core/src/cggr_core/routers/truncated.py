@@ -59,7 +59,13 @@ class TruncatedRouter(nn.Module):
 
     @torch.no_grad()
     def statistics(
-        self, inputs: dict[str, Any], targets: Tensor | None, *, fields: Collection[str], ignore_index: int = -100
+        self,
+        inputs: dict[str, Any],
+        targets: Tensor | None,
+        *,
+        fields: Collection[str],
+        ignore_index: int = -100,
+        precision: str | None = None,
     ) -> TokenStatistics:
         """Token statistics without a logits tensor.
 
@@ -68,6 +74,7 @@ class TruncatedRouter(nn.Module):
             targets: Aligned targets, int64 ``[B, S]``, or ``None``.
             fields: Statistics that are needed.
             ignore_index: Target that is not scored.
+            precision: Of the head's product, as in :func:`~cggr_core.linear_token_statistics`.
 
         Returns:
             float32 ``[B, S]`` each.
@@ -75,7 +82,7 @@ class TruncatedRouter(nn.Module):
         self.engine.prepare(self.engine.inputs(**inputs), routing=False)
         readout = HeadReadout(self.engine.architecture.head, ignore_index=ignore_index)
         values, _ = self.engine.plain(inputs, depth=self.num_layers or None)
-        return readout.statistics(values, targets, fields=fields)
+        return readout.statistics(values, targets, fields=fields, precision=precision)
 
 
 def create_truncated_router(model: nn.Module, num_layers: int | None = None) -> TruncatedRouter:
@@ -125,6 +132,7 @@ def router_statistics(
     shape: tuple[int, ...],
     fields: Collection[str],
     ignore_index: int = -100,
+    precision: str | None = None,
 ) -> TokenStatistics:
     """Token statistics by any router.
 
@@ -136,6 +144,7 @@ def router_statistics(
         shape: ``(B, S)``.
         fields: Statistics that are needed.
         ignore_index: Target that is not scored.
+        precision: Of the head's product of a :class:`TruncatedRouter`.
 
     Returns:
         float32 ``[B, S]`` each.
@@ -145,7 +154,7 @@ def router_statistics(
         ValueError: If it did not return logits for every token.
     """
     if isinstance(router, TruncatedRouter):
-        return router.statistics(inputs, targets, fields=fields, ignore_index=ignore_index)
+        return router.statistics(inputs, targets, fields=fields, ignore_index=ignore_index, precision=precision)
     output = router(**inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):

@@ -88,9 +88,9 @@ class ScoreRequest:
     hidden: Tensor | None
 
     def statistics(self, fields: frozenset[str]) -> TokenStatistics:
-        """Statistics of every token from the head values, in the precision of what needs no gradient."""
+        """Statistics of every token from the head values."""
         assert self.values is not None  # the routers that read the head had it run
-        tokens, precision = self.batch.targets.tokens, self.settings.context_precision
+        tokens, precision = self.batch.targets.tokens, self.settings.precision_of_scores
         return self.readout.statistics(self.values.detach(), tokens, fields=fields, precision=precision)
 
     def scores(self, statistics: TokenStatistics, *, full_depth: bool = False) -> Scores:
