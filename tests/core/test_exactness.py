@@ -6,35 +6,22 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from cggr_core import CGGRModel, Selection, create_truncated_router, loss_coefficients
+from cggr_core import CGGRModel, Selection, create_truncated_router
 from cggr_core.routing import masks
-from cggr_core.targets import align_labels
-from tests.support.reference_routing import gradients, reference_loss, relative_error
+from tests.support.exact_steps import (
+    A_FEW,
+    BATCH,
+    LENGTH,
+    aligned,
+    assert_equal,
+    batch,
+    random_selection,
+    reference,
+)
+from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, UNROUTABLE, VOCAB
 
-TOLERANCE = 1e-5
-BATCH, LENGTH, KEEP = 2, 13, 5
 ENGINES = ("interleaved", "two_pass")
-# Where a mode takes no path of its own through an architecture: with grouped keys, experts, and a masked-LM head.
-A_FEW = ("llama", "mixtral", "bert-masked")
-
-
-def batch(seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-def aligned(model, labels: Tensor):
-    return align_labels(labels, shifted=CGGRModel(model)._passes.architecture.shifted, vocab_size=VOCAB)
-
-
-def random_selection(countable: Tensor, seed: int = 0) -> Selection:
-    """At most ``KEEP`` countable tokens of every row, with uneven weights; the first row has fewer than the second."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(countable.shape, generator=generator).masked_fill(~countable, -1.0)
-    mask = torch.zeros_like(countable).scatter_(1, noise.topk(KEEP, dim=1).indices, True) & countable
-    mask[0] &= mask[0].cumsum(0) <= KEEP - 2
-    weight = torch.rand(countable.shape, generator=generator) + 0.5
-    return Selection.from_mask(mask, weight=weight, countable=countable, capacity=KEEP)
 
 
 def routed(model, labels, selection, *, gradient, engine, **inputs):
@@ -43,23 +30,6 @@ def routed(model, labels, selection, *, gradient, engine, **inputs):
     loss.backward()
     assert wrapped.metrics["engine"] == engine
     return loss.detach(), gradients(model)
-
-
-def reference(model, labels, selection, *, gradient, **inputs):
-    targets = aligned(model, labels)
-    coefficients = torch.zeros(labels.shape).scatter_(
-        1, selection.index, loss_coefficients(selection, targets.countable)
-    )
-    layers = CGGRModel(model)._passes.architecture.layers
-    loss, _ = reference_loss(model, layers, selection.mask, coefficients, targets.tokens, gradient=gradient, **inputs)
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-def assert_equal(found, wanted):
-    (loss, grads), (wanted_loss, wanted_grads) = found, wanted
-    torch.testing.assert_close(loss, wanted_loss, rtol=TOLERANCE, atol=0)
-    assert relative_error(grads, wanted_grads) <= TOLERANCE
 
 
 @pytest.mark.parametrize("gradient", ["kv", "detached"])

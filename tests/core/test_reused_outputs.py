@@ -7,7 +7,7 @@ from torch import nn
 
 from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.routing import outputs
-from tests.core.test_exactness import A_FEW, aligned, assert_equal, batch, random_selection, reference
+from tests.support.exact_steps import A_FEW, aligned, assert_equal, batch, random_selection, reference
 from tests.support.model_steps import backward, checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE
