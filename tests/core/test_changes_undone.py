@@ -123,21 +123,24 @@ def test_random_states_that_are_not_gone_back_to():
 def test_what_forwards_leave_behind():
     """Buffers are put back, and with one that was put in the place of another what its module remembers of it."""
     module: Any = nn.Module()
-    module.longest, module.rates, module.beside = 8, [1.0], nn.Linear(1, 1)
+    module.longest, module.rates, module.beside, module._calls = 8, [1.0], nn.Linear(1, 1), 0
+    counting: Any = nn.BatchNorm1d(2)
+    counting.steps = 1
     with torch.inference_mode():
         made_for_inference = torch.zeros(2)
     buffers = {"counted": torch.zeros(2), "replaced": torch.zeros(2), "none": None, "of_inference": made_for_inference}
     for name, buffer in {**buffers, "elsewhere": torch.zeros(2, device="meta")}.items():
         module.register_buffer(name, buffer)
     state, other = torch.get_rng_state(), torch.ones(2)
-    with left_by_an_error(), patches.nothing_left(nn.Sequential(module), torch.device("cpu")):
+    with left_by_an_error(), patches.nothing_left(nn.Sequential(module, counting), torch.device("cpu")):
         buffers["counted"] += 1
         buffers["replaced"] += 1
         with torch.inference_mode():
             made_for_inference += 1
         module.replaced = other
         module.longest, module.rates, module.none = torch.tensor(40), [2.0], other
-        module.growth = 5
+        module.growth = module._calls = counting.steps = 5
+        counting.running_mean += 1
         module.register_buffer("later", other)
         torch.randn(3)
         assert not torch.equal(torch.get_rng_state(), state)
@@ -145,7 +148,8 @@ def test_what_forwards_leave_behind():
     assert buffers["counted"].tolist() == made_for_inference.tolist() == [0, 0]
     assert module.replaced is buffers["replaced"] and module.replaced.tolist() == [0, 0] and module.none is None
     assert (module.longest, module.rates) == (8, [1.0]) and module.later is other
-    assert not hasattr(module, "growth")
+    assert not hasattr(module, "growth") and module._calls == 5
+    assert counting.steps == 5 and not counting.running_mean.any(), "none of its buffers was replaced"
     assert torch.equal(torch.get_rng_state(), state)
 
 

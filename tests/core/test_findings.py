@@ -48,6 +48,9 @@ def test_a_small_batch_that_is_checked_in_turn_makes_no_earlier_one_new(checked,
     for size in ((4, 8), (4, 8), (1, 3), (4, 8)):
         check(engine, *size)
     assert checked == [(4, 8), (1, 3)]
+    for size in ((2, 2), (5, 8)):
+        check(engine, *size)
+    assert checked[2:] == [(2, 2), (5, 8)], "one in turn, one with more rows"
 
 
 def test_ranks_that_shard_layers_check_a_loss_on_other_inputs_alone(checked, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cggr_core.routing import labelled_tokens, loss_agreement, loss_arguments
-from tests.support.tiny_models import VOCAB
+from cggr_core.routing.architectures import describe
+from tests.support.tiny_models import ROUTABLE, VOCAB
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,13 @@ def test_the_error_gives_the_loss_with_either_alignment():
         shifted, unshifted = (5, 2) if of_kind is kinds else (4, 1)
         assert f"on 16 tokens it is 9.5, cross-entropy {shifted} with shifted labels and {unshifted} without" in said
         assert "(it has an additional term, another weighting or other ignored labels)" in said
+    for value, cause in (
+        (5.0, "(with gradients enabled; without, it is cross-entropy)"),
+        (7.0, "(it has an additional"),
+    ):
+        without = torch.tensor(value)
+        error = loss_agreement.another_loss(base, "here", torch.tensor(9.5), found, without_gradients=without)
+        assert cause in str(error)
 
 
 def test_what_a_routed_step_makes_of_logits():
@@ -178,10 +186,48 @@ def test_what_a_routed_step_makes_of_logits():
         ({"loss_function": 1}, {"label_smoothing": 0.1}, "loss_function was replaced"),
         ({"_loss_function": 1}, {}, "loss_function was replaced"),
         ({}, {"label_smoothing": 0.1, "aux_weight": 2, "hidden_size": 5}, "has aux_weight=2, label_smoothing=0.1"),
-        ({}, {"loss_kind": "focal", "loss_a": 0, "loss_b": "", "loss_c": False, "loss_d": [1]}, "loss_kind='focal'"),
+        (
+            {},
+            {"loss_kind": "focal", "loss_a": 0, "loss_b": "", "loss_c": False, "loss_d": [1]},
+            "its config has loss_kind='focal'",
+        ),
+        ({}, {"loss_d": [1], "loss_a": 0, "loss_c": False}, "another weighting or other ignored labels"),
+        ({}, {"loss_a": 1, "loss_c": True}, "its config has loss_a=1, loss_c=True"),
     ],
 )
 def test_a_likely_cause_is_named(of_model, of_config, said):
     config = SimpleNamespace(**of_config)
     base = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), **of_model)
     assert loss_agreement._likely_cause(base).endswith(said)
+
+
+def test_a_batch_without_a_mask_counts_all_its_labels(monkeypatch):
+    """Even where labels of padding do not count."""
+    labels, seen = torch.tensor([[3, 4, 5, 6]] * 2), []
+    monkeypatch.setattr(loss_agreement, "few_labelled_tokens", lambda *_: ({"input_ids": labels}, labels))
+    monkeypatch.setattr(loss_agreement, "_reads", lambda *args, **options: seen.append((args, options)) or True)
+    architecture = SimpleNamespace(shifted=True, counts_padding=False)
+    loss_agreement.check_reads("num_items_in_batch", nn.Identity(), architecture, None)
+    ((_, _, arguments, _, targets), options) = seen[0]
+    assert targets is labels and options["items"] is arguments["num_items_in_batch"] and options["shifted"]
+
+
+@pytest.mark.parametrize("logits_in_training", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_loss_is_had_from_logits_that_are_chosen(traced, logits_in_training):
+    class Llama(type(ROUTABLE["llama"]())):
+        def forward(self, *args, labels=None, **options):
+            output = super().forward(*args, labels=labels, **options)
+            if self.training and not logits_in_training:
+                output.logits = None
+            return output
+
+    model = ROUTABLE["llama"]().train()
+    model.__class__ = Llama
+    ids = torch.tensor([[3, 4, 5, 6]] * 2)
+    with torch.no_grad():
+        output, logits = loss_agreement.loss_and_logits(
+            model, describe(model), {"input_ids": ids}, ids, traced=traced, change=lambda noise: noise.sign()
+        )
+    assert logits.unique().tolist() == [-1, 1] and logits.requires_grad is output.loss.requires_grad is traced
+    assert model.training

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cggr_core import CGGRModel
 from cggr_core.routing import whole_rows
@@ -148,3 +149,19 @@ def test_what_was_told_of_documents_ends_with_its_block():
         assert masking_utils.find_packed_sequence_indices(repeated).tolist() == [[0, 0, 1, 1]]
         assert attention._some_pass_runs and ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is not outer is not sdpa_mask
     assert not attention._some_pass_runs, "compiled code sees transformers' own again"
+
+
+def test_a_block_that_tells_nothing_of_documents_leaves_what_an_outer_one_told():
+    repeated = torch.tensor([[0, 1, 0, 1]])
+    with whole_rows(), attention.changed_mask_builders(lambda name, build: build):
+        assert masking_utils.find_packed_sequence_indices(repeated) is None
+
+
+def test_an_attention_is_registered_with_its_masks():
+    name, attend, build = "own_attention", object(), object()
+    try:
+        attention.register_attention(name, attend, build)
+        assert ALL_ATTENTION_FUNCTIONS[name] is attend and ALL_MASK_ATTENTION_FUNCTIONS[name] is build
+    finally:
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            registry._global_mapping.pop(name, None)

@@ -103,6 +103,7 @@ def test_a_probe_keeps_no_graph_and_allows_attention_of_any_mask():
     torch.backends.cuda.enable_math_sdp(False)
     try:
         seen(model, routing=False, own_loss=False)
+        assert not torch.backends.cuda.math_sdp_enabled(), "as it was asked for"
     finally:
         torch.backends.cuda.enable_math_sdp(True)
     assert modes[0] == (False, True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cggr_core.routing import norms, remade
+from cggr_core.routing import norms, precision, remade
 from tests.support.tiny_models import ROUTABLE
 
 BF16 = torch.bfloat16
@@ -160,3 +160,18 @@ def test_linear_layers_are_left_alone_where_no_norm_is_recomputed():
     norm.register_forward_hook(lambda *_: None)
     with remade.remade_norms(layer(norm, linears=(linear,)), 0):
         assert "forward" not in vars(norm) and "forward" not in vars(linear)
+
+
+def test_which_linear_layers_can_share_their_product():
+    """Those that run as they are where gradients are on; in FP8, queries do not."""
+    linear, low = nn.Linear(16, 16), precision.LowPrecision(nn.ModuleList([nn.Linear(16, 16)]))
+    for queries in (False, True):
+        assert precision.runs_plainly(partial(low._linear, linear, queries)) is not queries
+    assert precision.runs_plainly(linear.forward)
+    for other in (
+        partial(linear.forward, None, False),
+        nn.LayerNorm(16).forward,
+        lambda x: x,
+        partial(low._quantised, 1, 0),
+    ):
+        assert not precision.runs_plainly(other)

@@ -250,6 +250,8 @@ def test_positions_that_a_model_makes_up_itself():
     counted = [[0, 1, 2, 3]] * 2
     assert made("llama", ids, padding) == made("llama", None, None) == made("opt", ids, None) == counted
     assert made("opt", ids, padding) == [[-1, 0, 1, 2], [0, 1, -1, 2]]
+    model = ROUTABLE["opt"]()
+    assert default_position_ids(model, describe(model), ids, embedded, padding.float()).dtype == torch.int64
     assert made("roberta-masked", None, padding, pad_token_id=5) == [[6, 7, 8, 9]] * 2
     # RoBERTa's padding is the token 0 here, and what is not a token counts as none.
     assert made("roberta-masked", ids, padding) == [[0, 1, 2, 3], [1, 2, 0, 3]]

@@ -1,6 +1,7 @@
 """The structure and the settings of a model, and which changes to it count."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -183,14 +184,18 @@ def test_tensors_of_the_models_parts_are_no_settings():
 
 
 def test_each_change_of_a_models_own_attribute_counts_once():
-    model, found = ROUTABLE["llama"](), []
+    model, found, said = ROUTABLE["llama"](), [], []
     model.scale = 0.0
     settings = structures.Settings(model)
-    with pytest.warns(UserWarning, match="^scale of the model, its config or its loss keeps changing"):
-        for step in range(1, 17):
-            model.scale = float(step)
+    for step in range(1, 17):
+        model.scale = float(step)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             found.append(settings.changed())
+        said += [(step, str(each.message)) for each in warned]
     assert [step for step, counts in enumerate(found, 1) if counts] == [1, 2, 3, 4, 5, 6, 7, 8, 16]
+    ((when, message),) = said
+    assert when == 9 and message.startswith("scale of the model, its config or its loss keeps changing")
 
 
 def test_a_setting_that_changes_in_every_step_counts_less_and_less():

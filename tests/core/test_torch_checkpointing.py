@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 from cggr_core import CGGRModel
+from cggr_core.routing.architectures import describe
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -33,6 +34,24 @@ def by_hand(model: Any, part: str) -> None:
     for module in model.modules():
         if type(module).__name__.endswith(part):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def test_other_forwards_that_were_replaced_are_no_checkpointing_of_torchs() -> None:
+    def own(*args: Any, **options: Any) -> None:
+        """Stands for a layer's forward, and for another library's checkpointing."""
+
+    model = ROUTABLE["llama"]()
+    first = model.model.layers[0]
+    for forward, wraps in (
+        (partial(checkpoint, own, use_reentrant=False), True),
+        (partial(checkpoint, own, use_reentrant=True), False),
+        (partial(checkpoint, own), False),
+        (partial(checkpoint, own, 1, use_reentrant=False), False),
+        (partial(own, own, use_reentrant=False), False),
+        (own, False),
+    ):
+        first.forward = forward
+        assert describe(model).checkpoint_wrappers == ({first: own} if wraps else {})
 
 
 @pytest.mark.parametrize("recompute", [in_wrappers, by_hand])

@@ -25,7 +25,7 @@ def slots_in_steps(count: int, length: int) -> int:
         >>> slots_in_steps(5, 1000), slots_in_steps(200, 1000), slots_in_steps(200, 204)
         (8, 208, 204)
     """
-    step = min(64, max(8, 2 ** max(0, (count - 1).bit_length() - 4)))
+    step = min(64, max(8, 2 ** (count.bit_length() - 4)))
     return min(length, -(-count // step) * step)
 
 
@@ -38,5 +38,5 @@ def slots_in_buckets(count: int, length: int) -> int:
         >>> slots_in_buckets(5, 1000), slots_in_buckets(200, 1000), slots_in_buckets(200, 204)
         (16, 224, 204)
     """
-    step = max(16, 2 ** max(0, (count - 1).bit_length() - 3))
+    step = max(16, 2 ** (count.bit_length() - 3))
     return min(length, -(-count // step) * step)

@@ -136,10 +136,8 @@ class Findings:
                 "gradient='exact' or gradient='sequence'"
             )
         length, form = inputs.shape[1], inputs.form
-        new = length > self._probed_lengths.get(form, 0)
+        longer = length > self._probed_lengths.get(form, 0)
         sharded = shards_layers(self.description.layers)
-        if new and sharded:
-            new = False  # all ranks must look in the same step, and their batches differ
         self._routed += routing
         # A batch may show nothing of what code of others does.
         again = routing and self.description.own_code and self._routed.bit_count() == 1
@@ -160,7 +158,8 @@ class Findings:
                     "tensor",
                     stacklevel=4,
                 )
-        elif routing and (new or (again and not sharded)):
+        elif routing and (longer or again) and not sharded:
+            # (Ranks that shard layers must all look in the same step, and their batches differ.)
             with nothing_left(self.model, inputs.position_ids.device):
                 self._probe = probe_whole_rows(self.model, self._probe, inputs)
             self._probed_lengths[form] = max(self._probed_lengths.get(form, 0), length)
