@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cggr_core.routing import structure as structures
-from cggr_core.routing.structure import leaves_positions_to_transformers
 from tests.support.model_steps import tokens
 from tests.support.tiny_models import ROUTABLE, VOCAB
 
@@ -272,33 +271,3 @@ def test_hooks_of_an_adapter_library_are_a_change_of_structure():
     compute.__module__ = "peft.tuners.tuners_utils"
     model.model.layers[0].register_forward_pre_hook(compute)
     assert structures.structure(model) != before
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_who_numbers_the_tokens_of_a_row():
-    model = ROUTABLE["llama"]()
-    layers = model.model.layers
-
-    def counts(of=model):
-        return leaves_positions_to_transformers(of, layers)
-
-    assert counts()
-    for module in ("accelerate.utils.operations", "peft.peft_model", "own.code"):
-
-        def forward(*args, **kwargs):
-            return None
-
-        forward.__module__ = module
-        for part in (model, model.model):
-            part.forward = forward
-            assert counts() is (module != "own.code")
-            del part.forward
-    layers[0].forward = forward  # it runs after positions are known
-    assert counts()
-    handle = model.model.register_forward_pre_hook(lambda *_: None)
-    assert not counts()
-    handle.remove()
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert counts(adapted)
-    adapted.register_forward_pre_hook(lambda *_: None)
-    assert not counts(adapted)
