@@ -7,6 +7,8 @@ from torch import nn
 
 from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.routing import outputs
+from cggr_core.routing.architectures import describe
+from cggr_core.routing.rows import Places
 from tests.support.exact_steps import A_FEW, aligned, assert_equal, batch, random_selection, reference
 from tests.support.model_steps import backward, checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error
@@ -169,3 +171,94 @@ def test_refusals():
         layer.self_attn.attention_dropout = 0.0
         layer.dropout = nn.Dropout(0.0)
         assert wrapped(input_ids, labels=input_ids).isfinite()
+
+
+def test_rates_that_draw_nothing_are_no_obstacle(monkeypatch):
+    """In evaluation mode, of heads that a language model does not have, or of what is no number."""
+    model = ROUTABLE["llama"]().train()
+    model.config.summary_first_dropout = model.config.classifier_dropout = 0.1
+    layer = model.model.layers[0]
+    layer.p, layer.self_attn.dropout_kind = 0.5, "none"  # only a dropout layer's p is a rate
+    layer.dropout = nn.Dropout(0.1).eval()
+    reusable = outputs.ReusableOutputs(model, describe(model))
+    held = reusable.of_a_pass(2).recording()
+    assert set(held) == {part for each in model.model.layers[:2] for part in each.modules() if type(part) is nn.Linear}
+    layer.dropout.train()
+    with pytest.raises(ValueError, match="trained with dropout, which each draws for itself; set its rates to 0"):
+        reusable.of_a_pass(2)
+    layer.dropout.eval()
+    layer.jitter_noise = 0.1
+    with pytest.raises(ValueError, match="trained with dropout"):
+        outputs.ReusableOutputs(model, describe(model)).of_a_pass(2)
+    monkeypatch.setattr(outputs, "shards_layers", lambda layers: True)
+    with pytest.raises(ValueError, match="does not work with layers that FSDP2 shards; leave reuse_outputs=False"):
+        reusable.of_a_pass(2)
+    monkeypatch.undo()
+    checkpoint_activations(model)
+    with pytest.raises(ValueError, match="but gradient checkpointing is on, which releases them; switch one"):
+        reusable.of_a_pass(2)
+
+
+INDEX = torch.tensor([[0, 3], [4, 1]])
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("frozen", ["", "weight", "bias", "x", "no bias"])
+def test_a_linear_layer_whose_output_is_known_has_its_gradients(frozen):
+    def step(known):
+        linear = nn.Linear(6, 5, bias=frozen != "no bias")
+        with torch.no_grad():
+            for seed, parameter in enumerate(linear.parameters()):
+                parameter.copy_(numbers(*parameter.shape, seed=seed))
+        x = numbers(2, 5, 6, seed=7).requires_grad_(frozen != "x")
+        if frozen in ("weight", "bias"):
+            getattr(linear, frozen).requires_grad_(False)
+        places = Places(INDEX, 5)
+        kept = x.gather(1, INDEX[:, :, None].expand(-1, -1, 6))
+        held = outputs.PassOutputs([(linear, False)])
+        with torch.no_grad():
+            held.recording()[linear](x.detach())
+        out = held.reusing(places)[linear](kept) if known else linear(kept)
+        (out * numbers(2, 2, 5, seed=9)).sum().backward()
+        return [out.detach(), x.grad, *(parameter.grad for parameter in linear.parameters())]
+
+    for found, wanted in zip(step(True), step(False), strict=True):
+        assert (found is None) is (wanted is None)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_what_a_pass_computes_with_gradients_is_not_held_but_for_queries(queries):
+    linear = nn.Linear(6, 5)
+    held = outputs.PassOutputs([(linear, queries)])
+    made = held.recording()[linear](numbers(2, 5, 6))
+    assert made.requires_grad and set(held.reusing(Places(INDEX, 5))) == ({linear} if queries else set())
+
+
+CASES = {"as it was": True, "once more": False, "twice": False, "changed": False, "fewer rows": False}
+CASES |= {"fewer tokens": False, "other slots": False, "flat": False, "all flat": False}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_which_outputs_belong_to_the_kept_tokens(case):
+    """Those of a layer that ran once on all tokens, and was not changed since."""
+    linear, x, places = nn.Linear(6, 5), numbers(2, 5, 6), Places(INDEX, 5)
+    held = outputs.PassOutputs([(linear, False)])
+    given = {"fewer rows": x[:1], "fewer tokens": x[:, :4], "all flat": x.flatten(0, 1)}.get(case, x)
+    with torch.no_grad():
+        made = held.recording()[linear](given)
+        if case == "twice":
+            held.recording()[linear](x)
+    if case == "changed":
+        made.mul_(2)
+    kept = numbers(2, 2, 6, seed=3)  # not what the output was made of
+    kept = {"other slots": kept[:, :1], "flat": kept.flatten(0, 1), "all flat": kept.flatten(0, 1)}.get(case, kept)
+    reuse = held.reusing(places)[linear]
+    if case == "once more":
+        reuse(kept)
+    out = reuse(kept)
+    wanted = made.gather(1, INDEX[:, :, None].expand(-1, -1, 5)) if CASES[case] else linear(kept)
+    torch.testing.assert_close(out, wanted)

@@ -63,7 +63,7 @@ class ReusableOutputs:
         if any(module.training and getattr(holder, name) for module, holder, name in self._rates):
             raise ValueError(
                 "reuse_outputs=True needs two passes with the same results, but the model is trained with dropout, "
-                "which both draw anew; set its rates to 0, or leave reuse_outputs=False"
+                "which each draws for itself; set its rates to 0, or leave reuse_outputs=False"
             )
         if shards_layers(self._architecture.layers):
             raise ValueError(
