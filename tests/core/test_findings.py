@@ -94,3 +94,64 @@ def test_a_setting_that_changes_in_every_step_is_no_reason_to_look_each_time():
             model.config.temperature = float(step)
             looked.append(engine.follow())
     assert [step for step, looks in enumerate(looked, 1) if looks] == [1, 2, 3, 4, 5, 6, 7, 8, 16]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Which probes ran since the last call, and on rows of which length."""
+    seen = []
+    own = findings.probe
+
+    def probe(model, architecture, inputs, **how):
+        seen.append(("first", inputs.shape[1]))
+        return own(model, architecture, inputs, **how)
+
+    def whole(model, found, inputs):
+        seen.append(("rows", inputs.shape[1]))
+        return found
+
+    def rare(model, found, inputs, *, sharded):
+        seen.append(("rare", sharded))
+        return found
+
+    monkeypatch.setattr(findings, "probe", probe)
+    monkeypatch.setattr(findings, "probe_whole_rows", whole)
+    monkeypatch.setattr(findings, "probe_rare_tokens", rare)
+
+    def of(engine, length=8, *, routing=True, embedded=False):
+        seen.clear()
+        given = {"inputs_embeds": torch.randn(2, length, 32)} if embedded else {"input_ids": tokens(2, length)}
+        engine.prepare(engine.inputs(**given), routing=routing)
+        return list(seen)
+
+    return of
+
+
+def with_own_code():
+    model = ROUTABLE["llama"]()
+    model.model.layers[1].register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_code_of_others_is_looked_at_on_rare_tokens_once_and_again_at_powers_of_two(sharded, looks, monkeypatch):
+    monkeypatch.setattr(findings, "shards_layers", lambda layers: sharded)
+    engine = Engine(with_own_code())
+    assert looks(engine, routing=False) == [("first", 8)]
+    found = [looks(engine) for _ in range(9)]
+    assert found[0] == [("first", 8), ("rare", sharded)]
+    again = [] if sharded else [("rows", 8)]
+    assert found[1:] == [again, [], again, [], [], [], again, []]
+    assert looks(engine, routing=False) == []
+    assert looks(engine, 9) == ([] if sharded else [("rows", 9)])
+    engine.follow(with_own_code())
+    assert looks(engine) == [("first", 8), ("rare", sharded)], "another model"
+
+
+def test_models_of_transformers_alone_are_looked_at_on_no_rare_tokens(looks):
+    engine = Engine(ROUTABLE["llama"]())
+    assert looks(engine) == [("first", 8)] and [looks(engine) for _ in range(4)] == [[]] * 4
+
+
+def test_batches_without_token_ids_show_nothing_of_rare_tokens(looks):
+    assert looks(Engine(with_own_code()), embedded=True) == [("first", 8)]
