@@ -1,6 +1,7 @@
 """Fused ops in the layers: recognised numerically, used if there is a kernel, without changing the step's numbers."""
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -156,6 +157,10 @@ def queries_alone(q, k, cos, sin):
     return halves(q, k, cos, sin)[0]
 
 
+def a_list(q, k, cos, sin):
+    return list(halves(q, k, cos, sin))
+
+
 def one_more(q, k, cos, sin):
     return *halves(q, k, cos, sin), None
 
@@ -208,6 +213,7 @@ def test_an_attention_that_turns_halves_does_so_in_the_kernel(calls):
         slightly_larger,
         flat,
         queries_alone,
+        a_list,
         one_more,
         other_order,
         whole_heads_alone,
@@ -221,6 +227,9 @@ def test_a_rotary_embedding_of_another_formula_is_left_as_it_is(rotary):
 def test_attentions_of_others_and_without_a_rotary_embedding_are_left_as_they_are():
     assert fused_forwards([attention_with(halves, "transformers_modules.own")]) == {}
     assert fused_forwards([ROUTABLE["gpt2"]().transformer.h[0].attn]) == {}
+    called = attention_with(halves)
+    type(called).forward = partial(type(called).forward, called)
+    assert fused_forwards([called]) == {}
 
 
 @pytest.mark.parametrize(
@@ -294,6 +303,11 @@ class ReturnsMore(GatedMLP):
         return super().forward(x), None
 
 
+class ReturnsABatch(GatedMLP):
+    def forward(self, x):
+        return super().forward(x)[None]
+
+
 class AsksForMore(GatedMLP):
     def forward(self, x, scale=None):
         return super().forward(x) * scale
@@ -311,10 +325,18 @@ def test_a_gated_mlp_runs_its_product_in_the_kernel(calls):
     assert calls["silu_mul"] == 1
 
 
-@pytest.mark.parametrize("kind", [OtherHalf, Summed, SlightlyLarger, WithNoise, ReturnsMore, AsksForMore])
+@pytest.mark.parametrize(
+    "kind", [OtherHalf, Summed, SlightlyLarger, WithNoise, ReturnsMore, ReturnsABatch, AsksForMore]
+)
 def test_gated_mlps_that_differ_in_one_thing_are_left_as_they_are(kind):
     assert fused_forwards([fake_mlp(kind)]) == {}
     assert fused_forwards([fake_mlp(kind).eval()]) == {}, "noise is there in training"
+
+
+def test_a_place_that_holds_nothing_is_no_part_of_a_gated_mlp():
+    mlp = fake_mlp(GatedMLP)
+    mlp.register_module("dropout", None)
+    assert set(fused_forwards([mlp])) == {mlp}
 
 
 def test_gated_mlps_of_others_and_of_other_activations_are_left_as_they_are():

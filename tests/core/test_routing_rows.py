@@ -49,6 +49,9 @@ def test_merged_rows_and_their_gradients(valid, dtype):
     # The one that is given is the one that comes back, not put together again.
     marked = wanted.detach() + 1
     assert torch.equal(merge_rows(other, kept, merged=marked, **places), marked)
+    with torch.no_grad():
+        assert torch.equal(merge_rows(other, kept, merged=marked, **places), marked)
+        assert torch.equal(merge_rows(other, kept, **places), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -207,6 +210,13 @@ def test_as_many_kinds_of_position_as_rows(name):
     for kind in range(2):
         for row in range(2):
             assert torch.equal(kwargs[name][kind, row], value[kind, row, KEPT[row]])
+
+
+def test_streams_of_hidden_states_of_several_rows():
+    value = torch.randn(3, 2, LENGTH, 4)
+    _, kwargs = LayerRows(KEPT, LENGTH).call((), {"streams": value}, replace={})
+    for row in range(2):
+        assert torch.equal(kwargs["streams"][:, row], value[:, row, KEPT[row]])
 
 
 def test_a_single_row_is_not_taken_for_kinds_or_heads():

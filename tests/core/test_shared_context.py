@@ -8,6 +8,7 @@ import torch
 
 from cggr_core import SharedContext, routed_hidden, routed_logprobs
 from cggr_core.routing import Shared
+from cggr_core.routing import shared as shared_contexts
 from tests.support.logprobs import WAYS, slots, some
 from tests.support.model_steps import checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error
@@ -265,3 +266,33 @@ def test_rows_add_up_their_contexts_gradients_in_their_own_precision(dtype, rows
     again = shared.before(0, own, constant=True, in_turn=False, made=None)
     reached = torch.autograd.grad(again[0].sum() + again[1].sum(), operands, allow_unused=True)
     assert [grad is not None for grad in reached] == [False, False, True, True]
+
+
+def test_keys_and_values_are_remade_once_and_without_a_graph():
+    weight, made = torch.randn(3, requires_grad=True), []
+
+    def make():
+        made.append(1)
+        return 2 * weight, 3 * weight
+
+    remade = shared_contexts._Remade(make)
+    value, key = remade.take(1), remade.take(0)
+    assert torch.equal(key, 2 * weight) and torch.equal(value, 3 * weight)
+    assert len(made) == 1 and not key.requires_grad and not value.requires_grad
+    remade.take(0)
+    assert len(made) == 2, "they are released as they are taken"
+
+
+@pytest.mark.parametrize("trained", [(True, False), (False, True)])
+@pytest.mark.parametrize("rows", [None, torch.tensor([1, 0, 1, 1])])
+def test_gradients_of_shared_keys_or_of_the_rows_own(rows, trained):
+    shared = torch.randn(2, 3, 4, 5, requires_grad=trained[0])
+    own = torch.randn(4, 3, 2, 5, requires_grad=trained[1])
+    of_row = torch.arange(4) // 2 if rows is None else rows
+    upstream = torch.randn(4, 3, 6, 5)
+    wanted = torch.cat([shared[of_row], own], dim=2)
+    found = shared_contexts._PutBefore.apply(shared, own, rows, None)
+    assert torch.equal(found, wanted)
+    part = shared if trained[0] else own
+    gradient, wanted_gradient = (torch.autograd.grad(made, part, upstream)[0] for made in (found, wanted))
+    torch.testing.assert_close(gradient, wanted_gradient)

@@ -71,6 +71,11 @@ class Bare(nn.Module):
         return kwargs
 
 
+def test_an_argument_that_is_given_as_none_is_not_given():
+    model, ids = CGGRModel(ROUTABLE["llama"](), selection="random").train(), tokens()
+    model(input_ids=ids, labels=ids, foo=None).backward()
+
+
 def refused(*names, model=None):
     """The arguments that are refused, as the error names them; none if it says nothing."""
     try:
