@@ -323,3 +323,12 @@ def test_second_derivatives_are_refused_not_zero(reduction):
     first = torch.autograd.grad(loss, hidden)[0]
     wanted = torch.autograd.grad(by_autograd(hidden, weight, targets, reduction).sum(), hidden)[0]
     torch.testing.assert_close(first, wanted)
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, linear_cross_entropy_by_autograd])
+def test_targets_of_minus_100_are_left_out_of_a_sum_unless_told_otherwise(loss):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(120, 8, generator=generator)
+    targets = torch.tensor([100, -100, 101, 5, 99, -100])
+    wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss(hidden, weight, targets), wanted)
