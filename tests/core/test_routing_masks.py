@@ -74,6 +74,13 @@ def test_a_mask_entry_by_entry(pattern, packed, padding, routed):
         assert torch.equal(mask.segment, torch.where(padding.bool(), numbers, -1))
 
 
+@pytest.mark.parametrize("kind", [masks.RowMask, RoutedMask])
+def test_masks_are_told_apart_as_objects(kind):
+    """What was made for one does not serve another, and their tensors are not compared."""
+    first, second = (kind(visibility(INDEX), causal_mask_function, {}) for _ in range(2))
+    assert first == first and first != second and len({first, second}) == 2
+
+
 def test_queries_of_queries():
     whole = visibility(None).at(INDEX, key_gradient="kept")
     assert whole.position is INDEX and whole.key_gradient == "kept"
