@@ -204,6 +204,20 @@ def test_the_first_difference_is_the_obstacle(sharded, monkeypatch):
         assert found.architecture.obstacle.endswith("in rows that hold token 42 (relative error 1)")
 
 
+def test_two_batches_of_tokens_are_compared_those_of_every_config_first(monkeypatch):
+    model, seen = ROUTABLE["llama"](), []
+    model.config.eos_token_id, model.config.own_token_id = 40, 41
+    model.generation_config.suppress_tokens = [42]
+    engine, inputs = Engine(model), batch(model, 2, 8)
+    engine.prepare(inputs, routing=True)
+    monkeypatch.setattr(rare_tokens, "_difference", lambda model, architecture, rows, output: seen.append(rows))
+    probe = engine._findings._probe
+    assert rare_tokens.probe_rare_tokens(model, probe, inputs, sharded=False) is probe
+    assert len(seen) == 2
+    # Column by column over the rows of both, so the first tokens are in the column of the second quarter.
+    assert {40, 41, 42} <= {token for rows in seen for token in rows.per_token["input_ids"][:, 2:4].flatten().tolist()}
+
+
 def test_a_pass_that_does_not_run_is_a_difference_and_a_forward_that_does_not_is_none(monkeypatch):
     model = ROUTABLE["llama"]()
     engine, inputs = Engine(model), batch(model)

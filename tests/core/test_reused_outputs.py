@@ -190,6 +190,10 @@ def test_rates_that_draw_nothing_are_no_obstacle(monkeypatch):
     layer.jitter_noise = 0.1
     with pytest.raises(ValueError, match="trained with dropout"):
         outputs.ReusableOutputs(model, describe(model)).of_a_pass(2)
+    del layer.jitter_noise
+    model.config.resid_pdrop = 0.1  # which a layer may read when it runs
+    with pytest.raises(ValueError, match="trained with dropout"):
+        outputs.ReusableOutputs(model, describe(model)).of_a_pass(2)
     monkeypatch.setattr(outputs, "shards_layers", lambda layers: True)
     with pytest.raises(ValueError, match="does not work with layers that FSDP2 shards; leave reuse_outputs=False"):
         reusable.of_a_pass(2)
