@@ -3,6 +3,7 @@
 ``error``     outputs and gradients of kept tokens of a bfloat16 model, with other tokens in bfloat16 and in FP8, each
               against float32 throughout: at 1B sizes with random weights, and with ``--model`` on a pretrained model
               and its fine-tuning text
+``scores``    scores of all tokens, at full depth and after the first layers, and how many kept tokens are others
 ``finetune``  the same model fine-tuned on GSM8K behind other questions, loss and gradients on the answers
 ``scratch``   a small model trained from scratch on the standard library's source, a quarter of the tokens kept
 
@@ -25,7 +26,17 @@ from benchmarks import _frontier_data, _record
 from benchmarks._language_model import Size, training
 from benchmarks._steps import SHAPES
 from benchmarks.gsm8k import among_others, read_problems, write_problems
-from cggr_core import CGGRModel, keep_random, routed_hidden, routed_logprobs
+from cggr_core import (
+    CGGRModel,
+    create_truncated_router,
+    keep_random,
+    linear_token_statistics,
+    routed_hidden,
+    routed_logprobs,
+    score,
+    select,
+)
+from cggr_core.routing import Engine
 from cggr_train.data import Batches, Documents, build_example_store, split_supervised
 from cggr_train.data.batches import in_order
 from cggr_train.evaluate import heldout_loss
@@ -94,6 +105,59 @@ def errors(name: str, model: nn.Module, input_ids: Tensor, until: float) -> Iter
         truth = of_kept(model, input_ids, mode, None)
         for precision, setting in PRECISIONS.items():
             yield f"{name}, {mode}, context {precision}", distances(of_kept(half, input_ids, mode, setting), truth)
+
+
+def scores_of(model: nn.Module, input_ids: Tensor, depth: int, layers: str | None, head: str | None) -> Tensor:
+    """Scores ``[B, S]`` after ``depth`` layers, with layers and head in a precision each."""
+    engine: Any = Engine(model)
+    inputs = engine.inputs(input_ids=input_ids)
+    engine.prepare(inputs, routing=True)
+    values = engine.context(inputs, depth=depth, keep_graph=False, head=True, precision=layers)[1]
+    weight = engine.architecture.head.linear.weight
+    targets = input_ids.roll(-1, 1)
+    statistics = linear_token_statistics(values, weight, targets, fields={"gradnorm"}, precision=head)
+    return score(statistics, scoring="gradnorm")
+
+
+def score_errors(name: str, model: nn.Module, input_ids: Tensor, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Scores in bfloat16, with the head in FP8, and with layers and head in it, against float32 throughout."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    model.float()
+    countable = torch.ones_like(input_ids, dtype=torch.bool)
+    countable[:, -1] = False
+    layers = Engine(model).depth
+    precisions = {OWN: (None, None), "head in fp8": (None, "fp8"), "layers and head in fp8": ("fp8", "fp8")}
+    for depth in (layers, create_truncated_router(model).num_layers):
+        if _record.is_over(until):
+            return
+        truth = scores_of(model, input_ids, depth, None, None)
+        kept = select(truth, countable, ratio=RATIO, selection="topk").mask
+        for precision, (of_layers, of_head) in precisions.items():
+            found = scores_of(half, input_ids, depth, of_layers, of_head)
+            apart = (found - truth)[countable].abs() / truth[countable]
+            quartiles = [float(apart.quantile(share)) for share in (0.25, 0.5, 0.75)]
+            others = select(found, countable, ratio=RATIO, selection="topk").mask & ~kept
+            yield (
+                f"{name}, {'full depth' if depth == layers else f'{depth} of {layers} layers'}, {precision}",
+                {
+                    "median": quartiles[1],
+                    "spread": [quartiles[0], quartiles[2]],
+                    "samples": int(apart.numel()),
+                    "unit": "relative error of a token's score",
+                    "score_error": float((found - truth)[countable].norm() / truth[countable].norm()),
+                    "kept_that_differ": float(others.sum() / kept.sum()),
+                },
+            )
+
+
+def measure_scores(arguments: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The errors of scores, with a pretrained model."""
+    model: Any = load_model(str(arguments.model)).to(arguments.device).train()
+    _, heldout = examples(arguments)
+    rows = next(
+        iter(in_order(heldout, length=arguments.length, batch_size=arguments.batch_size, limit=arguments.batch_size))
+    )
+    yield from score_errors(arguments.model.name, model, split_supervised(rows.to(arguments.device))[0], until)
 
 
 def measure_errors(arguments: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -237,11 +301,17 @@ MAKERS: dict[str, Callable[[argparse.Namespace], Callable[[str, str | None, int]
 }
 
 
+MEASURES: dict[str, Callable[[argparse.Namespace, float], Iterator[tuple[str, dict[str, Any]]]]] = {
+    "error": measure_errors,
+    "scores": measure_scores,
+}
+
+
 def main() -> None:
     """Measure, write after every row, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("error", "finetune", "scratch"))
-    parser.add_argument("--model", type=Path, help="folder of a pretrained model; finetune needs one")
+    parser.add_argument("what", choices=("error", "scores", "finetune", "scratch"))
+    parser.add_argument("--model", type=Path, help="folder of a pretrained model; scores and finetune need one")
     parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl, for a pretrained model")
     parser.add_argument("--rows", type=Path, help="rows tokenized by benchmarks.frontier, instead of --gsm8k")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
@@ -261,11 +331,11 @@ def main() -> None:
         parser.error("--model needs --gsm8k or --rows")
     if arguments.rows is not None:
         arguments.length = _frontier_data.load(arguments.rows)[0].train.shape[1]
-    if arguments.what == "finetune" and arguments.model is None:
-        parser.error("finetune needs --model")
-    arguments.batch_size = arguments.batch_size or (4 if arguments.what == "error" else 16)
+    if arguments.what in ("scores", "finetune") and arguments.model is None:
+        parser.error(f"{arguments.what} needs --model")
+    arguments.batch_size = arguments.batch_size or (4 if arguments.what in MEASURES else 16)
     until = _record.deadline(arguments.seconds)
-    found = (measure_errors if arguments.what == "error" else measure_training)(arguments, until)
+    found = MEASURES.get(arguments.what, measure_training)(arguments, until)
     rows: dict[str, dict[str, Any]] = {}
     settings = {
         "seed": SEED, "ratio": RATIO, "model": arguments.model and arguments.model.name, "steps": arguments.steps,
