@@ -98,3 +98,16 @@ def test_it_is_refused_where_it_would_do_nothing():
     mask = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(TypeError, match="within must be a bool tensor"):
         Selection.from_mask(mask, margin=1, within=mask.long())
+    with pytest.raises(ValueError, match=r"^margin must be at least 0, got -1"):
+        Selection.from_mask(mask, margin=-1)
+    with pytest.raises(ValueError, match=r"^within must have shape \(2, 3\) \(that of mask\), got \(2, 1\)"):
+        Selection.from_mask(mask, margin=1, within=mask[:, :1])
+
+
+def test_a_margin_has_no_weight_and_counts_for_nothing():
+    mask = torch.tensor([[False, False, True, False, True, True]])
+    made = Selection.from_mask(mask, capacity=5, margin=1)
+    assert made.index.tolist() == [[1, 2, 3, 4, 5]] and made.valid.all()
+    assert made.weight.tolist() == [[0, 2, 0, 2, 2]] and made.ratio == 0.5
+    plain = Selection.from_mask(mask, capacity=5)
+    assert plain.weight[plain.valid].tolist() == [2, 2, 2] and not plain.weight[~plain.valid].any()
