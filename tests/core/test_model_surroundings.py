@@ -191,3 +191,16 @@ class TestSurroundings:
         again.backward()
         torch.testing.assert_close(again.detach(), loss)
         assert (embeddings.grad.abs().sum(2) > 0).sum() >= wrapped.metrics["kept_tokens"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is:DeprecationWarning")
+@pytest.mark.parametrize(("gradient", "engine"), [("exact", None), *ROUTED])
+def test_a_traced_module_is_a_part_like_any_other(gradient, engine):
+    model, input_ids = ROUTABLE["llama"](), tokens()
+    settings = {"gradient": gradient, "engine": engine, "selection": "random"}
+    loss, wanted = backward(CGGRModel(model, **settings), input_ids)
+    mlp = model.model.layers[1].mlp
+    model.model.layers[1].mlp = torch.jit.trace(mlp, torch.randn(2, 5, 32), check_trace=False)
+    again, found = backward(CGGRModel(model, **settings), input_ids)
+    torch.testing.assert_close(again, loss)
+    assert relative_error(found, wanted) <= 1e-6

@@ -112,9 +112,9 @@ def test_a_pass_runs_on_the_attention_and_masks_that_it_is_made_for(monkeypatch)
     passes.model.model.layers[1].self_attn.register_forward_pre_hook(note, with_kwargs=True)
     apart = []
 
-    def routed_masks(visibility, *, taken_apart=False, change=gradient_passes.routed_masks):
+    def routed_masks(visibility, *, taken_apart=False, change=gradient_passes.routed_masks, **options):
         apart.append(taken_apart)
-        return change(visibility, taken_apart=taken_apart)
+        return change(visibility, taken_apart=taken_apart, **options)
 
     monkeypatch.setattr(gradient_passes, "routed_masks", routed_masks)
     context = passes.context()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from transformers import masking_utils
+from transformers import LlamaForCausalLM, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -12,7 +12,7 @@ from cggr_core import CGGRModel
 from cggr_core.routing import whole_rows
 from cggr_core.routing.masks import routed_masks
 from cggr_core.routing.patches import attention
-from tests.support.model_steps import tokens
+from tests.support.model_steps import ROUTED, tokens
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE
 
@@ -86,6 +86,33 @@ def test_a_plain_forward_beside_a_pass_gets_its_own_masks():
 
     in_threads(routed, plain)
     assert torch.equal(found[0], wanted)
+
+
+PADDED = {"attention_mask": torch.ones(3, 12, dtype=torch.int64).index_fill_(1, torch.arange(4), 0)}
+PACKED = {"position_ids": torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)}
+
+
+@pytest.mark.parametrize(("gradient", "engine"), [("exact", None), *ROUTED])
+@pytest.mark.parametrize("given", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize(("place", "same_config"), [("model.embed_tokens", False), ("model.norm", True)])
+def test_a_model_that_runs_inside_a_pass_gets_its_own_masks(gradient, engine, given, place, same_config):
+    """A teacher that is called in a hook, with rows of the same shape, so that a wrong mask would not raise."""
+    model, batch = ROUTABLE["llama"](), tokens()
+    teacher = LlamaForCausalLM(model.config) if same_config else ROUTABLE["qwen3"]()
+    wanted = teacher(batch, use_cache=False, **given).logits
+    found, settings = [], {"gradient": gradient, "engine": engine, "selection": "random", "min_tokens_ratio": 0.5}
+    alone = CGGRModel(ROUTABLE["llama"](), **settings)
+    alone(batch, labels=batch, draw=1).backward()
+    hook = model.get_submodule(place).register_forward_hook(
+        lambda *_: found.append(teacher(batch, use_cache=False, **given).logits) and None
+    )
+    routed = CGGRModel(model, **settings)
+    routed(batch, labels=batch, draw=1).backward()
+    hook.remove()
+    assert found
+    for logits in found:
+        torch.testing.assert_close(logits, wanted)
+    assert relative_error(gradients(model), gradients(alone.model)) <= 1e-6
 
 
 def test_blocks_nest_and_leave_what_they_found():

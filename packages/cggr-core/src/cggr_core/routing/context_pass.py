@@ -173,11 +173,12 @@ def _context_masks(model: nn.Module, architecture: Architecture, inputs: TokenIn
     # and packing, its own shortcuts (plain causal attention) still apply.
     own_documents = gives_layers_the_cache(architecture, inputs)
     if inputs.padding is None and inputs.shared is None and (own_documents or inputs.segment is None):
-        with nullcontext() if own_documents else whole_rows():
+        with nullcontext() if own_documents else whole_rows(architecture):
             yield
         return
     choose = implementation(model, inputs.position_ids.device.type)
-    with attention_implementation(architecture, choose), routed_masks(inputs.visibility(), own_documents=own_documents):
+    masks = routed_masks(inputs.visibility(), architecture=architecture, own_documents=own_documents)
+    with attention_implementation(architecture, choose), masks:
         yield
 
 

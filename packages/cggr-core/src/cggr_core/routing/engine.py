@@ -241,7 +241,7 @@ class Engine:
         known_whole = not (self._findings.description.cache_at_layers or given)
         around = unseen_masks() if self._capturable else nullcontext()
         states = without_random_states(self.architecture) if self._capturable else nullcontext()
-        with whole_rows() if known_whole else around, states:
+        with whole_rows(self.architecture) if known_whole else around, states:
             return self.model(**arguments, use_cache=False)
 
     def _truncated(self, depth: int | None) -> AbstractContextManager[None]:

@@ -119,6 +119,7 @@ def gradient_pass(
         attention_implementation(architecture, attention),
         routed_masks(
             inputs.visibility(),
+            architecture=architecture,
             own_documents=at_layers,
             taken_apart=True,
         ),

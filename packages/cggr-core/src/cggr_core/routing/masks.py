@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.patches import MaskBuilder, changed_mask_builders
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -219,12 +220,17 @@ def causal_window(mask_function: MaskFunction) -> tuple[bool, int | None]:
 
 
 def routed_masks(
-    visibility: Visibility, *, own_documents: bool = False, taken_apart: bool = False
+    visibility: Visibility,
+    *,
+    architecture: Architecture | None = None,
+    own_documents: bool = False,
+    taken_apart: bool = False,
 ) -> AbstractContextManager[None]:
-    """Within the block, make the models' mask builders build masks for the queries of a pass.
+    """Within the block, make a model's mask builders build masks for the queries of a pass.
 
     Args:
         visibility: What the queries may attend to.
+        architecture: Of the model; ``None`` for every model.
         own_documents: Whether the documents of packed rows are those of the position ids that the model itself passes
             to the builders in a forward without a cache, rather than the visibility's.
         taken_apart: Whether layers run on only some of the queries; see
@@ -241,7 +247,7 @@ def routed_masks(
         # Flash attention takes no mask; passes that need one do not use it.
         return build if name.startswith("flash") else _routed_builder(build, visibility)
 
-    return changed_mask_builders(change)
+    return changed_mask_builders(change, architecture=architecture)
 
 
 def _unbuilt(visibility: Visibility, build: Callable[..., Any]) -> Callable[..., UnbuiltMask]:
@@ -274,14 +280,17 @@ def _routed_builder(build: Callable[..., Any], visibility: Visibility) -> Callab
     return build_routed
 
 
-def whole_rows() -> AbstractContextManager[None]:
+def whole_rows(architecture: Architecture | None = None) -> AbstractContextManager[None]:
     """Let SDPA skip the mask when plain causal attention needs none, for rows of one document without padding.
 
     transformers skips such masks after reading the positions on the host. While a CUDA graph is recorded it cannot read
     them and builds a dense mask, which rules out SDPA's fastest kernels. Callers must already know that the rows are
     whole.
+
+    Args:
+        architecture: Of the model whose rows they are; ``None`` for every model.
     """
-    return changed_mask_builders(_without_needless_masks, documents=_one_document)
+    return changed_mask_builders(_without_needless_masks, architecture=architecture, documents=_one_document)
 
 
 def _one_document(position_ids: Tensor) -> None:
@@ -289,8 +298,8 @@ def _one_document(position_ids: Tensor) -> None:
 
 
 def unseen_masks() -> AbstractContextManager[None]:
-    """Always build SDPA's mask: to skip it, transformers would have to read the padding on the host."""
-    return changed_mask_builders(_always_built, documents=packed_segments)
+    """Always build SDPA's mask, of any model: to skip it, transformers would have to read the padding on the host."""
+    return changed_mask_builders(_always_built, architecture=None, documents=packed_segments)
 
 
 def _always_built(name: str, build: MaskBuilder) -> MaskBuilder:

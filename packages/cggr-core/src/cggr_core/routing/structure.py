@@ -66,7 +66,7 @@ def structure(model: nn.Module) -> list[Any]:
                 found.append(compiled)
             kind = type(module)
             if kind not in forwards:
-                forwards[kind] = kind.forward
+                forwards[kind] = getattr(kind, "forward", None)  # the class of traced modules has none
             forward = module.__dict__.get("forward")
             if forward is not None and module is not base and module is not model:
                 found.append(forward)
