@@ -114,6 +114,18 @@ def test_what_was_left_gathered_is_resharded_once() -> None:
     assert resharded() == [3, 3]
 
 
+def test_a_step_inside_a_step_is_part_of_it() -> None:
+    made = layers()
+    weights = GatheredWeights(made)
+    for _ in range(2):
+        step(weights, made)
+    with weights.step():
+        with weights.step():
+            pass
+        with weights.context_pass():
+            assert held(made) == [True, True]
+
+
 def test_layers_that_are_not_sharded_take_no_steps() -> None:
     plain: list[nn.Module] = [nn.Linear(2, 2)]
     weights = GatheredWeights(plain)
