@@ -100,7 +100,7 @@ def test_weights_that_begin_anywhere(device):
     storage = torch.empty(gate_up.numel() + 1, device=device)
     moved = storage[1:].view_as(gate_up).copy_(gate_up)
     assert moved.data_ptr() % products.ALIGNMENT
-    assert products._descriptor(moved, 1, 8, 8).base.data_ptr() % products.ALIGNMENT == 0
+    assert products.descriptor(moved, 1, 8, 8).base.data_ptr() % products.ALIGNMENT == 0
     expected = moe_experts(x, gate_up, down, index, weight)
     assert torch.equal(moe_experts(x, moved, down, index, weight), expected)
 

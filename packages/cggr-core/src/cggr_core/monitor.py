@@ -42,12 +42,12 @@ class Monitor:
         return {"_ready": None, "_pending": [], "_spare": []}
 
     def post(self, values: Tensor) -> None:
-        """Start copying ``values`` [n] to the host as float32."""
+        """Start copying ``values`` [n] to the host."""
         if torch.compiler.is_compiling():
             return
-        values = values.detach().to(torch.float32)
+        values = values.detach()
         if values.device.type == "cpu":
-            self._ready = values.tolist()
+            self._ready = _numbers(values)
             return
         if capturing(values.device):
             return
@@ -59,9 +59,9 @@ class Monitor:
 
     def _buffer(self, values: Tensor) -> Tensor:
         for i, buffer in enumerate(self._spare):
-            if buffer.shape == values.shape:
+            if buffer.shape == values.shape and buffer.dtype == values.dtype:
                 return self._spare.pop(i)
-        return torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
 
     def read(self, *, wait: bool = False) -> list[float] | None:
         """The newest value that has arrived and was not read before, or None.
@@ -77,7 +77,11 @@ class Monitor:
             buffer, event = self._pending.pop(0)
             if wait:
                 event.synchronize()
-            self._ready = buffer.tolist()
+            self._ready = _numbers(buffer)
             self._spare.append(buffer)
         ready, self._ready = self._ready, None
         return ready
+
+
+def _numbers(values: Tensor) -> list[float]:
+    return [float(value) for value in values.tolist()]

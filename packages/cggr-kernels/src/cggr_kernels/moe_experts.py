@@ -116,10 +116,8 @@ class _Experts(torch.autograd.Function):
     """Output of the experts, differentiable with respect to the input, both projections and the weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, index: Tensor, save: bool
-    ) -> Tensor:
-        out, z, *plan = _forward(x, gate_up, down, index, weight, save)
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        out, z, *plan = _forward(x, gate_up, down, index, weight, True)
         ctx.save_for_backward(x, gate_up, down, weight, z, *plan)
         return out
 
@@ -128,7 +126,7 @@ class _Experts(torch.autograd.Function):
         check_first_derivatives()
         needs = list(ctx.needs_input_grad[:4])
         grads = _gradient(d_out.contiguous(), *ctx.saved_tensors, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> None:
@@ -198,4 +196,7 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight:
     _check(x, gate_up, down, index, weight)
     # Read here: inside the autograd function gradients are off, and its inputs do not show the caller's gradient mode.
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weight))
-    return _Experts.apply(*(tensor.contiguous() for tensor in (x, gate_up, down, weight, index)), save)
+    x, gate_up, down, weight, index = (tensor.contiguous() for tensor in (x, gate_up, down, weight, index))
+    if not save:
+        return _forward(x, gate_up, down, index, weight, False)[0]
+    return _Experts.apply(x, gate_up, down, weight, index)

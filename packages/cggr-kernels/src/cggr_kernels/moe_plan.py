@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cggr_kernels._launching import Launch
 from cggr_kernels.moe_details._dispatch import (
     SEGMENT,
     collect_kernel,
@@ -28,6 +29,9 @@ _MOST_TOKENS = 256
 _PAD_PROGRAMS = 8
 _COPY_BLOCK = 1024
 _COLLECT_BLOCK = 512
+
+_count, _prefix, _place = Launch(count_kernel), Launch(prefix_kernel), Launch(place_kernel)
+_expand, _combine, _collect = Launch(expand_kernel), Launch(combine_kernel), Launch(collect_kernel)
 
 
 class Plan(NamedTuple):
@@ -92,12 +96,11 @@ def make_plan(index: Tensor, num_experts: int) -> Plan:
     plan = empty_plan(index, E)
     rank = torch.empty_like(plan.row)
     count = index.new_empty(blocks, E, dtype=torch.int32)
-    count_kernel[(blocks,)](index, rank, count, T, E, K, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4)
+    _count(blocks, index, rank, count, T, E, K, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4)
     block_b = max(1, min(triton.next_power_of_2(blocks), _PREFIX_TILE // block_e))
-    prefix_kernel[(1,)](
-        count, plan.segment, plan.used, plan.tiles, blocks, E, BLOCK_B=block_b, BLOCK_E=block_e, num_warps=16
-    )
-    place_kernel[(blocks + E,)](
+    _prefix(1, count, plan.segment, plan.used, plan.tiles, blocks, E, BLOCK_B=block_b, BLOCK_E=block_e, num_warps=16)
+    _place(
+        blocks + E,
         index,
         rank,
         count,
@@ -130,7 +133,8 @@ def expand(x: Tensor, plan: Plan, weight: Tensor | None = None) -> tuple[Tensor,
     rows = plan.tile_expert.shape[0] * SEGMENT.value
     out = x.new_empty(rows, H)
     row_weight = x.new_empty(0 if weight is None else rows, dtype=torch.float32)
-    expand_kernel[(E * _PAD_PROGRAMS + T,)](
+    _expand(
+        E * _PAD_PROGRAMS + T,
         x,
         plan.row,
         plan.segment,
@@ -162,7 +166,8 @@ def combine(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
     """
     (T, K), H = plan.row.shape, rows.shape[1]
     out = rows.new_empty(T, H)
-    combine_kernel[(T,)](
+    _combine(
+        T,
         rows,
         plan.row,
         plan.row if weight is None else weight,
@@ -188,6 +193,5 @@ def collect(share: Tensor, plan: Plan) -> Tensor:
     """
     out = torch.empty_like(plan.row, dtype=torch.float32)
     choices = out.numel()
-    grid = (triton.cdiv(choices, _COLLECT_BLOCK),)
-    collect_kernel[grid](share, plan.row, out, choices, BLOCK=_COLLECT_BLOCK, num_warps=4)
+    _collect(triton.cdiv(choices, _COLLECT_BLOCK), share, plan.row, out, choices, BLOCK=_COLLECT_BLOCK, num_warps=4)
     return out

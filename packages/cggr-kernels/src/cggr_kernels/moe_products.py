@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cggr_kernels._launching import Launch, descriptor
 from cggr_kernels._library import shared_memory
 from cggr_kernels.moe_details._products import group_product_kernel, row_product_kernel, up_kernel
 from cggr_kernels.moe_details._swiglu import swiglu_gradient_kernel
@@ -71,6 +71,9 @@ FLOAT_BLOCKS = Table(
 )
 _MUCH_SHARED_MEMORY = 229_424
 
+_up, _rows, _groups = Launch(up_kernel), Launch(row_product_kernel), Launch(group_product_kernel)
+_swiglu_gradient = Launch(swiglu_gradient_kernel)
+
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
@@ -86,13 +89,6 @@ def _table(tensor: Tensor) -> Table:
 
 def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """Descriptor of ``tensor``, or of a copy if its address is not aligned for the copy engine."""
-    if tensor.data_ptr() % ALIGNMENT:
-        tensor = tensor.clone()
-    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, Tensor]:
@@ -113,11 +109,12 @@ def up(x_PH: Tensor, gate_up: Tensor, plan: Plan, save: bool) -> tuple[Tensor, T
     h_PI = x_PH.new_empty(P, I)
     z_2PI = x_PH.new_empty(2 * P if save else 0, I)
     out = (blocks.m, blocks.n)
-    up_kernel[(_multiprocessors(x_PH.device),)](
-        _descriptor(x_PH, blocks.m, blocks.k),
-        _descriptor(gate_up.view(2 * E, I, H), 2, blocks.n, blocks.k),
-        _descriptor(z_2PI if save else h_PI, *out),
-        _descriptor(h_PI, *out),
+    _up(
+        _multiprocessors(x_PH.device),
+        descriptor(x_PH, blocks.m, blocks.k),
+        descriptor(gate_up.view(2 * E, I, H), 2, blocks.n, blocks.k),
+        descriptor(z_2PI if save else h_PI, *out),
+        descriptor(h_PI, *out),
         plan.tile_expert,
         plan.tiles,
         P,
@@ -147,10 +144,11 @@ def row_product(a: Tensor, w: Tensor, plan: Plan, planes: int, transposed: bool)
     N = w.shape[1] if transposed else w.shape[2]
     blocks = _table(a).rows
     out = a.new_empty(P, N)
-    row_product_kernel[(_multiprocessors(a.device),)](
-        _descriptor(a, blocks.m, blocks.k),
-        _descriptor(w, 1, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))),
-        _descriptor(out, blocks.m, blocks.n // 2),
+    _rows(
+        _multiprocessors(a.device),
+        descriptor(a, blocks.m, blocks.k),
+        descriptor(w, 1, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))),
+        descriptor(out, blocks.m, blocks.n // 2),
         plan.tile_expert,
         plan.tiles,
         P,
@@ -179,8 +177,19 @@ def swiglu_gradient(dh_PI: Tensor, z_2PI: Tensor, row_weight: Tensor, plan: Plan
     P, I = dh_PI.shape
     dz_2PI = torch.empty_like(z_2PI)
     share = torch.empty_like(row_weight)
-    swiglu_gradient_kernel[(P // _SWIGLU_ROWS,)](
-        z_2PI, dh_PI, row_weight, dz_2PI, share, plan.tiles, P, I, ROWS=_SWIGLU_ROWS, BLOCK=_SWIGLU_BLOCK, num_warps=4
+    _swiglu_gradient(
+        P // _SWIGLU_ROWS,
+        z_2PI,
+        dh_PI,
+        row_weight,
+        dz_2PI,
+        share,
+        plan.tiles,
+        P,
+        I,
+        ROWS=_SWIGLU_ROWS,
+        BLOCK=_SWIGLU_BLOCK,
+        num_warps=4,
     )
     return dz_2PI, share
 
@@ -200,10 +209,11 @@ def group_product(a: Tensor, b: Tensor, plan: Plan, planes: int) -> Tensor:
     E, M, N = plan.used.shape[0], a.shape[1], b.shape[1]
     blocks = _table(a).group
     out = a.new_empty(E * planes, M, N)
-    group_product_kernel[(_multiprocessors(a.device),)](
-        _descriptor(a, blocks.k, blocks.m),
-        _descriptor(b, blocks.k, blocks.n),
-        _descriptor(out, 1, blocks.m, blocks.n // 2),
+    _groups(
+        _multiprocessors(a.device),
+        descriptor(a, blocks.k, blocks.m),
+        descriptor(b, blocks.k, blocks.n),
+        descriptor(out, 1, blocks.m, blocks.n // 2),
         plan.segment,
         b.shape[0],
         E,

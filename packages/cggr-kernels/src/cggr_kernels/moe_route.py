@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from cggr_kernels._checks import check_device, check_first_derivatives, check_float
+from cggr_kernels._launching import Launch
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._route import route_gradient_kernel, route_kernel, route_statistics_kernel
 
@@ -21,6 +22,10 @@ _TILE = 4096  # logits that one program holds
 _MOST_TOKENS = 64
 _STATISTICS_TILE = 8192
 _MOST_BLOCKS = 256
+
+_route, _statistics, _route_gradient = (
+    Launch(kernel) for kernel in (route_kernel, route_statistics_kernel, route_gradient_kernel)
+)
 
 
 def _blocks(E: int) -> dict[str, int]:
@@ -37,7 +42,8 @@ def _launch(
     count = triton.cdiv(T, blocks["BLOCK_T"])
     partial = torch.empty(count, 2 * E + 4, dtype=torch.float32, device=logits.device)
     if T:
-        route_kernel[(count,)](
+        _route(
+            count,
             logits,
             logits if bias is None else bias,
             logits if keep is None else keep,
@@ -56,7 +62,8 @@ def _launch(
             **blocks,
         )
     block_b = min(triton.next_power_of_2(count), _MOST_BLOCKS, _STATISTICS_TILE // blocks["BLOCK_E"])
-    route_statistics_kernel[(1,)](
+    _statistics(
+        1,
         partial,
         balance,
         z,
@@ -102,7 +109,8 @@ def _launch_gradient(
     d_logits = torch.empty_like(logits)
     if T:
         blocks = _blocks(E)
-        route_gradient_kernel[(triton.cdiv(T, blocks["BLOCK_T"]),)](
+        _route_gradient(
+            triton.cdiv(T, blocks["BLOCK_T"]),
             logits,
             lse,
             index,
@@ -228,5 +236,6 @@ def moe_route(
     logits = logits.contiguous()
     made = _forward(logits.detach(), bias, keep, top_k, norm_topk_prob)
     weight, index, balance, z, entropy, load, bad, lse, slope = made
-    weight, balance, z = _Route.apply(logits, weight, balance, z, index, lse, slope, norm_topk_prob)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        weight, balance, z = _Route.apply(logits, weight, balance, z, index, lse, slope, norm_topk_prob)
     return weight, index, balance, z, load, entropy, bad

@@ -254,6 +254,17 @@ class PersistentTRMLP(nn.Module):
         shape, H = tuple(hidden_states.shape), self.hidden_dim
         if hidden_states.dim() not in (2, 3) or shape[-1] != H:
             raise ValueError(f"hidden_states must have shape [B, S, {H}] or [T, {H}], got {shape}")
+        kind = hidden_states.dtype, hidden_states.device
+        parameters = (self.gate.weight, self.gate_up_proj, self.down_proj)
+        if any((parameter.dtype, parameter.device) != kind for parameter in parameters):
+            self._check_parameters(hidden_states)
+        if token_mask is not None:
+            check_shape("token_mask", token_mask, shape[:-1], "one entry per token of hidden_states")
+            check_same_device("token_mask", token_mask, "hidden_states", hidden_states)
+            if token_mask.dtype != torch.bool:
+                raise TypeError(f"token_mask must be bool, got {token_mask.dtype}; convert it with .bool()")
+
+    def _check_parameters(self, hidden_states: Tensor) -> None:
         for name, parameter in (("gate.weight", self.gate.weight), *self.named_parameters(recurse=False)):
             check_same_device("hidden_states", hidden_states, name, parameter)
             if parameter.dtype != hidden_states.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
@@ -261,11 +272,6 @@ class PersistentTRMLP(nn.Module):
                     f"hidden_states must have the dtype of {name}, got {hidden_states.dtype} and {parameter.dtype}; "
                     "cast one of them or run under torch.autocast"
                 )
-        if token_mask is not None:
-            check_shape("token_mask", token_mask, shape[:-1], "one entry per token of hidden_states")
-            check_same_device("token_mask", token_mask, "hidden_states", hidden_states)
-            if token_mask.dtype != torch.bool:
-                raise TypeError(f"token_mask must be bool, got {token_mask.dtype}; convert it with .bool()")
 
     def _raise_if_bad(self, counts: list[float] | None, where: str) -> None:
         if counts and counts[0]:
