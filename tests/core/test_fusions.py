@@ -9,7 +9,7 @@ from torch import nn
 
 import cggr_core.routing.fusions as fusions
 from cggr_core import CGGRModel
-from cggr_core.elementwise import rotary_reference, silu_mul_reference
+from cggr_core.elementwise import rotary_in_place, rotary_reference, silu_mul_reference
 from cggr_core.routing import fused_forwards
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE, VOCAB
@@ -82,14 +82,51 @@ def test_every_layer_of_every_pass_runs_fused_and_the_model_is_left_as_it_was(en
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_without_a_kernel_the_models_own_code_runs(monkeypatch):
-    model, input_ids = ROUTABLE["llama"](), tokens()
-    wanted = model(input_ids=input_ids).logits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("trains", [False, True])
+def test_without_a_kernel_the_models_own_formulas_run(dtype, trains, monkeypatch):
+    """In float32 on a CPU, rotary embeddings are turned in place, which rounds as the model's code does."""
+    model, input_ids = ROUTABLE["llama"]().to(dtype), tokens()
     monkeypatch.setattr("torch.nn.functional.rms_norm", None)
-    for module, forward in fused_forwards(model.modules()).items():
-        if "Norm" not in type(module).__name__:
-            module.forward = forward
-    assert torch.equal(model(input_ids=input_ids).logits, wanted)
+    with torch.set_grad_enabled(trains):
+        wanted = model(input_ids=input_ids).logits
+        for module, forward in fused_forwards(model.modules()).items():
+            if "Norm" not in type(module).__name__:
+                module.forward = forward
+        found = model(input_ids=input_ids).logits
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found, wanted, **tolerance)
+
+
+def test_rotary_in_place_has_the_gradients_of_the_reference():
+    generator = torch.Generator().manual_seed(2)
+    q, k, cos, sin, upstream, other = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in [(2, 5, 4, 8), (2, 5, 2, 8), (1, 5, 8), (1, 5, 8), (2, 4, 5, 8), (2, 2, 5, 8)]
+    )
+    parts = [part.transpose(1, 2).requires_grad_() for part in (q, k)]  # as a model's: heads are not first in memory
+    wanted = rotary_reference(*parts, cos, sin)
+    found = [rotary_in_place(part, cos, sin) for part in parts]
+    assert_same(found, wanted)
+    assert_same(*(torch.autograd.grad(turned, parts, (upstream, other)) for turned in (found, wanted)))
+    assert torch.autograd.gradcheck(lambda part: rotary_in_place(part, cos, sin), parts[0])
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(rotary_in_place(parts[0], cos, sin), parts[0], upstream, create_graph=True)
+
+
+def test_gated_activations_leave_what_the_projections_made(monkeypatch):
+    """Outputs of linear layers may be held by somebody else, so only the activation's own is overwritten."""
+    mlp = ROUTABLE["llama"]().model.layers[0].mlp
+    x = torch.randn(2, 3, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
+    held = []
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.register_forward_hook(lambda module, args, output: held.append((output, output.clone())))
+    with torch.no_grad():
+        wanted = mlp(x)
+        held.clear()
+        assert torch.equal(fused_forwards([mlp])[mlp](x), wanted)
+    assert len(held) == 2
+    assert all(torch.equal(output, before) for output, before in held)
 
 
 def test_modules_that_somebody_replaced_or_compiled_are_left_as_they_are():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, cat
+from torch.autograd import Function
 from torch.nn.functional import silu
 
 from cggr_core.backends import register_reference
+from cggr_core.checks import first_derivatives_only
 
-__all__ = ["rotary_reference", "silu_mul_reference"]
+__all__ = ["rotary_in_place", "rotary_reference", "silu_mul_reference"]
 
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +33,45 @@ def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 def _half_turn(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return cat((-second, first), dim=-1)
+
+
+def rotary_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of op ``rotary``, ``x cos + [-x2, x1] sin``, made in one new tensor: memory is what it costs on a CPU.
+
+    Args:
+        x: ``[B, H, S, D]``, ``D`` even, in the dtype of the others.
+        cos: ``[B, S, D]`` or ``[1, S, D]``, without a gradient.
+        sin: As ``cos``.
+
+    Returns:
+        ``[B, H, S, D]``; it can be differentiated once.
+    """
+    return _Turn.apply(x, cos[:, None], sin[:, None])
+
+
+class _Turn(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned = x * cos
+        (first, second), (to_first, to_second), (sin_first, sin_second) = (
+            part.chunk(2, dim=-1) for part in (x, turned, sin)
+        )
+        to_first.addcmul_(second, sin_first, value=-1)
+        to_second.addcmul_(first, sin_second)
+        return turned
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        back = grad * cos
+        (first, second), (to_first, to_second), (sin_first, sin_second) = (
+            part.chunk(2, dim=-1) for part in (grad, back, sin)
+        )
+        to_first.addcmul_(second, sin_second)
+        to_second.addcmul_(first, sin_first, value=-1)
+        return back, None, None
 
 
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from cggr_core.backends import resolve
-from cggr_core.elementwise import rotary_reference, silu_mul_reference
+from cggr_core.elementwise import rotary_in_place, rotary_reference, silu_mul_reference
 from cggr_core.routing.norms import fused_norms, is_untouched
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -32,7 +32,7 @@ def fused_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[...
 
     Returns:
         A forward for each recognised module. Kernels for rotary embeddings and gated activations are looked up at each
-        call, by device; without one, the model's own code runs.
+        call, by device; without one, the model's own formulas run, on a CPU with fewer tensors in between.
     """
     modules = list(modules)
     rotaries: dict[type[nn.Module], FunctionType | None] = {}
@@ -103,9 +103,13 @@ def _rotary(own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Ten
     turn = resolve("rotary", q.device.type, q.dtype)
     plain = not args and not options and q.dtype == k.dtype and q.dtype in _KERNEL_DTYPES
     shaped = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and not cos.requires_grad
-    if turn is rotary_reference or not plain or not shaped:
+    if not plain or not shaped:
         return own(q, k, cos, sin, *args, **options)
-    return turn(q, k, cos, sin)
+    if turn is not rotary_reference:
+        return turn(q, k, cos, sin)
+    if q.device.type == "cpu" and q.dtype == cos.dtype == sin.dtype == torch.float32:
+        return rotary_in_place(q, cos, sin), rotary_in_place(k, cos, sin)
+    return own(q, k, cos, sin)
 
 
 def _has_gate(module: nn.Module) -> bool:
@@ -142,5 +146,7 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     multiply = resolve("silu_mul", gate.device.type, gate.dtype)
     same = gate.dtype == up.dtype and gate.dtype in _KERNEL_DTYPES and gate.shape == up.shape
     if multiply is silu_mul_reference or not same:
-        return module.down_proj(module.act_fn(gate) * up)
+        activated = module.act_fn(gate)
+        in_place = same and not torch.is_grad_enabled()
+        return module.down_proj(activated.mul_(up) if in_place else activated * up)
     return module.down_proj(multiply(gate, up))
