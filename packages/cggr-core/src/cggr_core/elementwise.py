@@ -36,7 +36,7 @@ def _half_turn(x: Tensor) -> Tensor:
 
 
 def rotary_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Of op ``rotary``, ``x cos + [-x2, x1] sin``, made in one new tensor: memory is what it costs on a CPU.
+    """Of op ``rotary``, ``x cos + [-x2, x1] sin``, made in one new tensor: on a CPU, memory costs most.
 
     Args:
         x: ``[B, H, S, D]``, ``D`` even, in the dtype of the others.
@@ -57,8 +57,9 @@ class _Turn(Function):
         (first, second), (to_first, to_second), (sin_first, sin_second) = (
             part.chunk(2, dim=-1) for part in (x, turned, sin)
         )
-        to_first.addcmul_(second, sin_first, value=-1)
-        to_second.addcmul_(first, sin_second)
+        # Not addcmul, which rounds once where models round twice.
+        to_first.sub_(second * sin_first)
+        to_second.add_(first * sin_second)
         return turned
 
     @staticmethod
@@ -69,8 +70,8 @@ class _Turn(Function):
         (first, second), (to_first, to_second), (sin_first, sin_second) = (
             part.chunk(2, dim=-1) for part in (grad, back, sin)
         )
-        to_first.addcmul_(second, sin_second)
-        to_second.addcmul_(first, sin_first, value=-1)
+        to_first.add_(second * sin_second)
+        to_second.sub_(first * sin_first)
         return back, None, None
 
 
