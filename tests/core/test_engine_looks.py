@@ -312,7 +312,7 @@ def test_what_a_graph_cannot_capture_is_left_out(monkeypatch):
         return run(*args, preserve_rng_state=preserve_rng_state, **how)
 
     monkeypatch.setattr(engines, "unseen_masks", lambda: block("unseen"))
-    monkeypatch.setattr(engines, "whole_rows", lambda: block("whole"))
+    monkeypatch.setattr(engines, "whole_rows", lambda architecture: block("whole"))
     monkeypatch.setattr(engines, "without_random_states", lambda architecture: block("no states"))
     monkeypatch.setattr(engines, "gradient_pass", gradient_pass)
 

@@ -193,7 +193,8 @@ def test_the_passes_run_it_and_leave_the_model_as_it_was(engine, checkpointing, 
     with monkeypatch.context() as patch:
         patch.setattr("cggr_core.routing.probe.fused_forwards", lambda modules: {})
         own = CGGRModel(model, engine=engine, selection="random").train()
-        own(input_ids, labels=input_ids, draw=0)  # the first forward looks at the model
+        own(input_ids, labels=input_ids, draw=0)  # the first two forwards look at a model with code of others
+    fused(input_ids, labels=input_ids, draw=0)
 
     def step(wrapped: CGGRModel):
         wrapped(input_ids, labels=input_ids, draw=0)

@@ -14,9 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from cggr_core import CGGRModel, Selection
 from cggr_core.routing import findings
 from cggr_core.routing.engine import Engine
-from tests.core.test_sequence_dependence import grown
 from tests.support.reference_routing import gradients, reference_loss, relative_error
-from tests.support.tiny_models import ROUTABLE
+from tests.support.tiny_models import ROUTABLE, grown
 
 ROUTED = [("kv", "interleaved"), ("kv", "two_pass"), ("detached", "interleaved"), ("detached", "two_pass")]
 EOS, VOCABULARY, ROWS, LENGTH = 2, 97, 2, 29

@@ -180,7 +180,7 @@ def test_what_was_told_of_documents_ends_with_its_block():
 
 def test_a_block_that_tells_nothing_of_documents_leaves_what_an_outer_one_told():
     repeated = torch.tensor([[0, 1, 0, 1]])
-    with whole_rows(), attention.changed_mask_builders(lambda name, build: build):
+    with whole_rows(), attention.changed_mask_builders(lambda name, build: build, architecture=None):
         assert masking_utils.find_packed_sequence_indices(repeated) is None
 
 

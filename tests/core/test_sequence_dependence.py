@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from cggr_core import CGGRModel, Selection
 from tests.support.reference_routing import gradients, reference_loss, relative_error
+from tests.support.tiny_models import grown
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -24,17 +25,6 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-
-def grown(model: nn.Module, std: float = 0.3) -> Any:
-    """The model with weights that make its positions and masks matter, in training mode."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=std)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.train()
 
 
 def longrope() -> Any:

@@ -200,3 +200,14 @@ GPT_NEO = _build(
     bos_token_id=1,
     eos_token_id=2,
 )
+
+
+def grown(model: torch.nn.Module, std: float = 0.3) -> Any:
+    """The model with weights that make its positions and masks matter, in training mode."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()

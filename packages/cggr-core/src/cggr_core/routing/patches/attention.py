@@ -50,7 +50,7 @@ def _find_packed_sequences_in_context(position_ids: Tensor) -> Tensor | None:
 def _asked_by_the_models_of_the_pass() -> bool:
     """Whether the model that is building masks is one of the pass, rather than one that a hook or a layer of it calls.
 
-    Neither function is told the model, and a teacher may even share the config, so it is looked for among the callers.
+    Mask builders are not given the model, and a teacher may even share the config: the callers show which one it is.
     """
     models = _models.get()
     frame = None if models is None else sys._getframe(2)
