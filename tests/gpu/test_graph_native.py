@@ -1,5 +1,6 @@
 """Recorded steps on a GPU: equality with eager steps, and what falls back to those."""
 
+import gc
 import logging
 
 import pytest
@@ -355,6 +356,7 @@ def test_memory_is_given_back():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     cggr._recorder._forget()
+    gc.collect()  # captures run none, and what a capture left in a cycle holds its memory
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before - held // 2
 

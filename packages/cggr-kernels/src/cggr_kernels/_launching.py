@@ -1,6 +1,6 @@
 """Repeated launches of a kernel without Triton's own search for the compiled one.
 
-Triton binds and classifies the arguments of every launch anew: more work for the host than the launch itself. Here
+Triton binds and classifies the arguments of each launch: more work for the host than the launch itself. Here
 the compiled kernel is found by the arguments that it was compiled for, and is then called directly.
 """
 
