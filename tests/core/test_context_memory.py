@@ -1,5 +1,6 @@
 """For the backward pass in mode ``kv``, a context token keeps only its layers' inputs, keys and values."""
 
+import gc
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -369,3 +370,20 @@ def test_which_modules_of_a_layer_are_called_in_another_way():
     assert replaced(lambda block: compiled(block.norm)) == {"other"}
     assert replaced(lambda block: compiled(block.d)) == replaced(compiled) == {"norm", "other"}
     assert replaced(lambda block: (compiled(block.norm), compiled(block.other))) == set()
+
+
+@pytest.mark.parametrize("settings", [{"engine": engine} for engine in ENGINES] + [{"gradient": "detached"}])
+def test_a_step_leaves_no_tensor_in_a_reference_cycle(settings):
+    """Python may look for cycles only many steps later, and until then they would hold memory of the device."""
+    model, input_ids = CGGRModel(ROUTABLE["llama"](), selection="supervised", **settings).train(), tokens()
+    for _ in range(3):
+        model(input_ids, labels=at_the_end(input_ids)).backward()
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        model(input_ids, labels=at_the_end(input_ids)).backward()
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()

@@ -30,7 +30,7 @@ _UNITS = {
 }
 """Of each unit, the kinds of value that it is for, and what those are multiplied by."""
 _KINDS = {"s": "seconds", "B": "bytes", "bytes": "bytes"}
-_OF_THE_UNIT = ("median", "spread", "mean", "low", "high")
+_OF_THE_UNIT = ("median", "total", "windows", "spread", "mean", "low", "high")
 _WORDS = {"seconds": "seconds", "bytes": "bytes", "ratio": "ratio", "memory": "bytes"}
 _UNIT = re.compile(r"\s?(ms|GB|MB|MiB|x|s)\b|\s?(%)")
 

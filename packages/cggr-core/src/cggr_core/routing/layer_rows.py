@@ -20,6 +20,12 @@ _TAKEN_APART = (Tensor, RowMask)
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def _forget(rows: "weakref.ref[LayerRows]", key: int) -> None:
+    alive = rows()
+    if alive is not None:
+        alive._taken.pop(key, None)
+
+
 class LayerRows:
     """Slices a layer's arguments to some positions.
 
@@ -74,7 +80,10 @@ class LayerRows:
         if isinstance(value, _TAKEN_APART):
             key, known = id(value), self._taken
             if key not in known:
-                known[key] = weakref.ref(value, lambda _: known.pop(key, None)), self._taken_from(name, value)
+                rows: weakref.ref[LayerRows] = weakref.ref(
+                    self
+                )  # not a cycle, which would hold the tensors until Python looks for cycles
+                known[key] = weakref.ref(value, lambda _: _forget(rows, key)), self._taken_from(name, value)
             return known[key][1]
         if isinstance(value, dict):
             return {key: self._take(name, part) for key, part in value.items()}
