@@ -80,9 +80,8 @@ class LayerRows:
         if isinstance(value, _TAKEN_APART):
             key, known = id(value), self._taken
             if key not in known:
-                rows: weakref.ref[LayerRows] = weakref.ref(
-                    self
-                )  # not a cycle, which would hold the tensors until Python looks for cycles
+                # Not a cycle, which would hold the tensors until Python looks for cycles.
+                rows: weakref.ref[LayerRows] = weakref.ref(self)
                 known[key] = weakref.ref(value, lambda _: _forget(rows, key)), self._taken_from(name, value)
             return known[key][1]
         if isinstance(value, dict):
