@@ -193,7 +193,7 @@ class TestSurroundings:
         assert (embeddings.grad.abs().sum(2) > 0).sum() >= wrapped.metrics["kept_tokens"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is:DeprecationWarning", "ignore:`torch.jit.*` is:FutureWarning")
 @pytest.mark.parametrize(("gradient", "engine"), [("exact", None), *ROUTED])
 def test_a_traced_module_is_a_part_like_any_other(gradient, engine):
     model, input_ids = ROUTABLE["llama"](), tokens()
