@@ -66,9 +66,8 @@ class CudaGraphs:
         self.wait()
         torch.clear_autocast_cache()
         collects = gc.isenabled()
-        gc.collect(
-            1
-        )  # what an earlier pass left in cycles keeps memory of the pool; a full collection takes as long as steps
+        # What an earlier pass left in cycles keeps memory of the pool. A full collection takes as long as steps do.
+        gc.collect(1)
         gc.disable()  # deleting another graph during a capture would end the capture
         try:
             return self._captured(run)
