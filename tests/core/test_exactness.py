@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -15,6 +14,7 @@ from tests.support.exact_steps import (
     aligned,
     assert_equal,
     batch,
+    partly_labelled,
     random_selection,
     reference,
 )
@@ -35,9 +35,7 @@ def routed(model, labels, selection, *, gradient, engine, **inputs):
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
 @pytest.mark.parametrize("name", ROUTABLE)
 def test_equals_the_autograd_reference(name, gradient):
-    model, input_ids = ROUTABLE[name](), batch()
-    labels = input_ids.clone()
-    labels[0, :4] = -100
+    model, (input_ids, labels) = ROUTABLE[name](), partly_labelled()
     selection = random_selection(aligned(model, labels).countable)
     wanted = reference(model, labels, selection, gradient=gradient, input_ids=input_ids)
     for engine in ENGINES:
@@ -157,13 +155,6 @@ def ordinary(model, input_ids, labels):
     loss = model(input_ids=input_ids, labels=labels).loss
     loss.backward()
     return loss.detach(), gradients(model)
-
-
-def partly_labelled() -> tuple[Tensor, Tensor]:
-    input_ids = batch()
-    labels = input_ids.clone()
-    labels[0, :4] = -100
-    return input_ids, labels
 
 
 @pytest.mark.parametrize("name", ROUTABLE)

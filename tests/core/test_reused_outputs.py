@@ -9,7 +9,7 @@ from cggr_core import CGGRModel, create_truncated_router
 from cggr_core.routing import outputs
 from cggr_core.routing.architectures import describe
 from cggr_core.routing.rows import Places
-from tests.support.exact_steps import A_FEW, aligned, assert_equal, batch, random_selection, reference
+from tests.support.exact_steps import A_FEW, aligned, assert_equal, partly_labelled, random_selection, reference
 from tests.support.model_steps import backward, checkpoint_activations, tokens
 from tests.support.reference_routing import gradients, relative_error
 from tests.support.tiny_models import ROUTABLE
@@ -35,9 +35,7 @@ def reused(monkeypatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("name", ROUTABLE)
 def test_equals_the_autograd_reference(name, gradient):
     """Some slots hold no kept token, and rows keep different numbers of them."""
-    model, input_ids = ROUTABLE[name](), batch()
-    labels = input_ids.clone()
-    labels[0, :4] = -100
+    model, (input_ids, labels) = ROUTABLE[name](), partly_labelled()
     selection = random_selection(aligned(model, labels).countable)
     wrapped = CGGRModel(model, gradient=gradient, selection="random", **REUSING)
     loss = wrapped(input_ids, labels=labels, selection=selection)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_core.fp8 as fp8
 from cggr_core import CGGRModel, linear_token_statistics
 from cggr_core.backends import has_fp8_products
+from tests.support.gpu_models import wide_model, wide_tokens
 from tests.support.host_reads import no_host_reads
 from tests.support.model_steps import ROUTED, backward
 
@@ -20,22 +20,12 @@ pytestmark = [
 
 
 def model(dtype=torch.bfloat16):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        made = LlamaForCausalLM(config).to(dtype).train()
+    made = wide_model(dtype, layers=3)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.06)
     return made
-
-
-def tokens():
-    return torch.randint(0, 512, (4, 120), generator=torch.Generator().manual_seed(0)).cuda()
 
 
 def routed(made, gradient, engine, **settings):
@@ -90,7 +80,7 @@ def test_what_is_no_number_stays_none():
 @pytest.mark.parametrize(("gradient", "engine"), ROUTED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kept_tokens_are_moved_a_little(gradient, engine, dtype):
-    made, input_ids = model(dtype), tokens()
+    made, input_ids = model(dtype), wide_tokens()
     own, own_gradients = backward(routed(made, gradient, engine), input_ids, draw=0)
     low, low_gradients = backward(routed(made, gradient, engine, context_precision="fp8"), input_ids, draw=0)
     assert low != own
@@ -100,7 +90,7 @@ def test_kept_tokens_are_moved_a_little(gradient, engine, dtype):
 
 @pytest.mark.parametrize("engine", ["interleaved", "two_pass"])
 def test_a_step_is_the_emulated_one(engine, monkeypatch):
-    made, input_ids = model(), tokens()
+    made, input_ids = model(), wide_tokens()
     found = backward(routed(made, "kv", engine, context_precision="fp8"), input_ids, draw=0)
     for module in ("cggr_core.fp8", "cggr_core.routing.precision"):
         monkeypatch.setattr(f"{module}.has_fp8_products", lambda device: False)
@@ -111,7 +101,7 @@ def test_a_step_is_the_emulated_one(engine, monkeypatch):
 
 
 def test_a_step_waits_for_nothing_and_can_be_recorded():
-    made, input_ids = model(), tokens()
+    made, input_ids = model(), wide_tokens()
     # Captured by hand here, so not by itself in the warm-up.
     wrapped = routed(made, "kv", "interleaved", context_precision="fp8", cuda_graph=False)
 

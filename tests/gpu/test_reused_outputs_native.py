@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cggr_core import CGGRModel, create_truncated_router
+from tests.support.gpu_models import wide_model, wide_tokens
 from tests.support.host_reads import no_host_reads
 from tests.support.model_steps import backward
 from tests.support.reference_routing import relative_error
@@ -14,24 +14,10 @@ from tests.support.reference_routing import relative_error
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def model(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(dtype).train()
-
-
-def tokens():
-    return torch.randint(0, 512, (4, 120), generator=torch.Generator().manual_seed(0)).cuda()
-
-
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize("gradient", ["kv", "detached"])
 def test_the_same_numbers_from_fewer_products(gradient, truncated):
-    made, input_ids = model(), tokens()
+    made, input_ids = wide_model(torch.float32, layers=4), wide_tokens()
     router = create_truncated_router(made, 2) if truncated else None
     found, flops = [], []
     for reuse in (False, True):
@@ -50,7 +36,7 @@ def test_the_same_numbers_from_fewer_products(gradient, truncated):
 
 
 def test_recorded_steps_reuse_too():
-    made, input_ids = model(torch.bfloat16), tokens()
+    made, input_ids = wide_model(torch.bfloat16, layers=4), wide_tokens()
     eager = backward(CGGRModel(made, reuse_outputs=True, cuda_graph=False), input_ids, draw=0)
     wrapped = CGGRModel(made, reuse_outputs=True)
     for _ in range(8):
@@ -74,7 +60,7 @@ class Products(TorchDispatchMode):
 
 def test_other_tokens_queries_have_no_gradient():
     """It would be zeros, which the rest of the backward pass would multiply."""
-    made, input_ids = model(), tokens()
+    made, input_ids = wide_model(torch.float32, layers=4), wide_tokens()
     wrapped = CGGRModel(made, selection="random", min_tokens_ratio=0.25, cuda_graph=False)
     backward(wrapped, input_ids, draw=0)
     loss = wrapped(input_ids, labels=input_ids, draw=0)

@@ -4,6 +4,7 @@ import torch
 import cggr_kernels.moe_experts as experts_module
 import cggr_kernels.moe_plan as plan_module
 import cggr_kernels.moe_products as products
+from cggr_kernels import _launching
 from cggr_kernels.moe_experts import moe_experts
 from cggr_kernels.moe_plan import Plan, combine, expand, make_plan, row_bound
 from cggr_moe.grouped import moe_experts_reference
@@ -99,8 +100,8 @@ def test_weights_that_begin_anywhere(device):
     x, gate_up, down, index, weight = problem(3, 8, 8, 1, 1, torch.float32, device)
     storage = torch.empty(gate_up.numel() + 1, device=device)
     moved = storage[1:].view_as(gate_up).copy_(gate_up)
-    assert moved.data_ptr() % products.ALIGNMENT
-    assert products.descriptor(moved, 1, 8, 8).base.data_ptr() % products.ALIGNMENT == 0
+    assert moved.data_ptr() % _launching.ALIGNMENT
+    assert _launching.descriptor(moved, 1, 8, 8).base.data_ptr() % _launching.ALIGNMENT == 0
     expected = moe_experts(x, gate_up, down, index, weight)
     assert torch.equal(moe_experts(x, moved, down, index, weight), expected)
 

@@ -18,6 +18,14 @@ def batch(seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
+def partly_labelled() -> tuple[Tensor, Tensor]:
+    """Token ids and labels, of which the first row has none at its start."""
+    input_ids = batch()
+    labels = input_ids.clone()
+    labels[0, :4] = -100
+    return input_ids, labels
+
+
 def aligned(model, labels: Tensor):
     return align_labels(labels, shifted=CGGRModel(model)._passes.architecture.shifted, vocab_size=VOCAB)
 

@@ -16,6 +16,18 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 1000, (3, 257), generator=torch.Generator().manual_seed(0)).cuda()
 
 
+def wide_model(dtype: torch.dtype, *, layers: int) -> LlamaForCausalLM:
+    """A model whose sizes are multiples of 16, as FP8 products need."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers}
+    with torch.device("cuda"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).to(dtype).train()
+
+
+def wide_tokens() -> torch.Tensor:
+    return torch.randint(0, 512, (4, 120), generator=torch.Generator().manual_seed(0)).cuda()
+
+
 def varied(dtype: torch.dtype = torch.float32):
     """A model whose scores differ from token to token; those of fresh weights are all but the same."""
     base = model(dtype)

@@ -5,7 +5,7 @@ On CPU they work on chunks that stay in the cache, so that five passes over a ch
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "FIELDS",
     "NEED_TARGETS",
     "difficulty_reference",
+    "joined",
     "linear_difficulty_fp8",
     "linear_difficulty_reference",
     "wanted_fields",
@@ -229,6 +230,13 @@ def linear_difficulty_fp8(
         chunk = slice(start, start + rows)
         logits = bounded_logits(product(x[chunk], x_scale[chunk], w, w_scale, bias), softcap, scale)
         chunks.append(op(logits, None if targets is None else targets[chunk], ignore_index, *extra))
+    return joined(chunks)
+
+
+def joined(chunks: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """What one of the ops returns for the rows of at least one chunk, from what it returned for each."""
+    if len(chunks) == 1:
+        return chunks[0]
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 

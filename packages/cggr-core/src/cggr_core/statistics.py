@@ -14,6 +14,7 @@ from cggr_core.difficulty import (
     FIELDS,
     NEED_TARGETS,
     difficulty_reference,
+    joined,
     linear_difficulty_fp8,
     linear_difficulty_reference,
     wanted_fields,
@@ -100,12 +101,7 @@ def token_statistics(
         start = stop
     if not parts:
         parts.append(op(logits.new_empty(0, V), None if flat_targets is None else flat_targets, ignore_index, *extra))
-    columns = (
-        parts[0]
-        if len(parts) == 1
-        else tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
-    )
-    return _as_statistics(columns, shape, fields, targets is not None, V, "logits")
+    return _as_statistics(joined(parts), shape, fields, targets is not None, V, "logits")
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Repeated launches of a kernel without Triton's own search for the compiled one.
 
-Triton binds and classifies the arguments of each launch: more work for the host than the launch itself. Here
-the compiled kernel is found by the arguments that it was compiled for, and is then called directly.
+Triton binds and classifies the arguments of each launch: more work for the host than the launch itself. Here the
+compiled kernel is found by the arguments that it was compiled for, and is then called directly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cggr_kernels._library import INTERPRETED
 
 _MOST_KINDS = 256
-_ALIGNMENT = 16  # of pointers, in bytes: Triton compiles kernels of their own for aligned ones
+ALIGNMENT = 16
+"""In bytes: of rows and addresses for the copy engine; for aligned pointers Triton compiles kernels of their own."""
 
 
 class Launch:
@@ -40,7 +41,7 @@ class Launch:
         key = [torch.cuda.current_device(), *constants.values()]
         for value in args:
             if isinstance(value, Tensor):
-                key += (value.dtype, value.data_ptr() % _ALIGNMENT == 0)
+                key += (value.dtype, value.data_ptr() % ALIGNMENT == 0)
             elif isinstance(value, TensorDescriptor):
                 key += (value.base.dtype, *value.block_shape)
             else:
@@ -75,7 +76,7 @@ def descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
         >>> descriptor(torch.zeros(4, 16), 2, 16).block_shape
         [2, 16]
     """
-    if tensor.data_ptr() % _ALIGNMENT:
+    if tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.clone()
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = tensor, list(tensor.shape), list(tensor.stride())

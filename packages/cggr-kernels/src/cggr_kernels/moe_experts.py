@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cggr_kernels._checks import check_device, check_first_derivatives, check_float, check_index
+from cggr_kernels._launching import ALIGNMENT
 from cggr_kernels._library import register
 from cggr_kernels.moe_details._dispatch import SEGMENT
 from cggr_kernels.moe_plan import Plan, collect, combine, empty_plan, expand, make_plan
-from cggr_kernels.moe_products import ALIGNMENT, group_product, row_product, swiglu_gradient, up
+from cggr_kernels.moe_products import group_product, row_product, swiglu_gradient, up
 
 MAX_ROWS = 2**30  # int32 numbers twice as many
 

@@ -18,7 +18,6 @@ from cggr_kernels.moe_details._products import group_product_kernel, row_product
 from cggr_kernels.moe_details._swiglu import swiglu_gradient_kernel
 from cggr_kernels.moe_plan import Plan
 
-ALIGNMENT = 16  # alignment of rows that the copy engine needs, in bytes
 _SWIGLU_ROWS = 8
 _SWIGLU_BLOCK = 256
 

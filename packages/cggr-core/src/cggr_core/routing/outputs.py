@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from cggr_core.routing.architectures import Architecture
 from cggr_core.routing.patches import is_noise_rate, uses_checkpointing
@@ -44,7 +43,7 @@ class ReusableOutputs:
             for module in model.modules()
             for holder in (module, module.__dict__.get("config"))
             for name, value in getattr(holder, "__dict__", {}).items()
-            if isinstance(value, float) and (name == "p" if isinstance(holder, _DropoutNd) else is_noise_rate(name))
+            if isinstance(value, float) and is_noise_rate(holder, name)
             if not name.startswith(_OF_OTHER_HEADS)
         ]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 # Attribute names of noise rates in training.
-_NOISE = re.compile(r"drop|jitter")
+_NOISE = re.compile(r"drop|jitter").search
 _SMALL = 0.1
 
 
@@ -67,12 +67,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def is_noise_rate(name: str) -> bool:
-    """Whether an attribute of this name, of a module or a config, is the rate of dropout or jitter.
-
-    A dropout module's own is called ``p``.
-    """
-    return _NOISE.search(name) is not None
+def is_noise_rate(holder: Any, name: str) -> bool:
+    """Whether an attribute of a module or a config is, by its name, the rate of dropout or jitter."""
+    return name == "p" if isinstance(holder, _DropoutNd) else _NOISE(name) is not None
 
 
 @contextmanager
@@ -85,9 +82,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         (module, name, value)
         for module in model.modules()
         for name, value in module.__dict__.items()
-        if isinstance(value, float)
-        and value
-        and (name == "p" if isinstance(module, _DropoutNd) else is_noise_rate(name))
+        if isinstance(value, float) and value and is_noise_rate(module, name)
     ]
     try:
         for module, name, _ in rates:
